@@ -1,0 +1,41 @@
+"""Each patch is still needed. A failure here is good news: drop the patch named in the test."""
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("verl")
+
+
+def test_verl_still_doubles_the_cpu_backend():
+    """patches/cpu_process_group.md"""
+    from verl.utils import distributed
+
+    assert 'f"cpu:gloo,{get_device_name()}:{get_nccl_backend()}"' in inspect.getsource(distributed)
+    code = "import torch.distributed as d; d.init_process_group('cpu:gloo,cpu:gloo', init_method='tcp://127.0.0.1:0', rank=0, world_size=1)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and "Duplicate device type cpu" in done.stderr
+
+
+def test_vllm_still_packs_cpu_weights():
+    """patches/cpu_plain_linear.md"""
+    from vllm.model_executor.layers import utils
+
+    source = inspect.getsource(utils.dispatch_cpu_unquantized_gemm)
+    assert "_supports_onednn" in source and "remove_weight" in source
+
+
+def test_the_cpu_platform_is_whole_and_never_chosen_by_itself():
+    """Every abstract method of verl's platform is there, and auto-detection passes it by."""
+    code = (
+        "from verl.plugin.platform.platform_manager import PlatformRegistry, _detect_platform_name\n"
+        "from verl_heddle.verl_plugin import cpu_platform\n"
+        "cpu_platform.install(); cpu_platform.install()\n"
+        "platform = PlatformRegistry.get('cpu')()\n"
+        "assert _detect_platform_name() != 'cpu'\n"
+        "print(platform.device_name, platform.ray_resource_name(), platform.communication_backend_name())"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["cpu", "GPU", "gloo"], done.stderr

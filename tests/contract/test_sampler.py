@@ -1,0 +1,88 @@
+"""Our replay buffer is configured as verl configures its own, with and without DAPO filtering and refill."""
+
+import pytest
+from omegaconf import OmegaConf
+
+pytest.importorskip("verl")
+
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
+from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+
+from verl_heddle.verl_plugin import gate
+from verl_heddle.verl_plugin.overrides import compose
+
+CASES = {
+    "plain": [],
+    "gen batch": ["+data.gen_batch_size=2"],
+    "DAPO": ["algorithm.filter_groups.enable=true", "algorithm.filter_groups.max_inflight_gen_batches=3"],
+    "refill": ["trainer.v1.sampler.sync_refill_failed_groups=true"],
+}
+
+
+class Trainer:
+    """As much of verl's trainer as its own `_build_replay_buffer` reads."""
+
+    _build_replay_buffer = PPOTrainer._build_replay_buffer
+    _resolve_filter_groups_metric = PPOTrainer._resolve_filter_groups_metric
+
+    def __init__(self, overrides, mode="sync"):
+        base = ["data.train_batch_size=8", "trainer.default_local_dir=/tmp/x", "actor_rollout_ref.rollout.name=vllm"]
+        self.config = compose([*base, f"trainer.v1.trainer_mode={mode}", *overrides])
+        OmegaConf.resolve(self.config)
+        self.trainer_mode = mode
+
+    def _add_prompts_to_generate(self, count):
+        return count
+
+
+ATTRIBUTES = [
+    "trainer_mode",
+    "max_off_policy_threshold",
+    "max_off_policy_strategy",
+    "filter_groups_metric",
+    "train_batch_size",
+    "gen_batch_size",
+    "max_inflight_gen_batches",
+    "sync_refill_failed_groups",
+]
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("mode", ["sync", "colocate_async"])
+@pytest.mark.parametrize("active", [True, False])
+def test_configured_like_verls_own(name, mode, active, monkeypatch):
+    if mode != "sync" and name == "gen batch":
+        pytest.skip("the asynchronous buffer takes no batch sizes")
+    theirs = Trainer(CASES[name], mode)._build_replay_buffer()
+    monkeypatch.setattr(gate, "_active", active)
+    ours = Trainer([*CASES[name], "+plugin=heddle"], mode)._build_replay_buffer()
+    assert isinstance(ours, ReplayBuffer if mode == "sync" else ReplayBufferAsync)
+    assert {key: getattr(ours, key) for key in ATTRIBUTES} == {key: getattr(theirs, key) for key in ATTRIBUTES}
+    assert ours.refill_fn(3) == 3
+    assert ours.poll_interval == (0.1 if active else theirs.poll_interval)
+
+
+def test_dapo_without_a_metric_is_refused_as_by_verl(monkeypatch):
+    monkeypatch.setattr(gate, "_active", True)
+    overrides = ["algorithm.filter_groups.enable=true", "algorithm.filter_groups.metric=null"]
+    with pytest.raises(ValueError, match="metric must be set"):
+        Trainer(overrides)._build_replay_buffer()
+    with pytest.raises(ValueError, match="metric must be set"):
+        Trainer([*overrides, "+plugin=heddle"])._build_replay_buffer()
+
+
+def test_lost_metrics_are_counted_not_raised(monkeypatch, capsys):
+    from verl_heddle.options import Options
+    from verl_heddle.verl_plugin import agent_loop
+    from verl_heddle.verl_plugin.sampler import _Watch
+
+    class Broken:
+        def collect(self):
+            raise OSError("gone")
+
+    monkeypatch.setattr(agent_loop, "MANAGER", Broken())
+    watch = _Watch(Options())
+    assert watch.step("train") == {"heddle/metrics_failures": 1}
+    assert watch.step("val") == {}
+    assert watch.step("train") == {"heddle/metrics_failures": 3}
+    assert capsys.readouterr().err.count("OSError") == 1

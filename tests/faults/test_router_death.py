@@ -1,0 +1,47 @@
+"""The router dies twice in the middle of a step, once to be restarted and once for good: no group is lost, and the run says so."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from verl_heddle.traces.io import read
+
+pytestmark = pytest.mark.e2e
+
+TOOLS = Path(__file__).parent / "router_killer.py"
+STEPS = 5
+
+
+@pytest.fixture(scope="module")
+def run(train):
+    tools = f"actor_rollout_ref.rollout.multi_turn.function_tool_path={TOOLS}"
+    return train("router_death", "+plugin=heddle", tools, steps=STEPS, replicas=2)
+
+
+def test_training_completes_with_every_group(run):
+    assert run.code == 0, run.log[-3000:]
+    assert [f"ROUTER KILLED in step {step}" in run.log for step in (2, 4)] == [True, True]
+    for step in range(1, STEPS + 1):
+        assert len(run.rollouts(step)) == 16 * 4, f"step {step}"
+    assert all(run.steps[step]["heddle/outcomes/finished"] == 64 for step in run.steps)
+
+
+def test_the_fallback_is_counted_and_said_once(run):
+    fallbacks = {step: metrics["heddle/fallbacks/total"] for step, metrics in run.steps.items()}
+    assert fallbacks[1] == 0 and fallbacks[2] > 0 and fallbacks[4] > 0, fallbacks
+    assert run.steps[2]["heddle/decisions/fallback_router"] == run.steps[2]["heddle/fallbacks/fallback_router"]
+    assert len([line for line in run.said if "router lost" in line]) == 2, "once a death, in the one worker"
+    assert run.steps[5]["heddle/decisions/fallback_router"] == run.steps[5]["heddle/turns"], "gone for good"
+
+
+def test_a_restarted_router_is_used_again(run):
+    assert len([line for line in run.said if "the router is back" in line]) == 1
+    assert run.steps[4]["heddle/decisions/least_inflight"] > 0, "between the two deaths it decided again"
+
+
+def test_the_record_has_no_hole(run):
+    lives = Counter((item.meta["step"], item.prompt_id, item.trial) for item in read(run.trace))
+    assert len(lives) == STEPS * 64 and set(lives.values()) == {1}

@@ -1,0 +1,91 @@
+"""The orchestrator as a state machine: random lives of random trajectories."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from verl_heddle.fleet import Replica
+from verl_heddle.options import Options, Priority
+from verl_heddle.orchestrator import Orchestrator
+from verl_heddle.trajectory import Outcome, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
+
+LIVES = st.lists(st.lists(st.integers(1, 500), min_size=1, max_size=6), min_size=1, max_size=12)
+
+
+def identity(sample: int, prompt: str = "p") -> TrajectoryId:
+    return TrajectoryId(prompt, "u", sample, step=1)
+
+
+def live(orchestrator: Orchestrator, lives: list[list[int]], order) -> list:
+    """Interleave the turns of all lives in the order given; returns the decisions."""
+    decisions, open_turns, todo = [], {}, {i: list(turns) for i, turns in enumerate(lives)}
+    generated = dict.fromkeys(todo, 0)
+    clock = 0.0
+    while todo or open_turns:
+        clock += 1
+        who = sorted(set(todo) | set(open_turns))
+        i = who[next(order) % len(who)]
+        if i in open_turns:
+            decision, turn, tokens = open_turns.pop(i)
+            orchestrator.turn_finished(TurnEnd(identity(i), decision.replica, turn, tokens), clock)
+            generated[i] += tokens
+            if not todo.get(i):
+                todo.pop(i, None)
+                orchestrator.trajectory_ended(TrajectoryEnd(identity(i), Outcome.FINISHED, generated[i], turn + 1), clock)
+        else:
+            tokens = todo[i].pop(0)
+            turn = len(lives[i]) - len(todo[i]) - 1
+            decision = orchestrator.turn_started(TurnStart(identity(i), f"c{i}", turn, 100, generated[i]), clock)
+            decisions.append(decision)
+            open_turns[i] = (decision, turn, tokens)
+    return decisions
+
+
+def build(options: Options) -> Orchestrator:
+    orchestrator = Orchestrator(options)
+    orchestrator.replicas_added(Replica(f"r{i}") for i in range(3))
+    return orchestrator
+
+
+@settings(max_examples=60)
+@given(LIVES, st.integers(0, 10_000))
+def test_inflight_returns_to_zero_and_same_events_give_same_decisions(lives, seed):
+    from itertools import count
+
+    def order():
+        return (seed * 7919 + k * k for k in count())
+
+    first, second = build(Options()), build(Options())
+    assert live(first, lives, order()) == live(second, lives, order())
+    assert set(first.inflight.values()) == {0}
+    assert sum(first.counts.values()) == sum(len(turns) for turns in lives)
+
+
+@given(LIVES)
+def test_observing_or_without_priority_nothing_is_urgent(lives):
+    from itertools import count
+
+    for options in (Options(observe=True), Options(priority=Priority(enable=False))):
+        assert {d.priority for d in live(build(options), lives, count())} == {0}
+
+
+def test_longer_prompts_run_first_once_history_exists():
+    orchestrator = build(Options())
+    for prompt, tokens in (("short", 100), ("long", 5000)):
+        who = TrajectoryId(prompt, "u", 0, 1)
+        orchestrator.trajectory_ended(TrajectoryEnd(who, Outcome.FINISHED, tokens, 1), 0.0)
+
+    def priority(prompt: str, generated: int) -> int:
+        who = TrajectoryId(prompt, "v", 0, 2)
+        return orchestrator.turn_started(TurnStart(who, "c" + prompt, 0, 10, generated), 1.0).priority
+
+    assert priority("long", 0) < priority("short", 0) < 0
+    assert priority("long", 4900) > priority("long", 0), "what is generated already is no longer to come"
+
+
+def test_cancelled_failed_and_validation_lives_teach_nothing():
+    orchestrator = build(Options())
+    for outcome, validate in ((Outcome.CANCELLED, False), (Outcome.FAILED, False), (Outcome.FINISHED, True)):
+        who = TrajectoryId("p", "u", 0, 1, validate)
+        orchestrator.trajectory_ended(TrajectoryEnd(who, outcome, 900, 3), 0.0)
+    decision = orchestrator.turn_started(TurnStart(identity(1), "c", 0, 10, 0), 1.0)
+    assert decision.predicted_remaining is None and decision.priority == 0

@@ -1,0 +1,23 @@
+"""The nouns of the serving side: what a rollout replica is to a policy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """One rollout server.
+
+    `name` is how verl's router knows it (its address), `tp` the tensor-parallel degree, `slots` how many requests it decodes at once
+    (vLLM `max_num_seqs`), `kv_tokens` how many tokens its KV cache holds (None: not limiting or not known).
+    """
+
+    name: str
+    tp: int = 1
+    slots: int = 256
+    kv_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.tp < 1 or self.slots < 1 or (self.kv_tokens is not None and self.kv_tokens < 1):
+            raise ValueError(f"replica {self.name}: tp, slots and kv_tokens must be positive, got {self}")

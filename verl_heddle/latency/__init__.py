@@ -1,0 +1,28 @@
+"""Latency of a rollout replica: shipped tables, formulas, and calibration from a recorded run.
+
+For example
+
+    model = load("H200", "Qwen/Qwen3-8B")
+    model.decode_s(tp=2, batch=64, context_tokens=8192)
+
+is 0.0125 seconds per decode step.
+"""
+
+from verl_heddle.latency.calibrate import calibrate
+from verl_heddle.latency.model import AffineDecode, AffinePrefill, Engine, FitQuality, LatencyModel, Memory
+from verl_heddle.latency.shipped import available, load
+from verl_heddle.latency.surface import Surface, monotone_fit
+
+__all__ = [
+    "AffineDecode",
+    "AffinePrefill",
+    "Engine",
+    "FitQuality",
+    "LatencyModel",
+    "Memory",
+    "Surface",
+    "available",
+    "calibrate",
+    "load",
+    "monotone_fit",
+]

@@ -1,0 +1,182 @@
+"""Fit a latency model to a recorded run: which step times explain how long its turns took?
+
+Law: an engine step reads the weights once, moves every decoding sequence on by one token and prefills what has just arrived (chunked
+prefill): `a + b*batch + c*batch*context + p*new`. A turn of `N` output tokens is in N steps, the first of them its own prefill, so
+
+    gen_s = a*N + b*sum(batch) + c*sum(batch*context) + p*(tokens prefilled meanwhile, its own and others')
+
+with the sums over its steps: linear in the four unknowns. A prefill alone takes `a + p*new`. Batch and total context over time follow
+from the turns' own intervals (`batch_history`). Solved by non-negative least squares on *relative* errors, which bounds what a stalled
+turn can do. The sums run over steps, not over time, and steps are denser while the batch is small, so a few passes weigh time by the
+step rate of the pass before. Degrees of tensor parallelism are fitted apart.
+Limits: a run whose batch never changes cannot tell a from b (`FitQuality.max_batch` says how far it saw); turns without engine
+statistics count their queueing as generation; preempted, aborted and resumed turns load the replica but are not fitted.
+Source: derived here; the four terms are what a step reads (weights, KV) and computes (decoded tokens, prefilled tokens) once each.
+Cost: O(turns log turns) per pass.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from verl_heddle.latency.batches import Work, batch_history
+from verl_heddle.latency.model import AffineDecode, AffinePrefill, Engine, FitQuality, LatencyModel
+from verl_heddle.trajectory import Trajectory
+
+Array = NDArray[np.float64]
+
+MIN_TURNS = 20
+"""Usable turns per degree: five for each of the four unknowns."""
+
+PASSES = 6
+"""The step weights settle to 1e-3 in three or four."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """One row per fitted turn: the four sums of the law, the recorded seconds, and the mean batch and context it ran in."""
+
+    sums: Array
+    seconds: Array
+    batch: Array
+    context: Array
+
+
+def calibrate(
+    records: Iterable[Trajectory],
+    tps: Mapping[str, int] | int = 1,
+    *,
+    base: LatencyModel | None = None,
+    name: str = "calibrated",
+) -> LatencyModel:
+    """The affine latency model that explains a recorded run best, with its residuals in `engines[tp].fit`.
+
+    Args:
+        records: trajectories as `verl_heddle.traces` records them live: turns with `replica`, `start_s`, `gen_s`, `ctx_tokens` and
+            `output_tokens`, and `meta["start_s"]`, all on one clock. The more the batch varies the better; leave out a run's first step
+            (compilation).
+        tps: tensor-parallel degree by replica name, or one for all.
+        base: where memory and weight-load times come from, and engines of degrees that were not recorded.
+
+    Raises:
+        ValueError: fewer than `MIN_TURNS` usable turns for some degree (the message says how many more and what was wrong with the others),
+            or a replica that `tps` does not name.
+    """
+    by_replica: dict[str, list[Work]] = defaultdict(list)
+    skipped: Counter[str] = Counter()
+    for trajectory in records:
+        for index in range(len(trajectory.steps)):
+            work = _work(trajectory, index)
+            if isinstance(work, str):
+                skipped[work] += 1
+            else:
+                by_replica[trajectory.steps[index].replica or ""].append(work)
+    by_tp: dict[int, list[list[Work]]] = defaultdict(list)
+    for replica, works in sorted(by_replica.items()):
+        if not isinstance(tps, int) and replica not in tps:
+            raise ValueError(f"tps names no tensor-parallel degree for replica {replica!r}; it names {sorted(tps)}")
+        by_tp[tps if isinstance(tps, int) else tps[replica]].append(works)
+    _require_enough(by_tp, skipped)
+
+    engines = dict(base.engines) if base else {}
+    for tp, replicas in sorted(by_tp.items()):
+        fitted = _fit(replicas)
+        engines[tp] = replace(engines[tp], decode=fitted.decode, prefill=fitted.prefill, fit=fitted.fit) if tp in engines else fitted
+    return LatencyModel(name, engines, f"calibrated on {sum(map(len, by_replica.values()))} recorded turns")
+
+
+def _work(trajectory: Trajectory, index: int) -> Work | str:
+    """What the turn asked of its replica, or why it cannot be known."""
+    turn = trajectory.steps[index]
+    start = trajectory.meta.get("start_s")
+    if turn.replica is None or start is None or turn.start_s is None or not turn.gen_s or turn.gen_s <= 0:
+        return "no replica, start_s or gen_s"
+    if turn.output_tokens is None or turn.ctx_tokens is None:
+        return "no output_tokens or ctx_tokens"
+    begin = start + turn.start_s + (turn.route_s or 0.0) + 0.5 * (turn.transport_s or 0.0) + (turn.queue_s or 0.0)
+    if turn.cached_tokens is not None:
+        new = turn.ctx_tokens - turn.cached_tokens
+    elif index and trajectory.steps[index - 1].replica == turn.replica and not turn.ctx_reset and turn.input_tokens is not None:
+        new = turn.input_tokens  # the engine did not say; its prefix cache most likely still held what it wrote itself
+    else:
+        new = turn.ctx_tokens
+    return Work(
+        begin_s=begin,
+        end_s=begin + turn.gen_s,
+        new_tokens=float(max(1, new)),
+        context_tokens=float(turn.ctx_tokens),
+        output_tokens=float(turn.output_tokens),
+        usable=turn.output_tokens > 0 and not turn.preemptions,
+    )
+
+
+def _require_enough(by_tp: Mapping[int, Sequence[Sequence[Work]]], skipped: Counter[str]) -> None:
+    usable = {tp: sum(work.usable for works in replicas for work in works) for tp, replicas in by_tp.items()}
+    short = {tp: count for tp, count in usable.items() if count < MIN_TURNS}
+    if usable and not short:
+        return
+    why = [f"{count} turns with {reason}" for reason, count in sorted(skipped.items())]
+    unfit = sum(not work.usable for replicas in by_tp.values() for works in replicas for work in works)
+    if unfit:
+        why.append(f"{unfit} turns preempted or without output")
+    wanted = [f"tp={tp} has {count}: record {MIN_TURNS - count} more" for tp, count in sorted(short.items())] or [
+        f"there are none: record {MIN_TURNS}"
+    ]
+    left_out = f" Left out: {'; '.join(why)}." if why else ""
+    raise ValueError(f"calibration needs {MIN_TURNS} usable turns per tensor-parallel degree; {'; '.join(wanted)}.{left_out}")
+
+
+def _fit(replicas: Sequence[Sequence[Work]]) -> Engine:
+    """Fit all replicas of one degree together."""
+    parameters = np.zeros(4)
+    for _ in range(PASSES):
+        parts = [_rows(works, parameters) for works in replicas]
+        rows = _Rows(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("sums", "seconds", "batch", "context")))
+        parameters = _solve(rows)
+    error = np.abs(rows.sums @ parameters / rows.seconds - 1.0)
+    a, b, c, p = map(float, parameters)
+    quality = FitQuality(
+        len(error), float(np.median(error)), float(np.quantile(error, 0.9)), float(rows.batch.max()), float(rows.context.max())
+    )
+    return Engine(AffineDecode(a, b, c), AffinePrefill(p, base_s=a), fit=quality)
+
+
+def _solve(rows: _Rows) -> Array:
+    """Non-negative least squares on relative errors, exactly.
+
+    The optimum is the plain least-squares solution over the columns that are not zero in it; there are 15 sets of columns, so all are
+    tried. Columns are scaled to one size: counts and squared tokens lie ten orders of magnitude apart.
+    """
+    relative = rows.sums / rows.seconds[:, None]
+    scale = np.maximum(relative.max(axis=0), 1e-300)
+    matrix = relative / scale
+    gram, target = matrix.T @ matrix, matrix.sum(axis=0)
+    best, best_gain = np.zeros(len(scale)), 0.0
+    for size in range(1, len(scale) + 1):
+        for subset in combinations(range(len(scale)), size):
+            columns = list(subset)
+            solution = np.linalg.lstsq(gram[np.ix_(columns, columns)], target[columns], rcond=None)[0]
+            gain = float(target[columns] @ solution)  # how far the squared error falls below that of predicting nothing
+            if solution.min() >= 0.0 and gain > best_gain:
+                best = np.zeros(len(scale))
+                best[columns] = solution
+                best_gain = gain
+    return best / scale
+
+
+def _rows(works: Sequence[Work], parameters: Array) -> _Rows:
+    history = batch_history(works, parameters)
+    use = np.array([work.usable for work in works])
+    steps = np.array([work.output_tokens for work in works])
+    context = np.array([work.context_tokens for work in works])
+    # In its first step the turn is prefilled, not yet part of the decoding batch.
+    batch, total = steps * history.batch - 1.0, steps * history.total_context - context
+    sums = np.maximum(np.column_stack([steps, batch, total, history.prefilled_tokens]), 0.0)
+    seconds = np.array([work.end_s - work.begin_s for work in works])
+    return _Rows(sums[use], seconds[use], history.batch[use], (history.total_context / history.batch)[use])

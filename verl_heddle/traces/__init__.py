@@ -1,0 +1,31 @@
+"""Trajectories on disk and out of thin air: the trace schema, its files, their statistics, and invented workloads."""
+
+from verl_heddle.traces.describe import summary
+from verl_heddle.traces.generate import generate
+from verl_heddle.traces.io import read, trace_files, write
+from verl_heddle.traces.replay import episodes, replayable
+from verl_heddle.traces.schema import PSEUDO_TOOLS, TraceError, decode, encode, from_dict, to_dict
+from verl_heddle.traces.workloads import CODING, MATH, SEARCH, WORKLOADS, Tool, Workload, split_variance
+
+__all__ = [
+    "CODING",
+    "MATH",
+    "PSEUDO_TOOLS",
+    "SEARCH",
+    "WORKLOADS",
+    "Tool",
+    "TraceError",
+    "Workload",
+    "decode",
+    "encode",
+    "episodes",
+    "from_dict",
+    "generate",
+    "read",
+    "replayable",
+    "split_variance",
+    "summary",
+    "to_dict",
+    "trace_files",
+    "write",
+]

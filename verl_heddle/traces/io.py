@@ -1,0 +1,123 @@
+"""Trace files: read as a stream, write in one piece.
+
+A trace file is JSON Lines, plain or gzip, told apart by its first bytes. Reading holds one line at a time, so memory is bounded by
+`schema.MAX_LINE_BYTES` whatever the file is. Whatever is wrong with a file ends in one `TraceError` of one line.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from itertools import chain
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import IO
+
+from verl_heddle.traces.schema import MAX_LINE_BYTES, TraceError, decode, encode, too_long
+from verl_heddle.trajectory import Trajectory
+
+SUFFIXES = (".jsonl", ".jsonl.gz")
+"""What a directory's trace files are called; other files in it (a manifest, say) are not read."""
+
+_GZIP_MAGIC = b"\x1f\x8b"  # RFC 1952
+
+
+def read(path: str | os.PathLike[str]) -> Iterator[Trajectory]:
+    """The trajectories of a trace file, or of all trace files of a directory by name.
+
+    A faulty file yields the trajectories before the fault and then raises. Blank lines are passed over.
+
+    Raises:
+        TraceError: at once if there is no such file; while iterating if a file cannot be read, is empty, damaged, cut off, not text, has a
+            line that is too long or is not a trajectory.
+    """
+    return chain.from_iterable(_read_file(file) for file in trace_files(path))
+
+
+def trace_files(path: str | os.PathLike[str]) -> list[Path]:
+    """The files that `read` reads: `path` itself, or those of a directory ending in `SUFFIXES`, sorted by name.
+
+    Raises:
+        TraceError: if there is none.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            inside = (file for file in path.iterdir() if file.name.endswith(SUFFIXES) and not file.name.startswith(".") and file.is_file())
+            if files := sorted(inside):
+                return files
+            raise TraceError("no trace files in this directory", allowed=f"files ending in {' or '.join(SUFFIXES)}", file=str(path))
+        if path.exists():
+            return [path]
+    except OSError as error:
+        raise _failed("read", path, error) from error
+    raise TraceError("no such file", allowed="a trace file or a directory of them", file=str(path))
+
+
+def write(path: str | os.PathLike[str], trajectories: Iterable[Trajectory]) -> int:
+    """Write a trace file and return how many trajectories it holds; gzip if the name ends in `.gz`.
+
+    Atomic: the file appears, or replaces the old one, complete and on disk, or not at all. The same trajectories give the same bytes.
+
+    Raises:
+        TraceError: if a trajectory does not fit the schema, there are none (no reader takes an empty file), or the disk refuses.
+    """
+    path = Path(path)
+    count = 0
+    try:
+        with TemporaryDirectory(prefix=".trace-", dir=path.parent) as folder:  # beside the target: a rename must not cross disks
+            draft = Path(folder) / "draft"
+            with open(draft, "wb") as raw:
+                with gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if path.name.endswith(".gz") else nullcontext(raw) as out:
+                    for count, trajectory in enumerate(trajectories, start=1):
+                        out.write(encode(trajectory, file=str(path), line=count))
+                raw.flush()
+                os.fsync(raw.fileno())
+            if not count:
+                raise TraceError("no trajectories to write", allowed="at least one", file=str(path))
+            os.replace(draft, path)
+    except OSError as error:
+        raise _failed("written", path, error) from error
+    return count
+
+
+def _read_file(path: Path) -> Iterator[Trajectory]:
+    file, number, found = str(path), 0, False
+    try:
+        with open(path, "rb") as raw:
+            packed = raw.peek(len(_GZIP_MAGIC)).startswith(_GZIP_MAGIC)
+            stream: IO[bytes] | gzip.GzipFile = gzip.GzipFile(fileobj=raw) if packed else raw
+            while line := stream.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                if len(line) > MAX_LINE_BYTES:
+                    raise too_long(file, number)
+                if not line.isspace():
+                    yield _decode_line(line, file, number)
+                    found = True
+    except EOFError:
+        problem = "compressed file is cut off"
+        raise TraceError(problem, allowed="a complete gzip file", file=file, line=number + 1) from None
+    except (gzip.BadGzipFile, zlib.error) as error:
+        problem = f"compressed file is damaged ({error})"
+        raise TraceError(problem, allowed="a complete gzip file", file=file, line=number + 1) from None
+    except OSError as error:
+        raise _failed("read", path, error) from error
+    if not found:
+        raise TraceError("empty file", allowed="at least one trajectory", file=file)
+
+
+def _decode_line(line: bytes, file: str, number: int) -> Trajectory:
+    try:
+        return decode(line, file=file, line=number)
+    except TraceError as error:
+        if line.endswith(b"\n"):
+            raise
+        problem = f"{error.problem}; the last line has no newline: cut off while being written?"
+        raise TraceError(problem, allowed=error.allowed, field=error.field, file=file, line=number) from None
+
+
+def _failed(verb: str, path: Path, error: OSError) -> TraceError:
+    return TraceError(f"cannot be {verb} ({error.strerror or error})", file=str(path))

@@ -1,0 +1,148 @@
+"""Records one live trajectory: its turns, tools and waits, measured where they happen, into a `Trajectory`.
+
+The recorder is told times, it reads no clock. All times are seconds on one monotonic clock of the worker. Every interval is
+measured on its own; nothing is computed as "the rest", so that what a run cannot account for shows up as missing
+(`report.attribution.accounted`).
+
+    start ── setup ──> turn 0: route, queue, gen, transport ── tool / between ──> turn 1: ... ── score ──> end
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from verl_heddle.traces.schema import encode
+from verl_heddle.trajectory import Decision, Outcome, Trajectory, TrajectoryId, Turn
+
+
+@dataclass(slots=True)
+class EngineTimes:
+    """What the engine says of one request. `server_s` is the whole call as the server saw it; queueing is inside it.
+
+    None where the engine does not tell (it keeps no statistics, or the request was aborted).
+    """
+
+    server_s: float
+    queue_s: float | None = None
+    preemptions: int | None = None
+    cached_tokens: int | None = None
+
+
+@dataclass(slots=True)
+class Recorder:
+    """The life of one trajectory so far. `start_s` is on the worker's monotonic clock, `start_unix_s` the same moment on the wall clock."""
+
+    id: TrajectoryId
+    start_s: float
+    start_unix_s: float
+    turns: list[Turn] = field(default_factory=list)
+    output_tokens: int = 0
+    first_turn_s: float | None = None
+    last_turn_end_s: float | None = None
+    scoring_from_s: float | None = None
+    """When the agent loop returned and reward and hand-over began."""
+    prompt_tokens: int | None = None
+    reward: float | None = None
+    _tools: list[tuple[str, float, float]] = field(default_factory=list)
+
+    def turn_asked(self, now_s: float) -> None:
+        """The trajectory wants to generate: what lies between this and the turn before belongs to tools and parsing."""
+        self._close_gap(now_s)
+        if self.first_turn_s is None:
+            self.first_turn_s = now_s
+
+    def turn_done(
+        self,
+        context_tokens: int,
+        output_tokens: int,
+        decision: Decision,
+        asked_s: float,
+        sent_s: float,
+        now_s: float,
+        times: EngineTimes | None,
+    ) -> None:
+        """The turn asked for a replica at `asked_s`, went to the engine at `sent_s` and came back now.
+
+        Without `times` the whole call counts as generation.
+        """
+        call_s = now_s - sent_s
+        server_s = min(times.server_s, call_s) if times else call_s
+        queue_s = min(times.queue_s, server_s) if times and times.queue_s is not None else None
+        previous = self.turns[-1] if self.turns else None
+        known = (previous.ctx_tokens or 0) + (previous.output_tokens or 0) if previous else context_tokens
+        self.turns.append(
+            Turn(
+                input_tokens=max(0, context_tokens - known),
+                output_tokens=output_tokens,
+                gen_s=server_s - (queue_s or 0.0),
+                ctx_tokens=context_tokens,
+                ctx_reset=context_tokens < known,
+                route_s=sent_s - asked_s,
+                queue_s=queue_s,
+                transport_s=call_s - server_s,
+                replica=decision.replica,
+                priority=decision.priority,
+                reason=str(decision.reason),
+                predicted_remaining=decision.predicted_remaining,
+                preemptions=times.preemptions if times else None,
+                cached_tokens=times.cached_tokens if times else None,
+                start_s=asked_s - self.start_s,
+            )
+        )
+        self.output_tokens += output_tokens
+        self.last_turn_end_s = now_s
+
+    def tool_ran(self, name: str, start_s: float, end_s: float) -> None:
+        """A tool worked for the trajectory; parallel and nested calls may overlap."""
+        self._tools.append((name, start_s, end_s))
+
+    def finish(self, outcome: Outcome, end_s: float, end_unix_s: float, source: str, workload: str, model: str | None) -> Trajectory:
+        """Close the record at `end_s`. `end_unix_s` is that moment read from the wall clock, so that the two clocks check each other."""
+        gap_end = end_s if self.scoring_from_s is None else self.scoring_from_s
+        self._close_gap(gap_end)
+        setup_end = self.first_turn_s if self.first_turn_s is not None else gap_end
+        meta = {
+            "group": "same_prompt",
+            "uid": self.id.uid,
+            "step": self.id.step,
+            "validate": self.id.validate,
+            "outcome": str(outcome),
+            "start_s": self.start_unix_s,
+            "end_s": end_unix_s,
+            "setup_s": setup_end - self.start_s,
+            "score_s": end_s - gap_end,
+        }
+        return Trajectory(source, workload, self.id.prompt, self.id.sample, self.prompt_tokens, tuple(self.turns), self.reward, model, meta)
+
+    def _close_gap(self, until_s: float) -> None:
+        """Book the time since the last turn's end: tools (their union, as they may run side by side) and what is between."""
+        tools, self._tools = self._tools, []
+        if not self.turns or self.last_turn_end_s is None:
+            return
+        begin = self.last_turn_end_s
+        spans = sorted((max(start, begin), min(end, until_s)) for _, start, end in tools)
+        tool_s, reached = 0.0, begin
+        for start, end in spans:
+            tool_s += max(0.0, end - max(start, reached))
+            reached = max(reached, end)
+        self.turns[-1] = replace(
+            self.turns[-1],
+            tool="+".join(name for name, _, _ in sorted(tools, key=lambda span: span[1])) or None,
+            tool_latency_s=tool_s if tools else None,
+            between_s=max(0.0, until_s - begin - tool_s),  # rounding must not make it negative
+        )
+
+
+def append(path: str | os.PathLike[str], trajectories: Iterable[Trajectory]) -> None:
+    """Add trajectories to a trace file of plain JSON Lines, all or, if one does not fit the schema, none; makes the folder.
+
+    Raises:
+        TraceError: a trajectory does not fit the schema.
+        OSError: the disk refuses.
+    """
+    lines = b"".join(encode(trajectory, file=str(path)) for trajectory in trajectories)
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    with open(path, "ab") as file:
+        file.write(lines)

@@ -1,0 +1,269 @@
+"""The trace schema: one `Trajectory` is one JSON line. Checks, encoder, decoder and the one error of this room.
+
+Lines hold exactly the fields of `Trajectory` and `Turn`, in that order. All fields of a trajectory and the first four of a turn
+are required; the rest of a turn is left out where it is None or False. Unknown fields are allowed inside `meta` only: a
+misspelt field would otherwise silently read as "not known".
+
+Source of the schema: the public traces it was made for (see `describe`), extended by what a live run knows about a turn.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from math import isfinite
+from typing import Any, NamedTuple
+
+from verl_heddle.trajectory import Trajectory, Turn
+
+MAX_LINE_BYTES = 4 * 2**20
+"""Longest line read or written. A live turn takes about 450 bytes, so this is 9,000 turns, 70 times the longest line of the public
+traces; and a file without newlines costs this much memory, not its own size."""
+
+MAX_TOKENS = 2**40
+"""Largest token count: far above any context, and sums over a trace stay exact in a float64 (2**53)."""
+
+MAX_SECONDS = 1e9
+"""Longest duration, 30 years: below today's Unix time, so a time stamp put where a duration belongs is caught."""
+
+MAX_DEPTH = 100
+"""Deepest nesting inside `meta`: less than JSON parsers stand, and an object that contains itself is found at once."""
+
+PSEUDO_TOOLS = frozenset({"human", "next_user_turn", "user"})
+"""Names that stand for a person, real, scripted or simulated, not for a tool; left out of every tool-time statistic."""
+
+_SHOWN = 60  # characters of a value quoted in an error: enough to recognise it, and the text stays one line
+
+
+class TraceError(ValueError):
+    """A trace that cannot be read or written, as one line: file, line number, field, what is wrong, what is allowed."""
+
+    def __init__(self, problem: str, *, allowed: str = "", field: str = "", file: str | None = None, line: int | None = None) -> None:
+        place = ":".join(str(part) for part in (file, line) if part is not None)
+        text = ": ".join(part for part in (place, field, problem) if part) + (f"; allowed: {allowed}" if allowed else "")
+        super().__init__("".join(char if char.isprintable() else ascii(char)[1:-1] for char in text))
+        self.problem, self.allowed, self.field, self.file, self.line = problem, allowed, field, file, line
+
+
+class _Rule(NamedTuple):
+    holds: Callable[[Any], bool]
+    allowed: str
+
+
+class _Fault(NamedTuple):
+    field: str
+    problem: str
+    allowed: str
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MAX_TOKENS
+
+
+def _is_number(value: Any, low: float, high: float) -> bool:
+    return isinstance(value, int | float) and type(value) is not bool and low <= value <= high  # NaN fails the comparison
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _or_null(rule: _Rule) -> _Rule:
+    return _Rule(lambda value: value is None or rule.holds(value), f"{rule.allowed}, or null")
+
+
+_NAME = _Rule(_is_name, "text that is not empty")
+_TRIAL = _Rule(lambda value: _is_count(value) or _is_name(value), "a whole number from 0, or a name")
+_COUNT = _or_null(_Rule(_is_count, "a whole number from 0 to 2**40"))
+_SECONDS = _or_null(_Rule(lambda value: _is_number(value, 0, MAX_SECONDS), "seconds from 0 to 1e9"))
+_TOKENS = _or_null(_Rule(lambda value: _is_number(value, 0, MAX_TOKENS), "tokens from 0 to 2**40"))
+_REWARD = _or_null(_Rule(lambda value: _is_number(value, -1e300, 1e300), "a finite number"))
+_PRIORITY = _or_null(_Rule(lambda value: type(value) is int and abs(value) < 2**63, "a whole number of 64 bits"))
+_TEXT = _or_null(_NAME)
+_TOOL = _or_null(_Rule(lambda value: isinstance(value, str), "text"))  # empty: a public source that could not tell the name
+_FLAG = _Rule(lambda value: type(value) is bool, "true or false")
+
+_TOP: Mapping[str, _Rule] = {
+    "source": _NAME,
+    "workload": _NAME,
+    "prompt_id": _NAME,
+    "trial": _TRIAL,
+    "prompt_tokens": _COUNT,
+    "steps": _Rule(lambda value: isinstance(value, list), "a list of turns"),
+    "reward": _REWARD,
+    "model": _TEXT,
+    "meta": _Rule(lambda value: isinstance(value, dict), "an object"),
+}
+_STEP: Mapping[str, _Rule] = {
+    "input_tokens": _COUNT,
+    "output_tokens": _COUNT,
+    "tool": _TOOL,
+    "tool_latency_s": _SECONDS,
+    "gen_s": _SECONDS,
+    "ctx_tokens": _COUNT,
+    "ctx_reset": _FLAG,
+    "output_est": _FLAG,
+    "route_s": _SECONDS,
+    "queue_s": _SECONDS,
+    "transport_s": _SECONDS,
+    "between_s": _SECONDS,
+    "replica": _TEXT,
+    "priority": _PRIORITY,
+    "reason": _TEXT,
+    "predicted_remaining": _TOKENS,
+    "preemptions": _COUNT,
+    "cached_tokens": _COUNT,
+    "start_s": _SECONDS,
+}
+_STEP_REQUIRED = tuple(_STEP)[:4]
+_STEP_OPTIONAL = tuple(_STEP)[4:]
+
+
+def from_dict(record: object, *, file: str | None = None, line: int | None = None) -> Trajectory:
+    """The trajectory that one line's JSON object tells. `file` and `line` only name the place in the error.
+
+    Raises:
+        TraceError: at the first field that is missing, unknown, of the wrong type, negative, NaN or infinite.
+    """
+    fields = _checked(record, file, line)
+    return Trajectory(**{**fields, "steps": tuple(Turn(**step) for step in fields["steps"]), "meta": dict(fields["meta"])})
+
+
+def to_dict(trajectory: Trajectory, *, file: str | None = None, line: int | None = None) -> dict[str, Any]:
+    """The JSON object of a trajectory, checked as `from_dict` checks: what is written can be read."""
+    record = {name: getattr(trajectory, name) for name in _TOP}
+    record["steps"] = [_step_to_dict(turn) for turn in trajectory.steps]
+    return _checked(record, file, line)
+
+
+def encode(trajectory: Trajectory, *, file: str | None = None, line: int | None = None) -> bytes:
+    """One whole line, newline included: ASCII, so any number of them can be appended to one file by single writes.
+
+    Raises:
+        TraceError: for a value that does not fit the schema, `meta` that is not JSON, or a line over `MAX_LINE_BYTES`.
+    """
+    record = to_dict(trajectory, file=file, line=line)
+    try:
+        text = json.dumps(record, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TraceError(f"not JSON ({_clip(str(error))})", allowed="JSON values", field="meta", file=file, line=line) from None
+    if len(text) + 1 > MAX_LINE_BYTES:
+        raise too_long(file, line)
+    return text.encode("ascii") + b"\n"
+
+
+def decode(text: bytes, *, file: str | None = None, line: int | None = None) -> Trajectory:
+    """The trajectory of one line, with or without its newline.
+
+    Raises:
+        TraceError: if the bytes are not UTF-8, not one JSON object, or not a trajectory.
+    """
+    try:
+        record = _JSON.decode(text.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        problem = f"not UTF-8 text (byte 0x{text[error.start]:02x} at column {error.start + 1})"
+    except json.JSONDecodeError as error:
+        bom = "UTF-8 byte-order mark" if text.startswith(b"\xef\xbb\xbf") else error.msg
+        problem = f"not JSON ({bom} at column {error.colno})"
+    except ValueError as error:  # a key given twice, or a number of thousands of digits
+        problem = f"not JSON ({_clip(str(error))})"
+    except RecursionError:
+        problem = "not a trajectory (JSON nested too deeply)"
+    else:
+        return from_dict(record, file=file, line=line)
+    raise TraceError(problem, allowed="one JSON object per line, UTF-8", file=file, line=line) from None
+
+
+def too_long(file: str | None, line: int | None) -> TraceError:
+    """The error for a line over `MAX_LINE_BYTES`."""
+    limit = f"lines of at most {MAX_LINE_BYTES} bytes"
+    return TraceError("line too long, is this a trace file?", allowed=limit, file=file, line=line)
+
+
+def _step_to_dict(turn: Turn) -> dict[str, Any]:
+    step = {name: getattr(turn, name) for name in _STEP_REQUIRED}
+    for name in _STEP_OPTIONAL:
+        value = getattr(turn, name)
+        if value is not None and value is not False:
+            step[name] = value
+    return step
+
+
+def _checked(record: object, file: str | None, line: int | None) -> dict[str, Any]:
+    """`record` itself once every rule holds."""
+    for field, problem, allowed in _faults(record):
+        raise TraceError(problem, allowed=allowed, field=field, file=file, line=line)
+    fields: dict[str, Any] = record  # type: ignore[assignment]  # an object, or there had been a fault
+    return fields
+
+
+def _faults(record: Any) -> Iterator[_Fault]:
+    """The broken rules, each only looked for when none came before it."""
+    if fault := _fault(record, _TOP, tuple(_TOP), ""):
+        yield fault
+    for index, step in enumerate(record["steps"]):
+        if fault := _fault(step, _STEP, _STEP_REQUIRED, f"steps[{index}]"):
+            yield fault
+    if fault := _meta_fault(record["meta"]):
+        yield fault
+
+
+def _fault(record: object, rules: Mapping[str, _Rule], required: tuple[str, ...], place: str) -> _Fault | None:
+    if not isinstance(record, dict):
+        return _Fault(place, f"got {_shown(record)}", "an object")
+    prefix = f"{place}." if place else ""
+    for name, value in record.items():
+        rule = rules.get(name)
+        if rule is None:
+            return _Fault(prefix + _clip(str(name)), "unknown field", ", ".join(rules) + ("" if place else " (free fields go into meta)"))
+        if not rule.holds(value):
+            return _Fault(prefix + name, f"got {_shown(value)}", rule.allowed)
+    for name in required:
+        if name not in record:
+            return _Fault(prefix + name, "missing", rules[name].allowed)
+    return None
+
+
+def _meta_fault(meta: dict[str, Any]) -> _Fault | None:
+    """Any JSON is allowed in `meta` except the non-finite numbers that Python's JSON lets through, and keys that are not text."""
+    todo: list[tuple[str, int, Any]] = [("meta", 0, meta)]
+    while todo:
+        place, depth, value = todo.pop()
+        if depth > MAX_DEPTH:
+            return _Fault(_clip(place), "nested too deeply", f"{MAX_DEPTH} levels")
+        if isinstance(value, float) and not isfinite(value):
+            return _Fault(_clip(place), f"got {_shown(value)}", "a finite number")
+        if isinstance(value, dict):
+            if not all(isinstance(key, str) for key in value):
+                return _Fault(_clip(place), "got a key that is not text", "text keys")
+            todo += ((f"{_clip(place)}.{_clip(key)}", depth + 1, item) for key, item in value.items())
+        elif isinstance(value, list | tuple):
+            todo += ((f"{_clip(place)}[]", depth + 1, item) for item in value)
+    return None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in record:
+            raise ValueError(f"key {_shown(name)} given twice")
+        record[name] = value
+    return record
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_unique)
+
+
+def _shown(value: object) -> str:
+    """A short name for a bad value, in JSON's words."""
+    if isinstance(value, dict | list | tuple):
+        return "an object" if isinstance(value, dict) else "a list"
+    if isinstance(value, int) and abs(value) >= 10**_SHOWN:
+        return "a number of more than 60 digits"
+    if isinstance(value, str):
+        return repr(_clip(value))
+    return {"None": "null", "True": "true", "False": "false"}.get(text := repr(value), _clip(text))
+
+
+def _clip(text: str) -> str:
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."

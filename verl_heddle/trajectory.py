@@ -1,0 +1,174 @@
+"""The nouns of a rollout: who a trajectory is, what happened in its turns, and the events that tell the orchestrator.
+
+Two families live here. `TrajectoryId`, `TurnStart`, `TurnEnd`, `TrajectoryEnd` and `Decision` are what the cluster and the
+simulator exchange with the `Orchestrator` while a step runs. `Turn` and `Trajectory` are the finished story, one JSON line each
+(`verl_heddle.traces` reads and writes them): what a real run recorded, what a public trace tells, what a generator invents.
+
+Units: tokens are counts, durations are seconds, times are seconds on one caller-chosen clock.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class Reason(StrEnum):
+    """Why a turn went where it went; counted as the metric `heddle/decisions/<reason>`."""
+
+    LEAST_INFLIGHT = "least_inflight"
+    """First turn of a conversation: the replica with the fewest requests in flight (verl's own rule)."""
+
+    STICKY = "sticky"
+    """Later turn: the replica that holds the conversation's prefix cache (verl's own rule)."""
+
+    HASHED = "hashed"
+    """`rollout.full_determinism`: the replica the request id hashes to (verl's own rule)."""
+
+    FALLBACK_POLICY = "fallback_policy"
+    """The orchestrator raised; the router applied verl's own rule."""
+
+    FALLBACK_ROUTER = "fallback_router"
+    """The router did not answer in time or died; the worker applied verl's own rule locally."""
+
+
+class Outcome(StrEnum):
+    """How a trajectory's life ended."""
+
+    FINISHED = "finished"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class TrajectoryId:
+    """One sample's whole episode.
+
+    `prompt` is stable over epochs (a digest of the prompt), `uid` is verl's id of this visit to the prompt, `sample` numbers the
+    group's trajectories (verl: `session_id`), `step` is the training step that asked for it.
+    """
+
+    prompt: str
+    uid: str
+    sample: int | str
+    step: int
+    validate: bool = False
+
+    @property
+    def key(self) -> str:
+        """Unique within a run: verl's own `{uid}_{session_id}`."""
+        return f"{self.uid}_{self.sample}"
+
+
+@dataclass(frozen=True, slots=True)
+class TurnStart:
+    """A trajectory wants to generate: `turn` counts from 0, `context_tokens` is everything the model will read.
+
+    `conversation` is verl's request id. A trajectory has one for life unless its agent loop talks in several conversations.
+    """
+
+    trajectory: TrajectoryId
+    conversation: str
+    turn: int
+    context_tokens: int
+    generated_tokens: int
+    """Tokens this trajectory generated in earlier turns."""
+
+
+@dataclass(frozen=True, slots=True)
+class TurnEnd:
+    """A generation ended on `replica`, by itself (`completed`) or by failure, abort or cancellation."""
+
+    trajectory: TrajectoryId
+    replica: str
+    turn: int
+    output_tokens: int
+    completed: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class TrajectoryEnd:
+    """The episode is over. `output_tokens` counts what the model generated over all turns."""
+
+    trajectory: TrajectoryId
+    outcome: Outcome
+    output_tokens: int
+    turns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Answer to a `TurnStart`: where to run, how urgent (vLLM: lower runs first), why, and what was believed."""
+
+    replica: str
+    priority: int
+    reason: Reason
+    predicted_remaining: float | None = None
+    """Tokens still to come, this turn included; None before there is any history."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One generation and the tool call it led to, as one entry of a trace line's `steps`.
+
+    None means that the source does not say. The second group of fields is written by a live run only.
+    """
+
+    input_tokens: int | None
+    """New context since the previous generation (tool output and the like); 0 in the first turn."""
+    output_tokens: int | None
+    tool: str | None = None
+    """Name of the tool, parallel calls joined by `+`; None where no tool was called."""
+    tool_latency_s: float | None = None
+    gen_s: float | None = None
+    """Time the engine worked on the request; waiting for a slot is not in it."""
+    ctx_tokens: int | None = None
+    ctx_reset: bool = False
+    output_est: bool = False
+
+    route_s: float | None = None
+    """Asking the router where to go."""
+    queue_s: float | None = None
+    """Waiting for a slot in the engine, before the first token or after a preemption."""
+    transport_s: float | None = None
+    """Call to the engine less queueing and generating: RPC, serialisation."""
+    between_s: float | None = None
+    """From this generation's end to the next one's start, less the tools: parsing, tokenising."""
+    replica: str | None = None
+    priority: int | None = None
+    reason: str | None = None
+    predicted_remaining: float | None = None
+    preemptions: int | None = None
+    cached_tokens: int | None = None
+    start_s: float | None = None
+    """Offset of the turn's start from the trajectory's start."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """One trace line. A trajectory ends with its list of steps, not with a null tool.
+
+    `meta` of a live run: `uid`, `step`, `validate`, `outcome`, `start_s` and `end_s` (unix time), `setup_s` (before the first
+    turn), `score_s` (reward and hand-over after the last), `wait_s` (finished, waiting for the batch).
+    """
+
+    source: str
+    workload: str
+    prompt_id: str
+    trial: int | str
+    prompt_tokens: int | None
+    steps: tuple[Turn, ...]
+    reward: float | None = None
+    model: str | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def output_tokens(self) -> int:
+        """Tokens generated over all turns; turns of unknown length count 0."""
+        return sum(turn.output_tokens or 0 for turn in self.steps)
+
+    @property
+    def tool_s(self) -> float:
+        """Seconds in tools over all turns; unknown counts 0."""
+        return sum(turn.tool_latency_s or 0.0 for turn in self.steps)

@@ -1,0 +1,74 @@
+"""Calls to other processes that end: a deadline on every answer, and a cancellation that reaches the other side."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+
+RETRY_S = 0.1
+"""A `ray.cancel` within about 1 ms of the call can be lost; asked again at this interval it never was."""
+
+
+async def answer(ref: Any, deadline_s: float) -> Any:
+    """Await an object ref.
+
+    Raises:
+        TimeoutError: no answer within `deadline_s` seconds.
+    """
+    return await asyncio.wait_for(_resolve(ref), deadline_s)
+
+
+async def _resolve(ref: Any) -> Any:
+    return await ref
+
+
+async def cancel_until_settled(ref: Any, deadline_s: float) -> bool:
+    """Cancel a running actor call until it has ended; False if it had not after `deadline_s` seconds."""
+    future = asyncio.wrap_future(ref.future())
+    until = time.monotonic() + deadline_s
+    while not future.done() and time.monotonic() < until:
+        ray.cancel(ref)
+        await asyncio.wait({future}, timeout=RETRY_S)
+    if not future.done():
+        return False
+    if not future.cancelled():
+        future.exception()  # nobody else retrieves it
+    return True
+
+
+_cancelling: set[asyncio.Task] = set()
+
+
+class ServerHandle:
+    """Stands for a rollout server's actor handle in `LLMServerClient.generate`: adds arguments and cancels for real.
+
+    Cancelling the asyncio task that awaits a Ray call leaves the call running; here it is cancelled at the server as well, which makes
+    vLLM abort the request and free its KV blocks.
+    """
+
+    def __init__(self, handle: Any, extra: dict[str, Any], cancel_s: float, lost: Callable[[], None]) -> None:
+        self._handle, self._extra, self._cancel_s, self._lost = handle, extra, cancel_s, lost
+        self.generate = self  # `handle.generate.remote(...)`
+
+    def remote(self, **kwargs: Any) -> Any:
+        """Call the server's `generate`; returns an awaitable of its `TokenOutput`."""
+        ref = self._handle.generate.remote(**kwargs | self._extra)
+
+        async def result() -> Any:
+            try:
+                return await ref
+            except asyncio.CancelledError:
+                task = asyncio.create_task(self._cancel(ref))
+                _cancelling.add(task)
+                task.add_done_callback(_cancelling.discard)
+                raise
+
+        return result()
+
+    async def _cancel(self, ref: Any) -> None:
+        if not await cancel_until_settled(ref, self._cancel_s):
+            self._lost()

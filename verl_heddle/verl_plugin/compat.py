@@ -1,0 +1,204 @@
+"""Every place where we touch verl, vLLM and Ray, as data: what we rely on, what is lost without it, and a check against the
+installed package.
+
+`gate` requires the seams marked `needed` before it hands out our classes; `verl-heddle doctor` prints them all; the contract tests run them
+against each supported release. A check imports what it checks, so running all of them costs verl's and vLLM's import time.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module, metadata
+from typing import Any
+
+SUPPORTED = {"verl": ("0.9.1",), "vllm": ("0.24.0", "0.27.1")}
+"""Releases the contract tests run against. Others may work: the seams decide."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seam:
+    """`check` raises if the seam is not as we know it. `needed`: without it heddle switches itself off."""
+
+    name: str
+    consequence: str
+    check: Callable[[], None]
+    needed: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """`error` is None when the seam is as we know it."""
+
+    seam: Seam
+    error: str | None
+
+
+def _attribute(path: str) -> Any:
+    module, _, names = path.partition(":")
+    thing = import_module(module)
+    for name in names.split("."):
+        thing = getattr(thing, name)
+    return thing
+
+
+def takes(path: str, *parameters: str) -> None:
+    """Check that the callable at "module:attribute" has these parameters (a `**kwargs` takes any).
+
+    Raises:
+        ImportError, AttributeError, TypeError: it does not.
+    """
+    found = inspect.signature(_attribute(path)).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in found.values()):
+        return
+    missing = [name for name in parameters if name not in found]
+    if missing:
+        raise TypeError(f"{path} has no parameter {', '.join(missing)}")
+
+
+def has(path: str, *attributes: str) -> None:
+    """Check that the object at "module:attribute" has these attributes.
+
+    Raises:
+        ImportError, AttributeError: it does not.
+    """
+    thing = _attribute(path)
+    missing = [name for name in attributes if not hasattr(thing, name)]
+    if missing:
+        raise AttributeError(f"{path} has no {', '.join(missing)}")
+
+
+def _fields(path: str, *names: str) -> None:
+    from dataclasses import fields
+
+    known = {item.name for item in fields(_attribute(path))}
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise AttributeError(f"{path} has no field {', '.join(missing)}")
+
+
+LOOP = "verl.trainer.ppo.v1.agent_loop_tq"
+CLIENT = "verl.workers.rollout.llm_server:LLMServerClient"
+SERVER = "verl.workers.rollout.vllm_rollout.vllm_async_server"
+BUFFER = "verl.trainer.ppo.v1.replay_buffer"
+
+
+def _worker() -> None:
+    raw = f"{LOOP}:AgentLoopWorkerTQ.__ray_actor_class__"
+    takes(f"{raw}._run_agent_loop", "sampling_params", "trajectory")
+    takes(f"{raw}._agent_loop_postprocess", "output", "validate")
+    takes(f"{raw}._run_prompt", "prompt", "sampling_params", "trajectory")
+    takes("verl.experimental.agent_loop:AgentLoopWorker.__init__", "config", "llm_client")
+
+
+def _manager() -> None:
+    has(f"{LOOP}:AgentLoopManagerTQ", "create", "generate_sequences", "_init_agent_loop_workers")
+    takes(f"{LOOP}:AgentLoopManagerTQ.generate_sequences", "prompts")
+    _fields("verl.workers.config.rollout:AgentLoopConfig", "agent_loop_manager_class", "num_workers")
+
+
+def _client() -> None:
+    takes(f"{CLIENT}.generate", "request_id", "prompt_ids", "sampling_params")
+    takes(f"{CLIENT}._acquire_server", "request_id")
+    takes(f"{CLIENT}._release_server", "server_id", "request_id")
+
+
+def _router() -> None:
+    from verl_heddle.verl_plugin.router import HeddleRouter
+
+    protocol = _attribute("verl.workers.rollout.router:RequestLoadBalancer")
+    methods = [name for name in vars(protocol) if not name.startswith("_")]
+    missing = [name for name in methods if not hasattr(HeddleRouter, name)]
+    if missing:
+        raise TypeError(f"verl's load-balancer protocol asks for {', '.join(missing)}")
+    takes("verl.workers.rollout.router:get_router_handle", "servers", "router_config_path")
+    _fields("verl.workers.config.rollout:RolloutConfig", "router_config_path", "scheduling_policy", "disable_log_stats")
+
+
+def _sampler() -> None:
+    ours = ("trainer_mode", "trainer_config", "sampler_kwargs", "poll_interval", "refill_fn", "filter_groups_metric")
+    takes(f"{BUFFER}:ReplayBuffer.__init__", *ours, "train_batch_size", "gen_batch_size", "max_inflight_gen_batches")
+    takes(f"{BUFFER}:ReplayBuffer.__init__", "sync_refill_failed_groups", "max_off_policy_threshold", "max_off_policy_strategy")
+    takes(f"{BUFFER}:ReplayBuffer.sample", "global_steps", "partition_id", "batch_size")
+    takes("verl.utils.import_utils:load_extern_type", "file_path", "type_name")
+
+
+def _replica() -> None:
+    takes("verl.workers.rollout.replica:RolloutReplicaRegistry.register", "name", "loader")
+    takes(f"{SERVER}:vLLMHttpServer.generate", "prompt_ids", "sampling_params", "request_id", "priority")
+    takes(f"{SERVER}:vLLMHttpServer.run_server", "args")
+    _fields_or_annotations("verl.workers.rollout.replica:TokenOutput", "token_ids", "stop_reason", "extra_fields")
+
+
+def _fields_or_annotations(path: str, *names: str) -> None:
+    known = inspect.get_annotations(_attribute(path))
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise AttributeError(f"{path} has no field {', '.join(missing)}")
+
+
+def _engine_events() -> None:
+    from verl_heddle.verl_plugin import request_life as life
+
+    kinds = _attribute("vllm.v1.engine:EngineCoreEventType")
+    if (kinds.QUEUED, kinds.SCHEDULED, kinds.PREEMPTED) != (life.QUEUED, life.SCHEDULED, life.PREEMPTED):
+        raise TypeError("vLLM numbers its request events differently")
+    _fields_or_annotations("vllm.v1.engine:EngineCoreOutput", "request_id", "events")
+    takes("vllm.v1.engine.output_processor:OutputProcessor.process_outputs", "engine_core_outputs")
+
+
+def _priority() -> None:
+    takes("vllm.v1.engine.async_llm:AsyncLLM.generate", "priority", "request_id")
+
+
+def _tools() -> None:
+    takes("verl.tools.function_tool:FunctionTool.call", "parameters")
+    takes("verl.tools.base_tool:BaseTool.execute", "instance_id", "parameters")
+
+
+def _trainer() -> None:
+    _attribute("verl.trainer.ppo.v1:get_trainer_cls")("sync")
+
+
+SEAMS = (
+    Seam("trainer: v1 sync", "heddle has no trainer to plug into", _trainer),
+    Seam("agent-loop manager by config key", "no trajectory identity: heddle off", _manager),
+    Seam("agent-loop worker methods", "no trajectory identity: heddle off", _worker),
+    Seam("LLM client: acquire, release, generate", "no routing, no priority: heddle off", _client),
+    Seam("router by YAML, ten-method protocol", "no placement: heddle off", _router),
+    Seam("replay buffer by config key", "no metrics, no trace, 2 s poll: heddle off", _sampler),
+    Seam("replica registry and vLLM server", "queueing and preemptions unknown: heddle off", _replica),
+    Seam("vLLM request priority", "no priority: heddle off", _priority),
+    Seam("vLLM request events", "queueing counts as generation, preemptions are not counted", _engine_events, needed=False),
+    Seam("tools of verl's tool agent", "tool time shows as time between turns", _tools, needed=False),
+)
+
+
+def examine() -> list[Result]:
+    """Check every seam against what is installed."""
+    results = []
+    for seam in SEAMS:
+        try:
+            seam.check()
+            results.append(Result(seam, None))
+        except Exception as error:
+            results.append(Result(seam, f"{type(error).__name__}: {error}"))
+    return results
+
+
+def require() -> None:
+    """Check the needed seams.
+
+    Raises:
+        RuntimeError: one is missing; says which, why, and what versions are supported.
+    """
+    for seam in SEAMS:
+        if not seam.needed:
+            continue
+        try:
+            seam.check()
+        except Exception as error:
+            supported = ", ".join(f"{name} {' or '.join(releases)}" for name, releases in SUPPORTED.items())
+            found = ", ".join(f"{name} {metadata.version(name)}" for name in SUPPORTED)
+            raise RuntimeError(f"seam '{seam.name}' is missing ({error}); supported: {supported}; found: {found}") from error

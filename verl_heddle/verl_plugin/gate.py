@@ -1,0 +1,61 @@
+"""The three names verl's config keys point at, and the guard before them: ours if we can work here, verl's own if we cannot.
+
+`AgentLoopManager`, `Router` and `Sampler` are looked up by verl in the task runner, `Sampler` first, before any replica exists.
+The first look-up checks the seams, imports every room and registers the replica; if anything of that fails, all three names
+resolve to stock verl for the rest of the process, and one line says why. So a broken plugin costs its gains, not the run.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from verl_heddle.verl_plugin.voice import say
+
+SEAMS = {
+    "AgentLoopManager": (
+        "verl_heddle.verl_plugin.agent_loop:HeddleAgentLoopManager",
+        "verl.trainer.ppo.v1.agent_loop_tq:AgentLoopManagerTQ",
+    ),
+    "Router": ("verl_heddle.verl_plugin.router:RouterActor", "verl_heddle.verl_plugin.stock:StockRouter"),
+    "Sampler": ("verl_heddle.verl_plugin.sampler:heddle_sampler", "verl_heddle.verl_plugin.stock:stock_sampler"),
+}
+"""Name -> (ours, stock), each as module:attribute."""
+
+_active: bool | None = None
+
+
+def active() -> bool:
+    """Whether this process runs heddle; decided once, at the first call."""
+    global _active
+    if _active is None:
+        try:
+            _activate()
+            _active = True
+        except Exception as error:
+            _active = False
+            say(f"OFF, training goes on as stock verl: {type(error).__name__}: {error}")
+    return _active
+
+
+def _activate() -> None:
+    from verl_heddle.verl_plugin import compat
+
+    compat.require()
+    for ours, _ in SEAMS.values():
+        _load(ours)
+    from verl_heddle.verl_plugin import replicas
+
+    replicas.register()
+
+
+def _load(path: str) -> Any:
+    module, name = path.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in SEAMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    ours, stock = SEAMS[name]
+    return _load(ours if active() else stock)

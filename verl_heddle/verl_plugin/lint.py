@@ -1,0 +1,119 @@
+"""What can be wrong with a verl configuration that asks for heddle, one plain line each: what is wrong, and what to change.
+
+Reads the composed config only; imports neither verl nor ray, so that it answers before anything expensive starts.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from verl_heddle.options import Options, check
+from verl_heddle.verl_plugin.settings import options_of
+
+GATE = "verl_heddle.verl_plugin.gate"
+
+MODES = {
+    "colocate_async": "its trainer aborts and resumes requests inside a trajectory, which heddle does not follow",
+    "separate_async": "its rollout replicas come and go with the trainer's, which heddle does not follow",
+}
+"""verl's other trainer modes, and why heddle refuses them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """`fatal` stops the run; others are said and the run goes on."""
+
+    fatal: bool
+    text: str
+
+    def __str__(self) -> str:
+        return f"{'error' if self.fatal else 'warning'}: {self.text}"
+
+
+def options_or_none(config: DictConfig) -> Options | None:
+    """The options if they fit the schema."""
+    try:
+        return options_of(config)
+    except OmegaConfBaseException:
+        return None
+
+
+def lint(config: DictConfig) -> list[Finding]:
+    """Findings, fatal ones first."""
+    findings = [Finding(True, text) for text in _options(config)]
+    if not findings:
+        options = options_of(config)
+        findings += [Finding(True, text) for text in _verl(config, options)]
+        findings += [Finding(False, text) for text in _weakened(config, options)]
+    return findings
+
+
+def _get(config: DictConfig, key: str) -> Any:
+    return OmegaConf.select(config, key, throw_on_missing=False)
+
+
+def _options(config: DictConfig) -> list[str]:
+    try:
+        options = options_of(config)
+    except OmegaConfBaseException as error:
+        return [" ".join(str(error).split())]
+    return check(options)
+
+
+def _verl(config: DictConfig, options: Options) -> list[str]:
+    problems = []
+    plugins = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto").strip().lower()
+    if plugins != "auto" and "heddle" not in (name.strip() for name in plugins.split(",")):
+        problems.append(f"VERL_USE_EXTERNAL_PLUGINS={plugins} keeps verl from loading heddle: unset it, or add heddle to the list")
+    if not _get(config, "trainer.use_v1"):
+        problems.append("heddle needs verl's v1 trainer: set trainer.use_v1=true")
+    mode = _get(config, "trainer.v1.trainer_mode")
+    if mode != "sync":
+        why = MODES.get(mode, "heddle does not know it")
+        problems.append(f"trainer.v1.trainer_mode={mode} is not supported ({why}): set trainer.v1.trainer_mode=sync or drop the flag")
+    rollout = "actor_rollout_ref.rollout"
+    if _get(config, f"{rollout}.name") != "vllm":
+        name = _get(config, f"{rollout}.name") or "(not set)"
+        problems.append(f"heddle runs on vLLM, but {rollout}.name={name}: set {rollout}.name=vllm or drop the flag")
+    priority = options.priority.enable and not options.observe
+    if priority and _get(config, f"{rollout}.scheduling_policy") != "priority":
+        policy = _get(config, f"{rollout}.scheduling_policy")
+        problems.append(
+            f"heddle.priority.enable=true needs {rollout}.scheduling_policy=priority, but it is {policy}: set one of them accordingly"
+        )
+    folder = str(_get(config, "heddle.trace.dir"))
+    if options.trace.enable and not _writable(folder):
+        problems.append(f"heddle.trace.dir={folder} cannot be written: name another folder, or set heddle.trace.enable=false")
+    return problems
+
+
+def _weakened(config: DictConfig, options: Options) -> list[str]:
+    rollout = "actor_rollout_ref.rollout"
+    warnings = []
+    expected = {
+        f"{rollout}.agent.agent_loop_manager_class": (f"{GATE}.AgentLoopManager", "heddle does nothing"),
+        "trainer.v1.sampler.custom_sampler.path": (f"pkg://{GATE}", "no heddle metrics, no trace, verl's 2 s poll"),
+    }
+    for key, (value, consequence) in expected.items():
+        if _get(config, key) != value:
+            warnings.append(f"{key} is not heddle's: {consequence}")
+    if not str(_get(config, f"{rollout}.router_config_path")).endswith("verl_plugin/router.yaml"):
+        warnings.append(f"{rollout}.router_config_path is not heddle's: heddle does nothing")
+    if _get(config, f"{rollout}.disable_log_stats"):
+        warnings.append(f"{rollout}.disable_log_stats=true: queueing cannot be told from generation, preemptions are not counted")
+    if _get(config, f"{rollout}.disaggregation.enabled"):
+        warnings.append(f"{rollout}.disaggregation.enabled=true: queueing cannot be told from generation, preemptions are not counted")
+    return warnings
+
+
+def _writable(folder: str) -> bool:
+    """Whether the folder, or the nearest parent that exists, takes new files."""
+    path = os.path.abspath(folder)
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    return os.path.isdir(path) and os.access(path, os.W_OK)

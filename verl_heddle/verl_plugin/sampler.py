@@ -1,0 +1,91 @@
+"""The replay buffer: verl's own, looked at more often, and the place where a step's records become metrics and trace lines.
+
+verl calls `sample` in the task runner when it wants the step's batch, and logs whatever numbers come back with it; that is the one way into
+W&B that needs no patch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from typing import Any
+
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
+
+from verl_heddle.options import Options
+from verl_heddle.report.attribution import step_metrics, with_batch_wait
+from verl_heddle.traces.recorder import append
+from verl_heddle.verl_plugin import agent_loop
+from verl_heddle.verl_plugin.settings import options_of
+from verl_heddle.verl_plugin.stock import buffer_arguments
+from verl_heddle.verl_plugin.voice import say_once
+
+PREFIX = "heddle/"
+
+
+class _Watch:
+    """Turns what the workers recorded into metrics and trace lines. Its failures are counted, never raised."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self.failures = 0
+        self._before: Counter[str] = Counter()
+
+    def step(self, partition_id: str) -> dict[str, float]:
+        """Collect everything recorded since the last call; metrics of the training trajectories if `partition_id` is "train"."""
+        metrics: dict[str, float] = {}
+        try:
+            if agent_loop.MANAGER is not None:
+                metrics = self._step(agent_loop.MANAGER, partition_id)
+        except Exception as error:
+            self.failures += 1
+            say_once(f"metrics of a step are lost ({type(error).__name__}: {error})")
+        if partition_id == "train":
+            metrics[PREFIX + "metrics_failures"] = self.failures
+        return metrics
+
+    def _step(self, manager: Any, partition_id: str) -> dict[str, float]:
+        records, counts = manager.collect()
+        records = with_batch_wait(records)
+        if self._options.trace.enable and records:
+            append(os.path.join(self._options.trace.dir, "trace.jsonl"), records)
+        if partition_id != "train":
+            return {}
+        train = [record for record in records if not record.meta["validate"]]
+        metrics = step_metrics(train, list(manager.servers)) if train else {}
+        news = counts - self._before
+        self._before = counts
+        metrics["fallbacks/total"] = sum(news.values())
+        metrics |= {f"fallbacks/{name}": count for name, count in news.items()}
+        return {PREFIX + name: float(value) for name, value in metrics.items()}
+
+
+class _Heddle:
+    """Mix-in over one of verl's buffers."""
+
+    def __init__(self, trainer_mode: str, sampler_kwargs: Any, **kwargs: Any) -> None:
+        ours = sampler_kwargs["heddle"]
+        options = options_of({"heddle": ours["options"]})
+        arguments = buffer_arguments(trainer_mode, ours)
+        super().__init__(
+            trainer_mode=trainer_mode, sampler_kwargs=sampler_kwargs, poll_interval=options.poll_interval_s, **arguments, **kwargs
+        )
+        self._watch = _Watch(options)
+
+    def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[Any, dict]:
+        batch, metrics = super().sample(global_steps, partition_id, batch_size)  # type: ignore[misc]
+        return batch, metrics | self._watch.step(partition_id)
+
+
+class HeddleReplayBuffer(_Heddle, ReplayBuffer):
+    """For `trainer_mode=sync`."""
+
+
+class HeddleReplayBufferAsync(_Heddle, ReplayBufferAsync):
+    """For the asynchronous modes."""
+
+
+def heddle_sampler(trainer_mode: str, **kwargs: Any) -> Any:
+    """What verl calls as the custom sampler's class."""
+    cls = HeddleReplayBuffer if trainer_mode == "sync" else HeddleReplayBufferAsync
+    return cls(trainer_mode=trainer_mode, **kwargs)

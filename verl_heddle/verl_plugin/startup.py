@@ -1,0 +1,67 @@
+"""What happens on the user's console before Ray starts: the configuration is checked, and one banner line says what is on.
+
+Both classes are Hydra callbacks, set by the flag's YAML. Hydra turns a callback's exceptions into warnings, so bad configuration leaves by
+`SystemExit`.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import metadata
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+import verl_heddle
+from verl_heddle.options import Options
+from verl_heddle.verl_plugin import lint
+from verl_heddle.verl_plugin.voice import say
+
+EXIT_BAD_CONFIG = 2
+
+
+class Startup(Callback):
+    """Check, then announce."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        findings = lint.lint(config)
+        for finding in findings:
+            say(str(finding))
+        if any(finding.fatal for finding in findings):
+            raise SystemExit(EXIT_BAD_CONFIG)
+        say(banner(config))
+
+
+class Machine(Callback):
+    """Give the driver the environment that Ray's runtime_env gives every other process."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        variables = OmegaConf.select(config, "ray_kwargs.ray_init.runtime_env.env_vars") or {}
+        os.environ.update({name: str(value) for name, value in variables.items()})
+        if os.environ.get("VERL_PLATFORM") == "cpu":
+            from verl_heddle.verl_plugin import cpu_platform
+
+            cpu_platform.select_here()
+
+
+def banner(config: DictConfig) -> str:
+    """One line: versions, what is on, where the trace goes."""
+    options: Options = lint.options_or_none(config) or Options()
+    parts = []
+    if options.observe:
+        parts.append("observing only, verl's own rules decide")
+    else:
+        parts.append("placement: verl's rule (sticky, least in-flight)")
+        parts.append("priority: longest predicted first" if options.priority.enable else "priority: off")
+    parts.append(f"poll: {options.poll_interval_s:g} s")
+    parts.append(f"trace: {options.trace.dir}/trace.jsonl" if options.trace.enable else "trace: off")
+    found = ", ".join(f"{name} {_version(name)}" for name in ("verl", "vllm", "ray"))
+    return f"{verl_heddle.__version__} on ({found}); " + "; ".join(parts)
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "missing"

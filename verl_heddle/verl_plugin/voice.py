@@ -1,0 +1,19 @@
+"""How the plugin speaks: one line on stderr, where verl's log levels cannot hide it, and never the same line twice in a process."""
+
+from __future__ import annotations
+
+import sys
+
+_said: set[str] = set()
+
+
+def say(text: str) -> None:
+    """Print `heddle: <text>` now. Ray forwards a worker's stderr to the driver's console."""
+    print("heddle:", " ".join(text.split()), file=sys.stderr, flush=True)
+
+
+def say_once(text: str) -> None:
+    """`say`, unless this process has said it before."""
+    if text not in _said:
+        _said.add(text)
+        say(text)

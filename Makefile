@@ -28,9 +28,9 @@ test-fast: venv  ## all tests without Ray and engines
 test-e2e: venv  ## real verl, real vLLM engines, real Ray
 	@$(PY) -m pytest -m e2e
 
-test-pins:  ## the contract tests against the vLLM that verl pins for GPUs (0.24.0), in .venv-pins
+test-pins:  ## contract and engine tests against the vLLM that verl pins for GPUs (0.24.0), in .venv-pins
 	@envs/setup.sh cpu-pins .venv-pins
-	@.venv-pins/bin/python -m pytest tests/contract
+	@.venv-pins/bin/python -m pytest tests/contract tests/e2e/test_engine.py
 
 docs: venv  ## write docs/configuration.md from the code
 	@.venv/bin/verl-heddle overrides --markdown >docs/configuration.md

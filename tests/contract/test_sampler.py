@@ -86,3 +86,38 @@ def test_lost_metrics_are_counted_not_raised(monkeypatch, capsys):
     assert watch.step("val") == {}
     assert watch.step("train") == {"heddle/metrics_failures": 3}
     assert capsys.readouterr().err.count("OSError") == 1
+
+
+def test_a_full_disk_costs_the_trace_not_the_metrics(monkeypatch, tmp_path, capsys):
+    from collections import Counter
+
+    from verl_heddle.options import Options, Trace
+    from verl_heddle.verl_plugin import agent_loop
+    from verl_heddle.verl_plugin.sampler import _Watch
+
+    class Manager:
+        servers = ("r0",)
+
+        def collect(self):
+            return [recorded()], Counter(fallback_router=3)
+
+    monkeypatch.setattr(agent_loop, "MANAGER", Manager())
+    good = _Watch(Options(trace=Trace(dir=str(tmp_path), workload="w")))
+    metrics = good.step("train")
+    assert metrics["heddle/trajectories"] == 1 and metrics["heddle/fallbacks/total"] == 3 and metrics["heddle/metrics_failures"] == 0
+    assert good.step("train")["heddle/fallbacks/total"] == 0, "counted in the step they happened in"
+    assert len((tmp_path / "trace.jsonl").read_text().splitlines()) == 2
+    full = _Watch(Options(trace=Trace(dir="/dev/full/x", workload="w")))
+    metrics = full.step("train")
+    assert metrics["heddle/trajectories"] == 1 and metrics["heddle/metrics_failures"] == 1
+    assert "trace lines of a step are lost" in capsys.readouterr().err
+
+
+def recorded():
+    from verl_heddle.traces.recorder import Recorder
+    from verl_heddle.trajectory import Decision, Outcome, Reason, TrajectoryId
+
+    recorder = Recorder(TrajectoryId("p", "u", 0, 1), 0.0, 100.0)
+    recorder.turn_asked(0.1)
+    recorder.turn_done(10, 5, Decision("r0", 0, Reason.STICKY), 0.1, 0.2, 1.0, None)
+    return recorder.finish(Outcome.FINISHED, 1.0, 101.0, "verl", "w", None)

@@ -43,20 +43,21 @@ class Arm:
 
 
 def read_arm(name: str, trace: str | os.PathLike[str]) -> Arm:
-    """Metrics of each training step of a recorded run.
+    """Metrics of each training step of a recorded run; a step that was recorded again (resumed, repeated) counts as in its latest run.
 
     Raises:
         TraceError: there is no such trace or it is damaged.
         ValueError: it holds no training trajectory.
     """
-    steps: dict[int, list[Trajectory]] = defaultdict(list)
+    steps: dict[int, dict[str, list[Trajectory]]] = defaultdict(lambda: defaultdict(list))
     for trajectory in read(trace):
         if not trajectory.meta.get("validate"):
-            steps[trajectory.meta["step"]].append(trajectory)
+            steps[trajectory.meta["step"]][trajectory.meta.get("run", "")].append(trajectory)
     if not steps:
         raise ValueError(f"{trace}: no training trajectories")
     metrics = []
-    for _, trajectories in sorted(steps.items()):
+    for _, runs in sorted(steps.items()):
+        trajectories = runs[max(runs)]
         rewards = [item.reward for item in trajectories if item.reward is not None]
         metrics.append(step_metrics(trajectories) | {"reward": mean(rewards) if rewards else float("nan")})
     return Arm(name, tuple(metrics))

@@ -7,6 +7,7 @@ W&B that needs no patch.
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
 from typing import Any
 
@@ -28,6 +29,7 @@ class _Watch:
 
     def __init__(self, options: Options) -> None:
         self._options = options
+        self._run = time.strftime("%Y%m%d-%H%M%S")
         self.failures = 0
         self._before: Counter[str] = Counter()
 
@@ -38,8 +40,7 @@ class _Watch:
             if agent_loop.MANAGER is not None:
                 metrics = self._step(agent_loop.MANAGER, partition_id)
         except Exception as error:
-            self.failures += 1
-            say_once(f"metrics of a step are lost ({type(error).__name__}: {error})")
+            self._failed("metrics", error)
         if partition_id == "train":
             metrics[PREFIX + "metrics_failures"] = self.failures
         return metrics
@@ -47,8 +48,13 @@ class _Watch:
     def _step(self, manager: Any, partition_id: str) -> dict[str, float]:
         records, counts = manager.collect()
         records = with_batch_wait(records)
+        for record in records:
+            record.meta["run"] = self._run
         if self._options.trace.enable and records:
-            append(os.path.join(self._options.trace.dir, "trace.jsonl"), records)
+            try:
+                append(os.path.join(self._options.trace.dir, "trace.jsonl"), records)
+            except Exception as error:
+                self._failed("trace lines", error)
         if partition_id != "train":
             return {}
         train = [record for record in records if not record.meta["validate"]]
@@ -58,6 +64,10 @@ class _Watch:
         metrics["fallbacks/total"] = sum(news.values())
         metrics |= {f"fallbacks/{name}": count for name, count in news.items()}
         return {PREFIX + name: float(value) for name, value in metrics.items()}
+
+    def _failed(self, what: str, error: Exception) -> None:
+        self.failures += 1
+        say_once(f"{what} of a step are lost ({type(error).__name__}: {error})")
 
 
 class _Heddle:

@@ -1,0 +1,158 @@
+"""What is simulated: steps of trajectories, from a trace or invented, and what heddle has seen before them.
+
+Heddle learns from history, and a first epoch has none; a forecast for a run of many epochs must not judge it cold. So every draw comes with
+an epoch `before`:
+
+- a generated workload: as many other samples of the same prompts, drawn independently;
+- a trace: the trace itself, cross-fitted. Each prompt's trajectories are dealt into two halves, and what one half did is the history of
+  the other (`verl_heddle.report.play`). Nobody is predicted from himself; a history of half a group is less than a real epoch leaves.
+
+A seed is one draw. With a generated workload it draws other trajectories; with a trace these are given, and the seed draws the order in
+which prompts are submitted (seed 0: as recorded) and the routers' tie-breaks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from random import Random
+from typing import Any
+
+from verl_heddle.traces import TraceError, generate, read, replayable
+from verl_heddle.trajectory import Trajectory
+
+Step = tuple[Trajectory, ...]
+"""The trajectories of one RL step, in the order of submission."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One seed's steps, and the steps before them. With `crossed`, `before` holds the same trajectories."""
+
+    seed: int
+    steps: tuple[Step, ...]
+    before: tuple[Step, ...] = ()
+    crossed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where draws come from, for reports: `name`, `about` (JSON-ready facts) and `notes` (one plain line each)."""
+
+    name: str
+    draws: tuple[Draw, ...]
+    about: dict[str, Any]
+    notes: tuple[str, ...] = field(default=())
+
+
+def generated(workload: str, prompts: int, samples: int, seeds: Sequence[int], cold: bool = False, **parameters: Any) -> Source:
+    """Draws of an invented workload, `prompts` x `samples` trajectories each, one step; `parameters` as in `traces.generate`.
+
+    Raises:
+        TraceError: unknown workload, or a number out of range.
+    """
+    draws = []
+    for seed in seeds:
+        both = generate(workload, prompts, samples if cold else 2 * samples, seed=seed, **parameters)
+        now = tuple(item for item in both if int(item.trial) < samples)
+        seen = tuple(item for item in both if int(item.trial) >= samples)
+        draws.append(Draw(seed, (now,), (seen,) if seen else ()))
+    about = {"workload": workload, "trace": None, "steps": 1, "prompts": prompts, "samples": samples}
+    history = "none (first epoch)" if cold else "one epoch: other samples of the same prompts"
+    return Source(f"{workload} (synthetic)", tuple(draws), about | {"history": history})
+
+
+def recorded(
+    path: str | os.PathLike[str],
+    seeds: Sequence[int],
+    step: int | None = None,
+    prompts: int | None = None,
+    samples: int | None = None,
+    cold: bool = False,
+) -> Source:
+    """Draws of a trace: its training steps, or one of them; at most the first `prompts` of a step and the first `samples` of a prompt.
+
+    A trace without steps is one step. Validation, trajectories without turns and those of unknown length are left out and noted.
+
+    Raises:
+        TraceError: the trace cannot be read, or nothing of it is left.
+    """
+    left: Counter[str] = Counter()
+    by_step: dict[int | None, list[Trajectory]] = defaultdict(list)
+    seen: set[int] = set()
+    for item in read(path):
+        number = item.meta.get("step")
+        number = number if isinstance(number, int) else None
+        if item.meta.get("validate"):
+            left["validation"] += 1
+            continue
+        if number is not None:
+            seen.add(number)
+        if step is not None and number != step:
+            continue
+        if not item.steps or all(turn.output_tokens is None for turn in item.steps):
+            left["of unknown length"] += 1
+            continue
+        left["cancelled"] += item.meta.get("outcome") == "cancelled"
+        by_step[number].append(replayable(item))
+    if step is not None and step not in seen:
+        has = f"steps {', '.join(map(str, sorted(seen)[:20]))}" if seen else "no steps"
+        raise TraceError(f"no training step {step}", allowed=f"this trace has {has}", file=str(path))
+    if not by_step:
+        raise TraceError("no training trajectory of known length", allowed="at least one", file=str(path))
+    steps = tuple(_limited(by_step[number], prompts, samples) for number in sorted(by_step, key=lambda key: -1 if key is None else key))
+    draws = [_shuffled(steps, seed, cold) for seed in seeds]
+    groups = [len({item.prompt_id for item in one}) for one in steps]
+    about = {
+        "workload": steps[0][0].workload,
+        "trace": os.path.basename(os.fspath(path)),
+        "steps": len(steps),
+        "prompts": round(sum(groups) / len(groups), 1),
+        "samples": round(sum(map(len, steps)) / sum(groups), 1),
+        "history": "none (first epoch)" if cold else "one epoch: half of each prompt's trajectories teaches about the other half",
+    }
+    return Source(f"{about['trace']}" + ("" if step is None else f", step {step}"), tuple(draws), about, tuple(_notes(left)))
+
+
+def _limited(items: list[Trajectory], prompts: int | None, samples: int | None) -> Step:
+    """The first of the groups; trials are numbered anew where a step visited a prompt twice, as the simulator tells them apart by trial."""
+    trials: dict[str, list[str]] = defaultdict(list)
+    for item in items:
+        trials[item.prompt_id].append(str(item.trial))
+    twice = {name for name, known in trials.items() if len(set(known)) < len(known)}
+    wanted = set(list(trials)[:prompts])
+    taken: Counter[str] = Counter()
+    result = []
+    for item in items:
+        name = item.prompt_id
+        if name in wanted and (samples is None or taken[name] < samples):
+            result.append(replace(item, trial=taken[name]) if name in twice else item)
+            taken[name] += 1
+    return tuple(result)
+
+
+def _shuffled(steps: tuple[Step, ...], seed: int, cold: bool) -> Draw:
+    """Whole prompts in another order, as a data loader deals them; seed 0 as recorded."""
+    before = () if cold else steps
+    if seed:
+        rng = Random(seed)
+        mixed = []
+        for one in steps:
+            order = list(dict.fromkeys(item.prompt_id for item in one))
+            rng.shuffle(order)
+            rank = {name: index for index, name in enumerate(order)}
+            mixed.append(tuple(sorted(one, key=lambda item: rank[item.prompt_id])))
+        steps = tuple(mixed)
+    return Draw(seed, steps, before, crossed=not cold)
+
+
+def _notes(left: Counter[str]) -> list[str]:
+    notes = []
+    for what in ("validation", "of unknown length"):
+        if left[what]:
+            notes.append(f"{left[what]:,} trajectories left out: {what}.")
+    if left["cancelled"]:
+        notes.append(f"{left['cancelled']:,} cancelled trajectories run as long as they had run; how long they wanted to is not known.")
+    return notes

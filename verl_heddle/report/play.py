@@ -1,0 +1,220 @@
+"""One arm on one draw: which policy, what it has seen, and the numbers that come out.
+
+A draw of several steps is played in order by one policy object, as in a run; its numbers are means over the steps, so that a split still
+adds up to the makespan and a throughput is all tokens over all seconds.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from verl_heddle.fleet import Replica
+from verl_heddle.options import Options
+from verl_heddle.orchestrator import Orchestrator
+from verl_heddle.report.draws import Draw, Step
+from verl_heddle.report.setting import Setting
+from verl_heddle.simulate import Bound, Policy, Result, lower_bound, simulate
+from verl_heddle.simulate.baselines import AffinityMargin, DualThreshold, LptOracle, Plas, RoundRobin, Slime, Stock, VerlStar
+from verl_heddle.trajectory import Decision, Outcome, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
+
+TAIL = ("queue_s", "prefill_s", "generate_s", "tool_s", "other_s")
+"""Keys of a tail split, in the order of a turn."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A policy by name. `learns`: it is shown the epoch before. `knows`: it is told the true lengths."""
+
+    title: str
+    make: Callable[[int], Policy] | None = None
+    order: Literal["fcfs", "priority"] = "fcfs"
+    learns: bool = False
+    knows: bool = False
+
+
+RULES: Mapping[str, Rule] = {
+    "stock": Rule("stock verl", Stock),
+    "round_robin": Rule("round-robin", RoundRobin),
+    "slime": Rule("Slime: least load, every turn", Slime),
+    "verl_star": Rule("Verl*: sticky until 32 apart", VerlStar),
+    "dual_threshold": Rule("SGLang dual threshold (verl #6533)", DualThreshold),
+    "affinity_margin": Rule("affinity margin 2 (verl #7435)", AffinityMargin),
+    "plas": Rule("PLAS: least served first (Autellix)", Plas, "priority"),
+    "heddle": Rule("heddle, as released", lambda seed: Orchestrator(Options(seed=seed)), "priority", learns=True),
+    "lpt_oracle": Rule("oracle: longest first, true lengths", order="priority", knows=True),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Last:
+    """The trajectory that ended last, in the step with the longest makespan of the draw. Seconds; `tail` as in `Result.split`."""
+
+    tokens: int
+    turns: int
+    makespan_s: float
+    tail: Mapping[str, float]
+    alone_s: float
+    """What it would take with a replica of the same degree to itself, tools included."""
+
+    @property
+    def shared_s(self) -> float:
+        """Lost to the others on its replica: the rest, once waiting is taken off. Not below 0: a shared prompt can make it faster."""
+        return max(0.0, self.makespan_s - self.tail["queue_s"] - self.alone_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One arm, one draw: means over the draw's steps. `tail` splits the makespan by what the trajectory that ended last was doing."""
+
+    seed: int
+    tp: int
+    makespan_s: float
+    tokens: float
+    tail: Mapping[str, float]
+    migrations: float
+    preemptions: float
+    recomputed_tokens: float
+    idle_share: float
+    queue_share: float
+    """Share of all trajectory time spent waiting for a slot or for KV."""
+    last: Last
+
+    @property
+    def throughput_tok_s(self) -> float:
+        """Generated tokens per second of makespan."""
+        return self.tokens / self.makespan_s
+
+
+def play(name: str, tp: int, setting: Setting, draw: Draw) -> list[Result]:
+    """Simulate the draw's steps under rule `name` on replicas of degree `tp`; results by step.
+
+    Raises:
+        KeyError: there is no such rule.
+        ValueError: what `simulate` does not take.
+    """
+    rule = RULES[name]
+    fleet, engine = setting.fleet(tp), setting.engine(rule.order)
+    policy = rule.make(draw.seed) if rule.make else None
+    halves = _halves(draw.steps) if draw.crossed else []
+    if rule.learns and policy is not None:
+        teach(policy, draw)
+    results = []
+    for number, step in enumerate(draw.steps):
+        decider = policy if policy is not None else LptOracle(step, draw.seed)
+        if rule.learns and halves:
+            decider = CrossFitted(decider, halves[number])
+        results.append(simulate(step, fleet, setting.latency, decider, engine=engine, step=len(draw.before) + number))
+    return results
+
+
+def teach(policy: Policy, draw: Draw) -> None:
+    """Tell a policy how every trajectory of the epoch before ended, which is what the orchestrator learns from.
+
+    Not by simulating that epoch: the router's random tie-breaks would go on from where it left them, and heddle would differ from stock by luck
+    even where its decisions are the same. (A test holds the two ways of teaching against each other.)
+    """
+    halves = _halves(draw.before) if draw.crossed else []
+    for number, step in enumerate(draw.before):
+        for item in step:
+            name = _half_name(item.prompt_id, 1 - halves[number][item.prompt_id, item.trial]) if halves else item.prompt_id
+            identity = TrajectoryId(name, f"{number}:{item.prompt_id}", item.trial, number)
+            policy.trajectory_ended(TrajectoryEnd(identity, Outcome.FINISHED, item.output_tokens, len(item.steps)), 0.0)
+
+
+def bound(setting: Setting, draw: Draw) -> list[Bound]:
+    """The lower bound of each step of the draw, over all layouts."""
+    engine = setting.engine("fcfs")
+    return [
+        lower_bound(
+            step, setting.gpus, setting.latency, setting.bound_tps, slots=setting.slots, kv_tokens=setting.kv_tokens, engine=engine
+        )
+        for step in draw.steps
+    ]
+
+
+def measured(tp: int, setting: Setting, draw: Draw, results: Sequence[Result]) -> Run:
+    """The numbers of one arm on one draw."""
+    number = len(results)
+    rows = [result.summary() for result in results]
+    times = sum(float((result.finish_s - result.start_s).sum()) for result in results)
+    worst = max(results, key=lambda result: result.makespan_s)
+    return Run(
+        seed=draw.seed,
+        tp=tp,
+        makespan_s=sum(result.makespan_s for result in results) / number,
+        tokens=sum(result.tokens for result in results) / number,
+        tail={key: sum(row["last"][key] for row in rows) / number for key in TAIL},
+        migrations=sum(row["migrations"] for row in rows) / number,
+        preemptions=sum(row["preemptions"] for row in rows) / number,
+        recomputed_tokens=sum(row["recomputed_tokens"] for row in rows) / number,
+        idle_share=sum(row["idle_share"] * row["makespan_s"] for row in rows) / sum(row["makespan_s"] for row in rows),
+        queue_share=sum(float(result.queue_s.sum()) for result in results) / times if times > 0 else 0.0,
+        last=_last(tp, setting, worst),
+    )
+
+
+def _last(tp: int, setting: Setting, result: Result) -> Last:
+    item = result.source[result.last]
+    replica = next(one.replica for one in result.replicas if one.replica.tp == tp)
+    alone = simulate([item], [replica], setting.latency, Stock(), engine=setting.engine("fcfs"))
+    return Last(
+        tokens=item.output_tokens,
+        turns=len(item.steps),
+        makespan_s=result.makespan_s,
+        tail=result.split(),
+        alone_s=alone.makespan_s,
+    )
+
+
+def _halves(steps: Sequence[Step]) -> list[dict[tuple[str, int | str], int]]:
+    """Which half each trajectory of each step is in: by turns, over all visits to its prompt."""
+    seen: Counter[str] = Counter()
+    halves = []
+    for step in steps:
+        half = {}
+        for item in step:
+            half[item.prompt_id, item.trial] = seen[item.prompt_id] % 2
+            seen[item.prompt_id] += 1
+        halves.append(half)
+    return halves
+
+
+def _half_name(prompt: str, half: int) -> str:
+    return f"{prompt}|{half}"
+
+
+class CrossFitted:
+    """An orchestrator that knows each prompt as two, so that a trajectory is never predicted from itself.
+
+    In the epoch before, a trajectory of one half spoke for the prompt's other half (`teach`); now each speaks for its own. Everything else
+    passes through unchanged.
+    """
+
+    def __init__(self, inner: Policy, half: Mapping[tuple[str, int | str], int]) -> None:
+        self._inner, self._half = inner, half
+
+    def _known_as(self, identity: TrajectoryId) -> TrajectoryId:
+        return replace(identity, prompt=_half_name(identity.prompt, self._half[identity.prompt, identity.sample]))
+
+    def replicas_added(self, replicas: Iterable[Replica]) -> None:
+        """Pass on."""
+        self._inner.replicas_added(replicas)
+
+    def replicas_removed(self, names: Iterable[str]) -> None:
+        """Pass on."""
+        self._inner.replicas_removed(names)
+
+    def turn_started(self, turn: TurnStart, now: float) -> Decision:
+        """Pass on under the half's name."""
+        return self._inner.turn_started(replace(turn, trajectory=self._known_as(turn.trajectory)), now)
+
+    def turn_finished(self, turn: TurnEnd, now: float) -> Any:
+        """Pass on under the half's name."""
+        return self._inner.turn_finished(replace(turn, trajectory=self._known_as(turn.trajectory)), now)
+
+    def trajectory_ended(self, end: TrajectoryEnd, now: float) -> Any:
+        """Pass on under the half's name."""
+        return self._inner.trajectory_ended(replace(end, trajectory=self._known_as(end.trajectory)), now)

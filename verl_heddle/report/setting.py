@@ -1,0 +1,122 @@
+"""What a question to the simulator is asked about: a model, GPUs, and verl's rollout settings.
+
+Defaults are verl's own (`rollout.yaml` of verl 0.9.1: 256 sequences, 0.5 of the GPU's memory) but for the tensor-parallel degree, where
+the usual choice is the smallest that holds the model, and 2 for a dense 32B (Heddle, arXiv 2603.28101, section 8).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from verl_heddle.fleet import Replica
+from verl_heddle.latency import LatencyModel, load
+from verl_heddle.simulate import DEFAULT_SLOTS, EngineOptions, make_fleet
+from verl_heddle.simulate.workload import most_kv
+from verl_heddle.trajectory import Trajectory
+
+UTILIZATION = 0.5
+"""verl's default `rollout.gpu_memory_utilization`: the trainer shares the GPU."""
+
+USUAL_TP = {"Qwen3-32B on H100": 2, "Qwen3-32B on H200": 2}
+"""Where the usual degree is not the smallest that fits; keys are names of latency models."""
+
+BATCH_TOKENS = 8192
+"""verl's default `rollout.max_num_batched_tokens`."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """`slots` is `max_num_seqs` of a replica, `utilization` vLLM's `gpu_memory_utilization`, `overhead_s` a turn's seconds outside engine
+    and tool. Make it with `setting`, which checks."""
+
+    latency: LatencyModel
+    gpu: str
+    gpus: int
+    tp: int
+    slots: int = DEFAULT_SLOTS
+    utilization: float = UTILIZATION
+    overhead_s: float = 0.0
+
+    @property
+    def model(self) -> str:
+        """Model and GPU as the latency table calls them."""
+        return self.latency.name
+
+    @cached_property
+    def tps(self) -> tuple[int, ...]:
+        """Degrees that hold the model and divide the GPUs, ascending."""
+        return tuple(tp for tp in self.latency.tps if self.gpus % tp == 0 and self.latency.fits(tp, self.utilization))
+
+    @cached_property
+    def bound_tps(self) -> tuple[int, ...]:
+        """Degrees a replica of some layout could have: also those that do not divide the GPUs evenly."""
+        return tuple(tp for tp in self.latency.tps if tp <= self.gpus and self.latency.fits(tp, self.utilization))
+
+    @cached_property
+    def kv_tokens(self) -> Mapping[int, int | None]:
+        """KV tokens of a replica by degree."""
+        return {tp: self.latency.kv_tokens(tp, self.utilization) for tp in self.latency.tps}
+
+    def fleet(self, tp: int) -> list[Replica]:
+        """All GPUs cut into replicas of one degree."""
+        return make_fleet(self.gpus, tp, self.latency, self.slots, self.kv_tokens)
+
+    def engine(self, order: Literal["fcfs", "priority"]) -> EngineOptions:
+        """vLLM's settings; with more slots than verl's token budget the budget grows to it, since vLLM refuses less."""
+        return EngineOptions(order, batch_tokens=max(BATCH_TOKENS, self.slots), turn_overhead_s=self.overhead_s)
+
+    def able(self, trajectories: Sequence[Trajectory]) -> tuple[int, ...]:
+        """Those of `tps` whose replica holds the longest turn.
+
+        Raises:
+            ValueError: the degree asked about does not.
+        """
+        needed = most_kv(trajectories)
+        able = tuple(tp for tp in self.tps if (held := self.kv_tokens[tp]) is None or held >= needed)
+        if self.tp not in able:
+            raise ValueError(
+                f"the longest turn needs {needed:,} KV tokens and a replica of tp={self.tp} holds {self.kv_tokens[self.tp]:,}: "
+                "raise --tp or --gpu-memory-utilization"
+            )
+        return able
+
+
+def setting(
+    model: str,
+    gpu: str,
+    gpus: int,
+    tp: int | None = None,
+    slots: int = DEFAULT_SLOTS,
+    utilization: float = UTILIZATION,
+    overhead_s: float = 0.0,
+) -> Setting:
+    """A `Setting` with the shipped latency table; `tp` None: the usual one.
+
+    Raises:
+        ValueError: no such table, a number out of range, or a degree that does not hold the model or divide the GPUs; one line.
+    """
+    latency = load(gpu, model)
+    if gpus < 1 or slots < 1 or not 0 < utilization <= 1 or not 0 <= overhead_s < 3600:
+        raise ValueError(
+            "--gpus and --slots must be at least 1, --gpu-memory-utilization in (0, 1], --overhead-s from 0 to 3600; "
+            f"got {gpus}, {slots}, {utilization:g}, {overhead_s:g}"
+        )
+    draft = Setting(latency, latency.name.rsplit(" on ", 1)[-1], gpus, 0, slots, utilization, overhead_s)
+    if not draft.tps:
+        raise ValueError(
+            f"{latency.name}: none of the tensor-parallel degrees {', '.join(map(str, latency.tps))} both divides {gpus} GPUs and holds "
+            f"the model in {utilization:g} of their memory: raise --gpu-memory-utilization or change --gpus"
+        )
+    if tp is None:
+        usual = USUAL_TP.get(latency.name, 0)
+        tp = usual if usual in draft.tps else draft.tps[0]
+    if tp not in draft.tps:
+        why = "is not in the table" if tp not in latency.tps else "does not divide the GPUs" if gpus % tp else "does not hold the model"
+        raise ValueError(
+            f"--tp {tp} {why} ({latency.name}, {gpus} GPUs, gpu_memory_utilization {utilization:g}); "
+            f"possible: {', '.join(map(str, draft.tps))}"
+        )
+    return Setting(latency, draft.gpu, gpus, tp, slots, utilization, overhead_s)

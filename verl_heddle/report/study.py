@@ -1,0 +1,181 @@
+"""Several arms over several draws, side by side: the numbers behind `verl-heddle simulate` and `verl-heddle plan`.
+
+Ratios are taken within a draw and then summarised, because draws differ far more than arms do. A summary is the lower median: the value of a
+draw that was really simulated, so that a makespan and its split belong together. A difference counts (`wins`) when it has the same sign in
+every draw and its median is at least `WORTH`; everything else is called chance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import median_low
+from typing import TypeVar
+
+from verl_heddle.report.draws import Source
+from verl_heddle.report.play import RULES, Run
+from verl_heddle.report.pool import Pool, Progress, Wanted
+from verl_heddle.report.setting import Setting
+from verl_heddle.simulate import Bound
+
+T = TypeVar("T")
+
+WORTH = 1.02
+"""Smallest ratio of makespans called a difference: 2 %, about what other tie-breaks of the router move a large step by."""
+
+PEERS = tuple(name for name in RULES if name not in ("stock", "heddle", "lpt_oracle"))
+
+ARMS = ("stock", "stock_best_tp", *PEERS, "heddle", "heddle_best_tp", "lpt_oracle")
+"""Every arm of `study`, in the order of a table."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm over all draws: `runs`, `bounds_s` and `stock` (the baseline's runs) in the order of the draws."""
+
+    name: str
+    title: str
+    rule: str
+    tp: int
+    runs: tuple[Run, ...]
+    bounds_s: tuple[float, ...]
+    stock: tuple[Run, ...]
+
+    @cached_property
+    def typical(self) -> Run:
+        """The run of median makespan."""
+        return median_by(self.runs, lambda run: run.makespan_s)
+
+    @property
+    def makespans_s(self) -> list[float]:
+        """By draw."""
+        return [run.makespan_s for run in self.runs]
+
+    @property
+    def speedups(self) -> list[float]:
+        """Stock's makespan over this arm's, by draw."""
+        return self.ratios(None)
+
+    @property
+    def speedup(self) -> float:
+        """Median over the draws."""
+        return median_low(self.speedups)
+
+    @property
+    def bound_fractions(self) -> list[float]:
+        """Lower bound over makespan, by draw: 1 cannot be beaten."""
+        return [low / run.makespan_s for low, run in zip(self.bounds_s, self.runs, strict=True)]
+
+    @property
+    def bound_fraction(self) -> float:
+        """Median over the draws."""
+        return median_low(self.bound_fractions)
+
+    def ratios(self, over: Row | None) -> list[float]:
+        """Makespan of `over` (None: stock) over this arm's, by draw."""
+        others = self.stock if over is None else over.runs
+        return [other.makespan_s / run.makespan_s for other, run in zip(others, self.runs, strict=True)]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`rows` by name, the first one stock at the user's degree; `bounds` by draw and step."""
+
+    setting: Setting
+    source: Source
+    rows: Mapping[str, Row]
+    bounds: tuple[tuple[Bound, ...], ...]
+
+    @property
+    def stock(self) -> Row:
+        """Stock verl as the user runs it."""
+        return next(iter(self.rows.values()))
+
+    @property
+    def typical(self) -> int:
+        """Index of the draw in which stock's makespan is the median: the one that is told of and drawn."""
+        return self.stock.runs.index(self.stock.typical)
+
+    @property
+    def bound_s(self) -> float:
+        """The bound of that draw, mean over its steps."""
+        return self.stock.bounds_s[self.typical]
+
+    @property
+    def worst_bound(self) -> Bound:
+        """The largest bound of a step of that draw."""
+        return max(self.bounds[self.typical], key=lambda one: one.makespan_s)
+
+
+def wins(ratios: Iterable[float]) -> bool:
+    """Whether ratios of makespans, one per draw, say faster, by enough and not by chance."""
+    values = list(ratios)
+    return min(values) > 1.0 and median_low(values) >= WORTH
+
+
+def loses(ratios: Iterable[float]) -> bool:
+    """Whether they say slower."""
+    return wins(1.0 / ratio for ratio in ratios)
+
+
+def median_by(items: Sequence[T], key: Callable[[T], float]) -> T:
+    """The item whose key is the lower median; the first of equals."""
+    middle = median_low(key(item) for item in items)
+    return next(item for item in items if key(item) == middle)
+
+
+def study(setting: Setting, source: Source, arms: Sequence[str], jobs: int | None = None, progress: Progress | None = None) -> Answer:
+    """Simulate `arms` (names of `ARMS`; stock always comes along): rules at the user's degree, and stock and heddle at stock's best.
+
+    Raises:
+        ValueError: an unknown arm, or a replica of the user's degree that does not hold the longest turn.
+    """
+    if unknown := [name for name in arms if name not in ARMS]:
+        raise ValueError(f"unknown arm {unknown[0]!r}; there are {', '.join(ARMS)}")
+    able = _able(setting, source)
+    names = [name for name in ARMS if name == "stock" or name in arms]
+    wanted: list[Wanted] = [(name, setting.tp) for name in names if name in RULES]
+    if any(name.endswith("_best_tp") for name in names):
+        wanted += [("stock", tp) for tp in able if tp != setting.tp]
+    later = "heddle_best_tp" in names
+    with Pool(setting, source.draws, len(wanted) + later + 1, jobs, progress) as pool:
+        bounds, runs = pool.bounds(), pool.runs(wanted)
+        best = min((tp for name, tp in wanted if name == "stock"), key=lambda tp: (_median_s(runs["stock", tp]), tp))
+        if later and ("heddle", best) not in runs:
+            runs |= pool.runs([("heddle", best)])
+    at = {name: (name, setting.tp) if name in RULES else (name.removesuffix("_best_tp"), best) for name in names}
+    return Answer(setting, source, _rows(at, runs, bounds, setting.tp), bounds)
+
+
+def ranking(setting: Setting, source: Source, jobs: int | None = None, progress: Progress | None = None) -> Answer:
+    """Simulate stock and heddle at every degree that works; rows `stock`, then `stock_tp<n>` and `heddle_tp<n>`, fastest first.
+
+    Raises:
+        ValueError: a replica of the user's degree does not hold the longest turn.
+    """
+    wanted: list[Wanted] = [(rule, tp) for rule in ("stock", "heddle") for tp in _able(setting, source)]
+    with Pool(setting, source.draws, len(wanted) + 1, jobs, progress) as pool:
+        bounds, runs = pool.bounds(), pool.runs(wanted)
+    order = sorted(wanted, key=lambda arm: (_median_s(runs[arm]), wanted.index(arm)))  # of equals stock, then the smaller degree
+    at = {"stock": ("stock", setting.tp)} | {f"{rule}_tp{tp}": (rule, tp) for rule, tp in order}
+    return Answer(setting, source, _rows(at, runs, bounds, setting.tp), bounds)
+
+
+def _able(setting: Setting, source: Source) -> tuple[int, ...]:
+    return setting.able([item for draw in source.draws for step in draw.steps for item in step])
+
+
+def _median_s(runs: Sequence[Run]) -> float:
+    return median_low(run.makespan_s for run in runs)
+
+
+def _rows(
+    at: Mapping[str, Wanted], runs: Mapping[Wanted, tuple[Run, ...]], bounds: tuple[tuple[Bound, ...], ...], tp: int
+) -> dict[str, Row]:
+    lows = tuple(sum(one.makespan_s for one in steps) / len(steps) for steps in bounds)
+    titles = {"stock_best_tp": "stock verl at its best fixed tp", "heddle_best_tp": "heddle at that tp"}
+    return {
+        name: Row(name, titles.get(name, RULES[rule].title), rule, degree, runs[rule, degree], lows, runs["stock", tp])
+        for name, (rule, degree) in at.items()
+    }

@@ -1,0 +1,46 @@
+"""A simulated cluster that drives the same `Orchestrator` as the real one.
+
+    from verl_heddle.latency import load
+    from verl_heddle.orchestrator import Orchestrator
+    from verl_heddle.simulate import make_fleet, simulate
+    latency = load("h200", "Qwen3-8B")
+    result = simulate(trajectories, make_fleet(64, 1, latency), latency, Orchestrator(Options()))
+    result.makespan_s, result.split()
+
+Modelled: continuous batching in virtual time, slots, KV capacity with vLLM's preemption and recomputation, prefix cache over turns and over
+a group's prompt, chunked prefill that slows decoding, tools, groups, early stop, moves, pre-warming, outages, fleet changes.
+Not modelled: sampling (lengths are given), CPU and RPC time other than one constant per turn, network and KV transfer, pipeline and data
+parallelism inside a replica, speculative decoding, block-granular KV capacity.
+"""
+
+from verl_heddle.simulate.arms import PRIORITY, Arm, best, fixed_tp_arms, peer_arms, run_arms
+from verl_heddle.simulate.bound import Bound, lower_bound
+from verl_heddle.simulate.layouts import DEFAULT_SLOTS, make_fleet
+from verl_heddle.simulate.options import EngineOptions, FleetChange, Outage
+from verl_heddle.simulate.policy import Action, Cancel, Latency, Policy, Prewarm
+from verl_heddle.simulate.result import ReplicaResult, Result
+from verl_heddle.simulate.run import simulate
+
+__all__ = [
+    "DEFAULT_SLOTS",
+    "PRIORITY",
+    "Action",
+    "Arm",
+    "Bound",
+    "Cancel",
+    "EngineOptions",
+    "FleetChange",
+    "Latency",
+    "Outage",
+    "Policy",
+    "Prewarm",
+    "ReplicaResult",
+    "Result",
+    "best",
+    "fixed_tp_arms",
+    "lower_bound",
+    "make_fleet",
+    "peer_arms",
+    "run_arms",
+    "simulate",
+]

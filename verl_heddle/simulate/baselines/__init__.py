@@ -1,0 +1,27 @@
+"""The peers' rules, each one file with its source; all of them are `verl_heddle.simulate.Policy`.
+
+`FCFS` against priority inside the replica is not a policy but `EngineOptions.order`.
+"""
+
+from verl_heddle.simulate.baselines.affinity_margin import AffinityMargin
+from verl_heddle.simulate.baselines.base import Peer, PeerReason
+from verl_heddle.simulate.baselines.dual_threshold import DualThreshold
+from verl_heddle.simulate.baselines.lpt_oracle import LptOracle
+from verl_heddle.simulate.baselines.plas import Plas
+from verl_heddle.simulate.baselines.round_robin import RoundRobin
+from verl_heddle.simulate.baselines.slime import Slime
+from verl_heddle.simulate.baselines.stock import Stock
+from verl_heddle.simulate.baselines.verl_star import VerlStar
+
+__all__ = [
+    "AffinityMargin",
+    "DualThreshold",
+    "LptOracle",
+    "Peer",
+    "PeerReason",
+    "Plas",
+    "RoundRobin",
+    "Slime",
+    "Stock",
+    "VerlStar",
+]

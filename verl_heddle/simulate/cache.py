@@ -1,0 +1,118 @@
+"""The KV cache of one replica: what running requests hold, and what is left over from earlier ones (vLLM's automatic prefix cache).
+
+Law: tokens are either in use (a running request refers to them) or held (nobody does, but a later request may find them). Held
+tokens are free space: they are evicted, least recently released first and from the end of each prefix, as soon as in use + held
+exceeds the capacity. A trajectory's own tokens are one entry, the shared prompt of a group is another, counted once however many
+use it. An own entry is of use only under its whole prompt. Invariants: `in_use` >= 0, `held` >= 0; after every call in use + held
+<= capacity whenever in use <= capacity. Source: vLLM `v1/core/kv_cache_manager.py` and `block_pool.py` (free queue in LRU order,
+tail blocks first). Cost: O(1) per call, amortised.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from verl_heddle.simulate.workload import Request
+
+
+class PrefixCache:
+    """`capacity` in tokens (None: unlimited), reuse in whole blocks of `block` tokens, none at all without `enabled`."""
+
+    __slots__ = ("_enabled", "_free", "_users", "block", "capacity", "held", "in_use")
+
+    def __init__(self, capacity: int | None, block: int, enabled: bool) -> None:
+        self.capacity = capacity
+        self.block = block
+        self.in_use = 0
+        """Tokens that running requests refer to; the engine adds what they generate."""
+        self.held = 0
+        self._enabled = enabled
+        self._free: OrderedDict[int, int] = OrderedDict()
+        """Held tokens: by trajectory number, or by ~group for a shared prompt; oldest release first."""
+        self._users: dict[int, int] = {}
+        """Running requests by group, where they share a prompt."""
+
+    def hit(self, request: Request) -> int:
+        """Leading tokens of the request's context that need no prefill; at least one token is always computed."""
+        if not self._enabled:
+            return 0
+        shared, group = request.shared, request.trajectory.group
+        found = shared
+        if shared and group not in self._users:
+            found = self._free.get(~group, 0)
+        if found == shared:
+            found += self._free.get(request.trajectory.index, 0)
+        block = self.block
+        return min(found, request.context - 1) // block * block
+
+    def need(self, request: Request) -> int:
+        """Tokens by which `in_use` would grow if the request took a slot."""
+        shared = request.shared
+        return request.context - shared if shared and request.trajectory.group in self._users else request.context
+
+    def acquire(self, request: Request) -> None:
+        """The request takes a slot: its whole context is in use."""
+        free = self._free
+        self.held -= free.pop(request.trajectory.index, 0)
+        shared = request.shared
+        self.in_use += request.context - shared
+        if shared:
+            group = request.trajectory.group
+            users = self._users.get(group, 0)
+            if not users:
+                self.held -= free.pop(~group, 0)
+                self.in_use += shared
+            self._users[group] = users + 1
+        self.evict()
+
+    def release(self, request: Request, computed: int) -> None:
+        """The request leaves its slot (its `context` updated before); the first `computed` tokens have their KV here."""
+        shared, state = request.shared, request.trajectory
+        self.in_use -= request.context - shared
+        computed = computed // self.block * self.block if self._enabled else 0
+        if computed > shared and shared == state.shared:
+            self._hold(state.index, computed - shared)
+        if shared:
+            users = self._users[state.group] - 1
+            if users:
+                self._users[state.group] = users
+            else:
+                del self._users[state.group]
+                self.in_use -= shared
+                self._hold(~state.group, min(shared, computed))
+        self.evict()
+
+    def trim(self, state_index: int, own_tokens: int) -> None:
+        """The trajectory's context changed: at most `own_tokens` of what is held beyond its prompt are still its prefix."""
+        entry = self._free.get(state_index)
+        if entry is not None and entry > own_tokens:
+            kept = max(0, own_tokens) // self.block * self.block
+            self._free[state_index] = kept
+            self.held -= entry - kept
+
+    def clear(self) -> None:
+        """Forget everything that is not in use."""
+        self._free.clear()
+        self.held = 0
+
+    def evict(self) -> None:
+        """Make room: drop held tokens, oldest first, until everything fits or nothing is held."""
+        if self.capacity is None:
+            return
+        over = self.in_use + self.held - self.capacity
+        free = self._free
+        while over > 0 and free:
+            key = next(iter(free))
+            entry = free[key]
+            lost = min(entry, -(-over // self.block) * self.block)
+            if lost == entry:
+                del free[key]
+            else:
+                free[key] = entry - lost
+            self.held -= lost
+            over -= lost
+
+    def _hold(self, key: int, tokens: int) -> None:
+        self.held += tokens - self._free.pop(key, 0)
+        if tokens:
+            self._free[key] = tokens

@@ -1,0 +1,290 @@
+"""The simulated cluster: trajectories alternate between a replica and their tools, and a policy says which replica.
+
+Law: a discrete-event loop. An event is a trajectory that wants its next turn (or ends), a replica's next step boundary, or a
+change of the fleet. Simultaneous events: fleet changes first, then trajectories, then replicas, each in the order they were
+scheduled; so a replica starts a step knowing everybody who came at that instant. The policy is told of simulated time only.
+Invariants: every `turn_started` gets one `turn_finished`; every trajectory one `trajectory_ended`; after it nothing of it is in
+an engine. Cost: O(log n) per event, about five events per turn; plus what the policy costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from heapq import heappop, heappush
+from itertools import count
+from math import inf, nan
+from typing import Any
+
+from verl_heddle.fleet import Replica
+from verl_heddle.simulate.engine import Engine
+from verl_heddle.simulate.options import EngineOptions, FleetChange, Outage
+from verl_heddle.simulate.policy import Action, Cancel, Latency, Policy
+from verl_heddle.simulate.records import TurnLog
+from verl_heddle.simulate.workload import Request, TrajectoryState
+from verl_heddle.trajectory import Outcome, TrajectoryEnd, TurnEnd, TurnStart
+
+CHANGE, TURN, WAKE = 0, 1, 2
+"""Kinds of events, in the order in which simultaneous ones happen."""
+
+
+class Cluster:
+    """One simulation: `schedule` changes, `run` once, then read `engines`, `log` and the states given."""
+
+    def __init__(
+        self, fleet: Sequence[Replica], latency: Latency, policy: Policy, options: EngineOptions, work: Sequence[TrajectoryState]
+    ) -> None:
+        self.engines: list[Engine] = []
+        self.log = TurnLog()
+        self.migrations = 0
+        """Turns placed on another replica than the trajectory's turn before."""
+        self._latency = latency
+        self._policy = policy
+        self._options = options
+        self._overhead_s = options.turn_overhead_s
+        self._work = work
+        self._by_key = {state.key: state for state in work}
+        self._by_name: dict[str, Engine] = {}
+        self._events: list[tuple[float, int, int, Any]] = []
+        self._number = count()
+        if not fleet:
+            raise ValueError("the fleet is empty")
+        self._add(fleet)
+
+    # --- the fleet --------------------------------------------------------------------------------------------------------
+
+    def _add(self, fleet: Iterable[Replica], paused: bool = False) -> list[Engine]:
+        fresh = []
+        for replica in fleet:
+            if replica.name in self.log.replicas:
+                raise ValueError(f"two replicas are named {replica.name!r}")
+            engine = Engine(replica, self._latency, self._options, len(self.engines))
+            engine.paused = paused
+            self.engines.append(engine)
+            self._by_name[replica.name] = engine
+            self.log.replicas.append(replica.name)
+            fresh.append(engine)
+        self._policy.replicas_added([engine.replica for engine in fresh])
+        return fresh
+
+    def schedule(self, changes: Iterable[Outage | FleetChange]) -> None:
+        """Put outages and fleet changes into the calendar.
+
+        Raises:
+            ValueError: an interval ends before it begins, or begins before 0.
+        """
+        for change in changes:
+            if isinstance(change, Outage):
+                if not 0 <= change.start_s < change.end_s < inf:
+                    raise ValueError(f"an outage needs 0 <= start_s < end_s, got {change}")
+                self._at(change.start_s, CHANGE, partial(self._outage, change, True))
+                self._at(change.end_s, CHANGE, partial(self._outage, change, False))
+            else:
+                if not (0 <= change.at_s < inf and change.ready_s < inf):
+                    raise ValueError(f"a fleet change needs finite times from 0, got {change}")
+                self._at(change.at_s, CHANGE, partial(self._change, change))
+
+    def _outage(self, outage: Outage, begins: bool, now: float) -> None:
+        engine = self._by_name.get(outage.replica)
+        if engine is None:
+            raise ValueError(f"outage of replica {outage.replica!r}, which is not in the fleet")
+        if begins:
+            engine.pause(now, outage.keep_cache)
+        else:
+            engine.resume(now)
+        self._wake_later(engine)
+
+    def _change(self, change: FleetChange, now: float) -> None:
+        late = change.ready_s > now
+        for engine in self._add(change.add, paused=late):
+            if late:
+                self._at(change.ready_s, CHANGE, partial(self._ready, engine))
+        leaving = []
+        for name in change.remove:
+            if name not in self._by_name:
+                raise ValueError(f"cannot remove replica {name!r}: it is not in the fleet")
+            leaving.append(self._by_name.pop(name))
+        self._policy.replicas_removed(change.remove)
+        for engine in leaving:
+            for request in engine.drain(now):
+                self._left(request, now)
+            self._wake_later(engine)
+
+    def _ready(self, engine: Engine, now: float) -> None:
+        engine.resume(now)
+        self._wake_later(engine)
+
+    # --- the loop ---------------------------------------------------------------------------------------------------------
+
+    def _at(self, time: float, kind: int, what: Any) -> None:
+        heappush(self._events, (time, kind, next(self._number), what))
+
+    def _wake_later(self, engine: Engine) -> None:
+        if engine.next_s != inf:
+            heappush(self._events, (engine.next_s, WAKE, next(self._number), engine))
+
+    def run(self, times: Sequence[float]) -> None:
+        """Submit every trajectory at its time, seconds, and play until all have ended.
+
+        Raises:
+            ValueError: the policy chose a replica that does not exist or is too small.
+            RuntimeError: trajectories were lost; a bug of the simulator.
+        """
+        for state, time in zip(self._work, times, strict=True):
+            state.start_s = state.end_s = time
+            self._at(time + self._overhead_s, TURN, state)
+        events = self._events
+        while events:
+            now, kind, _, what = heappop(events)
+            if kind == WAKE:
+                if what.next_s == now:  # otherwise it was put forward or back since
+                    for request in what.finish():
+                        self._left(request, now)
+                    what.begin()
+                    self._wake_later(what)
+            elif kind == TURN:
+                self._turn(what, now)
+            else:
+                what(now)
+        stuck = sum(state.outcome is None for state in self._work)
+        if stuck:
+            raise RuntimeError(f"{stuck} trajectories never ended")
+
+    # --- a trajectory -----------------------------------------------------------------------------------------------------
+
+    def _turn(self, state: TrajectoryState, now: float) -> None:
+        """The trajectory is back from its tool, or new."""
+        if state.outcome is not None:
+            return
+        if state.warming is not None:
+            self._throw_out(state.warming, now)
+        if state.turn == len(state.steps):
+            self._end(state, Outcome.FINISHED, now)
+            return
+        kept = state.open_turn()
+        if kept is not None:
+            for number in state.homes:
+                self.engines[number].cache.trim(state.index, kept - state.shared)
+        request = Request(state, state.context, state.steps[state.turn].output_tokens or 0, state.known)
+        request.start_s = now - self._overhead_s
+        state.request = request
+        self._place(request, now)
+
+    def _place(self, request: Request, now: float) -> None:
+        """Ask the policy where to, and submit."""
+        state = request.trajectory
+        generated = state.generated + request.asked - request.left
+        decision = self._policy.turn_started(TurnStart(state.id, state.key, state.turn, request.context, generated), now)
+        engine = self._by_name.get(decision.replica)
+        if engine is None:
+            raise ValueError(f"the policy chose replica {decision.replica!r}, which is not in the fleet")
+        capacity, most = engine.replica.kv_tokens, request.context + request.left - 1
+        if capacity is not None and most > capacity:
+            raise ValueError(f"turn {state.turn} of {state.key} needs KV for {most} tokens, replica {decision.replica} holds {capacity}")
+        request.reason = self.log.reason_number(decision.reason)
+        request.predicted = decision.predicted_remaining
+        if state.last is not engine:
+            self.migrations += state.last is not None
+            state.last = engine
+        self._submit(request, engine, decision.priority, now)
+
+    def _submit(self, request: Request, engine: Engine, priority: int, now: float) -> None:
+        request.priority = priority
+        request.arrival_s = now
+        request.order = next(self._number)
+        request.engine = engine.index
+        homes = request.trajectory.homes
+        if engine.index not in homes:
+            homes.append(engine.index)
+        planned = engine.next_s
+        engine.submit(request, now)
+        if engine.next_s != planned:
+            self._wake_later(engine)
+
+    def _left(self, request: Request, now: float) -> None:
+        """The request is out of its engine: with its last token, cancelled, or because its replica leaves."""
+        state = request.trajectory
+        if request.prewarm:
+            if state.warming is request:
+                state.warming = None
+            return
+        made = request.asked - request.left
+        complete = not request.left
+        name = self.engines[request.engine].replica.name
+        actions = self._policy.turn_finished(TurnEnd(state.id, name, state.turn, made - request.told, complete), now)
+        request.told = made
+        next_s = inf
+        if state.cancelled:
+            self._record(request, made, 0.0, now)
+            self._end(state, Outcome.CANCELLED, now)
+        elif complete:
+            tool_s = state.steps[state.turn].tool_latency_s or 0.0
+            self._record(request, made, tool_s, now)
+            next_s = now + tool_s + (self._overhead_s if state.turn < len(state.steps) else 0.0)
+            if next_s > now:
+                self._at(next_s, TURN, state)
+        else:
+            self._place(request, now)
+        if actions:
+            self._act(actions, now)
+        if next_s == now:
+            self._turn(state, now)
+
+    def _record(self, request: Request, made: int, tool_s: float, now: float) -> None:
+        """The turn is over: its row, and what it leaves in the trajectory's state."""
+        state = request.trajectory
+        generate_s = max(0.0, now - request.start_s - self._overhead_s - request.queue_s - request.prefill_s)
+        predicted = nan if request.predicted is None else request.predicted
+        what = (state.index, state.turn, request.engine, request.reason, request.priority, predicted)
+        times = (request.start_s, now, request.queue_s, request.prefill_s, generate_s, tool_s)
+        self.log.add((*what, *times, made, max(0, request.cached), request.recomputed, request.preemptions))
+        state.request = None
+        state.generated += made
+        state.context = request.context
+        state.known = request.known
+        state.turn += 1
+
+    def _end(self, state: TrajectoryState, outcome: Outcome, now: float) -> None:
+        state.outcome = outcome
+        state.end_s = now
+        actions = self._policy.trajectory_ended(TrajectoryEnd(state.id, outcome, state.generated, state.turn), now)
+        if actions:
+            self._act(actions, now)
+
+    # --- what the policy orders -------------------------------------------------------------------------------------------
+
+    def _act(self, actions: Iterable[Action], now: float) -> None:
+        for action in actions:
+            state = self._by_key.get(action.trajectory)
+            if state is None or state.outcome is not None or state.cancelled:
+                continue
+            if isinstance(action, Cancel):
+                self._cancel(state, now)
+                continue
+            engine = self._by_name.get(action.replica)
+            if engine is None:
+                raise ValueError(f"the policy pre-warms replica {action.replica!r}, which is not in the fleet")
+            capacity = engine.replica.kv_tokens
+            if state.request is None and state.warming is None and (capacity is None or state.context <= capacity):
+                state.warming = Request(state, state.context, 1, state.known, prewarm=True)
+                self._submit(state.warming, engine, action.priority, now)
+
+    def _cancel(self, state: TrajectoryState, now: float) -> None:
+        state.cancelled = True
+        if state.warming is not None:
+            self._throw_out(state.warming, now)
+        if state.request is None:
+            self._end(state, Outcome.CANCELLED, now)
+        elif self._throw_out(state.request, now):
+            self._left(state.request, now)
+
+    def _throw_out(self, request: Request, now: float) -> bool:
+        """Abort the request; True if it is gone, False if it leaves at the end of its step. A pre-warm is forgotten at once."""
+        engine = self.engines[request.engine]
+        planned = engine.next_s
+        gone = engine.abort(request, now)
+        if engine.next_s != planned:
+            self._wake_later(engine)
+        if request.prewarm:
+            request.trajectory.warming = None
+        return gone

@@ -1,0 +1,83 @@
+"""How the simulated engines behave, and what happens to the fleet while a step runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from verl_heddle.fleet import Replica
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """vLLM's settings that change when a turn runs; defaults are those of verl 0.9.1 with vLLM 0.24 to 0.27 on a GPU.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    order: Literal["fcfs", "priority"] = "fcfs"
+    """vLLM `scheduling_policy`. `fcfs`: waiting turns by arrival, the victim of KV pressure is the turn admitted last and returns
+    to the queue's
+    front. `priority`: waiting turns by (priority, arrival), the victim is the largest such pair."""
+
+    batch_tokens: int | None = 8192
+    """vLLM `max_num_batched_tokens` (8192 in verl): tokens a step may compute, decodes first, then prefill chunks. None: no limit."""
+
+    block_tokens: int = 16
+    """vLLM `block_size`: a cached prefix is reused in whole blocks. KV *capacity* is counted in tokens, optimistic by less than a block
+    per turn."""
+
+    prefix_cache: bool = True
+    """vLLM `enable_prefix_caching` (verl's default): a turn finds what its trajectory left on the replica."""
+
+    share_prompts: bool = True
+    """Trajectories of one prompt on one replica hold and compute its full blocks once, as vLLM's prefix cache does."""
+
+    preempt_margin: int | None = None
+    """Preempt on arrival (needs `priority` order and a scheduler subclass, not stock vLLM): with every slot taken, a waiting turn takes the
+    slot of the running turn with the worst priority if that is worse by this much or more. None: off, as in stock vLLM."""
+
+    preempt_limit: int = 3
+    """How often one turn may lose its slot that way; a bound against thrashing."""
+
+    turn_overhead_s: float = 0.0
+    """Seconds between wanting a turn and the engine seeing it: routing, transport, parsing, tokenising. Paid by every turn."""
+
+    def __post_init__(self) -> None:
+        if self.order not in ("fcfs", "priority"):
+            raise ValueError(f"order must be fcfs or priority, got {self.order!r}")
+        if self.batch_tokens is not None and self.batch_tokens < 1:
+            raise ValueError(f"batch_tokens must be at least 1 or None, got {self.batch_tokens}")
+        if self.block_tokens < 1 or self.preempt_limit < 0 or not self.turn_overhead_s >= 0:
+            raise ValueError(f"block_tokens must be at least 1, preempt_limit and turn_overhead_s not negative, got {self}")
+        if self.preempt_margin is not None and (self.preempt_margin < 1 or self.order != "priority"):
+            raise ValueError(f"preempt_margin must be at least 1 and needs order='priority', got {self.preempt_margin} with {self.order!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Outage:
+    """A replica computes nothing from the first step boundary after `start_s` until `end_s`: a weight sync, a wake-up.
+
+    Turns may queue meanwhile. With `keep_cache` running turns freeze and go on afterwards; without, they return to the queue and the prefix
+    cache is lost (what vLLM's sleep does).
+    """
+
+    replica: str
+    start_s: float
+    end_s: float
+    keep_cache: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class FleetChange:
+    """At `at_s` the replicas `remove` leave and `add` join: a reshard. New replicas accept turns at once and compute from `ready_s` on.
+
+    Running turns on a leaving replica stop at its next step boundary, keep the tokens they have, and start anew wherever the
+    policy says; their context is computed again there.
+    """
+
+    at_s: float
+    remove: tuple[str, ...] = ()
+    add: tuple[Replica, ...] = ()
+    ready_s: float = 0.0

@@ -1,0 +1,162 @@
+"""What a simulation tells: times by trajectory, by turn and by replica, and the same as trace records.
+
+All times are simulated seconds. `queue_s` is waiting for a slot (again after a preemption); `prefill_s` from a slot to the step
+that gives the first token, less that step's decode; `generate_s` decoding, others' prefills included; `tool_s` tools; `other_s`
+the per-turn overhead. A trajectory's five times add up to `finish_s - start_s` to float precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from verl_heddle.fleet import Replica
+from verl_heddle.simulate.records import COLUMNS, TurnLog
+from verl_heddle.trajectory import Trajectory, Turn
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaResult:
+    """One replica's step."""
+
+    replica: Replica
+    busy: tuple[tuple[float, float], ...]
+    """Intervals in which it had work, seconds."""
+    preemptions: int
+    prefilled_tokens: int
+    recomputed_tokens: int
+    """Of the prefilled ones, those that some replica had computed before: the price of moves, evictions and preemptions."""
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds with work."""
+        return sum(end - start for start, end in self.busy)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A simulated step. Arrays have shape [trajectories], in the order given to `simulate`."""
+
+    start_s: Floats
+    finish_s: Floats
+    queue_s: Floats
+    prefill_s: Floats
+    generate_s: Floats
+    tool_s: Floats
+    other_s: Floats
+    output_tokens: NDArray[np.int64]
+    """Generated; fewer than asked only where cancelled."""
+    outcomes: tuple[str, ...]
+    replicas: tuple[ReplicaResult, ...]
+    migrations: int
+    """Turns that ran on another replica than their trajectory's turn before."""
+    turns: TurnLog = field(repr=False)
+    source: Sequence[Trajectory] = field(repr=False)
+    step: int = 0
+
+    @property
+    def makespan_s(self) -> float:
+        """From the first submit to the last end."""
+        return float(self.finish_s.max() - self.start_s.min())
+
+    @property
+    def tokens(self) -> int:
+        """Tokens generated, those of cancelled trajectories included."""
+        return int(self.output_tokens.sum())
+
+    @property
+    def throughput_tok_s(self) -> float:
+        """Generated tokens per second of makespan."""
+        return self.tokens / self.makespan_s if self.makespan_s > 0 else float("inf")
+
+    @property
+    def preemptions(self) -> int:
+        """Slots lost: to KV pressure, to better requests, to a lost cache."""
+        return sum(item.preemptions for item in self.replicas)
+
+    @property
+    def recomputed_tokens(self) -> int:
+        """Tokens prefilled that had been computed before."""
+        return sum(item.recomputed_tokens for item in self.replicas)
+
+    @property
+    def last(self) -> int:
+        """Index of the trajectory that ended last."""
+        return int(self.finish_s.argmax())
+
+    def split(self, index: int | None = None) -> dict[str, float]:
+        """Seconds of one trajectory by what it was doing; default: of the one that ended last, which explains the makespan."""
+        which = self.last if index is None else index
+        return {name: float(getattr(self, name)[which]) for name in ("queue_s", "prefill_s", "generate_s", "tool_s", "other_s")}
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers of one row of a table, JSON-ready."""
+        makespan = max(self.makespan_s, 1e-12)
+        return {
+            "makespan_s": self.makespan_s,
+            "throughput_tok_s": self.throughput_tok_s,
+            "tokens": self.tokens,
+            "trajectories": len(self.finish_s),
+            "turns": len(self.turns),
+            "migrations": self.migrations,
+            "preemptions": self.preemptions,
+            "prefilled_tokens": sum(item.prefilled_tokens for item in self.replicas),
+            "recomputed_tokens": self.recomputed_tokens,
+            "idle_share": 1.0 - sum(item.busy_s for item in self.replicas) / (makespan * len(self.replicas)),
+            "last": self.split(),
+        }
+
+    def trajectories(self) -> list[Trajectory]:
+        """The step as trace records, as the recorder of a live run writes them; `verl_heddle.report.attribution` takes them.
+
+        `gen_s` is prefill and decoding together, as in a live run; `meta` has `prefill_s`, and times start at 0.
+        """
+        log = self.turns
+        columns = {name: log.column(name).tolist() for name in COLUMNS}
+        steps: list[list[Turn]] = [[] for _ in self.source]
+        for row in range(len(log)):
+            index = columns["trajectory"][row]
+            turn = columns["turn"][row]
+            begin, end = columns["start_s"][row], columns["end_s"][row]
+            queue, work = columns["queue_s"][row], columns["prefill_s"][row] + columns["generate_s"][row]
+            told = columns["predicted_remaining"][row]
+            steps[index].append(
+                replace(
+                    self.source[index].steps[turn],
+                    output_tokens=columns["output_tokens"][row],
+                    tool_latency_s=columns["tool_s"][row],
+                    gen_s=work,
+                    route_s=0.0,
+                    queue_s=queue,
+                    transport_s=max(0.0, end - begin - queue - work),
+                    between_s=0.0,
+                    replica=log.replicas[columns["replica"][row]],
+                    priority=columns["priority"][row],
+                    reason=log.reasons[columns["reason"][row]],
+                    predicted_remaining=None if told != told else told,
+                    preemptions=columns["preemptions"][row],
+                    cached_tokens=columns["cached_tokens"][row],
+                    start_s=begin - float(self.start_s[index]),
+                )
+            )
+        return [replace(item, steps=tuple(steps[index]), meta={**item.meta, **self._meta(index)}) for index, item in enumerate(self.source)]
+
+    def _meta(self, index: int) -> dict[str, Any]:
+        return {
+            "uid": f"{self.step}:{self.source[index].prompt_id}",
+            "step": self.step,
+            "validate": False,
+            "outcome": self.outcomes[index],
+            "start_s": float(self.start_s[index]),
+            "end_s": float(self.finish_s[index]),
+            "setup_s": 0.0,
+            "score_s": 0.0,
+            "prefill_s": float(self.prefill_s[index]),
+            "simulated": True,
+        }

@@ -1,4 +1,4 @@
-"""`verl-heddle`: the command line. Each command is a thin call into the room that knows; imports are lazy, so `--help` is instant."""
+"""`verl-heddle`: the command line. One module a command in `commands`; their imports are lazy, so `--help` is instant."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import sys
 from collections.abc import Sequence
 
 import verl_heddle
+from verl_heddle.commands import doctor, overrides, plan, simulate
+
+RUN = {"doctor": doctor.run, "overrides": overrides.run, "simulate": simulate.run, "plan": plan.run}
 
 EPILOG = """\
 The plugin itself needs no command: add +plugin=heddle to a stock verl command line.
@@ -25,32 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=verl_heddle.__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    doctor = commands.add_parser(
-        "doctor",
-        help="check versions, every seam of verl and vLLM, and a verl command line",
-        description="Check versions and every seam of verl and vLLM that heddle uses. With a verl command line after --, check that too. "
-        "Exit code: 0 all well, 1 runs but something is off, 2 does not run.",
-    )
-    doctor.add_argument(
-        "verl_command", nargs="*", metavar="-- VERL COMMAND", help="e.g. -- python -m verl.trainer.main_ppo ... +plugin=heddle"
-    )
-
-    overrides = commands.add_parser(
-        "overrides",
-        help="every key the flag sets, and every heddle.* option, with its default and why",
-        description="Print every verl key a config group sets (value, verl's own value, why) and every heddle.* option.",
-    )
-    overrides.add_argument("--markdown", action="store_true", help="as the docs page docs/configuration.md")
-
+    for module in (doctor, overrides, simulate, plan):
+        module.add_parser(commands)
     args = parser.parse_args(argv)
-    if args.command == "doctor":
-        from verl_heddle.verl_plugin.doctor import doctor as run
-
-        return run(args.verl_command)
-    from verl_heddle.verl_plugin import overrides_page
-
-    print(overrides_page.markdown() if args.markdown else overrides_page.text(), end="")
-    return 0
+    return RUN[args.command](args)
 
 
 if __name__ == "__main__":

@@ -149,8 +149,8 @@ class Turn:
 class Trajectory:
     """One trace line. A trajectory ends with its list of steps, not with a null tool.
 
-    `meta` of a live run: `uid`, `run` (when it began), `step`, `validate`, `outcome`, `start_s` and `end_s` (unix time), `setup_s` (before the first
-    turn), `score_s` (reward and hand-over after the last), `wait_s` (finished, waiting for the batch).
+    `meta` of a live run: `uid`, `run` (when it began), `step`, `validate`, `outcome`, `start_s` and `end_s` (unix time), `setup_s`
+    (before the first turn), `score_s` (reward and hand-over after the last), `wait_s` (finished, waiting for the batch).
     """
 
     source: str

@@ -13,7 +13,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from bench.fidelity.model import make_model
 from bench.fidelity.replay import Engines
 from bench.fidelity.server import EngineArguments
-
 from verl_heddle.options import Options
 from verl_heddle.report.attribution import accounted
 from verl_heddle.traces import read, write
@@ -37,7 +36,9 @@ ASKED = [trajectory("a", 90, 40, tool_s=0.4), trajectory("b", 33, 1, 64, tool_s=
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
-    arguments = EngineArguments(str(make_model(tmp_path_factory.mktemp("model"))), max_num_seqs=4, max_num_batched_tokens=512, block_size=BLOCK)
+    arguments = EngineArguments(
+        str(make_model(tmp_path_factory.mktemp("model"))), max_num_seqs=4, max_num_batched_tokens=512, block_size=BLOCK
+    )
     with Engines(arguments, cores=(None,)) as engines:
         return engines.replay(ASKED, Options(observe=True), slots=2, order="fcfs")
 

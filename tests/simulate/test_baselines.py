@@ -1,12 +1,17 @@
 """Each peer's rule, decision by decision."""
 
+from random import Random
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from simulate_cases import FULL, lengths, trajectory
 
 from verl_heddle.fleet import Replica
 from verl_heddle.latency.model import LatencyModel, Memory
 from verl_heddle.simulate import EngineOptions, best, fixed_tp_arms, make_fleet, peer_arms, run_arms, simulate
 from verl_heddle.simulate.baselines import AffinityMargin, DualThreshold, LptOracle, PeerReason, Plas, RoundRobin, Slime, Stock, VerlStar
+from verl_heddle.simulate.baselines.loads import Loads
 from verl_heddle.traces import generate
 from verl_heddle.trajectory import Reason, TrajectoryId, TurnEnd, TurnStart
 
@@ -26,7 +31,10 @@ def fleet(policy, *names):
 
 
 def load(policy, replica, number):
-    policy.inflight[replica] += number
+    if isinstance(policy, Stock):
+        policy.inflight[replica] += number
+    else:
+        policy.loads.change(replica, number)
 
 
 @pytest.mark.parametrize("peer", [Stock, Slime, VerlStar, DualThreshold, AffinityMargin, Plas])
@@ -142,3 +150,24 @@ def test_priority_inside_the_replica_is_the_engines_choice():
     by_order = {order: simulate(work, replica, FULL, LptOracle(work), engine=EngineOptions(order)) for order in ("fcfs", "priority")}
     assert by_order["fcfs"].finish_s.argmax() == 5
     assert by_order["priority"].makespan_s < by_order["fcfs"].makespan_s
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from(["add", "remove", 1, 1, 1, -1, -1, 3])), max_size=60))
+def test_loads_like_a_plain_table(events):
+    loads, plain = Loads(), {}
+    for name, what in events:
+        if what == "add":
+            loads.add(name)
+            plain[name] = 0
+        elif what == "remove":
+            loads.remove(name)
+            plain.pop(name, None)
+        else:
+            loads.change(name, what)
+            if name in plain:
+                plain[name] = max(0, plain[name] + what)
+        assert {each: loads[each] for each in loads} == plain
+        if plain:
+            assert (loads.fewest, loads.most) == (min(plain.values()), max(plain.values()))
+            assert plain[loads.least(Random(0))] == loads.fewest

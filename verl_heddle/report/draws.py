@@ -74,13 +74,14 @@ def recorded(
 ) -> Source:
     """Draws of a trace: its training steps, or one of them; at most the first `prompts` of a step and the first `samples` of a prompt.
 
-    A trace without steps is one step. Validation, trajectories without turns and those of unknown length are left out and noted.
+    A trace without steps is one step; a step that was recorded again (resumed, repeated) counts as in its latest run. Validation and
+    trajectories of unknown length or without turns are left out and noted.
 
     Raises:
         TraceError: the trace cannot be read, or nothing of it is left.
     """
     left: Counter[str] = Counter()
-    by_step: dict[int | None, list[Trajectory]] = defaultdict(list)
+    by_step: dict[int | None, dict[str, list[Trajectory]]] = defaultdict(lambda: defaultdict(list))
     seen: set[int] = set()
     for item in read(path):
         number = item.meta.get("step")
@@ -96,13 +97,15 @@ def recorded(
             left["of unknown length"] += 1
             continue
         left["cancelled"] += item.meta.get("outcome") == "cancelled"
-        by_step[number].append(replayable(item))
+        by_step[number][str(item.meta.get("run", ""))].append(replayable(item))
     if step is not None and step not in seen:
         has = f"steps {', '.join(map(str, sorted(seen)[:20]))}" if seen else "no steps"
         raise TraceError(f"no training step {step}", allowed=f"this trace has {has}", file=str(path))
     if not by_step:
         raise TraceError("no training trajectory of known length", allowed="at least one", file=str(path))
-    steps = tuple(_limited(by_step[number], prompts, samples) for number in sorted(by_step, key=lambda key: -1 if key is None else key))
+    latest = {number: runs[max(runs)] for number, runs in by_step.items()}
+    left["of earlier runs of the same step"] = sum(sum(map(len, runs.values())) - len(latest[number]) for number, runs in by_step.items())
+    steps = tuple(_limited(latest[number], prompts, samples) for number in sorted(latest, key=lambda key: -1 if key is None else key))
     draws = [_shuffled(steps, seed, cold) for seed in seeds]
     groups = [len({item.prompt_id for item in one}) for one in steps]
     about = {
@@ -150,7 +153,7 @@ def _shuffled(steps: tuple[Step, ...], seed: int, cold: bool) -> Draw:
 
 def _notes(left: Counter[str]) -> list[str]:
     notes = []
-    for what in ("validation", "of unknown length"):
+    for what in ("validation", "of unknown length", "of earlier runs of the same step"):
         if left[what]:
             notes.append(f"{left[what]:,} trajectories left out: {what}.")
     if left["cancelled"]:

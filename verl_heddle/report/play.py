@@ -113,8 +113,8 @@ def play(name: str, tp: int, setting: Setting, draw: Draw) -> list[Result]:
 def teach(policy: Policy, draw: Draw) -> None:
     """Tell a policy how every trajectory of the epoch before ended, which is what the orchestrator learns from.
 
-    Not by simulating that epoch: the router's random tie-breaks would go on from where it left them, and heddle would differ from stock by luck
-    even where its decisions are the same. (A test holds the two ways of teaching against each other.)
+    Not by simulating that epoch: the router's random tie-breaks would go on from where it left them, and heddle would differ from stock
+    by luck even where its decisions are the same. (A test holds the two ways of teaching against each other.)
     """
     halves = _halves(draw.before) if draw.crossed else []
     for number, step in enumerate(draw.before):
@@ -128,9 +128,7 @@ def bound(setting: Setting, draw: Draw) -> list[Bound]:
     """The lower bound of each step of the draw, over all layouts."""
     engine = setting.engine("fcfs")
     return [
-        lower_bound(
-            step, setting.gpus, setting.latency, setting.bound_tps, slots=setting.slots, kv_tokens=setting.kv_tokens, engine=engine
-        )
+        lower_bound(step, setting.gpus, setting.latency, setting.bound_tps, slots=setting.slots, kv_tokens=setting.kv_tokens, engine=engine)
         for step in draw.steps
     ]
 
@@ -150,7 +148,7 @@ def measured(tp: int, setting: Setting, draw: Draw, results: Sequence[Result]) -
         migrations=sum(row["migrations"] for row in rows) / number,
         preemptions=sum(row["preemptions"] for row in rows) / number,
         recomputed_tokens=sum(row["recomputed_tokens"] for row in rows) / number,
-        idle_share=sum(row["idle_share"] * row["makespan_s"] for row in rows) / sum(row["makespan_s"] for row in rows),
+        idle_share=max(0.0, sum(row["idle_share"] * row["makespan_s"] for row in rows) / sum(row["makespan_s"] for row in rows)),
         queue_share=sum(float(result.queue_s.sum()) for result in results) / times if times > 0 else 0.0,
         last=_last(tp, setting, worst),
     )

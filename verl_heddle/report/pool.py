@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
@@ -45,7 +46,7 @@ class Pool:
 
     def __enter__(self) -> Pool:
         if self._jobs > 1:
-            self._executor = ProcessPoolExecutor(self._jobs, initializer=_share, initargs=self._shared)
+            self._executor = ProcessPoolExecutor(self._jobs, initializer=_start, initargs=self._shared)
         else:
             _share(*self._shared)
         return self
@@ -85,6 +86,12 @@ def _share(setting: Setting, draws: Sequence[Draw]) -> None:
     """Once per process: tasks then name a draw by its index instead of carrying it along."""
     global _shared
     _shared = (setting, draws)
+
+
+def _start(setting: Setting, draws: Sequence[Draw]) -> None:
+    """In a new process: an interrupt is the parent's to handle."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _share(setting, draws)
 
 
 def _work(task: _Task) -> Any:

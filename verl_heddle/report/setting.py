@@ -1,7 +1,7 @@
 """What a question to the simulator is asked about: a model, GPUs, and verl's rollout settings.
 
 Defaults are verl's own (`rollout.yaml` of verl 0.9.1: 256 sequences, 0.5 of the GPU's memory) but for the tensor-parallel degree, where
-the usual choice is the smallest that holds the model, and 2 for a dense 32B (Heddle, arXiv 2603.28101, section 8).
+the usual choice is the smallest that holds the model with room for KV, and 2 for a dense 32B (Heddle, arXiv 2603.28101, section 8).
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ UTILIZATION = 0.5
 """verl's default `rollout.gpu_memory_utilization`: the trainer shares the GPU."""
 
 USUAL_TP = {"Qwen3-32B on H100": 2, "Qwen3-32B on H200": 2}
-"""Where the usual degree is not the smallest that fits; keys are names of latency models."""
+"""Least usual degree where it is not 1; keys are names of latency models."""
+
+ROOM_TOKENS = 100_000
+"""KV tokens that the usual degree leaves room for: two or three trajectories of full length (40K). Less is no baseline but a mistake."""
 
 BATCH_TOKENS = 8192
 """verl's default `rollout.max_num_batched_tokens`."""
@@ -111,8 +114,8 @@ def setting(
             f"the model in {utilization:g} of their memory: raise --gpu-memory-utilization or change --gpus"
         )
     if tp is None:
-        usual = USUAL_TP.get(latency.name, 0)
-        tp = usual if usual in draft.tps else draft.tps[0]
+        roomy = [one for one in draft.tps if (held := draft.kv_tokens[one]) is None or held >= ROOM_TOKENS]
+        tp = next((one for one in roomy if one >= USUAL_TP.get(latency.name, 1)), draft.tps[-1])
     if tp not in draft.tps:
         why = "is not in the table" if tp not in latency.tps else "does not divide the GPUs" if gpus % tp else "does not hold the model"
         raise ValueError(

@@ -1,8 +1,8 @@
 """Several arms over several draws, side by side: the numbers behind `verl-heddle simulate` and `verl-heddle plan`.
 
-Ratios are taken within a draw and then summarised, because draws differ far more than arms do. A summary is the lower median: the value of a
-draw that was really simulated, so that a makespan and its split belong together. A difference counts (`wins`) when it has the same sign in
-every draw and its median is at least `WORTH`; everything else is called chance.
+Ratios are taken within a draw and then summarised, because draws differ far more than arms do. A summary is the lower median: the value
+of a draw that was really simulated, so that a makespan and its split belong together. A difference counts (`wins`) when it has the same
+sign in every draw and its median is at least `WORTH`; everything else is called chance.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def _rows(
     at: Mapping[str, Wanted], runs: Mapping[Wanted, tuple[Run, ...]], bounds: tuple[tuple[Bound, ...], ...], tp: int
 ) -> dict[str, Row]:
     lows = tuple(sum(one.makespan_s for one in steps) / len(steps) for steps in bounds)
-    titles = {"stock_best_tp": "stock verl at its best fixed tp", "heddle_best_tp": "heddle at that tp"}
+    titles = {"stock_best_tp": "stock verl at its best fixed tp", "heddle_best_tp": "heddle at stock's best tp"}
     return {
         name: Row(name, titles.get(name, RULES[rule].title), rule, degree, runs[rule, degree], lows, runs["stock", tp])
         for name, (rule, degree) in at.items()

@@ -63,7 +63,8 @@ class PrefixCache:
                 self.held -= free.pop(~group, 0)
                 self.in_use += shared
             self._users[group] = users + 1
-        self.evict()
+        if self.capacity is not None and self.in_use + self.held > self.capacity:
+            self.evict()
 
     def release(self, request: Request, computed: int) -> None:
         """The request leaves its slot (its `context` updated before); the first `computed` tokens have their KV here."""
@@ -80,7 +81,8 @@ class PrefixCache:
                 del self._users[state.group]
                 self.in_use -= shared
                 self._hold(~state.group, min(shared, computed))
-        self.evict()
+        if self.capacity is not None and self.in_use + self.held > self.capacity:
+            self.evict()
 
     def trim(self, state_index: int, own_tokens: int) -> None:
         """The trajectory's context changed: at most `own_tokens` of what is held beyond its prompt are still its prefix."""

@@ -2,7 +2,7 @@
 
 Law: stay while the home replica's requests in flight exceed the fewest by at most `margin`; else move to the least loaded, which
 becomes the home; a new conversation goes to the least loaded. Source: verl pull request #7435 (open), `affinity_break_margin`;
-its author reports gains on every paired run with 2. Cost: O(replicas) per turn.
+its author reports gains on every paired run with 2. Cost: O(1) per turn.
 """
 
 from __future__ import annotations
@@ -26,6 +26,6 @@ class AffinityMargin(Peer):
         home = self.home_of(turn)
         if home is None:
             return self.least_loaded(), Reason.LEAST_INFLIGHT
-        if self.inflight[home] - min(self.inflight.values()) > self._margin:
+        if self.loads[home] - self.loads.fewest > self._margin:
             return self.least_loaded(), PeerReason.REBALANCED
         return home, Reason.STICKY

@@ -13,6 +13,7 @@ from random import Random
 from typing import cast
 
 from verl_heddle.fleet import Replica
+from verl_heddle.simulate.baselines.loads import Loads
 from verl_heddle.trajectory import Decision, Reason, TrajectoryEnd, TurnEnd, TurnStart
 
 
@@ -27,10 +28,10 @@ class PeerReason(StrEnum):
 
 
 class Peer:
-    """A baseline policy. Subclasses implement `place`; invariant: `inflight` returns to zero with the last turn."""
+    """A baseline policy. Subclasses implement `place`; invariant: `loads` returns to zero with the last turn."""
 
     def __init__(self, seed: int = 0) -> None:
-        self.inflight: dict[str, int] = {}
+        self.loads = Loads()
         """Requests in flight by replica."""
         self.home: dict[str, str] = {}
         """Replica of the last turn by conversation; never forgotten (verl's table of 10,000 is in `stock.py`)."""
@@ -39,7 +40,7 @@ class Peer:
         self._rng = Random(seed)
 
     def place(self, turn: TurnStart) -> tuple[str, Reason | PeerReason]:
-        """Where the turn goes, and why. `inflight` does not count it yet."""
+        """Where the turn goes, and why. `loads` does not count it yet."""
         raise NotImplementedError
 
     def priority(self, turn: TurnStart) -> int:
@@ -49,25 +50,24 @@ class Peer:
     def replicas_added(self, replicas: Iterable[Replica]) -> None:
         """Replicas joined, empty."""
         for replica in replicas:
-            self.inflight[replica.name] = 0
+            self.loads.add(replica.name)
 
     def replicas_removed(self, names: Iterable[str]) -> None:
         """Replicas left."""
         for name in names:
-            self.inflight.pop(name, None)
+            self.loads.remove(name)
 
     def turn_started(self, turn: TurnStart, now: float) -> Decision:
         """Apply the rule and count the turn in flight."""
         replica, reason = self.place(turn)
-        self.inflight[replica] += 1
+        self.loads.change(replica, 1)
         self.home[turn.conversation] = replica
         self.counts[reason] += 1
         return Decision(replica, self.priority(turn), cast(Reason, reason))
 
     def turn_finished(self, turn: TurnEnd, now: float) -> None:
         """Count it out."""
-        if self.inflight.get(turn.replica, 0) > 0:
-            self.inflight[turn.replica] -= 1
+        self.loads.change(turn.replica, -1)
 
     def trajectory_ended(self, end: TrajectoryEnd, now: float) -> None:
         """Forget its home."""
@@ -75,10 +75,9 @@ class Peer:
 
     def least_loaded(self) -> str:
         """A replica with the fewest requests in flight, at random among equals."""
-        fewest = min(self.inflight.values())
-        return self._rng.choice([name for name, count in self.inflight.items() if count == fewest])
+        return self.loads.least(self._rng)
 
     def home_of(self, turn: TurnStart) -> str | None:
         """The replica of the conversation's last turn, if it has one that is still in the fleet."""
         home = self.home.get(turn.conversation)
-        return home if home in self.inflight else None
+        return home if home in self.loads else None

@@ -2,7 +2,7 @@
 
 Law: the fleet is imbalanced when max - min > `absolute` and max > `relative` * min, in requests in flight; then the turn is
 pinned anew to the least loaded replica, else it stays with its conversation's; a new conversation goes to the least loaded.
-Source: verl pull request #6533 (open), the rule of SGLang's cache-aware router. Cost: O(replicas) per turn.
+Source: verl pull request #6533 (open), the rule of SGLang's cache-aware router. Cost: O(1) per turn.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class DualThreshold(Peer):
         home = self.home_of(turn)
         if home is None:
             return self.least_loaded(), Reason.LEAST_INFLIGHT
-        most, fewest = max(self.inflight.values()), min(self.inflight.values())
+        most, fewest = self.loads.most, self.loads.fewest
         if most - fewest > self._absolute and most > self._relative * fewest:
             return self.least_loaded(), PeerReason.REBALANCED
         return home, Reason.STICKY

@@ -22,13 +22,14 @@ class RoundRobin(Peer):
 
     def replicas_added(self, replicas: Iterable[Replica]) -> None:
         """Replicas joined, empty."""
+        replicas = list(replicas)
         super().replicas_added(replicas)
-        self._names = list(self.inflight)
+        self._names += [replica.name for replica in replicas if replica.name not in self._names]
 
     def replicas_removed(self, names: Iterable[str]) -> None:
         """Replicas left."""
         super().replicas_removed(names)
-        self._names = list(self.inflight)
+        self._names = [name for name in self._names if name in self.loads]
 
     def place(self, turn: TurnStart) -> tuple[str, Reason | PeerReason]:
         """The law above."""

@@ -1,7 +1,7 @@
 """Slime: every turn goes to the least loaded replica, whatever it cached.
 
 Law: the replica with the fewest requests in flight, at random among equals, anew for each turn.
-Source: baseline "Slime" of Heddle (arXiv 2603.28101, section 8): "least-load per step". Cost: O(replicas) per turn.
+Source: baseline "Slime" of Heddle (arXiv 2603.28101, section 8): "least-load per step". Cost: O(1) per turn.
 """
 
 from __future__ import annotations

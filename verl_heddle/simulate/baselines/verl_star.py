@@ -3,7 +3,7 @@
 Law: if the largest and the smallest number of requests in flight differ by more than `gap` (32), the turn goes to the least loaded replica;
 else it stays with its conversation's replica; a new conversation goes to the least loaded.
 Source: baseline "Verl*" of Heddle (arXiv 2603.28101, section 8): the SGLang router's rule, "least-load if max - min load > 32, else
-cache-aware". Cost: O(replicas) per turn.
+cache-aware". Cost: O(1) per turn.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ class VerlStar(Peer):
         home = self.home_of(turn)
         if home is None:
             return self.least_loaded(), Reason.LEAST_INFLIGHT
-        loads = self.inflight.values()
-        if max(loads) - min(loads) > self._gap:
+        if self.loads.most - self.loads.fewest > self._gap:
             return self.least_loaded(), PeerReason.REBALANCED
         return home, Reason.STICKY

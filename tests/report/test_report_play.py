@@ -1,0 +1,88 @@
+"""One arm on one draw: what heddle has seen, and the numbers."""
+
+from dataclasses import replace
+
+import pytest
+from report_cases import lived, trace
+
+from verl_heddle.options import Options
+from verl_heddle.orchestrator import Orchestrator
+from verl_heddle.report.draws import Draw, generated, recorded
+from verl_heddle.report.play import RULES, CrossFitted, bound, measured, play, teach
+from verl_heddle.report.setting import setting
+from verl_heddle.simulate import PRIORITY, simulate
+from verl_heddle.trajectory import TrajectoryId, TurnStart
+
+WHERE = setting("qwen3-8b", "h200", 4, slots=8)
+
+
+class Listener:
+    """Records what a policy is asked and told."""
+
+    def __init__(self, inner):
+        self.inner, self.asked = inner, []
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def turn_started(self, turn, now):
+        decision = self.inner.turn_started(turn, now)
+        self.asked.append((turn, decision.predicted_remaining))
+        return decision
+
+
+def test_teaching_equals_an_epoch_simulated():
+    """If this fails, the orchestrator has begun to learn from more than how trajectories end: then `teach` must tell it more."""
+    (draw,) = generated("coding", 4, 4, [0]).draws
+    told, lived_through = Orchestrator(Options()), Orchestrator(Options())
+    teach(told, draw)
+    simulate(draw.before[0], WHERE.fleet(1), WHERE.latency, lived_through, engine=PRIORITY)
+    for policy in (told, lived_through):
+        policy.replicas_added(WHERE.fleet(1))
+    for item in draw.steps[0]:
+        turn = TurnStart(TrajectoryId(item.prompt_id, "x", item.trial, 9), f"{item.prompt_id}{item.trial}", 0, 10, 0)
+        one, other = (policy.turn_started(turn, 0.0).predicted_remaining for policy in (told, lived_through))
+        assert one == pytest.approx(other)
+
+
+def test_a_trace_never_predicts_a_trajectory_from_itself(tmp_path):
+    """Lengths 10^k: a sum tells whose they are. Even trials are told by odd ones and the other way round."""
+    path = trace(tmp_path, [lived("p", s, (10**s,)) for s in range(4)])
+    (draw,) = recorded(path, [0]).draws
+    listener = Listener(Orchestrator(Options()))
+    teach(listener, draw)
+    halves = {("p", s): s % 2 for s in range(4)}
+    simulate(draw.steps[0], WHERE.fleet(1), WHERE.latency, CrossFitted(listener, halves), engine=PRIORITY)
+    heard = {turn.trajectory.sample: predicted for turn, predicted in listener.asked}
+    assert heard == {0: (10 + 1000) / 2, 2: (10 + 1000) / 2, 1: (1 + 100) / 2, 3: (1 + 100) / 2}
+
+
+def test_heddle_is_stock_where_nobody_waits():
+    """The same tie-breaks, so that a difference between the two is never luck."""
+    (draw,) = generated("coding", 4, 4, [3]).draws
+    where = replace(WHERE, slots=64)
+    (stock,), (heddle,) = play("stock", 1, where, draw), play("heddle", 1, where, draw)
+    assert heddle.makespan_s == pytest.approx(stock.makespan_s, rel=1e-3)
+    assert [turn for turn in heddle.turns.column("replica")].count(0) == [turn for turn in stock.turns.column("replica")].count(0)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_numbers_of_every_rule(name):
+    (draw,) = generated("search", 4, 4, [0]).draws
+    results = play(name, 2, WHERE, draw)
+    run = measured(2, WHERE, draw, results)
+    assert run == measured(2, WHERE, draw, play(name, 2, WHERE, draw))
+    assert sum(run.tail.values()) == pytest.approx(run.makespan_s)
+    assert run.makespan_s >= bound(WHERE, draw)[0].makespan_s
+    assert run.throughput_tok_s == pytest.approx(sum(item.output_tokens for item in draw.steps[0]) / run.makespan_s)
+    assert 0 <= run.idle_share <= 1 and 0 <= run.queue_share <= 1 and run.last.alone_s > 0
+
+
+def test_several_steps_are_means_and_history_goes_on():
+    one, two = (generated("math", 3, 2, [seed]).draws[0].steps[0] for seed in (0, 1))
+    results = play("heddle", 1, WHERE, Draw(0, (one, two)))
+    run = measured(1, WHERE, Draw(0, (one, two)), results)
+    assert run.makespan_s == pytest.approx(sum(result.makespan_s for result in results) / 2)
+    assert sum(run.tail.values()) == pytest.approx(run.makespan_s)
+    told = results[1].turns.column("predicted_remaining")
+    assert (told == told).all()  # the first step has taught it; nan would be no prediction

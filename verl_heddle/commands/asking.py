@@ -1,0 +1,198 @@
+"""What `simulate` and `plan` have in common: their arguments, what is made of them, progress, and one clear line for what goes wrong."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from verl_heddle.report.draws import Source
+    from verl_heddle.report.setting import Setting
+
+WORKLOADS = ("coding", "search", "math")
+
+BAD_INPUT = 2
+"""Exit code for what the user can mend, argparse's own."""
+
+PROMPTS_PER_GPU, SAMPLES = 2, 16
+"""A generated step: 32 trajectories a GPU, in groups of 16 as in the Heddle paper."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The question: what is run, on what, how often."""
+    parser.error = one_line(parser.prog)  # type: ignore[assignment, method-assign]
+    parser.usage = "%(prog)s (--trace FILE | --workload NAME) --model MODEL [more, see below]"
+    work = parser.add_argument_group("what is run (one of the two)")
+    which = work.add_mutually_exclusive_group(required=True)
+    which.add_argument(
+        "--trace", metavar="FILE", help="a trace file or a folder of them (.jsonl, .jsonl.gz); +plugin=heddle and observe write one"
+    )
+    which.add_argument("--workload", choices=WORKLOADS, help="an invented workload, for a first look without a trace")
+    work.add_argument("--step", type=int, metavar="N", help="of a trace: this training step; default: every step, one after the other")
+    work.add_argument("--prompts", type=_positive, metavar="N", help=f"prompts of a step; default: {PROMPTS_PER_GPU} a GPU, of a trace all")
+    work.add_argument("--samples", type=_positive, metavar="N", help=f"trajectories of a prompt; default: {SAMPLES}, of a trace all")
+    work.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of a workload: another parameter, e.g. --set tool_mean_s=2 (repeatable)",
+    )
+    work.add_argument(
+        "--cold",
+        action="store_true",
+        help="heddle starts without history, as in a first epoch; default: it has seen one epoch (docs/simulate.md)",
+    )
+    place = parser.add_argument_group("on what")
+    place.add_argument("--model", required=True, help="qwen3-8b, qwen3-14b, qwen3-32b, qwen3-30b-a3b, or a path that ends so")
+    place.add_argument("--gpu", default="h200", help="h100 or h200 (default)")
+    place.add_argument("--gpus", type=_positive, default=8, metavar="N", help="GPUs for rollout (default 8)")
+    place.add_argument(
+        "--tp",
+        type=_positive,
+        metavar="N",
+        help="your tensor_model_parallel_size; default: the smallest with room for 100,000 KV tokens, from 2 for qwen3-32b",
+    )
+    place.add_argument("--slots", type=_positive, default=256, metavar="N", help="your max_num_seqs (default 256, verl's)")
+    place.add_argument(
+        "--gpu-memory-utilization", type=float, default=0.5, metavar="X", help="your setting of that name (default 0.5, verl's)"
+    )
+    place.add_argument(
+        "--overhead-s", type=float, default=0.0, metavar="S", help="seconds of every turn outside engine and tools (default 0)"
+    )
+    often = parser.add_argument_group("how often")
+    often.add_argument("--seeds", type=_positive, default=3, metavar="N", help="independent draws; median and range are told (default 3)")
+    often.add_argument("--jobs", type=_positive, metavar="N", help="processes (default: one a CPU, at most 8)")
+
+
+def setting_of(args: argparse.Namespace) -> Setting:
+    """The setting asked about.
+
+    Raises:
+        ValueError: one line about what cannot be.
+    """
+    from verl_heddle.report.setting import setting
+
+    return setting(args.model, args.gpu, args.gpus, args.tp, args.slots, args.gpu_memory_utilization, args.overhead_s)
+
+
+def source_of(args: argparse.Namespace) -> Source:
+    """The draws asked for.
+
+    Raises:
+        ValueError: one line about what cannot be, or be read.
+    """
+    from verl_heddle.report.draws import generated, recorded
+
+    seeds = range(args.seeds)
+    if args.trace is not None:
+        if args.set:
+            raise ValueError("--set changes a generated workload, not a trace")
+        return recorded(args.trace, seeds, args.step, args.prompts, args.samples, args.cold)
+    if args.step is not None:
+        raise ValueError("--step chooses a step of a trace, a workload has only one")
+    prompts = args.prompts or max(8, PROMPTS_PER_GPU * args.gpus)
+    return generated(args.workload, prompts, args.samples or SAMPLES, seeds, args.cold, **dict(map(_parameter, args.set)))
+
+
+def answered(args: argparse.Namespace, work: Callable[[argparse.Namespace], int]) -> int:
+    """Run `work`; whatever the user can mend ends in one line on stderr and `BAD_INPUT`."""
+    try:
+        return work(args)
+    except (ValueError, OSError) as error:
+        print(f"verl-heddle {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print(f"verl-heddle {args.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+def one_line(prog: str) -> Callable[[str], NoReturn]:
+    """argparse's `error` without the usage text: a long usage hides the one line that matters."""
+
+    def error(message: str) -> NoReturn:
+        print(f"{prog}: {message} (see {prog} --help)", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+
+    return error
+
+
+def check_writable(*paths: str | None) -> None:
+    """Find out before the simulation that a file cannot be written after it.
+
+    Raises:
+        OSError: a folder does not exist or cannot be written to, or a path is a folder.
+    """
+    for path in paths:
+        if path is None or path == "-":
+            continue
+        folder = os.path.dirname(os.path.abspath(path))
+        if not os.path.isdir(folder):
+            raise FileNotFoundError(f"cannot write {path}: there is no folder {folder}")
+        if os.path.isdir(path):
+            raise IsADirectoryError(f"cannot write {path}: it is a folder")
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(f"cannot write {path}: no permission in {folder}")
+
+
+def shell_line(argv: list[str] | None = None) -> str:
+    """The command as typed, for the page."""
+    return shlex.join(["verl-heddle", *(sys.argv[1:] if argv is None else argv)])
+
+
+class Meter:
+    """Progress on stderr: one line that changes on a terminal, a line now and then elsewhere, nothing for what is quick."""
+
+    QUIET_S = 2.0
+    EVERY_S = 15.0
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, out: Any = None) -> None:
+        self._clock = clock
+        self._out = sys.stderr if out is None else out
+        self._live = bool(getattr(self._out, "isatty", lambda: False)())
+        self._start = self._last = clock()
+        self._shown = 0
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        """Told after each simulation."""
+        now = self._clock()
+        took = now - self._start
+        if took < self.QUIET_S or (not self._live and (now - self._last < self.EVERY_S or done == total)):
+            return
+        self._last = now
+        text = f"simulated {done} of {total} ({what}), {took:.0f} s, about {took / done * (total - done):.0f} s left"
+        if self._live:
+            print(f"\r{text:<{self._shown}}", end="", file=self._out, flush=True)
+            self._shown = len(text)
+        else:
+            print(text, file=self._out, flush=True)
+
+    def close(self) -> None:
+        """Clear the changing line."""
+        if self._live and self._shown:
+            print("\r" + " " * self._shown + "\r", end="", file=self._out, flush=True)
+            self._shown = 0
+
+
+def _positive(text: str) -> int:
+    number = int(text) if text.lstrip("-").isdigit() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"needs a whole number from 1, got {text!r}")
+    return number
+
+
+def _parameter(text: str) -> tuple[str, float | int]:
+    name, equals, value = text.partition("=")
+    try:
+        number = float(value)
+    except ValueError:
+        number = float("nan")
+    if not equals or not name or number != number:
+        raise ValueError(f"--set needs KEY=NUMBER, got {text!r}")
+    whole = name in ("cap_tokens", "max_turns", "max_input_tokens")
+    return name, int(number) if whole and number == int(number) else number

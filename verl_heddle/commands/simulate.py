@@ -1,0 +1,140 @@
+"""`verl-heddle simulate`: how long a step would take under stock verl, its peers' rules and heddle, and what holds it up."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from verl_heddle.commands.asking import Meter, add_arguments, answered, check_writable, setting_of, shell_line, source_of
+
+if TYPE_CHECKING:
+    from verl_heddle.report.study import Answer
+
+DEFAULT_ARMS = ("stock", "stock_best_tp", "slime", "verl_star", "heddle", "heddle_best_tp", "lpt_oracle")
+
+OTHER_ARMS = ("round_robin", "dual_threshold", "affinity_margin", "plas")
+
+FILES = {"json": "simulate.json", "png": "timeline.png", "perfetto": "perfetto.json.gz", "html": "report.html"}
+"""What `--out DIR` writes."""
+
+EXAMPLES = """\
+examples:
+  a first look: a coding agent on one node of H200
+      verl-heddle simulate --workload coding --model qwen3-14b
+
+  your own run, recorded by +plugin=observe or +plugin=heddle, as it would be on 64 GPUs
+      verl-heddle simulate --trace checkpoints/p/e/heddle/trace.jsonl --model qwen3-14b --gpu h200 --gpus 64 --tp 2
+
+  one step of it, with everything to look at: a page, a picture, a trace for ui.perfetto.dev, JSON
+      verl-heddle simulate --trace trace.jsonl --step 12 --model qwen3-8b --out step12
+
+  slow tools and few slots
+      verl-heddle simulate --workload search --set tool_mean_s=5 --model qwen3-8b --slots 32
+
+  every peer's rule, five draws
+      verl-heddle simulate --workload math --model qwen3-32b --gpus 16 --arms all --seeds 5
+
+Nothing is run and no GPU is needed: step times come from a table shipped with the package (AIConfigurator, vLLM 0.24).
+What the columns, the arms and the JSON keys mean: docs/simulate.md. Which settings to use: verl-heddle plan.
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Declare the command."""
+    parser = subparsers.add_parser(
+        "simulate",
+        help="how long a step would take under stock verl, peers' rules and heddle, without a GPU",
+        description="Simulate steps of rollouts under several rules, and tell what holds them up and what to do.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser)
+    parser.add_argument(
+        "--arms",
+        metavar="A,B,...",
+        help=f"which rules (stock is always one): {', '.join(DEFAULT_ARMS)} are the default; also {', '.join(OTHER_ARMS)}; 'all' for all",
+    )
+    files = parser.add_argument_group("what is written besides the table")
+    files.add_argument("--json", metavar="FILE", help="everything as JSON; - prints it instead of the table")
+    files.add_argument("--png", metavar="FILE", help="timeline: replicas over time, coloured by trajectory length (needs matplotlib)")
+    files.add_argument(
+        "--perfetto", metavar="FILE", help="every turn, for https://ui.perfetto.dev; .gz compresses (the arms of --arms, or of the picture)"
+    )
+    files.add_argument("--html", metavar="FILE", help="one page with all of it, stands alone")
+    files.add_argument("--out", metavar="DIR", help=f"all four, in this folder: {', '.join(FILES.values())}")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answer; the exit code is 0, or 2 for what the user can mend."""
+    return answered(args, _run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from verl_heddle.report.explain import explain
+    from verl_heddle.report.study import study
+    from verl_heddle.report.text import report
+
+    arms = DEFAULT_ARMS if args.arms is None else (*DEFAULT_ARMS, *OTHER_ARMS) if args.arms == "all" else tuple(args.arms.split(","))
+    setting = setting_of(args)
+    paths = _paths(args)
+    source = source_of(args)
+    meter = Meter()
+    try:
+        answer = study(setting, source, arms, args.jobs, meter)
+    finally:
+        meter.close()
+    sentences = explain(answer)
+    if paths.get("json") != "-":
+        print(report(answer, sentences), end="")
+    _write(paths, answer, sentences, list(answer.rows) if args.arms else None)
+    return 0
+
+
+def _paths(args: argparse.Namespace) -> dict[str, str]:
+    """Where the files go, checked before any work."""
+    from verl_heddle.report.figure import need_matplotlib
+
+    paths = {kind: getattr(args, kind) for kind in FILES if getattr(args, kind) is not None}
+    if args.out is not None:
+        os.makedirs(args.out, exist_ok=True)
+        paths = {kind: os.path.join(args.out, name) for kind, name in FILES.items()} | paths
+    check_writable(*paths.values())
+    if "png" in paths:
+        need_matplotlib()
+    return paths
+
+
+def _write(paths: dict[str, str], answer: Answer, sentences: list[str], every: list[str] | None) -> None:
+    from verl_heddle.report.document import document
+    from verl_heddle.report.scene import pictured, scenes
+
+    if "json" in paths:
+        text = json.dumps(document(answer, sentences), indent=1) + "\n"
+        if paths["json"] == "-":
+            print(text, end="")
+        else:
+            Path(paths["json"]).write_text(text)
+    if not {"png", "html", "perfetto"} & set(paths):
+        return
+    drawn = pictured(answer)
+    traced = drawn if every is None else every
+    names = list(dict.fromkeys([*drawn, *(traced if "perfetto" in paths else [])]))
+    shown = dict(zip(names, scenes(answer, names), strict=True))
+    if "perfetto" in paths:
+        from verl_heddle.report.perfetto import perfetto
+
+        perfetto(paths["perfetto"], [shown[name] for name in traced])
+    if "png" in paths:
+        from verl_heddle.report.figure import timeline
+
+        timeline(paths["png"], answer, [shown[name] for name in drawn])
+    if "html" in paths:
+        from verl_heddle.report.page import page
+
+        Path(paths["html"]).write_text(page(answer, sentences, [shown[name] for name in drawn], shell_line()), encoding="utf-8")
+    for kind in ("html", "png", "perfetto", "json"):
+        if kind in paths and paths[kind] != "-" and paths.get("json") != "-":
+            print(f"wrote {paths[kind]}")

@@ -1,0 +1,134 @@
+"""Which tensor-parallel degree and settings to use, from a `study.ranking`: the answer of `verl-heddle plan`.
+
+The user's own degree stays unless another one is faster in every draw and by enough (`study.wins`); heddle is recommended on the same
+terms. Where turns wait in the chosen arm, more slots or more KV memory are tried as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from statistics import median_low
+
+from verl_heddle.report.explain import cause, gain, situation
+from verl_heddle.report.pool import Pool
+from verl_heddle.report.setting import Setting
+from verl_heddle.report.study import Answer, Row, loses, wins
+from verl_heddle.report.words import percent, ratio, seconds
+
+WAITS = 0.05
+"""Share of all trajectory time spent waiting from which on more slots or KV memory are worth a try."""
+
+MORE_MEMORY = 0.8
+"""gpu_memory_utilization that is tried: what many verl recipes take; whether the trainer leaves so much is the user's to know."""
+
+ROLLOUT = "actor_rollout_ref.rollout"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The chosen arm with one setting changed: makespans of the chosen arm over those of the trial, by draw."""
+
+    name: str
+    value: str
+    ratios: list[float]
+    safe: bool
+    """Whether it can be recommended without knowing the rest of the job."""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """`row` is the chosen arm, `heddle` whether its gain over stock is forecast."""
+
+    row: Row
+    heddle: bool
+    trials: tuple[Trial, ...]
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """verl's keys and values."""
+        chosen = {f"{ROLLOUT}.tensor_model_parallel_size": str(self.row.tp)}
+        return chosen | {f"{ROLLOUT}.{trial.name}": trial.value for trial in self.trials if trial.safe and wins(trial.ratios)}
+
+    @property
+    def overrides(self) -> list[str]:
+        """To paste behind a verl command."""
+        return [*(f"{key}={value}" for key, value in self.settings.items()), f"+plugin={'heddle' if self.heddle else 'observe'}"]
+
+
+def advise(answer: Answer, jobs: int | None = None) -> Advice:
+    """Choose from the rows of a `ranking`, and try more slots or memory where turns wait."""
+    stocks = [row for row in answer.rows.values() if row.rule == "stock" and row.name != "stock"]
+    heddles = {row.tp: row for row in answer.rows.values() if row.rule == "heddle"}
+    stock = min(stocks, key=lambda row: (row.typical.makespan_s, row.tp))
+    if not wins(stock.speedups):
+        stock = next(row for row in stocks if row.tp == answer.setting.tp)
+    best = min(heddles.values(), key=lambda row: (row.typical.makespan_s, row.tp))
+    chosen, heddle = (best, True) if wins(best.ratios(stock)) else (stock, False)
+    return Advice(chosen, heddle, tuple(_trials(answer, chosen, jobs)))
+
+
+def told(answer: Answer, advice: Advice) -> list[str]:
+    """The advice in plain sentences, reasons first."""
+    row, tp = advice.row, answer.setting.tp
+    lines = [situation(answer), cause(answer)]
+    if row.tp != tp:
+        lines.append(f"Use tp={row.tp}: {gain(row.speedups)} as fast as stock at tp={tp}, {percent(row.bound_fraction)} of the bound.")
+    else:
+        lines.append(f"Stay at tp={tp}: no other fixed degree is faster beyond chance.")
+    stock = answer.rows[f"stock_tp{row.tp}"]
+    ratios = answer.rows[f"heddle_tp{row.tp}"].ratios(stock)
+    if advice.heddle:
+        lines.append(f"Switch heddle on: at tp={row.tp} its priorities make the step {gain(ratios)} as fast as stock's order does.")
+    else:
+        verdict = "lose against stock's order" if loses(ratios) else "make no difference beyond chance"
+        lines.append(
+            f"heddle's priorities {verdict} at tp={row.tp}: {gain(ratios)}. +plugin=observe keeps verl's decisions and shows the step."
+        )
+    return lines + [_trial_told(trial, answer.setting) for trial in advice.trials]
+
+
+def why(row: Row) -> str:
+    """What the trajectory that ended last mostly did, for a column of the ranking."""
+    last = row.typical.last
+    own = max(0.0, last.alone_s - last.tail["tool_s"] - last.tail["other_s"])
+    parts = {
+        f"its own tokens at tp={row.tp}": own,
+        "sharing a replica": last.shared_s,
+        "waiting": last.tail["queue_s"],
+        "tools": last.tail["tool_s"],
+        "between turns": last.tail["other_s"],
+    }
+    most = sorted(parts.items(), key=lambda part: -part[1])[:2]
+    return ", ".join(f"{percent(value / last.makespan_s)} {name}" for name, value in most if value > 0.01 * last.makespan_s)
+
+
+def _trials(answer: Answer, chosen: Row, jobs: int | None) -> list[Trial]:
+    setting, run = answer.setting, chosen.typical
+    if run.queue_share < WAITS:
+        return []
+    tried: list[tuple[str, str, Setting, bool]] = []
+    if setting.slots < 1024:
+        tried.append(("max_num_seqs", str(2 * setting.slots), replace(setting, slots=2 * setting.slots), True))
+    if run.preemptions and setting.utilization < MORE_MEMORY:
+        tried.append(("gpu_memory_utilization", f"{MORE_MEMORY:g}", replace(setting, utilization=MORE_MEMORY), False))
+    trials = []
+    for name, value, changed, safe in tried:
+        with Pool(changed, answer.source.draws, 1, jobs) as pool:
+            runs = pool.runs([(chosen.rule, chosen.tp)])[chosen.rule, chosen.tp]
+        ratios = [before.makespan_s / after.makespan_s for before, after in zip(chosen.runs, runs, strict=True)]
+        trials.append(Trial(name, value, ratios, safe))
+    return trials
+
+
+def _trial_told(trial: Trial, setting: Setting) -> str:
+    old = setting.slots if trial.name == "max_num_seqs" else f"{setting.utilization:g}"
+    if not wins(trial.ratios):
+        return f"{trial.name}={trial.value} instead of {old} does not help beyond chance ({ratio(median_low(trial.ratios))})."
+    wish = "" if trial.safe else ", if the trainer's memory allows it"
+    return f"{trial.name}={trial.value} instead of {old} makes that {gain(trial.ratios)} as fast again{wish}."
+
+
+def forecast(answer: Answer, advice: Advice) -> str:
+    """One line: now, then."""
+    now, then = answer.stock.typical.makespan_s, advice.row.typical.makespan_s
+    return f"forecast: {seconds(now)} now (stock, tp={answer.setting.tp}), {seconds(then)} then ({ratio(advice.row.speedup)})"

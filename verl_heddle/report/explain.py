@@ -1,0 +1,126 @@
+"""What held a step up and what to do about it, in at most four plain sentences.
+
+Every sentence is a rule over the numbers of an `Answer`; none says more than the draws support (`study.wins`). They tell of the draw in
+which stock's makespan is the median, and of the slowest step in it.
+"""
+
+from __future__ import annotations
+
+from statistics import median_low
+
+from verl_heddle.report.play import Run
+from verl_heddle.report.study import Answer, Row, loses, wins
+from verl_heddle.report.words import count, listed, number, percent, ratio, seconds
+
+LITTLE_LEFT = 0.9
+"""From this share of the lower bound on, "little to win": below 11 % even for a perfect schedule, near what a simulator can tell."""
+
+WAITED = 0.01
+"""Share of all trajectory time spent waiting for a slot below which nobody waited: the order of the queue cannot matter then."""
+
+
+def explain(answer: Answer) -> list[str]:
+    """Where the time goes, why, what to do, what heddle does: one entry each, in this order, as far as the arms are there."""
+    return [situation(answer), cause(answer), *_remedy(answer), *_heddle(answer)]
+
+
+def situation(answer: Answer) -> str:
+    """How far stock is from the bound, and what the bound is."""
+    stock, low = answer.stock, answer.worst_bound
+    reason = (
+        "the longest trajectory, alone on a replica of its best tp, takes that long"
+        if low.longest_s >= low.work_s
+        else "there is that much work for all GPUs together"
+    )
+    per_step = " a step" if answer.source.about["steps"] > 1 else ""
+    return (
+        f"Stock verl at tp={stock.tp} takes {seconds(stock.typical.makespan_s)}{per_step}; no schedule on these {answer.setting.gpus} GPUs "
+        f"can take less than {seconds(answer.bound_s)}, because {reason}."
+    )
+
+
+def cause(answer: Answer) -> str:
+    """What the trajectory that ended last did with its time."""
+    run = answer.stock.typical
+    last = run.last
+    own = max(0.0, last.alone_s - last.tail["tool_s"] - last.tail["other_s"])
+    parts = [
+        (own, f"generating its own tokens at tp={run.tp}"),
+        (last.shared_s, "slowed down by others on its replica"),
+        (last.tail["queue_s"], "waiting for a slot or for KV cache"),
+        (last.tail["tool_s"], "in tools"),
+        (last.tail["other_s"], "between turns"),
+    ]
+    told = [f"{number(value)} s {what}" for value, what in parts if value >= 0.01 * last.makespan_s]
+    turns = f"{last.turns} turn{'s' if last.turns > 1 else ''}"
+    return (
+        f"The trajectory that ended last ({last.tokens:,} tokens in {turns}) spent {listed(told)}; meanwhile the replicas had "
+        f"nothing to do {percent(run.idle_share)} of the time."
+    )
+
+
+def _remedy(answer: Answer) -> list[str]:
+    best = answer.rows.get("stock_best_tp")
+    if best is None:
+        return []
+    setting = answer.setting
+    if best.tp != setting.tp and wins(best.speedups):
+        text = (
+            f"Set tensor_model_parallel_size={best.tp}: stock verl alone is then {gain(best.speedups)} as fast"
+            f"{_reached(best)}. No plugin is needed for that"
+        )
+    elif best.tp != setting.tp:
+        text = f"Another fixed tp does not help beyond chance (the best, tp={best.tp}, gives {ratio(best.speedup)})"
+    elif len(setting.tps) == 1:
+        text = f"tp={setting.tp} is the only fixed degree that works here"
+    else:
+        text = f"tp={setting.tp} is already the best fixed degree"
+    return [text + _pressure(best, answer) + _tools(best) + "."]
+
+
+def _reached(row: Row) -> str:
+    return f", {percent(row.bound_fraction)} of the bound" + (", so little is left to win" if row.bound_fraction >= LITTLE_LEFT else "")
+
+
+def _pressure(row: Row, answer: Answer) -> str:
+    """A hint at slots or KV memory where turns wait for them."""
+    run: Run = row.typical
+    if run.queue_share < 0.05:
+        return ""
+    waited = f"; at tp={row.tp} turns still spend {percent(run.queue_share)} of all time waiting"
+    if run.preemptions:
+        utilization = answer.setting.utilization
+        return f"{waited} and the KV cache ran out {count(run.preemptions)} times: raise gpu_memory_utilization ({utilization:g} here)"
+    return f"{waited} for one of {answer.setting.slots} slots: try a larger max_num_seqs (--slots)"
+
+
+def _tools(row: Row) -> str:
+    """A hint where nothing but faster tools would help."""
+    share = row.typical.last.tail["tool_s"] / row.typical.last.makespan_s
+    return f"; {percent(share)} of what is left is tool time, which only faster tools shorten" if share >= 0.5 else ""
+
+
+def _heddle(answer: Answer) -> list[str]:
+    row = answer.rows.get("heddle_best_tp") or answer.rows.get("heddle")
+    if row is None:
+        return []
+    base = answer.rows.get("stock_best_tp") if row.name == "heddle_best_tp" else None
+    ratios = row.ratios(base)
+    where = f"at tp={row.tp}"
+    if wins(ratios):
+        return [f"heddle's priorities make the step {gain(ratios)} as fast as stock {where}: the longest no longer wait behind the short."]
+    if loses(ratios):
+        return [f"heddle's priorities lose here: {gain(ratios)} of stock's speed {where}. Use +plugin=observe."]
+    other = row.stock if base is None else base.runs
+    if median_low(run.queue_share for run in other) < WAITED:
+        return [f"heddle's priorities change nothing {where}: every turn finds a free slot, and only waiting turns can be put in order."]
+    limit = answer.rows.get("lpt_oracle")
+    hope = f"; with the lengths known in advance, longest first gives {ratio(limit.speedup)} at tp={limit.tp}" if limit else ""
+    return [f"heddle's priorities give {gain(ratios)} {where}, no difference beyond chance{hope}."]
+
+
+def gain(ratios: list[float]) -> str:
+    """ "1.94x (1.87 to 2.09 over 3 draws)"."""
+    middle, low, high = median_low(ratios), min(ratios), max(ratios)
+    plain = ratio(middle)
+    return plain if f"{low:.2f}" == f"{high:.2f}" else f"{plain} ({low:.2f} to {high:.2f} over {len(ratios)} draws)"

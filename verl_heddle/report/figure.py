@@ -1,0 +1,112 @@
+"""The timeline as a PNG: arms above each other on one time axis, replicas as bands (`raster`). Needs matplotlib (`verl-heddle[report]`)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from verl_heddle.report.colors import LIGHT, Scheme, palette
+from verl_heddle.report.raster import FIRST
+from verl_heddle.report.scene import Scene, rasters
+from verl_heddle.report.study import Answer
+from verl_heddle.report.words import percent, ratio, seconds
+
+WIDTH_IN, PANEL_IN, DPI = 12.0, 3.9, 130
+"""Inches of the figure and of one arm's panel; 64 replicas then have 8 pixels each."""
+
+
+def timeline(path: str | os.PathLike[str], answer: Answer, shown: Sequence[Scene], scheme: Scheme = LIGHT) -> None:
+    """Write the picture of some arms.
+
+    Raises:
+        ValueError: matplotlib is missing.
+        OSError: the file cannot be written.
+    """
+    draw(answer, shown, scheme).savefig(path, dpi=DPI, facecolor=scheme.background, format="png")
+
+
+def need_matplotlib() -> None:
+    """Say at once, not after the simulation, that pictures cannot be drawn.
+
+    Raises:
+        ValueError: matplotlib is missing.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ValueError("a PNG needs matplotlib: pip install matplotlib (or use --html, which does not)") from None
+
+
+def draw(answer: Answer, shown: Sequence[Scene], scheme: Scheme) -> Any:
+    """The matplotlib figure."""
+    need_matplotlib()
+    from matplotlib.colors import ListedColormap, Normalize
+    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
+
+    pictures = rasters(shown)
+    colors = palette(scheme)
+    height = PANEL_IN * len(shown) + 1.75
+    figure = Figure(figsize=(WIDTH_IN, height))
+    panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
+    figure.subplots_adjust(left=0.055, right=0.985, top=1 - 0.95 / height, bottom=1.05 / height, hspace=0.42 / PANEL_IN)
+    figure.text(0.012, 1 - 0.3 / height, _headline(answer), fontsize=15, fontweight="bold", color=scheme.text, va="center")
+    first = shown[0].result.makespan_s
+    for panel, scene, picture in zip(panels, shown, pictures, strict=True):
+        end = scene.result.makespan_s
+        panel.imshow(
+            colors[picture.pixels], aspect="auto", interpolation="nearest", extent=(0, picture.span_s, 0, picture.gpus), rasterized=True
+        )
+        gain = f", {ratio(first / end)}" if scene is not shown[0] else ""
+        title = f"{scene.title}: {seconds(end)}{gain}; replicas without work {percent(scene.idle_share)} of the time"
+        panel.set_title(title, loc="left", fontsize=11.5, color=scheme.text, pad=5)
+        panel.axvline(scene.bound_s, color=scheme.bound, linewidth=1.6, linestyle=(0, (4, 2)))
+        panel.axvline(end, color=scheme.text, linewidth=1.2)
+        replicas = len(scene.result.replicas)
+        panel.set_ylabel(f"{replicas} replica{'s' if replicas > 1 else ''}", fontsize=10, color=scheme.muted)
+        panel.set_yticks([])
+        panel.set_xlim(0, picture.span_s * 1.005)
+        panel.tick_params(axis="x", colors=scheme.muted, labelsize=9.5, labelbottom=panel is panels[-1])
+        for spine in panel.spines.values():
+            spine.set_visible(False)
+    late = shown[0].bound_s > 0.7 * pictures[0].span_s
+    panels[0].annotate(
+        f"lower bound {seconds(shown[0].bound_s)}",
+        (shown[0].bound_s, 1.0),
+        xycoords=("data", "axes fraction"),
+        xytext=(-6 if late else 6, -6),
+        textcoords="offset points",
+        va="top",
+        ha="right" if late else "left",
+        fontsize=10,
+        color=scheme.bound,
+        fontweight="bold",
+        bbox={"facecolor": scheme.background, "edgecolor": "none", "alpha": 0.85, "pad": 2.0},
+    )
+    panels[-1].set_xlabel("seconds since the first submit", fontsize=10.5, color=scheme.muted)
+    bar = figure.add_axes((0.055, 0.34 / height, 0.26, 0.12 / height))
+    from matplotlib.cm import ScalarMappable
+
+    scale = figure.colorbar(
+        ScalarMappable(Normalize(0, pictures[0].longest), ListedColormap(colors[FIRST:] / 255.0)), cax=bar, orientation="horizontal"
+    )
+    figure.text(0.055, 0.53 / height, "tokens of the whole trajectory", fontsize=9.5, color=scheme.muted)
+    scale.ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    scale.outline.set_visible(False)
+    scale.ax.tick_params(colors=scheme.muted, labelsize=8.5, length=2)
+    figure.text(
+        0.345,
+        0.40 / height,
+        "A band is a replica, the last to finish on top. In it: the trajectories that hold a slot, longest at the bottom;\n"
+        "the band is filled to the root of their number, full at the arm's most. Thin line: the end of the step. Simulated.",
+        fontsize=9,
+        color=scheme.muted,
+        va="center",
+        linespacing=1.4,
+    )
+    return figure
+
+
+def _headline(answer: Answer) -> str:
+    setting = answer.setting
+    return f"{answer.source.name}: {setting.model}, {setting.gpus} GPUs"

@@ -1,0 +1,195 @@
+"""One HTML page with everything: table, sentences, timeline, lengths, configuration. Stands alone, loads nothing, runs no script.
+
+The look is in `page.html.j2`; this file computes what it shows. Names out of traces are escaped by the template engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from math import floor, log10
+from typing import Any
+
+import numpy as np
+
+import verl_heddle
+from verl_heddle.report.advice import Advice
+from verl_heddle.report.bitmap import data_uri, png
+from verl_heddle.report.colors import DARK, LIGHT, Scheme, palette
+from verl_heddle.report.scene import Scene, rasters
+from verl_heddle.report.study import WORTH, Answer, Row
+from verl_heddle.report.words import count, number, percent, ratio, seconds
+
+BINS = 40
+"""Bars of the histogram of lengths."""
+
+SCENE_NOTE = (
+    "A band is a replica, the last to finish on top. In it are the trajectories that hold a slot, the longest at the bottom, coloured by "
+    "the tokens they generate in all; the band is filled to the root of their number, full at the arm's most. Solid line: the step's end."
+)
+
+
+def page(answer: Answer, sentences: Sequence[str], shown: Sequence[Scene], shell: str = "", advice: Advice | None = None) -> str:
+    """The page.
+
+    Args:
+        sentences: the explanation, as printed.
+        shown: arms of the timeline.
+        shell: the command line that made the page.
+        advice: of a plan: what to use, with verl's settings to paste.
+    """
+    from jinja2 import Environment
+
+    source = files("verl_heddle.report").joinpath("page.html.j2").read_text(encoding="utf-8")
+    setting, about = answer.setting, answer.source.about
+    return Environment(autoescape=True).from_string(source).render(
+        title=f"{answer.source.name} on {setting.gpus} x {setting.gpu}",
+        command_name="simulate" if advice is None else "plan",
+        subtitle=f"One step of rollouts with {setting.model.rsplit(' on ', 1)[0]}, simulated: {_size(answer)}.",
+        tiles=_tiles(answer, advice),
+        sentences=sentences,
+        overrides="" if advice is None else "\n".join(advice.overrides),
+        rows=[_row(row, answer) for row in answer.rows.values() if advice is None or row.name != "stock"],
+        ranges="In brackets: lowest and highest over the draws." if len(answer.source.draws) > 1 else "",
+        scenes=list(_scenes(shown)),
+        ticks=ticks(max(scene.result.makespan_s for scene in shown), " s"),
+        longest=f"{max(int(scene.result.output_tokens.max()) for scene in shown):,}",
+        scene_note=SCENE_NOTE + (" The slowest of the steps is shown." if about["steps"] > 1 else ""),
+        histogram=_histogram(answer),
+        facts=_facts(answer),
+        version=verl_heddle.__version__,
+        shell=shell,
+        light_vars=_variables(LIGHT),
+        dark_vars=_variables(DARK),
+        ramp_vars=", ".join(f"var(--l{index})" for index in range(len(LIGHT.lengths))),
+        hist_rules=" ".join(f".b{index} {{ fill: var(--l{index}); }}" for index in range(len(LIGHT.lengths))),
+    ).rstrip() + "\n"  # fmt: skip
+
+
+def ticks(end: float, unit: str) -> list[dict[str, Any]]:
+    """Round marks from 0 to `end` at their place in percent, three to six of them; few enough for a phone."""
+    rough = end / 5
+    base = 10.0 ** floor(log10(rough))
+    step = next(base * factor for factor in (1, 2, 5, 10) if base * factor >= rough)
+    marks = []
+    for index in range(int(end / step) + 1):
+        at = 100 * index * step / end
+        text = f"{index * step:,.{max(0, -floor(log10(step)))}f}" if index else f"0{unit}"
+        marks.append({"at": round(at, 2), "text": text, "kind": "first" if index == 0 else "last" if at > 96 else ""})
+    return marks
+
+
+def _variables(scheme: Scheme) -> str:
+    named = {name: getattr(scheme, name) for name in ("background", "idle", "text", "muted", "bound")}
+    named |= {f"l{index}": color for index, color in enumerate(scheme.lengths)}
+    return " ".join(f"--{name}: {color};" for name, color in named.items())
+
+
+def _size(answer: Answer) -> str:
+    work = [item for step in answer.source.draws[answer.typical].steps for item in step]
+    steps = answer.source.about["steps"]
+    text = f"{count(len(work) / steps)} trajectories, {count(sum(item.output_tokens for item in work) / steps)} tokens"
+    return text + (f", mean of {steps} steps" if steps > 1 else "")
+
+
+def _tiles(answer: Answer, advice: Advice | None) -> list[dict[str, str]]:
+    stock = answer.stock
+    if advice is None:
+        honest = [row for row in answer.rows.values() if row.rule != "lpt_oracle"]
+        shortest = min(row.typical.makespan_s for row in honest)
+        best = next(row for row in honest if row.typical.makespan_s <= WORTH * shortest)  # of equals the first: stock before anything else
+    else:
+        best = advice.row
+    base = stock.typical.makespan_s
+    stays = (best.rule, best.tp) == (stock.rule, stock.tp)
+    note = "stock as it is: nothing gains 2 %" if stays else f"{best.title}, tp={best.tp}: {ratio(best.speedup)}"
+    idle, share = percent(stock.typical.idle_share), percent(answer.bound_s / base)
+    shortest_s = seconds(best.typical.makespan_s)
+    tiles = (
+        ("", f"stock verl, tp={stock.tp}", seconds(base), f"{idle} of it replicas without work"),
+        ("best", "best of the arms" if advice is None else "advised", shortest_s, note),
+        ("bound", "lower bound", seconds(answer.bound_s), f"no schedule is faster; {share} of stock"),
+    )
+    return [dict(zip(("kind", "what", "value", "note"), tile, strict=True)) for tile in tiles]
+
+
+def _row(row: Row, answer: Answer) -> dict[str, Any]:
+    widest = max(one.typical.makespan_s for one in answer.rows.values())
+    run = row.typical
+    total = sum(run.tail.values()) or 1.0
+    low = row.bounds_s[row.runs.index(run)]
+    spread = f"({number(min(row.makespans_s))}–{number(max(row.makespans_s))})" if len(row.runs) > 1 else ""  # noqa: RUF001
+    return {
+        "title": row.title,
+        "name": row.name,
+        "tp": row.tp,
+        "width": round(100 * run.makespan_s / widest, 2),
+        "bound": round(min(99.5, 100 * low / widest), 2),
+        "parts": [{"kind": key.removesuffix("_s"), "width": round(100 * value / total, 3)} for key, value in run.tail.items()],
+        "spoken": f"{row.title}: {seconds(run.makespan_s)}, lower bound {seconds(low)}",
+        "makespan": seconds(run.makespan_s),
+        "range": spread,
+        "speedup": ratio(row.speedup),
+        "fraction": percent(row.bound_fraction),
+        "throughput": count(round(run.throughput_tok_s)),
+        "moves": count(run.migrations),
+        "preemptions": count(run.preemptions),
+    }
+
+
+def _scenes(shown: Sequence[Scene]) -> Iterator[dict[str, Any]]:
+    pictures = rasters(shown)
+    span = pictures[0].span_s
+    light, dark = palette(LIGHT), palette(DARK)
+    for scene, picture in zip(shown, pictures, strict=True):
+        end = scene.result.makespan_s
+        at = 100 * scene.bound_s / span
+        yield {
+            "title": f"{scene.title}: {seconds(end)}, replicas without work {percent(scene.idle_share)} of the time",
+            "alt": f"{scene.title}: {len(scene.result.replicas)} replicas over {seconds(end)}",
+            "light": data_uri(png(picture.pixels, light)),
+            "dark": data_uri(png(picture.pixels, dark)),
+            "bound": round(min(99.7, at), 2),
+            "bound_text": seconds(scene.bound_s),
+            "flag": f"left: calc({at:.2f}% + 6px)" if at < 60 else f"right: calc({100 - at:.2f}% + 6px)",
+            "end": round(min(99.8, 100 * end / span), 2),
+        }
+
+
+def _histogram(answer: Answer) -> dict[str, Any]:
+    work = [item for step in answer.source.draws[answer.typical].steps for item in step]
+    lengths = np.array([item.output_tokens for item in work], dtype=np.float64)
+    top = float(lengths.max())
+    counts, _ = np.histogram(lengths, bins=BINS, range=(0, top))
+    shades = len(LIGHT.lengths)
+    bars = []
+    for index, value in enumerate(counts.tolist()):
+        height = max(1.5, 100 * value / counts.max()) if value else 0.0
+        bars.append({"shade": index * shades // BINS, "height": round(height, 2), "y": round(100 - height, 2)})
+    p50, p90 = np.quantile(lengths, [0.5, 0.9], method="higher").tolist()
+    note = (
+        f"Tokens per trajectory: half generate at most {p50:,.0f}, one in ten more than {p90:,.0f}, the longest {top:,.0f} "
+        f"({number(top / max(1.0, p50))} times the median). Colours as above."
+    )
+    return {"bars": bars, "bins": BINS, "ticks": ticks(top, " tokens"), "note": note, "spoken": note}
+
+
+def _facts(answer: Answer) -> list[tuple[str, str]]:
+    setting, about, draws = answer.setting, answer.source.about, answer.source.draws
+    held = setting.kv_tokens[setting.tp]
+    others = [str(tp) for tp in setting.tps if tp != setting.tp]
+    steps = f"{about['steps']} step{'s' if about['steps'] > 1 else ''}"
+    memory = f"{setting.utilization:g}" + ("" if held is None else f", {held:,} KV tokens a replica of tp={setting.tp}")
+    facts = [
+        ("trajectories", f"{answer.source.name}; {count(about['prompts'])} prompts x {count(about['samples'])} samples, {steps}"),
+        ("model, GPUs", f"{setting.model}, {setting.gpus} GPUs"),
+        ("tensor parallel", f"{setting.tp} (also possible: {', '.join(others) or 'none'})"),
+        ("slots (max_num_seqs)", str(setting.slots)),
+        ("gpu_memory_utilization", memory),
+        ("step times", setting.latency.source),
+        ("heddle has seen", str(about["history"])),
+        ("draws", f"{len(draws)}, seeds {', '.join(str(draw.seed) for draw in draws)}"),
+    ]
+    if setting.overhead_s:
+        facts.append(("per turn outside engine and tool", seconds(setting.overhead_s)))
+    return facts + [("note", note) for note in answer.source.notes]

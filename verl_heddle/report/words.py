@@ -1,0 +1,45 @@
+"""Numbers as people read them; shared by the text table, the sentences, the figure and the page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def seconds(value: float) -> str:
+    """Three digits and no more: "585 s", "12.3 s", "0.35 s", "2 h 05 min" from 100 minutes on."""
+    if value >= 6000:
+        minutes = round(value / 60)
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{number(value)} s"
+
+
+def number(value: float) -> str:
+    """ "1,234", "585", "12.3", "0.35"; three digits where there are more to say."""
+    size = abs(value)
+    return f"{value:,.0f}" if size >= 99.95 else f"{value:.1f}" if size >= 9.995 else f"{value:.2f}"
+
+
+def count(value: float) -> str:
+    """A count, or a mean of counts: "1,234", "0", "12.5"."""
+    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:,.1f}"
+
+
+def ratio(value: float) -> str:
+    """A speedup: "1.94x"."""
+    return f"{value:.2f}x"
+
+
+def percent(share: float) -> str:
+    """A share: "27 %"."""
+    return f"{100 * share:.0f} %"
+
+
+def spread(values: Sequence[float], middle: float, form: str = "{:.2f}") -> str:
+    """ "1.94 (1.87..2.09)", or the middle alone where all values read the same."""
+    low, high = form.format(min(values)), form.format(max(values))
+    return form.format(middle) if low == high else f"{form.format(middle)} ({low}..{high})"
+
+
+def listed(items: Sequence[str]) -> str:
+    """ "a", "a and b", "a, b and c"."""
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"

@@ -55,7 +55,7 @@ def draw(answer: Answer, shown: Sequence[Scene], scheme: Scheme) -> Any:
     for panel, scene, picture in zip(panels, shown, pictures, strict=True):
         end = scene.result.makespan_s
         panel.imshow(
-            colors[picture.pixels], aspect="auto", interpolation="nearest", extent=(0, picture.span_s, 0, picture.gpus), rasterized=True
+            colors[picture.pixels], aspect="auto", interpolation="auto", extent=(0, picture.span_s, 0, picture.gpus), rasterized=True
         )
         gain = f", {ratio(first / end)}" if scene is not shown[0] else ""
         title = f"{scene.title}: {seconds(end)}{gain}; replicas without work {percent(scene.idle_share)} of the time"

@@ -1,0 +1,87 @@
+"""Does the simulator tell what real engines do? Records runs on two vLLM engines, predicts them, and reports the errors.
+
+    python bench/fidelity/run.py             all configurations, three seeds; about 10 minutes; writes the JSON and the table in README.md
+    python bench/fidelity/run.py --quick     three configurations, one seed; about 2 minutes; prints only
+    python bench/fidelity/run.py --traces DIR --predict-only    the recorded runs of DIR again, without engines
+
+Uses the whole machine: run nothing beside it, least of all another verl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from bench.fidelity.configurations import PREDICTED
+from bench.fidelity.predict import evaluate
+from bench.fidelity.table import README, console, write_readme
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULT = ROOT / "bench/results/cpu/fidelity.json"
+PACKAGES = ("verl-heddle", "verl", "vllm", "torch", "ray", "numpy")
+QUICK = PREDICTED[:3]
+
+
+def commit() -> str:
+    """The commit of the working tree, read from its files; "unknown" outside of a plain clone."""
+    git = ROOT / ".git"
+    try:
+        head = (git / "HEAD").read_text().strip()
+        if not head.startswith("ref: "):
+            return head
+        name = head[5:]
+        if (git / name).exists():
+            return (git / name).read_text().strip()
+        return next(line.split()[0] for line in (git / "packed-refs").read_text().splitlines() if line.endswith(f" {name}"))
+    except (OSError, StopIteration):
+        return "unknown"
+
+
+def facts() -> dict[str, Any]:
+    """Where and with what the runs were made."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, no GPU"
+    return {"date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit(), "machine": machine, "versions": versions}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="three configurations, one seed")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each configuration (3)")
+    parser.add_argument("--traces", type=Path, default=ROOT / "outputs/fidelity", help="folder for the recorded runs (outputs/fidelity)")
+    parser.add_argument("--predict-only", action="store_true", help="take the runs that --traces holds")
+    parser.add_argument("--out", type=Path, help="JSON to write (bench/results/cpu/fidelity.json; with --quick: none)")
+    args = parser.parse_args(argv)
+    if args.predict_only:
+        index = json.loads((args.traces / "runs.json").read_text())
+    else:
+        from bench.fidelity.record import record  # here, because predicting needs neither ray nor vLLM
+
+        index = facts() | record(args.traces, QUICK if args.quick else PREDICTED, range(1 if args.quick else args.seeds))
+        (args.traces / "runs.json").write_text(json.dumps(index, indent=1))
+    result = {key: value for key, value in index.items() if key != "runs"} | evaluate(args.traces, index)
+    print(console(result))
+    out = args.out or (None if args.quick else RESULT)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
+        if out == RESULT:
+            write_readme(README, result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""A map of where there is something to win: concurrency per GPU x tail weight x tool share x model, all simulated.
+
+    python bench/regimes/run.py                      the map, about ten minutes on one core; JSON on stdout and in bench/results/simulated
+    python bench/regimes/run.py --jobs 8             the same numbers, sooner
+    python bench/regimes/run.py --from FILE          only write docs/regimes.md and docs/regimes.png again
+
+Each cell simulates stock verl at every fixed tensor-parallel degree and heddle at stock's usual and best degree, on the same draws.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from cells import CONCURRENCY, DRAWS, GPU, GPUS, MEAN_TOKENS, MODELS, SAMPLES, SIGMAS, SLOTS, TOOL_SHARES, cells, measure
+from picture import heat_maps
+from reading import markdown
+
+import verl_heddle
+from verl_heddle.latency import load
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "bench" / "results" / "simulated" / "regimes.json"
+PAGE, PICTURE = ROOT / "docs" / "regimes.md", ROOT / "docs" / "regimes.png"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=1, help="processes (default 1)")
+    parser.add_argument("--from", dest="known", type=Path, help="write the page from these results instead of simulating")
+    arguments = parser.parse_args()
+    result = json.loads(arguments.known.read_text()) if arguments.known else simulated(arguments.jobs)
+    if not arguments.known:
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+        print(json.dumps(result))
+    PAGE.write_text(markdown(result))
+    heat_maps(result, PICTURE)
+    print(f"wrote {PAGE.relative_to(ROOT)} and {PICTURE.relative_to(ROOT)}", file=sys.stderr)
+
+
+def simulated(jobs: int) -> dict[str, Any]:
+    """All cells, with what they assume."""
+    todo = list(cells())
+    begun = time.monotonic()
+    rows = []
+    with ProcessPoolExecutor(jobs) if jobs > 1 else nullcontext() as pool:
+        for number, row in enumerate(pool.map(measure, todo) if pool else map(measure, todo), start=1):
+            rows.append(row)
+            if number % 20 == 0 or number == len(todo):
+                print(f"{number} of {len(todo)} cells, {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
+    return {
+        "kind": "simulated",
+        "version": verl_heddle.__version__,
+        "assumptions": {
+            "latency": load(GPU, MODELS[0]).source,
+            "gpu": GPU,
+            "gpus": GPUS,
+            "slots": SLOTS,
+            "samples": SAMPLES,
+            "mean_tokens": MEAN_TOKENS,
+            "cap_tokens": 40_960,
+            "concurrency": list(CONCURRENCY),
+            "sigmas": list(SIGMAS),
+            "tool_shares": list(TOOL_SHARES),
+            "draws": {str(key): value for key, value in DRAWS.items()},
+        },
+        "cells": rows,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""What is remembered of a prompt from one visit to the next.
+
+Law: each visit is summed up by its deviation (mean log size less the level of its step, `Pool.step_mean`); visits are averaged by their
+samples, the weight of the past bounded by `MEMORY` samples so that it follows the policy. A visit is closed when the next one begins,
+because only then the level of its step is known. Invariants: at most `MAX_PROMPTS` records, the prompts seen longest ago are forgotten.
+Cost: O(1) per trajectory.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import NamedTuple
+
+import numpy as np
+
+from verl_heddle.predict.pool import Pool
+from verl_heddle.predict.quantities import QUANTITIES, TOKENS, Floats
+
+MEMORY = 32.0
+"""Samples after which the past stops to gain weight: two visits of 16. An older policy's lengths say less than a recent one's."""
+
+MAX_PROMPTS = 200_000
+"""About 150 MB of table; larger data sets are seen once, so that a history would never be asked for."""
+
+UNKNOWN = np.zeros(QUANTITIES)
+
+
+class History(NamedTuple):
+    """A prompt as its next visit finds it. `deviation`: logs, against the level of the day; `samples` 0: never seen."""
+
+    samples: float
+    deviation: Floats
+    spread: float
+    """Standard deviation of log tokens inside visits."""
+    last: float
+    """Deviation of log tokens in the last visit."""
+
+
+class _Record(NamedTuple):
+    samples: float
+    deviation: Floats
+    square: float
+    step: int
+    open_count: int
+    open_sum: Floats
+    open_square: float
+
+
+NEVER = History(0.0, UNKNOWN, 0.0, 0.0)
+
+
+class Prompts:
+    """Histories by prompt."""
+
+    def __init__(self, max_prompts: int = MAX_PROMPTS) -> None:
+        self._records: OrderedDict[str, _Record] = OrderedDict()
+        self._max_prompts = max_prompts
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def look_up(self, prompt: str, pool: Pool) -> History:
+        """What earlier visits say."""
+        record = self._records.get(prompt)
+        if record is None:
+            return NEVER
+        last = record.open_sum / record.open_count - pool.step_mean(record.step)
+        count, deviation, square = _close(record, last)
+        return History(count, deviation, float(np.sqrt(square / count)), float(last[TOKENS]))
+
+    def observe(self, prompt: str, step: int, logs: Floats, pool: Pool) -> None:
+        """A sample of `prompt`, asked for by training step `step`, ended with sizes exp(logs)."""
+        record = self._records.pop(prompt, None)
+        if record is None:
+            record = _Record(0.0, UNKNOWN, 0.0, step, 0, UNKNOWN, 0.0)
+        elif record.step != step:
+            last = record.open_sum / record.open_count - pool.step_mean(record.step)
+            record = _Record(*_close(record, last), step, 0, UNKNOWN, 0.0)
+        square = record.open_square
+        if record.open_count:
+            delta = float(logs[TOKENS] - record.open_sum[TOKENS] / record.open_count)
+            square += delta * delta * record.open_count / (record.open_count + 1)
+        self._records[prompt] = record._replace(open_count=record.open_count + 1, open_sum=record.open_sum + logs, open_square=square)
+        if len(self._records) > self._max_prompts:
+            self._records.popitem(last=False)
+
+    def state(self) -> tuple[list[str], Floats]:
+        """Names and one row of numbers each, from which `restore` makes the same histories."""
+        rows = [
+            [r.samples, *r.deviation, r.square, r.step, r.open_count, *r.open_sum, r.open_square]
+            for r in self._records.values()
+        ]  # fmt: skip
+        return list(self._records), np.array(rows, dtype=np.float64).reshape(-1, 5 + 2 * QUANTITIES)
+
+    @classmethod
+    def restore(cls, names: list[str], rows: Floats, max_prompts: int = MAX_PROMPTS) -> Prompts:
+        """Counterpart of `state`."""
+        prompts = cls(max_prompts)
+        for name, row in zip(names, rows, strict=True):
+            deviation, total = row[1 : 1 + QUANTITIES], row[4 + QUANTITIES : 4 + 2 * QUANTITIES]
+            count, square, step, number = row[0], row[1 + QUANTITIES], row[2 + QUANTITIES], row[3 + QUANTITIES]
+            prompts._records[name] = _Record(float(count), deviation, float(square), int(step), int(number), total, float(row[-1]))
+        return prompts
+
+
+def _close(record: _Record, last: Floats) -> tuple[float, Floats, float]:
+    """Count, deviation and sum of squares with the open visit, of deviation `last`, added to the visits before."""
+    past = min(record.samples, MEMORY)
+    count = past + record.open_count
+    square = (record.square * past / record.samples if record.samples else 0.0) + record.open_square
+    return count, (record.deviation * past + last * record.open_count) / count, square

@@ -1,0 +1,212 @@
+"""When a waiting turn takes the place of a running one. vLLM asks in every step; `verl_plugin.vllm_scheduler` carries the answer out.
+
+Law. vLLM starts waiting turns in the order of (aged priority, arrival), lower first. Walk them in that order. A turn that finds a free slot
+and its KV blocks starts by itself. The first that does not is the *winner* of a pair if some running turn, the *victim*, has no
+objection, asked from the worst aged priority on; then the next waiting turn is asked. The first winner without a victim ends the walk,
+because vLLM would let nobody overtake it. A victim objects, in this order:
+
+1. MARGIN: its own priority, or its aged one, is not worse than the winner's by at least `margin`;
+2. CAPPED: it has lost its place to this rule `max_preemptions` times already;
+3. YOUNG: it has run fewer than `min_steps` steps since it (re)started;
+4. NO_ROOM: the free blocks and its own are fewer than the winner needs (one victim a winner, never two);
+5. COST: (priority difference) * `tokens_per_unit` <= (tokens to recompute) / `tokens_per_step`.
+
+Cost, in decode steps, because a step spent on recomputing delays the whole batch. With the prefix cache a victim comes back to all its full
+blocks: it recomputes the tokens after the last full one, and the blocks that the winner evicts. Freed blocks are evicted last, so these are
+what the winner needs beyond the blocks that were free before. Without the cache it recomputes everything. Gain, in the same unit: the
+predicted difference of the remaining tokens, the most that starting the longer of two jobs first can take off the makespan.
+
+Ageing. aged = priority + ageing_per_s * arrival: a turn improves by `ageing_per_s` for every second since it came, and as all do so at the
+same rate their order never changes while they wait (no re-sorting, no clock). It decides who starts next, and it shields who came long ago;
+it takes no place by itself, as MARGIN asks for the own priorities too. Bound: a turn that came D / ageing_per_s seconds later overtakes
+nobody whose priority is worse by D or less, so whoever waits, waits for a finite number of turns.
+
+Invariants (tests/unit/test_preempt.py checks each by brute force)
+- a winner could not start without its pair: no slot is free, or not enough blocks;
+- a victim's own priority is strictly worse than its winner's: equal ones never preempt, and no pair is ever the reverse of an earlier one;
+- every turn is in at most one pair; a turn loses its place at most `max_preemptions` times, so the rule comes to rest;
+- the winners, together with those that start by themselves, are the first of the waiting order;
+- after all pairs the block count is not negative.
+
+Source: Heddle section 4, Algorithm 1, preempts whenever the order says so; margin, cap, run length, ageing and cost are ours.
+Cost of a decision: O(running log running + pairs * running), nothing while nobody waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from typing import Any
+
+MARGIN = 4
+"""Priority units. Rounding alone moves two equal predictions one unit apart, and four units of 64 tokens are inside the error of any
+predictor, so that an exchange for less buys noise."""
+
+MAX_PREEMPTIONS = 3
+"""Per turn, by this rule. Each costs a return to the queue; a turn that was wrongly predicted to be short is safe after three."""
+
+MIN_STEPS = 8
+"""Steps a turn keeps its place once it has it, so that it pays back its prefill before it can be asked to leave."""
+
+AGEING_PER_S = 0.1
+"""Units per second. A turn of 2000 predicted tokens less (31 units of 64) is overtaken by those that come within five minutes of it, and by
+none later: longer than a queue usually lasts, shorter than a starved step."""
+
+TOKENS_PER_UNIT = 64
+"""Tokens of predicted difference that one priority unit stands for: `heddle.priority.quantum_tokens`."""
+
+TOKENS_PER_STEP = 100
+"""Tokens that are recomputed in the time of one decode step. The shipped H200 tables say 190 (32B, batch 8) to 4000 (8B, batch 256); half
+of the least, because an overestimated cost keeps a slot where it is."""
+
+
+class Objection(StrEnum):
+    """Why the best waiting turn was not given a running turn's place."""
+
+    MARGIN = "margin"
+    CAPPED = "capped"
+    YOUNG = "young"
+    NO_ROOM = "no_room"
+    COST = "cost"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """The rule's numbers; see the constants for units and reasons.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    margin: int = MARGIN
+    max_preemptions: int = MAX_PREEMPTIONS
+    min_steps: int = MIN_STEPS
+    ageing_per_s: float = AGEING_PER_S
+    tokens_per_unit: float = TOKENS_PER_UNIT
+    tokens_per_step: float = TOKENS_PER_STEP
+
+    def __post_init__(self) -> None:
+        if self.margin < 1:
+            raise ValueError(f"margin must be at least 1, or equal priorities would preempt each other, got {self.margin}")
+        if self.max_preemptions < 0 or self.min_steps < 0 or not 0 <= self.ageing_per_s < float("inf"):
+            raise ValueError(f"max_preemptions, min_steps and ageing_per_s must not be negative, got {self}")
+        if not (self.tokens_per_unit > 0 and self.tokens_per_step > 0):
+            raise ValueError(f"tokens_per_unit and tokens_per_step must be positive, got {self}")
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Rule:
+        """The rule with some numbers set by name.
+
+        Raises:
+            ValueError: an unknown name, not a number, or out of range.
+        """
+        known = {item.name: type(item.default) for item in fields(cls)}
+        for name, value in settings.items():
+            if name not in known:
+                raise ValueError(f"unknown setting {name!r}; there are {', '.join(known)}")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or (known[name] is int and value != int(value)):
+                raise ValueError(f"{name} must be {'a whole' if known[name] is int else 'a'} number, got {value!r}")
+        return cls(**settings)
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A turn that could start now. `blocks`: KV blocks it needs to start, cached ones included (they count as free)."""
+
+    key: str
+    priority: int
+    arrival_s: float
+    blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A turn in a slot. `steps` since it (re)started, `preemptions` by this rule so far, `tokens` with KV, `blocks` freed if it leaves."""
+
+    key: str
+    priority: int
+    arrival_s: float
+    steps: int
+    preemptions: int
+    tokens: int
+    blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What the engine has left: free `slots`, free KV `blocks` of `block_tokens` each; `cached`: freed blocks can be found again."""
+
+    slots: int
+    blocks: int
+    block_tokens: int
+    cached: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """`pairs` of (victim, winner) to exchange now; `refused`: the worst victim's objection to the next winner, None without either."""
+
+    pairs: tuple[tuple[Running, Waiting], ...] = ()
+    refused: Objection | None = None
+
+
+def aged(priority: float, arrival_s: float, per_s: float) -> float:
+    """Priority after ageing, up to a term common to all turns; lower runs first."""
+    return priority + per_s * arrival_s
+
+
+def order(turn: Waiting | Running, rule: Rule) -> tuple[float, float]:
+    """Sort key: best first."""
+    return aged(turn.priority, turn.arrival_s, rule.ageing_per_s), turn.arrival_s
+
+
+def recompute_tokens(victim: Running, winner: Waiting, spare_blocks: int, room: Room) -> int:
+    """Tokens that must be computed again because `winner` takes the place of `victim`, `spare_blocks` free ones holding nothing of use."""
+    if not room.cached:
+        return victim.tokens
+    return victim.tokens % room.block_tokens + room.block_tokens * max(0, winner.blocks - spare_blocks)
+
+
+def objection(victim: Running, winner: Waiting, free_blocks: int, spare_blocks: int, room: Room, rule: Rule) -> Objection | None:
+    """Why `victim` does not make way for `winner`; None: it does."""
+    gain = victim.priority - winner.priority
+    if gain < rule.margin or order(victim, rule)[0] - order(winner, rule)[0] < rule.margin:
+        return Objection.MARGIN
+    if victim.preemptions >= rule.max_preemptions:
+        return Objection.CAPPED
+    if victim.steps < rule.min_steps:
+        return Objection.YOUNG
+    if winner.blocks > free_blocks + victim.blocks:
+        return Objection.NO_ROOM
+    lost = recompute_tokens(victim, winner, spare_blocks, room)
+    return Objection.COST if gain * rule.tokens_per_unit <= lost / rule.tokens_per_step else None
+
+
+def preemptions(running: Iterable[Running], waiting: Iterable[Waiting], room: Room, rule: Rule) -> Plan:
+    """Who makes way for whom in this step.
+
+    Args:
+        running: in any order; read only when somebody cannot start.
+        waiting: in the engine's order, best first (`order`); read as far as needed.
+    """
+    slots, free, spare = room.slots, room.blocks, room.blocks
+    pairs: list[tuple[Running, Waiting]] = []
+    victims: list[Running] | None = None
+    for winner in waiting:
+        if slots > 0 and winner.blocks <= free:
+            slots, free, spare = slots - 1, free - winner.blocks, max(0, spare - winner.blocks)
+            continue
+        if victims is None:
+            victims = sorted(running, key=lambda turn: order(turn, rule), reverse=True)
+        first: Objection | None = None
+        for index, victim in enumerate(victims):
+            why = objection(victim, winner, free, spare, room, rule)
+            if why is None:
+                pairs.append((victims.pop(index), winner))
+                free, spare = free + victim.blocks - winner.blocks, max(0, spare - winner.blocks)
+                break
+            first = first or why
+        else:
+            return Plan(tuple(pairs), first)
+    return Plan(tuple(pairs))

@@ -1,0 +1,285 @@
+"""vLLM's scheduler with preemption on arrival: `scheduler_cls=verl_heddle.verl_plugin.vllm_scheduler.HeddleScheduler`.
+
+Stock vLLM orders its waiting queue by priority, but a waiting request never takes a running one's slot. Before each step this subclass asks
+`schedule.preempt` who makes way for whom, throws the victims out by vLLM's own means, and lets vLLM schedule. vLLM imports and builds it in
+the engine-core process, so settings come with the configuration, `additional_config={"heddle_preempt": {...}}`, or as JSON in the
+environment variable HEDDLE_PREEMPT (names and defaults: `schedule.preempt.Rule`, and `enable`; the configuration wins).
+
+Two precautions, each needed (tests/contract/test_vllm_scheduler.py shows what happens without):
+1. A victim stays out of the queue for the step that threw it out. Preempted and resumed in one step (when the winner cannot start after
+   all), the V1 model runner gets no tokens for it, and on 0.24.0 with asynchronous scheduling a token in flight is counted twice.
+2. Victims are added to the step's `preempted_req_ids`. 0.24.0 collects only those of its own loop, and Model Runner V2 gives slots back
+   for finished and preempted ids alone.
+
+Off, with one line that says why and vLLM's scheduling as it is: another policy than priority, a vLLM whose names differ (`vllm_seams`),
+unreadable settings, and what was never checked with it: KV connectors, speculative decoding, pipeline parallelism. A request whose grammar
+is still compiled, or whose step defers prefills, wins nothing until that is over.
+
+Live requests get new priorities, and counts are read, by utility calls of the engine client:
+`await engine.engine_core.call_utility_async("heddle_set_priorities", {caller_id: priority})` and `("heddle_counts")`. Priorities are whole
+numbers as the caller gave them; `Request.priority` of a live request holds the aged one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from heapq import merge
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
+
+from verl_heddle.schedule.preempt import Objection, Plan, Room, Rule, Running, Waiting, aged, preemptions
+from verl_heddle.verl_plugin import vllm_seams
+from verl_heddle.verl_plugin.voice import say_once
+
+SETTINGS = "heddle_preempt"
+"""Key of vLLM's `additional_config`; upper case: the environment variable."""
+
+MISMATCH = vllm_seams.mismatch()
+"""What of this vLLM is not as we know it; None if all is."""
+
+
+@dataclass(slots=True)
+class _Life:
+    """Our record of a request, hung on it so that it goes when the request goes."""
+
+    priority: int
+    """As the caller gave it."""
+    arrived: int
+    """Last step before it came."""
+    started: int = 0
+    """Step of its last (re)start."""
+    preemptions: int = 0
+    """By the rule."""
+    computed: int = 0
+    """Tokens with KV when it last lost its slot."""
+    won: bool = False
+    """Somebody was thrown out for it, and it has not started since."""
+
+
+def settings(vllm_config: Any) -> Rule | None:
+    """The rule as configured; None with `enable: false`.
+
+    Raises:
+        ValueError: not understood.
+    """
+    given = json.loads(os.environ.get(SETTINGS.upper()) or "{}")
+    extra = vllm_config.additional_config
+    given |= (extra.get(SETTINGS) or {}) if isinstance(extra, dict) else {}
+    enable = given.pop("enable", True)
+    if not isinstance(enable, bool):
+        raise ValueError(f"enable must be true or false, got {enable!r}")
+    rule = Rule.of(given)
+    return rule if enable else None
+
+
+class HeddleScheduler(AsyncScheduler):
+    """See the module. `rule` is None where scheduling is left to vLLM, and `off` then says why."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rule: Rule | None = None
+        self.step = 0
+        self.tally: Counter[str] = Counter()
+        self._layered = MISMATCH is not None or bool(self.scheduler_config.async_scheduling)
+        self._epoch = time.time()
+        self.off = self._why_off()
+        if self.off is None:
+            try:
+                self.rule = settings(self.vllm_config)
+                self.off = "not enabled" if self.rule is None else None
+            except Exception as error:
+                self.off = f"settings not understood: {error}"
+        if self.rule is None:
+            say_once(f"preempt on arrival is off, vLLM schedules as usual: {self.off}")
+        else:
+            say_once("preempt on arrival is on: " + ", ".join(f"{name} {value:g}" for name, value in asdict(self.rule).items()))
+        _offer_utility_calls()
+
+    def _why_off(self) -> str | None:
+        if MISMATCH is not None:
+            return f"this vLLM differs from those it was made for ({MISMATCH})"
+        if (lack := vllm_seams.missing(self)) is not None:
+            return f"this vLLM differs from those it was made for ({lack})"
+        if self.policy != SchedulingPolicy.PRIORITY:
+            return f"scheduling_policy is {self.policy.value}, not priority"
+        unchecked = {
+            "a KV connector": self.connector is not None,
+            "speculative decoding": self.num_spec_tokens > 0,
+            "pipeline parallelism": self.parallel_config.pipeline_parallel_size > 1,
+        }
+        return next((f"not checked with {name}" for name, there in unchecked.items() if there), None)
+
+    # What AsyncScheduler adds is wrong-footed where vLLM schedules synchronously (on CPU, say): pass it over, as vLLM's own choice does.
+
+    def _update_after_schedule(self, scheduler_output: Any) -> None:
+        (super() if self._layered else super(AsyncScheduler, self))._update_after_schedule(scheduler_output)
+
+    def _update_request_with_output(self, *args: Any, **kwargs: Any) -> Any:
+        return (super() if self._layered else super(AsyncScheduler, self))._update_request_with_output(*args, **kwargs)
+
+    def add_request(self, request: Any) -> None:
+        """A request arrives, or an open one gets more input."""
+        if self.rule is not None and request.request_id not in self.requests:
+            self._give_priority(request, request.priority)
+        super().add_request(request)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """One step: exchange, then vLLM's own scheduling."""
+        if self.rule is None:
+            return super().schedule(*args, **kwargs)
+        self.step += 1
+        held = [] if any(args) or any(kwargs.values()) else self._make_way()
+        output = super().schedule(*args, **kwargs)
+        for victim in held:
+            self.waiting.add_request(victim)
+        if held and output.preempted_req_ids is not None:
+            output.preempted_req_ids |= {victim.request_id for victim in held}
+        self._note_starts(output)
+        return output
+
+    def _make_way(self) -> list[Any]:
+        """Throw out the victims of this step; returns them, in no queue."""
+        try:
+            plan = self._plan()
+        except Exception as error:  # nothing has been changed yet
+            self.rule, self.off = None, f"the rule failed: {type(error).__name__}: {error}"
+            say_once(f"preempt on arrival is off from now on, vLLM schedules as usual: {self.off}")
+            return []
+        if plan.refused is not None:
+            self.tally[f"refused_{plan.refused}"] += 1
+        held, now = [], time.monotonic()
+        for loser, winner in plan.pairs:
+            victim = self.requests[loser.key]
+            self.running.remove(victim)
+            self._preempt_request(victim, now)
+            self.waiting.remove_request(victim)
+            victim.heddle.preemptions += 1
+            self.requests[winner.key].heddle.won = True
+            held.append(victim)
+        self.tally["preempted_by_rule"] += len(held)
+        return held
+
+    def _plan(self) -> Plan:
+        if not self.running or not (self.waiting or self.skipped_waiting) or self.pause_state != PauseState.UNPAUSED:
+            return Plan()
+        # Most steps end here: whoever waits is no better than all who run.
+        worst = max(request.heddle.priority for request in self.running)
+        best = min(request.heddle.priority for queue in (self.waiting, self.skipped_waiting) for request in _unordered(queue))
+        if worst - best < self.rule.margin:
+            return Plan(refused=Objection.MARGIN)
+        manager = self.kv_cache_manager
+        # Every running request may want one more block in this step, and vLLM serves them first.
+        blocks = manager.block_pool.get_num_free_blocks() - len(self.running) - getattr(manager, "watermark_blocks", 0)
+        slots = self.max_num_running_reqs - len(self.running) - self.num_waiting_for_streaming_input
+        room = Room(slots, blocks, self.block_size, bool(self.cache_config.enable_prefix_caching))
+        return preemptions(map(self._running, self.running), self._ready(), room, self.rule)
+
+    def _ready(self) -> Iterator[Waiting]:
+        """Requests that vLLM could start in this step, in its order."""
+        groups = len(self.kv_cache_config.kv_cache_groups)
+        for request in merge(self.waiting, self.skipped_waiting):
+            if self._is_blocked_waiting_status(request.status):
+                continue
+            if getattr(request, "num_stale_output_tokens", 0) and not request.drop_stale_output:
+                continue  # 0.27.1 lets it drain first
+            need = -(-request.num_tokens // self.block_size) * groups
+            yield Waiting(request.request_id, request.heddle.priority, self._arrival(request), need)
+
+    def _running(self, request: Any) -> Running:
+        life = request.heddle
+        # Shared blocks are a common beginning: find where it ends.
+        blocks = self.kv_cache_manager.get_blocks(request.request_id).blocks
+        own = sum(len(group) - bisect_left(group, True, key=lambda block: block.ref_cnt <= 1) for group in blocks)
+        age, ran = self._arrival(request), self.step - life.started
+        return Running(request.request_id, life.priority, age, ran, life.preemptions, request.num_computed_tokens, own)
+
+    def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
+        if self.rule is not None:
+            self.tally["preempted"] += 1
+            request.heddle.computed = request.num_computed_tokens
+        super()._preempt_request(request, *args, **kwargs)
+
+    def _note_starts(self, output: Any) -> None:
+        cached = output.scheduled_cached_reqs
+        again = [pair for pair in zip(cached.req_ids, cached.num_computed_tokens, strict=True) if pair[0] in cached.resumed_req_ids]
+        # Model Runner V2 is told of resumed requests as new ones.
+        for request_id, kept in [(new.req_id, new.num_computed_tokens) for new in output.scheduled_new_reqs] + again:
+            life = self.requests[request_id].heddle
+            life.started = self.step
+            self.tally["recomputed_tokens"] += max(0, life.computed - kept)
+            life.computed = 0
+            if life.won:
+                life.won = False
+                self.tally["winners_started"] += 1
+                self.tally["winners_waited_steps"] += self.step - life.arrived
+
+    def _arrival(self, request: Any) -> float:
+        return request.arrival_time - self._epoch
+
+    def _give_priority(self, request: Any, priority: int) -> None:
+        if not hasattr(request, "heddle"):
+            request.heddle = _Life(priority, self.step)
+        request.heddle.priority = priority
+        request.priority = aged(priority, self._arrival(request), self.rule.ageing_per_s) if self.rule.ageing_per_s else priority
+
+    def set_priorities(self, table: dict[str, int]) -> int:
+        """Give live requests new priorities by the caller's id; call between two steps. Returns how many requests it found."""
+        if self.rule is None:
+            return 0
+        named = {request: table[name] for request in self.requests.values() if (name := _name(request.request_id, table)) is not None}
+        for queue in (self.waiting, self.skipped_waiting):
+            moved = {request for request in _unordered(queue) if request in named}
+            if moved:
+                queue.remove_requests(moved)  # a heap on the priority: take out, change, put back
+                for request in moved:
+                    self._give_priority(request, named[request])
+                    queue.add_request(request)
+        for request in self.running:
+            if request in named:
+                self._give_priority(request, named[request])
+        return len(named)
+
+    def counts(self) -> dict[str, int]:
+        """What is there now, and what happened since the start."""
+        pool = self.kv_cache_manager.block_pool
+        since = {name: self.tally[name] for name in ("preempted_by_rule", "recomputed_tokens", "winners_started", "winners_waited_steps")}
+        return {
+            "rule_on": int(self.rule is not None),
+            "steps": self.step,
+            "requests": len(self.requests),
+            "running": len(self.running),
+            "waiting": len(self.waiting) + len(self.skipped_waiting),
+            "free_blocks": pool.get_num_free_blocks(),
+            "blocks": pool.num_gpu_blocks,
+            "preempted_by_vllm": self.tally["preempted"] - self.tally["preempted_by_rule"],
+            **since,
+            **{f"refused_{why}": self.tally[f"refused_{why}"] for why in Objection},
+        }
+
+
+def _name(request_id: str, table: dict[str, int]) -> str | None:
+    """The name a request has in the table: vLLM adds "-<8 hex digits>" to the caller's id, unless told not to."""
+    short = request_id.rpartition("-")[0]
+    return short if short in table else request_id if request_id in table else None
+
+
+def _unordered(queue: Any) -> Any:
+    """A queue's requests in any order: iterating over a vLLM queue sorts it."""
+    return getattr(queue, "_heap", queue)
+
+
+def _offer_utility_calls() -> None:
+    """A utility call of the engine client ends in a method of `EngineCore`; ours are added in its own process."""
+    from vllm.v1.engine.core import EngineCore
+
+    EngineCore.heddle_set_priorities = lambda core, table: core.scheduler.set_priorities(table)
+    EngineCore.heddle_counts = lambda core: core.scheduler.counts()

@@ -1,0 +1,88 @@
+"""What the scheduler subclass relies on inside vLLM, as data, and a check against the installed release.
+
+vLLM calls its scheduler interface non-public. So every name that `vllm_scheduler` overrides or calls is listed with the parameters it has
+in 0.24.0 and 0.27.1; anything else is a mismatch, and the subclass then leaves scheduling to vLLM.
+"""
+
+from __future__ import annotations
+
+import inspect
+from importlib import import_module
+from typing import Any
+
+SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+ASYNC = "vllm.v1.core.sched.async_scheduler:AsyncScheduler"
+QUEUE = "vllm.v1.core.sched.request_queue:PriorityRequestQueue"
+
+SIGNATURES = {
+    f"{SCHEDULER}.schedule": ("self throttle_prefills",),
+    f"{SCHEDULER}.add_request": ("self request",),
+    f"{SCHEDULER}._preempt_request": ("self request timestamp", "self request timestamp drop_stale_output"),
+    f"{SCHEDULER}._is_blocked_waiting_status": ("status",),
+    f"{ASYNC}._update_after_schedule": ("self scheduler_output",),
+    f"{ASYNC}._update_request_with_output": ("self request new_token_ids", "self request new_token_ids is_stale"),
+    f"{QUEUE}.add_request": ("self request",),
+    f"{QUEUE}.remove_request": ("self request",),
+    f"{QUEUE}.remove_requests": ("self requests",),
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.get_blocks": ("self request_id",),
+    "vllm.v1.core.block_pool:BlockPool.get_num_free_blocks": ("self",),
+}
+"""Callable -> its parameters in the supported releases."""
+
+ASYNC_METHODS = {"__init__", "_update_after_schedule", "_update_request_with_output"}
+"""All that `AsyncScheduler` adds to `Scheduler`: what has to be passed over where vLLM schedules synchronously."""
+
+ATTRIBUTES = (
+    "cache_config",
+    "connector",
+    "kv_cache_config",
+    "kv_cache_manager",
+    "max_num_running_reqs",
+    "num_spec_tokens",
+    "num_waiting_for_streaming_input",
+    "parallel_config",
+    "pause_state",
+    "policy",
+    "requests",
+    "running",
+    "scheduler_config",
+    "skipped_waiting",
+    "use_v2_model_runner",
+    "waiting",
+)
+"""What a scheduler object must have."""
+
+REQUEST_ATTRIBUTES = ("arrival_time", "num_computed_tokens", "num_tokens", "priority", "request_id", "status", "__dict__")
+"""What a request object must have; `__dict__`, because we hang our own record on it."""
+
+
+def attribute(path: str) -> Any:
+    """The object at "module:a.b"."""
+    module, _, names = path.partition(":")
+    thing = import_module(module)
+    for name in names.split("."):
+        thing = getattr(thing, name)
+    return thing
+
+
+def mismatch() -> str | None:
+    """The first thing that is not as we know it, in plain words; None if all is."""
+    try:
+        for path, known in SIGNATURES.items():
+            found = " ".join(inspect.signature(attribute(path)).parameters)
+            if found not in known:
+                return f"{path.partition(':')[2]} takes ({found.replace(' ', ', ')})"
+        added = {name for name, thing in vars(attribute(ASYNC)).items() if inspect.isfunction(thing)}
+        if added != ASYNC_METHODS:
+            return f"AsyncScheduler overrides {', '.join(sorted(added))}"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def missing(scheduler: Any) -> str | None:
+    """The first attribute that a scheduler object lacks, in plain words; None if it has all."""
+    for name in ATTRIBUTES:
+        if not hasattr(scheduler, name):
+            return f"the scheduler has no {name}"
+    return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, median
@@ -25,19 +25,14 @@ OVERHEADS = ("route_s", "transport_s", "between_s")
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """One run on the engines. `role`: see `record`; `disturbed` by replica: see `disturbance`; `load` as it began."""
+    """One run on the engines. `role`: see `record`; `foreign`: see `disturbance`; `load` average as it began."""
 
     role: str
     configuration: Configuration
     seed: int
     records: Sequence[Trajectory]
-    disturbed: dict[str, float]
+    foreign: float
     load: float
-
-    @property
-    def worst(self) -> float:
-        """Of the more disturbed replica."""
-        return max(self.disturbed.values())
 
     @property
     def finish_s(self) -> NDArray[np.float64]:
@@ -58,7 +53,7 @@ def load(folder: Path, index: dict[str, Any]) -> list[Recorded]:
     """The runs of `record.record`."""
     known = {one.name: one for one in (*CALIBRATION, *PREDICTED)}
     return [
-        Recorded(run["role"], known[run["configuration"]], run["seed"], list(read(folder / run["file"])), run["disturbed"], run["load"])
+        Recorded(run["role"], known[run["configuration"]], run["seed"], list(read(folder / run["file"])), run["foreign"], run["load"])
         for run in index["runs"]
     ]
 
@@ -68,7 +63,7 @@ def counting(runs: Sequence[Recorded]) -> list[Recorded]:
     best: dict[tuple[str, str, int], Recorded] = {}
     for run in runs:
         key = run.role, run.configuration.name, run.seed
-        if key not in best or run.worst < best[key].worst:
+        if key not in best or run.foreign < best[key].foreign:
             best[key] = run
     return list(best.values())
 
@@ -104,7 +99,7 @@ def compare(run: Recorded, result: Result) -> dict[str, Any]:
         "makespan_error": result.makespan_s / float(real.max()) - 1.0,
         "finish_errors": [round(float(error), 4) for error in finish],
         "same_replica": _same_replica(run, result),
-        "disturbed": run.disturbed,
+        "foreign": run.foreign,
         "load": run.load,
     }
 
@@ -133,14 +128,18 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def evaluate(folder: Path, index: dict[str, Any]) -> dict[str, Any]:
-    """The experiment's result, JSON-ready: what was learned, each run, each configuration, and all together."""
+    """The experiment's result, JSON-ready: each run, each configuration, all together, and what was learned.
+
+    A round is predicted from its own calibration runs, which are minutes old, as a machine's speed drifts over longer times.
+    """
     runs = load(folder, index)
     attempts = [run for run in runs if run.role == "predicted"]
     tested, learned_from = counting(attempts), counting([run for run in runs if run.role == "calibration"])
-    machine = learn(learned_from)
+    rounds = {seed: learn([run for run in learned_from if run.seed == seed]) for seed in sorted({run.seed for run in learned_from})}
+    no_overhead = {seed: replace(machine, overheads_s={}) for seed, machine in rounds.items()}
 
-    def errors(some: Sequence[Recorded], known: Machine = machine) -> list[dict[str, Any]]:
-        return [compare(run, predict(run.configuration, run.seed, known)) for run in some]
+    def errors(some: Sequence[Recorded], known: Mapping[int, Machine] = rounds) -> list[dict[str, Any]]:
+        return [compare(run, predict(run.configuration, run.seed, known[run.seed])) for run in some]
 
     rows = errors(tested)
     names = dict.fromkeys(row["configuration"] for row in rows)
@@ -151,18 +150,24 @@ def evaluate(folder: Path, index: dict[str, Any]) -> dict[str, Any]:
         "configurations": {name: summary([row for row in rows if row["configuration"] == name]) for name in names},
         "runs": rows,
         "all_attempts": summary(errors(attempts)),
-        "without_overhead": summary(errors(tested, replace(machine, overheads_s={}))),
-        "repeated": {"configuration": first.configuration.name, "makespans_s": [float(run.finish_s.max()) for run in same]},
-        "calibration": _calibration(machine, learned_from),
+        "without_overhead": summary(errors(tested, no_overhead)),
+        "repeated": [_facts(run) | {"makespan_s": float(run.finish_s.max())} for run in same],
+        "rounds": [
+            {"seed": seed, "runs": [_facts(run) for run in learned_from if run.seed == seed]} | _learned(machine)
+            for seed, machine in rounds.items()
+        ],
     }
 
 
-def _calibration(machine: Machine, runs: Sequence[Recorded]) -> dict[str, Any]:
+def _facts(run: Recorded) -> dict[str, Any]:
+    return {"configuration": run.configuration.name, "seed": run.seed, "foreign": run.foreign, "load": run.load}
+
+
+def _learned(machine: Machine) -> dict[str, Any]:
     engine = machine.latency.engines[1]
     fit = engine.fit
     assert fit is not None
     return {
-        "runs": [{"configuration": run.configuration.name, "seed": run.seed, "disturbed": run.disturbed, "load": run.load} for run in runs],
         "turns": fit.turns,
         "decode_base_s": engine.decode.base_s,
         "decode_per_sequence_s": engine.decode.per_seq_s,

@@ -1,9 +1,9 @@
-"""Record every run of the experiment on real engines, interleaved, and repeat the disturbed ones.
+"""Record every run of the experiment on real engines, in rounds, and repeat the disturbed ones.
 
-Order: one round per seed, in it the calibration runs first and then each configuration once, so that slow changes of the machine meet
-all of them alike. Each later round begins with the very first run once more, to see how far reality agrees with itself. A run counts
-as disturbed by the rule of `DISTURBED`, which does not look at predictions; disturbed runs are repeated after the last round. Of the
-attempts of a run the least disturbed one counts; all are kept.
+Order: one round per seed, in it the calibration runs first and then each configuration once. Each later round begins with the very first
+run once more, to see how far reality agrees with itself. Before a run the machine may calm down, for a while; a run during which others
+used more than `DISTURBED` of the machine is repeated at once. Neither looks at predictions. Of the attempts of a run the least
+disturbed one counts; all are kept.
 """
 
 from __future__ import annotations
@@ -11,27 +11,27 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from bench.fidelity.configurations import BATCH_TOKENS, BLOCK_TOKENS, CALIBRATION, MAX_SLOTS, Configuration
-from bench.fidelity.disturbance import cpu_s, disturbed
+from bench.fidelity.disturbance import Mark, wait_for_calm
 from bench.fidelity.model import make_model
 from bench.fidelity.replay import Engines
 from bench.fidelity.server import EngineArguments
 from verl_heddle.options import Options
 from verl_heddle.traces import write
-from verl_heddle.trajectory import Trajectory, Turn
+from verl_heddle.trajectory import Trajectory, TrajectoryEnd, Turn
 
-DISTURBED = 0.15
-"""A run is disturbed if one of its replicas did not compute for more than this share of its busy time; up to 0.08 is its own hand-overs."""
+DISTURBED = 0.10
+"""Share of the machine. Two engines that work all the time lose at least that much speed to others then."""
 
 ATTEMPTS = 3
-BUDGET_S = 900.0
-"""No more repeats after this much time; a machine that busy will not become better."""
+PATIENCE_S = 300.0
+"""How long to wait for a calm machine and to repeat runs, over the whole experiment; one that stays busy is recorded busy."""
 
 PAIRS = 5
 ALONE_TOKENS = 150
@@ -45,28 +45,39 @@ class Recording:
         self.engines, self.folder = engines, folder
         self.runs: list[dict[str, Any]] = []
         self.steps = 0
+        self.patience_s = PATIENCE_S
 
-    def replay(self, work: Sequence[Trajectory], options: Options, slots: int, order: str, history: Any = ()) -> list[Trajectory]:
+    def replay(
+        self, work: Sequence[Trajectory], options: Options, slots: int, order: str, history: Iterable[TrajectoryEnd] = ()
+    ) -> list[Trajectory]:
         """One replay with token ids of its own."""
         self.steps += 1
         return self.engines.replay(work, options, slots, order, history, step=self.steps)
 
-    def run(self, role: str, configuration: Configuration, seed: int) -> float:
-        """Record one run as `calibration`, `predicted` or `again`; returns how disturbed it was."""
+    def run(self, role: str, configuration: Configuration, seed: int) -> None:
+        """Record one run as `calibration`, `predicted` or `again`, and again if it was disturbed and there is patience left."""
+        for _attempt in range(ATTEMPTS):
+            self.patience_s -= wait_for_calm(DISTURBED, self.patience_s) if self.patience_s > 0 else 0.0
+            began = time.monotonic()
+            foreign = self.attempt(role, configuration, seed)
+            if foreign <= DISTURBED or self.patience_s <= 0:
+                return
+            self.patience_s -= time.monotonic() - began
+
+    def attempt(self, role: str, configuration: Configuration, seed: int) -> float:
+        """Record one run; returns the share of the machine that others used meanwhile."""
         work, history = configuration.work(seed)
-        load, before = os.getloadavg()[0], [cpu_s(pid) for pid in self.engines.processes]
+        load, before = os.getloadavg()[0], Mark.now()
         records = self.replay(work, configuration.options(seed), configuration.slots, configuration.order, history)
-        used = {name: cpu_s(pid) - was for name, pid, was in zip(self.engines.servers, self.engines.processes, before, strict=True)}
-        shares = disturbed(records, used)
+        foreign = Mark.now().foreign_since(before)
         file = f"{len(self.runs):03d}-{configuration.name}-seed{seed}.jsonl.gz"
         write(self.folder / file, records)
-        run = {"role": role, "configuration": configuration.name, "seed": seed, "file": file}
-        self.runs.append(run | {"disturbed": {name: round(share, 4) for name, share in shares.items()}, "load": load})
+        run = {"role": role, "configuration": configuration.name, "seed": seed, "file": file, "foreign": round(foreign, 4), "load": load}
+        self.runs.append(run)
         (self.folder / INDEX).write_text(json.dumps({"runs": self.runs}, indent=1))
-        worst = max(shares.values())
         makespan = max(item.meta["end_s"] for item in records) - min(item.meta["start_s"] for item in records)
-        print(f"{configuration.name:28s} seed {seed}  {makespan:6.2f} s  disturbed {worst:.0%}  load {load:.1f}", flush=True)
-        return worst
+        print(f"{role:11s} {configuration.name:26s} seed {seed}  {makespan:6.2f} s  foreign {foreign:4.0%}  load {load:.1f}", flush=True)
+        return foreign
 
     def neighbour(self) -> dict[str, float]:
         """Seconds per token of one sequence on a replica, while the other replica idles and while it does the same; medians."""
@@ -93,12 +104,13 @@ def record(folder: Path, configurations: Sequence[Configuration], seeds: Sequenc
         warm_up = replace(CALIBRATION[0], prompts=8)
         recording.replay(warm_up.work(len(seeds))[0], Options(observe=True), MAX_SLOTS, "fcfs")
         neighbour = recording.neighbour()
-        plan: list[tuple[str, Configuration, int]] = []
         for seed in seeds:
-            plan += [("again", configurations[0], seeds[0])] * (seed != seeds[0])
-            plan += [("calibration", one, seed) for one in CALIBRATION] + [("predicted", one, seed) for one in configurations]
-        for _attempt in range(ATTEMPTS):
-            plan = [run for run in plan if recording.run(*run) > DISTURBED and time.monotonic() - began < BUDGET_S]
+            if seed != seeds[0]:
+                recording.run("again", configurations[0], seeds[0])
+            for one in CALIBRATION:
+                recording.run("calibration", one, seed)
+            for one in configurations:
+                recording.run("predicted", one, seed)
         index = {"engine_start_s": start_s, "total_s": time.monotonic() - began, "neighbour": neighbour, "runs": recording.runs}
     (folder / INDEX).write_text(json.dumps(index, indent=1))
     return index

@@ -12,7 +12,7 @@ from typing import Any
 
 README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- table: begin, written by table.py -->", "<!-- table: end -->"
-HEADER = ("configuration", "runs", "makespan, s", "predicted, s", "makespan error, by run", "finish error p50", "p90", "disturbed", "load")
+HEADER = ("configuration", "runs", "makespan, s", "predicted, s", "makespan error, by run", "finish error p50", "p90", "foreign", "load")
 
 
 def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -29,7 +29,7 @@ def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
                 " ".join(f"{100 * run['makespan_error']:+.1f}" for run in runs) + " %",
                 _percent(over["finish_error_median"]),
                 _percent(over["finish_error_p90"]),
-                _percent(max(max(run["disturbed"].values()) for run in runs)),
+                _span((100 * run["foreign"] for run in runs), "%.0f", " %"),
                 _span(run["load"] for run in runs),
             )
         )
@@ -41,24 +41,34 @@ def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
 
 def notes(result: dict[str, Any]) -> list[str]:
     """What the table does not show, one line each."""
-    fit, near, over, plain = result["calibration"], result["neighbour"], result["overall"], result["without_overhead"]
+    rounds, near, over, plain = result["rounds"], result["neighbour"], result["overall"], result["without_overhead"]
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    step = f"{_ms(fit['decode_base_s'])} + {_ms(fit['decode_per_sequence_s'])} per sequence"
-    step += f" + {_ms(1e3 * fit['decode_per_context_token_s'])} per 1000 tokens of context"
-    step += f" + {_ms(1e3 * fit['prefill_per_token_s'])} per 1000 prefilled tokens"
-    overheads = ", ".join(f"{name.removesuffix('_s')} {_ms(seconds)}" for name, seconds in fit["overheads_s"].items())
-    again = ", ".join(f"{seconds:.2f}" for seconds in result["repeated"]["makespans_s"])
+
+    def ms(name: str, factor: float = 1.0) -> str:
+        return _span((1e3 * factor * learned[name] for learned in rounds), "%.2f", " ms")
+
+    step = (
+        f"{ms('decode_base_s')} + {ms('decode_per_sequence_s')} per sequence + {ms('decode_per_context_token_s', 1e3)} per 1000 tokens of"
+    )
+    step += f" context + {ms('prefill_per_token_s', 1e3)} per 1000 prefilled tokens"
+    overheads = ", ".join(
+        f"{name.removesuffix('_s')} {_span((1e3 * learned['overheads_s'][name] for learned in rounds), '%.1f', ' ms')}"
+        for name in rounds[0]["overheads_s"]
+    )
+    again = ", ".join(f"{run['makespan_s']:.2f} s (foreign {100 * run['foreign']:.0f} %)" for run in result["repeated"])
     same = sum(run["same_replica"] for run in result["runs"]) / len(result["runs"])
+    made = f"Made {result['date']} at commit `{result['commit'][:12]}` on {result['machine']}, in {result['total_s'] / 60:.0f} minutes"
+    alone, together = 1e3 * near["alone_s"], 1e3 * near["together_s"]
     return [
-        f"Made {result['date']} at commit `{result['commit'][:12]}` on {result['machine']}; {versions}.",
-        f"Calibrated step: {step}; from {fit['turns']} turns of {len(fit['runs'])} runs, largest mean batch {fit['max_batch']:.1f}. "
-        f"Error of a turn: median {_percent(fit['turn_error_median'])}, p90 {_percent(fit['turn_error_p90'])}.",
-        f"Overhead of a turn: {overheads}. Without it: makespan error {_errors(plain)}, mean with sign "
+        f"{made}; {versions}.",
+        f"Calibrated step, by round: {step}. Error of a turn: median {_span(100 * one['turn_error_median'] for one in rounds)} %, "
+        f"p90 {_span(100 * one['turn_error_p90'] for one in rounds)} %.",
+        f"Overhead of a turn, by round: {overheads}. Without it: makespan error {_errors(plain)}, mean with sign "
         f"{_percent(plain['makespan_bias'], sign=True)}; with it {_percent(over['makespan_bias'], sign=True)}.",
         f"Turns that ran on the replica the simulator said: {_percent(same)}.",
         f"All {result['all_attempts']['runs']} attempts, the disturbed ones included: makespan error {_errors(result['all_attempts'])}.",
-        f"{result['repeated']['configuration']}, the same seed recorded in each round: {again} s.",
-        f"One sequence takes {_ms(near['alone_s'])} per token while the other engine idles, {_ms(near['together_s'])} while both do that.",
+        f"{result['repeated'][0]['configuration']}, the same seed recorded again: {again}.",
+        f"One sequence takes {alone:.2f} ms per token while the other engine idles, {together:.2f} ms while both work.",
     ]
 
 
@@ -99,13 +109,11 @@ def _errors(over: dict[str, Any]) -> str:
     return f"median {_percent(over['makespan_error_median'])}, largest {_percent(over['makespan_error_max'])}"
 
 
-def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.2f} ms"
-
-
-def _span(values: Iterable[float]) -> str:
-    known = list(values)
-    return f"{min(known):.1f} to {max(known):.1f}"
+def _span(values: Iterable[float], form: str = "%.1f", unit: str = "") -> str:
+    """Smallest and largest."""
+    known = sorted(values)
+    low, high = form % known[0], form % known[-1]
+    return (low if low == high else f"{low} to {high}") + unit
 
 
 if __name__ == "__main__":

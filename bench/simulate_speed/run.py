@@ -1,4 +1,4 @@
-"""How fast is the simulator, how much memory does it take, does its cost grow linearly? Prints a table, and JSON with --json FILE.
+"""How fast is the simulator, how much memory does it take, does its cost grow linearly? Prints a table and JSON (--json FILE: into a file).
 
     python bench/simulate_speed/run.py                  # everything, about 5 minutes
     python bench/simulate_speed/run.py --most-gpus 64   # the first row only
@@ -31,7 +31,7 @@ def measure(gpus: int, policy_name: str) -> dict[str, Any]:
     from verl_heddle.latency import load
     from verl_heddle.options import Options
     from verl_heddle.orchestrator import Orchestrator
-    from verl_heddle.simulate import EngineOptions, make_fleet, simulate
+    from verl_heddle.simulate import EngineOptions, Policy, make_fleet, simulate
     from verl_heddle.simulate.baselines import LptOracle
     from verl_heddle.traces import generate
 
@@ -39,7 +39,7 @@ def measure(gpus: int, policy_name: str) -> dict[str, Any]:
     work = generate("coding", -(-number // 16), 16, seed=1, median_turns=10.5)[:number]
     latency = load("h200", "Qwen3-8B")
     fleet = make_fleet(gpus, 1, latency)
-    policy = {"orchestrator": lambda: Orchestrator(Options()), "planned": lambda: LptOracle(work)}[policy_name]()
+    policy: Policy = LptOracle(work) if policy_name == "planned" else Orchestrator(Options())
     engine = EngineOptions("priority")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     wall, cpu = time.perf_counter(), time.process_time()
@@ -95,6 +95,8 @@ def main() -> int:
             )
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    else:
+        print(json.dumps(rows))
     return int(worst)
 
 

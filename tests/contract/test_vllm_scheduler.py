@@ -113,12 +113,9 @@ def make(model, monkeypatch):
     return build
 
 
-HASHER = get_request_block_hasher(BLOCK, sha256)
-
-
 def request(name, prompt, tokens, priority, arrival=0.0):
-    sampling = SamplingParams(max_tokens=tokens, ignore_eos=True)
-    return Request(f"{name}-{0:08x}", prompt, sampling, None, priority=priority, block_hasher=HASHER, arrival_time=arrival)
+    sampling, hasher = SamplingParams(max_tokens=tokens, ignore_eos=True), get_request_block_hasher(BLOCK, sha256)
+    return Request(f"{name}-{0:08x}", prompt, sampling, None, priority=priority, block_hasher=hasher, arrival_time=arrival)
 
 
 def drive(scheduler, arrivals, depth=2, disturb=lambda scheduler: None):
@@ -178,7 +175,7 @@ def test_the_installed_release_is_a_supported_one_and_as_we_know_it():
 def test_objects_have_what_we_read(make, monkeypatch):
     monkeypatch.setenv("HEDDLE_PREEMPT", json.dumps({"margin": 9, "min_steps": 3}))
     scheduler = make(settings={"margin": 2})
-    assert (scheduler.rule.margin, scheduler.rule.min_steps) == (2, 3), "settings come from the environment too"
+    assert (scheduler.rule.margin, scheduler.rule.min_steps) == (2, 3), "the configuration wins over the environment"
     assert vllm_seams.missing(scheduler) is None
     assert all(hasattr(request("a", [1], 1, 0), name) for name in vllm_seams.REQUEST_ATTRIBUTES)
 

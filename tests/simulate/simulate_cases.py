@@ -162,7 +162,7 @@ def step_by_step(work: list[Trajectory], slots: int, latency, options: EngineOpt
             continue
         thrown = False
         while capacity is not None and sum(r["ctx"] for r in running) > capacity:
-            victim = running[-1] if options.order == "fcfs" else max(running, key=lambda r: (r["rank"], r["at"]))
+            victim = running[-1] if options.order == "fcfs" else max(running, key=lambda r: (r["rank"], r["at"], r["seq"]))
             running.remove(victim)
             victim["owed"] = -1
             waiting.appendleft(victim)

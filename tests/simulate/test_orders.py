@@ -102,6 +102,21 @@ def test_an_outage_that_never_touches_a_step_costs_nothing():
     assert result.makespan_s == 10.0
 
 
+def test_bad_changes():
+    work, fleet = lengths(10), [Replica("r")]
+    for changes in (
+        [Outage("r", 1.0, 3.0), Outage("r", 2.0, 4.0)],
+        [Outage("r", 3.0, 1.0)],
+        [FleetChange(-1.0)],
+        [FleetChange(1.0, remove=("x",))],
+        [FleetChange(1.0, add=(Replica("r"),))],
+    ):
+        with pytest.raises(ValueError):
+            simulate(work, fleet, STEP, Stock(), changes=changes)
+    gone = [FleetChange(1.0, remove=("r",), add=(Replica("s"),)), Outage("r", 2.0, 3.0)]
+    assert simulate(work, fleet, STEP, Stock(), changes=gone).makespan_s == 10.0
+
+
 def test_reshard_moves_what_is_left():
     """At 5.5 the tp 1 replica leaves and a tp 4 one, four times as fast, is ready at 8."""
     latency = LatencyModel.affine(1.0, tps=(1, 4), speedup={4: 4.0})

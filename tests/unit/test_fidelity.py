@@ -12,14 +12,13 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from bench.fidelity import table
-from bench.fidelity.configurations import CALIBRATION, MAX_SLOTS, PREDICTED, REPLICAS, Configuration
-from bench.fidelity.disturbance import cpu_s, disturbed
+from bench.fidelity.configurations import CALIBRATION, MAX_SLOTS, PREDICTED, Configuration
+from bench.fidelity.disturbance import Mark, wait_for_calm
 from bench.fidelity.model import MAX_CONTEXT
 from bench.fidelity.predict import Machine, Recorded, compare, counting, evaluate, learn, predict, summary
 from verl_heddle.latency import LatencyModel
 from verl_heddle.simulate.workload import walk
 from verl_heddle.traces import write
-from verl_heddle.trajectory import Trajectory, Turn
 
 TRUTH = LatencyModel.affine(0.007, 0.0006, 1.7e-6, prefill_per_token_s=9e-5, prefill_base_s=0.007)
 ALL = (*CALIBRATION, *PREDICTED)
@@ -35,7 +34,7 @@ def recorded(configuration: Configuration, seed: int, role: str = "predicted", s
         turns = tuple(replace(turn, ctx_tokens=context) for turn, context in zip(item.steps, contexts, strict=True))
         times = {name: began_s + item.meta[name] for name in ("start_s", "end_s")}
         records.append(replace(item, steps=turns, meta=item.meta | times))
-    return Recorded(role, configuration, seed, records, dict.fromkeys(REPLICAS, share), 1.0)
+    return Recorded(role, configuration, seed, records, share, 1.0)
 
 
 @pytest.mark.parametrize("configuration", ALL, ids=lambda one: one.name)
@@ -100,24 +99,27 @@ def test_errors_are_relative_to_what_happened():
 def test_the_least_disturbed_attempt_counts_by_role():
     attempts = (("predicted", 0.3), ("predicted", 0.1), ("again", 0.0), ("predicted", 0.2))
     runs = [recorded(PREDICTED[0], 0, role, share) for role, share in attempts]
-    assert [(run.role, run.worst) for run in counting(runs)] == [("predicted", 0.1), ("again", 0.0)]
+    assert [(run.role, run.foreign) for run in counting(runs)] == [("predicted", 0.1), ("again", 0.0)]
 
 
-def test_disturbed_is_busy_time_without_computing():
-    def item(replica: str, start_s: float, queue_s: float, gen_s: float) -> Trajectory:
-        turn = Turn(0, 5, gen_s=gen_s, queue_s=queue_s, route_s=0.0, start_s=start_s, replica=replica)
-        return Trajectory("t", "t", "p", 0, 5, (turn,), meta={"start_s": 100.0})
-
-    records = [item("a", 0.0, 0.0, 4.0), item("a", 1.0, 1.0, 6.0), item("b", 0.0, 2.0, 1.0)]
-    shares = disturbed(records, {"a": 6.0, "b": 0.9, "idle": 0.1})
-    assert shares == pytest.approx({"a": 1 - 6 / 8, "b": 0.1})
+def test_our_own_work_is_not_foreign():
+    before = Mark.now()
+    while (after := Mark.now()).own_s - before.own_s < 0.4:
+        sum(range(10000))
+    own = (after.own_s - before.own_s) / (after.at_s - before.at_s) / (os.cpu_count() or 1)
+    assert 0.0 <= after.foreign_since(before) <= 1.1 - own
 
 
-def test_cpu_time_of_this_process_grows_with_work():
-    before, number = cpu_s(os.getpid()), 0
-    while cpu_s(os.getpid()) - before < 0.05:
-        number += sum(range(1000))
-    assert number > 0
+def test_foreign_share_and_its_limits():
+    before, cores = Mark(10.0, 100.0, 50.0), os.cpu_count() or 1
+    assert Mark(14.0, 100.0 + 2.0 * cores, 50.0 + cores).foreign_since(before) == pytest.approx(0.25)
+    assert Mark(14.0, 101.0, 52.0).foreign_since(before) == 0.0, "ticks do not make it negative"
+
+
+def test_waiting_for_calm_ends(monkeypatch):
+    monkeypatch.setattr("bench.fidelity.disturbance.LOOK_S", 0.01)
+    assert wait_for_calm(limit=2.0, patience_s=60.0) < 5.0, "calm at the first look"
+    assert 0.05 <= wait_for_calm(limit=-1.0, patience_s=0.05) < 5.0, "never calm"
 
 
 def test_result_and_table(tmp_path):
@@ -128,14 +130,14 @@ def test_result_and_table(tmp_path):
         file = f"{role}-{configuration.name}-{seed}.jsonl"
         write(tmp_path / file, recorded(configuration, seed).records)
         run = {"role": role, "configuration": configuration.name, "seed": seed, "file": file}
-        runs.append(run | {"disturbed": {"replica_0": 0.1}, "load": 1.5})
-    facts = {"date": "today", "commit": "c" * 40, "machine": "2 cores", "versions": {"verl": "0"}}
+        runs.append(run | {"foreign": 0.1, "load": 1.5})
+    facts = {"date": "today", "commit": "c" * 40, "machine": "2 cores", "versions": {"verl": "0"}, "total_s": 600.0}
     facts["neighbour"] = {"alone_s": 0.1, "together_s": 0.2}
     result = json.loads(json.dumps(facts | evaluate(tmp_path, {"runs": runs})))
     assert list(result["configurations"]) == [one.name for one in PREDICTED]
     assert result["overall"]["runs"] == len(PREDICTED) and result["overall"]["makespan_error_max"] < 0.015
     assert result["without_overhead"]["makespan_bias"] < result["overall"]["makespan_bias"]
-    assert len(result["repeated"]["makespans_s"]) == 2
+    assert len(result["repeated"]) == 2 and len(result["rounds"]) == 2
 
     readme = tmp_path / "README.md"
     readme.write_text(f"head\n{table.BEGIN}\nold\n{table.END}\ntail\n")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from statistics import median_low
 
-from verl_heddle.report.explain import cause, gain, situation
+from verl_heddle.report.explain import cause, crowded, gain, situation
 from verl_heddle.report.pool import Pool
 from verl_heddle.report.setting import Setting
 from verl_heddle.report.study import Answer, Row, loses, wins
@@ -107,9 +107,10 @@ def _trials(answer: Answer, chosen: Row, jobs: int | None) -> list[Trial]:
     if run.queue_share < WAITS:
         return []
     tried: list[tuple[str, str, Setting, bool]] = []
-    if setting.slots < 1024:
+    short = bool(run.preemptions) or not crowded(answer, chosen.tp)
+    if crowded(answer, chosen.tp):
         tried.append(("max_num_seqs", str(2 * setting.slots), replace(setting, slots=2 * setting.slots), True))
-    if run.preemptions and setting.utilization < MORE_MEMORY:
+    if short and setting.utilization < MORE_MEMORY:
         tried.append(("gpu_memory_utilization", f"{MORE_MEMORY:g}", replace(setting, utilization=MORE_MEMORY), False))
     trials = []
     for name, value, changed, safe in tried:

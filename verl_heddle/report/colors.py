@@ -83,5 +83,5 @@ def palette(scheme: Scheme) -> NDArray[np.uint8]:
 
 
 def rgb(color: str) -> tuple[int, int, int]:
-    """ "#rrggbb" as numbers."""
+    """Hex, as "#rrggbb", to numbers."""
     return int(color[1:3], 16), int(color[3:5], 16), int(color[5:7], 16)

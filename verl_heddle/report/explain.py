@@ -54,7 +54,7 @@ def cause(answer: Answer) -> str:
     told = [f"{number(value)} s {what}" for value, what in parts if value >= 0.01 * last.makespan_s]
     turns = f"{last.turns} turn{'s' if last.turns > 1 else ''}"
     return (
-        f"The trajectory that ended last ({last.tokens:,} tokens in {turns}) spent {listed(told)}; meanwhile the replicas had "
+        f"{'In the slowest step the' if answer.source.about['steps'] > 1 else 'The'} trajectory that ended last ({last.tokens:,} tokens in {turns}) spent {listed(told)}; meanwhile the replicas had "
         f"nothing to do {percent(run.idle_share)} of the time."
     )
 
@@ -88,10 +88,16 @@ def _pressure(row: Row, answer: Answer) -> str:
     if run.queue_share < 0.05:
         return ""
     waited = f"; at tp={row.tp} turns still spend {percent(run.queue_share)} of all time waiting"
-    if run.preemptions:
-        utilization = answer.setting.utilization
-        return f"{waited} and the KV cache ran out {count(run.preemptions)} times: raise gpu_memory_utilization ({utilization:g} here)"
+    if run.preemptions or not crowded(answer, row.tp):
+        lost = f", and {count(run.preemptions)} lost their slot to KV pressure" if run.preemptions else " for KV cache"
+        return f"{waited}{lost}: raise gpu_memory_utilization ({answer.setting.utilization:g} here)"
     return f"{waited} for one of {answer.setting.slots} slots: try a larger max_num_seqs (--slots)"
+
+
+def crowded(answer: Answer, tp: int) -> bool:
+    """Whether a replica of that degree gets more trajectories than it has slots; if not, whoever waits waits for KV cache."""
+    largest = max(len(step) for step in answer.source.draws[answer.typical].steps)
+    return largest * tp > answer.setting.slots * answer.setting.gpus
 
 
 def _tools(row: Row) -> str:
@@ -120,7 +126,7 @@ def _heddle(answer: Answer) -> list[str]:
 
 
 def gain(ratios: list[float]) -> str:
-    """ "1.94x (1.87 to 2.09 over 3 draws)"."""
+    """For example "1.94x (1.87 to 2.09 over 3 draws)"."""
     middle, low, high = median_low(ratios), min(ratios), max(ratios)
     plain = ratio(middle)
     return plain if f"{low:.2f}" == f"{high:.2f}" else f"{plain} ({low:.2f} to {high:.2f} over {len(ratios)} draws)"

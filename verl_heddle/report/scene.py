@@ -24,7 +24,7 @@ class Scene:
 
     @property
     def title(self) -> str:
-        """ "stock verl, tp=1"."""
+        """For example "stock verl, tp=1"."""
         return f"{RULES[self.row.rule].title}, tp={self.row.tp}"
 
     @property

@@ -14,7 +14,7 @@ def seconds(value: float) -> str:
 
 
 def number(value: float) -> str:
-    """ "1,234", "585", "12.3", "0.35"; three digits where there are more to say."""
+    """As "1,234", "585", "12.3", "0.35"; three digits where there are more to say."""
     size = abs(value)
     return f"{value:,.0f}" if size >= 99.95 else f"{value:.1f}" if size >= 9.995 else f"{value:.2f}"
 
@@ -35,11 +35,11 @@ def percent(share: float) -> str:
 
 
 def spread(values: Sequence[float], middle: float, form: str = "{:.2f}") -> str:
-    """ "1.94 (1.87..2.09)", or the middle alone where all values read the same."""
+    """As "1.94 (1.87..2.09)", or the middle alone where all values read the same."""
     low, high = form.format(min(values)), form.format(max(values))
     return form.format(middle) if low == high else f"{form.format(middle)} ({low}..{high})"
 
 
 def listed(items: Sequence[str]) -> str:
-    """ "a", "a and b", "a, b and c"."""
+    """As "a", "a and b", "a, b and c"."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"

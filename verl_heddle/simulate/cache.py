@@ -1,11 +1,14 @@
 """The KV cache of one replica: what running requests hold, and what is left over from earlier ones (vLLM's automatic prefix cache).
 
 Law: tokens are either in use (a running request refers to them) or held (nobody does, but a later request may find them). Held
-tokens are free space: they are evicted, least recently released first and from the end of each prefix, as soon as in use + held
-exceeds the capacity. A trajectory's own tokens are one entry, the shared prompt of a group is another, counted once however many
-use it. An own entry is of use only under its whole prompt. Invariants: `in_use` >= 0, `held` >= 0; after every call in use + held
-<= capacity whenever in use <= capacity. Source: vLLM `v1/core/kv_cache_manager.py` and `block_pool.py` (free queue in LRU order,
-tail blocks first). Cost: O(1) per call, amortised.
+tokens are free space: where in use + held exceeds the capacity they are evicted, least recently released first and from the end
+of each prefix; the engine evicts at every step boundary for the tokens of the coming step, and when a request takes a slot. A
+trajectory's own tokens are one entry, the shared prompt of a group is another, counted once however many use it. An own entry is
+of use only under its whole prompt.
+
+Invariants: `in_use` >= 0, `held` >= 0; after `evict` in use + held <= capacity whenever in use <= capacity.
+Source: vLLM `v1/core/kv_cache_manager.py` and `block_pool.py` (free queue in LRU order, tail blocks first).
+Cost: O(1) per call, amortised.
 """
 
 from __future__ import annotations
@@ -81,8 +84,6 @@ class PrefixCache:
                 del self._users[state.group]
                 self.in_use -= shared
                 self._hold(~state.group, min(shared, computed))
-        if self.capacity is not None and self.in_use + self.held > self.capacity:
-            self.evict()
 
     def trim(self, state_index: int, own_tokens: int) -> None:
         """The trajectory's context changed: at most `own_tokens` of what is held beyond its prompt are still its prefix."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import partial
 from heapq import heappop, heappush
-from itertools import count
+from itertools import count, pairwise
 from math import inf, nan
 from typing import Any
 
@@ -71,8 +71,13 @@ class Cluster:
         """Put outages and fleet changes into the calendar.
 
         Raises:
-            ValueError: an interval ends before it begins, or begins before 0.
+            ValueError: an interval ends before it begins, begins before 0, or overlaps another of the same replica.
         """
+        changes = list(changes)
+        outages = sorted((item for item in changes if isinstance(item, Outage)), key=lambda item: (item.replica, item.start_s))
+        for one, other in pairwise(outages):
+            if one.replica == other.replica and other.start_s < one.end_s:
+                raise ValueError(f"outages of replica {one.replica!r} overlap: {one} and {other}")
         for change in changes:
             if isinstance(change, Outage):
                 if not 0 <= change.start_s < change.end_s < inf:
@@ -87,6 +92,8 @@ class Cluster:
     def _outage(self, outage: Outage, begins: bool, now: float) -> None:
         engine = self._by_name.get(outage.replica)
         if engine is None:
+            if outage.replica in self.log.replicas:  # it has left meanwhile
+                return
             raise ValueError(f"outage of replica {outage.replica!r}, which is not in the fleet")
         if begins:
             engine.pause(now, outage.keep_cache)

@@ -136,7 +136,7 @@ class Slots:
             if self.options.order == "fcfs":
                 self.lose_slot(next(reversed(running)))
             else:
-                self.lose_slot(max(running, key=lambda r: (r.priority, r.arrival_s)))
+                self.lose_slot(max(running, key=lambda r: (r.priority, r.arrival_s, r.order)))
 
     def yielding(self, better: Request) -> Request | None:
         """The running request that has to make way for `better`, if there is one."""

@@ -43,7 +43,8 @@ class TrajectoryState:
         self.group = group
         """Number of its prompt."""
         self.shared = shared
-        """Leading tokens that the trajectories of the prompt have in common, whole blocks."""
+        """Leading tokens that the trajectories of the prompt have in common: whole blocks, and less than the prompt, because an
+        engine always computes the last token itself and keeps its block."""
         self.prompt_tokens = prompt_tokens
         self.steps = steps
         self.turn = 0
@@ -204,7 +205,7 @@ def states(trajectories: Sequence[Trajectory], options: EngineOptions, step: int
     result = []
     for index, item in enumerate(trajectories):
         name = item.prompt_id
-        shared = shortest[name] // block * block if shares and samples[name] > 1 else 0
+        shared = (shortest[name] - 1) // block * block if shares and samples[name] > 1 else 0
         identity = TrajectoryId(prompt=name, uid=f"{step}:{name}", sample=item.trial, step=step)
         result.append(TrajectoryState(index, identity, groups[name], shared, item.prompt_tokens or 0, item.steps))
     return result

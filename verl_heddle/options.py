@@ -39,6 +39,7 @@ class Trace:
 class Deadlines:
     """`heddle.deadlines.*`: how long we wait for another process before going on without it, in seconds."""
 
+    start_s: float = option(600.0, "The router to come up at the start of a run; after it the run goes on as stock verl.")
     router_s: float = option(30.0, "An answer of the router; after it the worker routes the turn itself by verl's rule.")
     cancel_s: float = option(30.0, "A cancelled request to leave its engine; after it we stop asking and count it.")
     collect_s: float = option(30.0, "The workers' records at the end of a step; after it the step's heddle metrics are incomplete.")

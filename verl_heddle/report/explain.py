@@ -53,8 +53,9 @@ def cause(answer: Answer) -> str:
     ]
     told = [f"{number(value)} s {what}" for value, what in parts if value >= 0.01 * last.makespan_s]
     turns = f"{last.turns} turn{'s' if last.turns > 1 else ''}"
+    where = "In the slowest step the" if answer.source.about["steps"] > 1 else "The"
     return (
-        f"{'In the slowest step the' if answer.source.about['steps'] > 1 else 'The'} trajectory that ended last ({last.tokens:,} tokens in {turns}) spent {listed(told)}; meanwhile the replicas had "
+        f"{where} trajectory that ended last ({last.tokens:,} tokens in {turns}) spent {listed(told)}; meanwhile the replicas had "
         f"nothing to do {percent(run.idle_share)} of the time."
     )
 
@@ -103,7 +104,7 @@ def crowded(answer: Answer, tp: int) -> bool:
 def _tools(row: Row) -> str:
     """A hint where nothing but faster tools would help."""
     share = row.typical.last.tail["tool_s"] / row.typical.last.makespan_s
-    return f"; {percent(share)} of what is left is tool time, which only faster tools shorten" if share >= 0.5 else ""
+    return f"; {percent(share)} of its length at tp={row.tp} is tool time, which only faster tools shorten" if share >= 0.5 else ""
 
 
 def _heddle(answer: Answer) -> list[str]:

@@ -129,7 +129,7 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
             "slots": int(rollout.max_num_seqs),
             "deterministic": bool(rollout.get("full_determinism", False)),
         }
-        self.servers = self._configure_router()
+        self.servers = self._configure_router(self.options.deadlines.start_s)  # its process imports verl first
         super().__init__(config, HeddleClient(config, self.router, self.servers, self.options), *args, **kwargs)
         self.agent_loop_workers_class = ray.remote(HeddleWorker)  # after super(), which sets verl's own
         self._router_lost = False
@@ -178,9 +178,8 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
         self._router_lost = self._router_lost or counts["fallback_router"] > 0
         return records, counts
 
-    def _configure_router(self) -> dict[str, Any]:
-        ref = self.router.configure.remote(self.options, **self._shape)
-        return ray.get(ref, timeout=self.options.deadlines.router_s)
+    def _configure_router(self, deadline_s: float) -> dict[str, Any]:
+        return ray.get(self.router.configure.remote(self.options, **self._shape), timeout=deadline_s)
 
     def _router_failures(self) -> dict[str, int]:
         try:
@@ -192,7 +191,7 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
     def _try_router(self) -> None:
         """Between steps, see whether Ray has restarted the router; if so, set it up and send the workers back to it."""
         try:
-            self._configure_router()
+            self._configure_router(self.options.deadlines.router_s)
         except Exception:
             return
         ray.get([worker.router_is_back.remote() for worker in self.agent_loop_workers], timeout=self.options.deadlines.collect_s)

@@ -2,6 +2,7 @@
 SHELL := /bin/bash
 PY := .venv/bin/python
 export HF_HUB_OFFLINE ?= 1
+RECIPE ?= math
 # Bytecode is kept: without it every engine process imports for 10 s longer.
 unexport PYTHONDONTWRITEBYTECODE
 unexport RAY_ADDRESS
@@ -14,8 +15,8 @@ help:  ## what can be made
 venv:  ## build .venv (CPU, or GPU where there is one); seconds when nothing changed
 	@envs/setup.sh auto .venv
 
-demo: venv  ## the main job: GRPO with a calculator tool, stock and heddle, on W&B, with a table at the end
-	@$(PY) recipes/math/demo.py
+demo: venv  ## a recipe's job (RECIPE=math or coding): GRPO with tools, stock and heddle, on W&B, with a table at the end
+	@RECIPE=$(RECIPE) $(PY) recipes/demo.py
 
 test: lint test-fast test-e2e  ## everything
 

@@ -1,4 +1,4 @@
-"""What the tests with real engines share: the recipe's data and model, made once, and a way to run verl as a user does."""
+"""What the tests with real engines share: a recipe's data and model, made once, and a way to run verl as a user does."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,33 +55,21 @@ class Run:
         return sorted((row["input"], row["output"]) for row in map(json.loads, lines))
 
 
-@pytest.fixture(scope="session")
-def workspace(tmp_path_factory) -> Path:
-    """Folder with the math recipe's data and tiny model."""
-    folder = tmp_path_factory.mktemp("math")
-    command = [
-        sys.executable,
-        str(ROOT / "recipes/math/prepare.py"),
-        "--out",
-        str(folder),
-        "--train-rows",
-        "16",
-        "--val-rows",
-        "16",
-        "--model",
-    ]
+def prepared(recipe: str, folder: Path) -> Path:
+    """Make a recipe's data and tiny model in `folder`."""
+    rows = ["--train-rows", "16", "--val-rows", "16"]
+    command = [sys.executable, str(ROOT / "recipes" / recipe / "prepare.py"), "--out", str(folder), *rows, "--model"]
     subprocess.run(command, check=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"})
     return folder
 
 
-@pytest.fixture(scope="session")
-def train(workspace):
-    """Run the math recipe: `train(name, *overrides, steps=1, replicas=1, env={})` -> Run."""
+def runner(recipe: str, folder: Path) -> Callable[..., Run]:
+    """Run a recipe as a user does: `run(name, *overrides, steps=1, replicas=1, env={})` -> Run."""
 
     def run(name: str, *overrides: str, steps: int = 1, replicas: int = 1, env: dict[str, str] | None = None) -> Run:
-        settings = {"OUT": str(workspace), "NAME": name, "STEPS": str(steps), "GPUS": str(replicas), "PYTHON": sys.executable}
+        settings = {"OUT": str(folder), "NAME": name, "STEPS": str(steps), "GPUS": str(replicas), "PYTHON": sys.executable}
         environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "PYTHONDONTWRITEBYTECODE")}
-        command = ["bash", str(ROOT / "recipes/math/run.sh"), "+machine=cpu", *overrides]
+        command = ["bash", str(ROOT / "recipes" / recipe / "run.sh"), "+machine=cpu", *overrides]
         for _attempt in (1, 2):
             done = subprocess.run(
                 command,
@@ -93,10 +82,22 @@ def train(workspace):
             )
             if done.returncode == 0 or PORT_TAKEN not in done.stdout:
                 break
-        (workspace / name / "train.log").write_text(done.stdout)
-        return Run(workspace / name, done.returncode, done.stdout, _steps(done.stdout))
+        (folder / name / "train.log").write_text(done.stdout)
+        return Run(folder / name, done.returncode, done.stdout, _steps(done.stdout))
 
     return run
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory) -> Path:
+    """Folder with the math recipe's data and tiny model."""
+    return prepared("math", tmp_path_factory.mktemp("math"))
+
+
+@pytest.fixture(scope="session")
+def train(workspace):
+    """Run the math recipe, see `runner`."""
+    return runner("math", workspace)
 
 
 NUMBER = re.compile(r"(?:np\.\w+\()?(-?\d+(?:\.\d+)?(?:e[+-]?\d+)?|nan|-?inf)\)?")

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 
 import verl_heddle
-from verl_heddle.commands import doctor, overrides, plan, simulate
+from verl_heddle.commands import compare, doctor, explain, overrides, plan, simulate
 
-RUN = {"doctor": doctor.run, "overrides": overrides.run, "simulate": simulate.run, "plan": plan.run}
+MODULES = {"doctor": doctor, "overrides": overrides, "simulate": simulate, "plan": plan, "compare": compare, "explain": explain}
 
 EPILOG = """\
 The plugin itself needs no command: add +plugin=heddle to a stock verl command line.
@@ -28,10 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=verl_heddle.__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    for module in (doctor, overrides, simulate, plan):
+    for module in MODULES.values():
         module.add_parser(commands)
     args = parser.parse_args(argv)
-    return RUN[args.command](args)
+    return MODULES[args.command].run(args)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,57 @@ class Priority:
     """`heddle.priority.*`: which waiting turn vLLM runs first."""
 
     enable: bool = option(
-        True, "Hand vLLM a priority per turn, longest predicted remaining first. Needs rollout.scheduling_policy=priority."
+        True, "Hand vLLM a priority per turn, longest predicted trajectory first. Needs rollout.scheduling_policy=priority."
     )
     quantum_tokens: int = option(64, "Predictions that differ by less than this count as equal; ties run first come, first served.")
+    refresh_s: float = option(
+        1.0, "How often, at most, turns under way get a new priority when a sibling's end has changed what is expected of them; 0: never."
+    )
+
+
+@dataclass
+class Predict:
+    """`heddle.predict.*`: how much of a trajectory is still to come. On whenever something asks for it (`heddle.priority.enable`)."""
+
+    trees: bool = option(True, "Between steps, fit boosted trees on what was seen; off: pool, prompt history and finished siblings alone.")
+    checkpoint: bool = option(True, "Keep what was learnt inside verl's checkpoints, and read it back when verl resumes from one.")
+
+
+@dataclass
+class Preempt:
+    """`heddle.preempt.*`: when a waiting turn takes a running one's slot, inside vLLM. Needs `heddle.priority.enable`."""
+
+    enable: bool = option(True, "Preempt on arrival; off: a waiting turn waits for a free slot, as in stock vLLM.")
+    margin: int = option(4, "Priority units (heddle.priority.quantum_tokens each) by which the waiting turn must be more urgent.")
+    max_preemptions: int = option(3, "How often one turn may lose its slot this way.")
+    min_steps: int = option(8, "Engine steps a turn keeps its slot at least.")
+    ageing_per_s: float = option(0.1, "Priority units a waiting turn gains per second, so that nothing starves; 0: none.")
+
+
+@dataclass
+class Admission:
+    """`heddle.admission.*`: how many turns are in flight per replica; the rest wait in the router, most urgent first."""
+
+    per_slot: float = option(4.0, "Turns in flight per slot (rollout.max_num_seqs) of a replica; 0: no bound, as in stock verl.")
+    hold_s: float = option(600.0, "Longest time a turn is held back; after it, it goes to its replica whatever the bound.")
+
+
+@dataclass
+class Tools:
+    """`heddle.tools.*`: the watchdog over tool calls; what goes wrong becomes a tool message, and the trajectory goes on."""
+
+    enable: bool = option(True, "Guard every tool call. Off, a tool that hangs hangs the step, as in stock verl.")
+    call_s: float = option(600.0, "A tool call to return, in seconds; after it the call is cancelled and the model reads that it failed.")
+    trajectory_s: float = option(
+        3600.0, "Tool time of one trajectory, the sum over its calls, in seconds; after it every call fails at once."
+    )
+    retries: int = option(1, "How often a failed call of a tool named in heddle.tools.idempotent is made again.")
+    idempotent: list[str] = field(
+        default_factory=list, metadata={"help": "Names of the tools that may be called twice without harm, such as a search."}
+    )
+    max_chars: int = option(200_000, "Characters of a tool's answer before verl's own, shorter cut (multi_turn.max_tool_response_length).")
+    threads: int = option(64, "Plain functions running at a time per worker; each has a thread.")
+    max_abandoned: int = option(32, "Calls of one tool that hang in a worker and cannot be ended, before its further calls fail at once.")
 
 
 @dataclass
@@ -55,6 +103,10 @@ class Options:
     )
     seed: int = option(0, "Seed of the router's random tie-breaks.")
     priority: Priority = field(default_factory=Priority)
+    predict: Predict = field(default_factory=Predict)
+    preempt: Preempt = field(default_factory=Preempt)
+    admission: Admission = field(default_factory=Admission)
+    tools: Tools = field(default_factory=Tools)
     trace: Trace = field(default_factory=Trace)
     deadlines: Deadlines = field(default_factory=Deadlines)
 
@@ -75,12 +127,31 @@ def check(options: Options) -> list[str]:
     problems = []
     if options.priority.quantum_tokens < 1:
         problems.append(f"heddle.priority.quantum_tokens must be at least 1, got {options.priority.quantum_tokens}")
+    if not 0 <= options.priority.refresh_s <= 3600:
+        problems.append(f"heddle.priority.refresh_s must lie between 0 and 3600 seconds, got {options.priority.refresh_s}")
+    if options.preempt.margin < 1:
+        problems.append(f"heddle.preempt.margin must be at least 1, or equal turns would preempt each other, got {options.preempt.margin}")
+    for name in ("max_preemptions", "min_steps", "ageing_per_s"):
+        value = getattr(options.preempt, name)
+        if not 0 <= value < float("inf"):
+            problems.append(f"heddle.preempt.{name} must not be negative, got {value}")
+    if options.admission.per_slot and not options.admission.per_slot >= 1:
+        problems.append(
+            f"heddle.admission.per_slot must be at least 1, or 0 for no bound, got {options.admission.per_slot}: slots would idle"
+        )
+    if not options.admission.hold_s > 0:
+        problems.append(f"heddle.admission.hold_s must be positive seconds, got {options.admission.hold_s}")
     if not 0.005 <= options.poll_interval_s <= 60:
         problems.append(f"heddle.poll_interval_s must lie between 0.005 and 60 seconds, got {options.poll_interval_s}")
     for item in fields(options.deadlines):
         value = getattr(options.deadlines, item.name)
         if not value > 0:
             problems.append(f"heddle.deadlines.{item.name} must be positive seconds, got {value}")
+    for name in ("call_s", "trajectory_s", "max_chars", "threads", "max_abandoned"):
+        if not getattr(options.tools, name) > 0:
+            problems.append(f"heddle.tools.{name} must be positive, got {getattr(options.tools, name)}")
+    if options.tools.retries < 0:
+        problems.append(f"heddle.tools.retries must not be negative, got {options.tools.retries}")
     if options.trace.enable and not options.trace.dir:
         problems.append("heddle.trace.dir is empty: name a folder, or set heddle.trace.enable=false")
     return problems

@@ -74,6 +74,15 @@ class TurnStart:
     context_tokens: int
     generated_tokens: int
     """Tokens this trajectory generated in earlier turns."""
+    tool_s: float | None = None
+    """Seconds its tools took since its last turn; None: there was none before, or nobody measured."""
+    text: str | None = None
+    """The prompt's text, told with a trajectory's first turn where it is known."""
+
+    @property
+    def request(self) -> str:
+        """Name of this turn's request, unique while it is open."""
+        return f"{self.conversation}:{self.turn}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +90,26 @@ class TurnEnd:
     """A generation ended on `replica`, by itself (`completed`) or by failure, abort or cancellation."""
 
     trajectory: TrajectoryId
+    conversation: str
     replica: str
     turn: int
     output_tokens: int
     completed: bool = True
+    engine_s: float | None = None
+    """Seconds it kept the engine busy, queueing not counted; None: not known."""
+
+    @property
+    def request(self) -> str:
+        """As `TurnStart.request`."""
+        return f"{self.conversation}:{self.turn}"
+
+
+@dataclass(frozen=True, slots=True)
+class ToolStart:
+    """A tool that the last turn asked for begins to run (parallel calls come one by one): the gap in which planning costs nothing."""
+
+    trajectory: TrajectoryId
+    tool: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +120,8 @@ class TrajectoryEnd:
     outcome: Outcome
     output_tokens: int
     turns: int
+    truncated: bool = False
+    """Ended by a limit on tokens or turns: it would have been at least so long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +132,11 @@ class Decision:
     priority: int
     reason: Reason
     predicted_remaining: float | None = None
-    """Tokens still to come, this turn included; None before there is any history."""
+    """Tokens still to come, this turn included (median); None: nobody predicts."""
+    predicted_upper: float | None = None
+    """The same, its 0.9 quantile."""
+    held: bool = False
+    """The replica has enough in flight: the turn waits until the orchestrator admits it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +170,7 @@ class Turn:
     priority: int | None = None
     reason: str | None = None
     predicted_remaining: float | None = None
+    predicted_upper: float | None = None
     preemptions: int | None = None
     cached_tokens: int | None = None
     start_s: float | None = None

@@ -15,7 +15,7 @@ from verl_heddle.predict import fit as fitting
 from verl_heddle.predict.predictor import Predictor
 from verl_heddle.predict.window import ROWS, Batch
 from verl_heddle.traces import generate
-from verl_heddle.trajectory import Trajectory, TrajectoryId, TurnEnd, TurnStart
+from verl_heddle.trajectory import ToolStart, Trajectory, TrajectoryId, TurnEnd, TurnStart
 
 LIVE = 10_000
 
@@ -44,7 +44,8 @@ def cost() -> dict[str, Any]:
     for number in range(LIVE):
         identity = TrajectoryId(f"p{number // 16}", f"u{number // 16}", number, 9)
         predictor.turn_started(TurnStart(identity, identity.key, 0, 500, 0))
-        predictor.turn_finished(TurnEnd(identity, "r", 0, 100 + number % 999), called=("run_code",))
+        predictor.turn_finished(TurnEnd(identity, identity.key, "r", 0, 100 + number % 999))
+        predictor.tool_started(ToolStart(identity, "run_code"))
         keys.append(identity.key)
     predictor.predict_many(keys)
     result["predict_10000"] = _timed(lambda: predictor.predict_many(keys), 15)

@@ -5,48 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bench.prediction.replay import Look
-
-LONGEST = 0.2
-"""The tail that must be found: the longest 20 %."""
+from verl_heddle.predict.score import pearson, recall, spearman
 
 DRAWS = 400
 """Bootstrap draws: the bounds of a 95 % interval then repeat within a few per cent of its width."""
 
 METHODS = ("prompt_length", "tokens_so_far", "turn_count", "history", "siblings", "bayes", "heddle", "oracle")
-BASELINES = METHODS[:-2]
+BASELINES = METHODS[:5]
+"""What a user could do without us; `bayes` is our own estimate without trees, an ablation."""
+
 METRICS = ("spearman", "pearson", "recall")
-
-Floats = NDArray[np.float64]
-
-
-def spearman(truth: Floats, said: Floats) -> float:
-    """Rank correlation, ties at their mean rank; 0 where nothing is told apart."""
-    return pearson(_ranks(truth), _ranks(said))
-
-
-def pearson(truth: Floats, said: Floats) -> float:
-    """Correlation; 0 where nothing is told apart."""
-    return float(np.corrcoef(truth, said)[0, 1]) if np.ptp(truth) > 1e-9 and np.ptp(said) > 1e-9 else 0.0
-
-
-def recall(truth: Floats, said: Floats) -> float:
-    """Share of the truly longest that is among the equally many predicted longest; ties in the prediction count in proportion."""
-    count = max(1, round(LONGEST * len(truth)))
-    tail = np.zeros(len(truth), dtype=bool)
-    tail[np.argsort(-truth, kind="stable")[:count]] = True
-    edge = np.sort(said)[-count]
-    above, level = said > edge, said == edge
-    return float((tail[above].sum() + tail[level].sum() * (count - above.sum()) / level.sum()) / count)
-
-
-def _ranks(values: Floats) -> Floats:
-    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ranks: Floats = (np.cumsum(counts) - (counts - 1) / 2)[which]
-    return ranks
-
 
 _FUNCTIONS = {"spearman": spearman, "pearson": pearson, "recall": recall}
 

@@ -17,7 +17,7 @@ import numpy as np
 from verl_heddle.predict.predictor import Predictor
 from verl_heddle.predict.tools import names
 from verl_heddle.traces import PSEUDO_TOOLS
-from verl_heddle.trajectory import Outcome, Trajectory, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
+from verl_heddle.trajectory import Outcome, ToolStart, Trajectory, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
 
 TOKENS_PER_S = 50.0
 """Decode speed of one request on a busy engine; only the order of ends depends on it."""
@@ -97,7 +97,7 @@ def play(
                 context[index] = item.steps[turn].ctx_tokens or 0
             else:
                 context[index] += item.steps[turn].input_tokens or 0
-            predictor.turn_started(TurnStart(identity, identity.key, turn, context[index], tokens[index]), tool_s=seconds)
+            predictor.turn_started(TurnStart(identity, identity.key, turn, context[index], tokens[index], seconds))
             if turn == 0 and group_of is not None:
                 looks.append(_look(predictor, notebook, item, identity, 0, 0, group_of))
             heappush(queue, (now + (item.steps[turn].output_tokens or 0) / TOKENS_PER_S, index, phase + 1))
@@ -106,7 +106,9 @@ def play(
         tokens[index] += this.output_tokens or 0
         context[index] += this.output_tokens or 0
         last = turn + 1 == len(item.steps)
-        predictor.turn_finished(TurnEnd(identity, "", turn, this.output_tokens or 0), called=names(this.tool))
+        predictor.turn_finished(TurnEnd(identity, identity.key, "", turn, this.output_tokens or 0))
+        for tool in names(this.tool):
+            predictor.tool_started(ToolStart(identity, tool))
         if not last:
             if group_of is not None and turn + 1 in LOOKS and item.output_tokens > tokens[index]:
                 looks.append(_look(predictor, notebook, item, identity, turn + 1, tokens[index], group_of))

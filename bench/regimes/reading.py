@@ -128,8 +128,8 @@ def _assumed(known: dict[str, Any], base: float) -> str:
         "call at most 8 times the mean. Batches shrink during the step and grow smaller while others are in tools, so the share in the "
         "simulated step differs (`tool_share_stock` in the JSON).",
         "All trajectories are submitted at once and the step ends with the last. No early stop, no redundancy.",
-        "heddle as released: verl's placement, longest predicted remaining first, the prediction being the prompt's mean over one earlier "
-        "epoch of as many other samples.",
+        "heddle as released: verl's placement, longest predicted trajectory first with preemption on arrival, the prediction learnt from "
+        "one earlier epoch of as many other samples.",
         f"Draws per cell: {draws} trajectories per GPU; medians.",
     )
     return "\n".join(f"- {line}" for line in lines)

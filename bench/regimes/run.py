@@ -1,6 +1,6 @@
 """A map of where there is something to win: concurrency per GPU x tail weight x tool share x model, all simulated.
 
-    python bench/regimes/run.py                      the map, about ten minutes on one core; JSON on stdout and in bench/results/simulated
+    python bench/regimes/run.py                      the map, about ten minutes on one core; writes bench/results/simulated/regimes.json too
     python bench/regimes/run.py --jobs 8             the same numbers, sooner
     python bench/regimes/run.py --from FILE          only write docs/regimes.md and docs/regimes.png again
 
@@ -39,7 +39,6 @@ def main() -> None:
     if not arguments.known:
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-        print(json.dumps(result))
     PAGE.write_text(markdown(result))
     heat_maps(result, PICTURE)
     print(f"wrote {PAGE.relative_to(ROOT)} and {PICTURE.relative_to(ROOT)}", file=sys.stderr)

@@ -1,12 +1,11 @@
-"""How fast is the simulator, how much memory does it take, does its cost grow linearly? Prints a table and JSON (--json FILE: into a file).
+"""How fast is the simulator, how much memory does it take, does its cost grow linearly? Prints a table, writes JSON.
 
     python bench/simulate_speed/run.py                  # everything, about 5 minutes
     python bench/simulate_speed/run.py --most-gpus 64   # the first row only
 
 Every row is a fresh process on one core: 100 trajectories of about 12 turns per GPU (workload "coding"; the last row 98), Qwen3-8B on
 H200 at tp 1 with its true KV capacity. Times are CPU seconds, so that a busy machine does not matter; wall seconds beside them.
-"orchestrator" is the object of the cluster, its own cost included; "planned" is a policy that costs next to nothing, so its rows are the
-simulator alone.
+"stock" is the orchestrator under verl's rules, "heddle" the same with prediction, priorities and their refresh, whose own cost is included.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "simulated" / "speed.json"
 GPUS = (16, 64, 256, 1024)
 TRAJECTORIES_PER_GPU = 100
 LIMITS = {64: (8.0, 1024.0), 1024: (240.0, None)}
@@ -31,16 +31,15 @@ def measure(gpus: int, policy_name: str) -> dict[str, Any]:
     from verl_heddle.latency import load
     from verl_heddle.options import Options
     from verl_heddle.orchestrator import Orchestrator
-    from verl_heddle.simulate import EngineOptions, Policy, make_fleet, simulate
-    from verl_heddle.simulate.baselines import LptOracle
+    from verl_heddle.simulate import EngineOptions, make_fleet, simulate
     from verl_heddle.traces import generate
 
     number = min(TRAJECTORIES_PER_GPU * gpus, 100_000)
     work = generate("coding", -(-number // 16), 16, seed=1, median_turns=10.5)[:number]
     latency = load("h200", "Qwen3-8B")
     fleet = make_fleet(gpus, 1, latency)
-    policy: Policy = LptOracle(work) if policy_name == "planned" else Orchestrator(Options())
-    engine = EngineOptions("priority")
+    policy = Orchestrator(Options(observe=policy_name == "stock"))
+    engine = EngineOptions("fcfs" if policy_name == "stock" else "priority")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     wall, cpu = time.perf_counter(), time.process_time()
     result = simulate(work, fleet, latency, policy, engine=engine)
@@ -67,8 +66,8 @@ def main() -> int:
     """Run every row in its own process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--most-gpus", type=int, default=max(GPUS))
-    parser.add_argument("--policies", default="orchestrator,planned")
-    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--policies", default="stock,heddle")
+    parser.add_argument("--json", type=Path, default=RESULTS, help="write the rows here (bench/results/simulated/speed.json)")
     parser.add_argument("--row", nargs=2, metavar=("GPUS", "POLICY"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.row:
@@ -93,10 +92,8 @@ def main() -> int:
                 f"{row['us_per_turn']:>9.1f}{row['peak_mib']:>8.0f}  {verdict}",
                 flush=True,
             )
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
-    else:
-        print(json.dumps(rows))
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps(rows, indent=1) + "\n")
     return int(worst)
 
 

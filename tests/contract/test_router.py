@@ -1,5 +1,6 @@
 """Our router against verl's own: the same choices for the same events, and the whole protocol."""
 
+import asyncio
 import random
 
 import pytest
@@ -10,9 +11,9 @@ pytest.importorskip("verl")
 
 from verl.workers.rollout.router import GlobalRequestLoadBalancer, get_router_handle  # noqa: F401
 
-from verl_heddle.options import Options
+from verl_heddle.options import Admission, Options
 from verl_heddle.place.sticky import CACHE_SIZE, StickyLeastInflight
-from verl_heddle.trajectory import Outcome, Reason, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
+from verl_heddle.trajectory import Outcome, Reason, ToolStart, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
 from verl_heddle.verl_plugin.router import HeddleRouter
 
 EVENTS = st.lists(st.tuples(st.sampled_from("aaaaarrrARc"), st.integers(0, 11)), max_size=200)
@@ -64,7 +65,7 @@ def test_the_router_serves_trajectories_and_verls_own_clients():
     server, handle = router.acquire_server("somebody")
     assert server != decision.replica and handle == f"h{server[1]}", "verl's clients see our turns in flight"
     assert router.get_total_inflight() == 2
-    router.turn_finished(TurnEnd(turn(0).trajectory, decision.replica, 0, 5))
+    router.turn_finished(TurnEnd(turn(0).trajectory, "c0", decision.replica, 0, 5))
     router.trajectory_ended(TrajectoryEnd(turn(0).trajectory, Outcome.FINISHED, 5, 1))
     router.release_server(server, request_id="somebody")
     assert router.get_total_inflight() == 0
@@ -88,9 +89,10 @@ def test_a_raising_orchestrator_gives_way_to_verls_rule(monkeypatch, capsys):
     assert again.reason is Reason.FALLBACK_POLICY and again.replica == home, "still sticky"
     other = router.turn_started(turn(1))
     assert other.replica != home, "still least in flight"
-    router.turn_finished(TurnEnd(turn(0).trajectory, home, 1, 5))
+    router.turn_finished(TurnEnd(turn(0).trajectory, "c0", home, 1, 5))
     router.trajectory_ended(TrajectoryEnd(turn(0).trajectory, Outcome.FINISHED, 5, 2))
-    assert router.stats() == {"turn_started": 2, "turn_finished": 1, "trajectory_ended": 1}
+    failures = {name: count for name, count in router.stats().items() if name.startswith("failed_")}
+    assert failures == {"failed_turn_started": 2, "failed_turn_finished": 1, "failed_trajectory_ended": 1}
     assert router.get_inflight_count(home) == 1
     assert capsys.readouterr().err.count("turn_started") == 1, "said once"
 
@@ -98,3 +100,57 @@ def test_a_raising_orchestrator_gives_way_to_verls_rule(monkeypatch, capsys):
 def test_an_empty_pool_is_verls_own_error():
     with pytest.raises(RuntimeError, match="No available servers"):
         HeddleRouter({}).turn_started(turn(0))
+
+
+def test_a_held_turn_waits_in_the_router_until_another_leaves():
+    async def play():
+        router = HeddleRouter({"s0": "h0"})
+        router.configure(Options(admission=Admission(per_slot=1.0, hold_s=0.2)), tp=1, slots=1, deterministic=False)
+        first, second, third = (router.turn_started(turn(sample)) for sample in range(3))
+        assert (first.held, second.held, third.held) == (False, True, True)
+        waits = [asyncio.ensure_future(router.wait_for_turn(turn(sample).request)) for sample in (1, 2)]
+        await asyncio.sleep(0)
+        assert not any(wait.done() for wait in waits)
+        router.turn_finished(TurnEnd(turn(0).trajectory, "c0", "s0", 0, 5))
+        await asyncio.wait_for(waits[0], 1.0)
+        assert not waits[1].done()
+        await asyncio.wait_for(waits[1], 5.0)  # by the deadline
+        await asyncio.wait_for(router.wait_for_turn("nobody knows it"), 1.0)
+        assert router.stats()["held"] == 2 and router.stats()["hold_overdue"] == 1
+        router.turn_withdrawn(turn(2))
+        router.turn_withdrawn(turn(2))
+        router.turn_finished(TurnEnd(turn(1).trajectory, "c1", "s0", 0, 5))
+        assert router.get_total_inflight() == 0
+
+    asyncio.run(play())
+
+
+def test_between_steps_it_fits_and_what_it_learnt_can_be_kept():
+    def live(router, step):
+        for prompt in range(40):
+            for sample in range(4):
+                who = TrajectoryId(f"p{prompt}", f"{step}:p{prompt}", sample, step)
+                for number in range(3):
+                    start = TurnStart(who, who.key, number, 100, 50 * number * prompt)
+                    replica = router.turn_started(start).replica
+                    router.turn_finished(TurnEnd(who, who.key, replica, number, 50 * prompt + sample + 1))
+                    router.tool_started(ToolStart(who, "python"))
+                router.trajectory_ended(TrajectoryEnd(who, Outcome.FINISHED, 150 * prompt, 3))
+
+    async def play():
+        router = HeddleRouter({"s0": "h0"})
+        router.configure(Options(), tp=1, slots=64, deterministic=False, cap_tokens=5000)
+        live(router, 0)
+        await router.step_ended(0)
+        await asyncio.wait_for(router._fit, 60)
+        await asyncio.sleep(0)
+        assert router.stats()["fit_rows"] >= 200
+        again = HeddleRouter({"s0": "h0"})
+        again.configure(Options(), tp=1, slots=64, deterministic=False, cap_tokens=5000)
+        assert again.learn_again(b"nonsense") == "not a stored predictor"
+        assert again.learn_again(router.learnt()) is None
+        who = TrajectoryId("p39", "1:p39", 0, 1)
+        told = [one.turn_started(TurnStart(who, "c", 0, 100, 0)).predicted_remaining for one in (router, again)]
+        assert told[0] == told[1] > 2000
+
+    asyncio.run(play())

@@ -1,5 +1,7 @@
 """Our replay buffer is configured as verl configures its own, with and without DAPO filtering and refill."""
 
+import json
+
 import pytest
 from omegaconf import OmegaConf
 
@@ -82,9 +84,9 @@ def test_lost_metrics_are_counted_not_raised(monkeypatch, capsys):
 
     monkeypatch.setattr(agent_loop, "MANAGER", Broken())
     watch = _Watch(Options())
-    assert watch.step("train") == {"heddle/metrics_failures": 1}
-    assert watch.step("val") == {}
-    assert watch.step("train") == {"heddle/metrics_failures": 3}
+    assert watch.step(1, "train") == {"heddle/metrics_failures": 1}
+    assert watch.step(1, "val") == {}
+    assert watch.step(1, "train") == {"heddle/metrics_failures": 3}
     assert capsys.readouterr().err.count("OSError") == 1
 
 
@@ -97,18 +99,35 @@ def test_a_full_disk_costs_the_trace_not_the_metrics(monkeypatch, tmp_path, caps
 
     class Manager:
         servers = ("r0",)
+        config = OmegaConf.create(
+            {"actor_rollout_ref": {"rollout": {"tensor_model_parallel_size": 2, "max_num_seqs": 8, "scheduling_policy": "priority"}}}
+        )
 
         def collect(self):
             return [recorded()], Counter(fallback_router=3)
 
+        def step_ended(self, step):
+            return {"held": 2 * step, "failed_fit": 1, "fit_s": 0.5, "fit_rows": 300}
+
+        def engine_counts(self):
+            return Counter(preempted_by_rule=5)
+
     monkeypatch.setattr(agent_loop, "MANAGER", Manager())
     good = _Watch(Options(trace=Trace(dir=str(tmp_path), workload="w")))
-    metrics = good.step("train")
-    assert metrics["heddle/trajectories"] == 1 and metrics["heddle/fallbacks/total"] == 3 and metrics["heddle/metrics_failures"] == 0
-    assert good.step("train")["heddle/fallbacks/total"] == 0, "counted in the step they happened in"
-    assert len((tmp_path / "trace.jsonl").read_text().splitlines()) == 2
+    metrics = good.step(1, "train")
+    assert metrics["heddle/trajectories"] == 1 and metrics["heddle/fallbacks/total"] == 4 and metrics["heddle/metrics_failures"] == 0
+    assert good.step(1, "train")["heddle/fallbacks/total"] == 0, "counted in the step they happened in"
+    assert (
+        metrics["heddle/router/held"] == 2
+        and metrics["heddle/preempt/preempted_by_rule"] == 5
+        and metrics["heddle/predict/fit_rows"] == 300
+    )
+    lines = (tmp_path / "trace.jsonl").read_text().splitlines()
+    assert len(lines) == 2
+    known = {"tp": 2, "slots": 8, "replicas": 1, "order": "priority"}
+    assert known.items() <= json.loads(lines[0])["meta"].items(), "what simulating the run needs to know of its engines"
     full = _Watch(Options(trace=Trace(dir="/dev/full/x", workload="w")))
-    metrics = full.step("train")
+    metrics = full.step(1, "train")
     assert metrics["heddle/trajectories"] == 1 and metrics["heddle/metrics_failures"] == 1
     assert "trace lines of a step are lost" in capsys.readouterr().err
 

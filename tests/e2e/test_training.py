@@ -21,7 +21,8 @@ def stock(train):
 
 @pytest.fixture(scope="module")
 def heddle(train):
-    return train("heddle", GREEDY, "+plugin=heddle", "actor_rollout_ref.rollout.max_num_seqs=4")
+    few = ("actor_rollout_ref.rollout.max_num_seqs=4", "heddle.admission.per_slot=2", "heddle.preempt.min_steps=2")
+    return train("heddle", GREEDY, "+plugin=heddle", *few, "trainer.save_freq=1")
 
 
 def test_stock_runs_and_heddle_is_silent_without_the_flag(stock):
@@ -61,6 +62,32 @@ def test_metrics_reach_the_console_and_wandb(heddle):
     assert len(files) == 1
     logged = files[0].read_bytes()  # W&B's own record format; values stand in it as JSON text
     assert b"heddle/makespan_s" in logged and str(metrics["heddle/makespan_s"]).encode() in logged
+
+
+def test_turns_are_held_back_and_urgent_ones_preempt(heddle):
+    metrics = heddle.steps[1]
+    assert metrics["heddle/router/held"] > 0 and metrics["heddle/router/hold_overdue"] == 0, "64 trajectories, 8 places"
+    assert metrics["heddle/preempt/winners_started"] == metrics["heddle/preempt/preempted_by_rule"]
+    assert metrics["heddle/preempt/refused_margin"] > 0, "the rule was asked"
+    assert any("preempt on arrival is on" in line for line in heddle.said)
+    turns = [turn for item in read(heddle.trace) for turn in item.steps]
+    assert all(0 < turn.predicted_remaining <= turn.predicted_upper for turn in turns)
+    assert {turn.priority for turn in turns} != {0}
+    assert -1 <= metrics["heddle/predict/spearman_after_0"] <= 1
+
+
+def test_what_was_learnt_comes_back_with_verls_checkpoint(train, heddle):
+    checkpoint = heddle.folder / "global_step_1"
+    assert (checkpoint / "heddle" / "predictor.bin").stat().st_size > 1000
+    path = f"trainer.resume_from_path={checkpoint}"
+    run = train("resumed", "+plugin=heddle", "trainer.resume_mode=resume_path", path, steps=2)
+    assert run.code == 0, run.log[-3000:]
+    assert [line for line in run.said if "lengths learnt until global_step_1 are back" in line]
+    assert list(run.steps) == [2]
+    # The same prompts again: it knows each of them now.
+    first = {item.prompt_id: item.steps[0].predicted_remaining for item in read(run.trace)}
+    before = {item.steps[0].predicted_remaining for item in read(heddle.trace)}
+    assert len(set(first.values())) > len(before) and run.steps[2]["heddle/predict/below_upper_after_0"] > 0.5
 
 
 def test_one_banner(heddle):

@@ -81,7 +81,10 @@ def test_trace_lanes_never_overlap(shown):
         spans.sort()
         assert all(first[1] <= second[0] for first, second in pairwise(spans))
     slots = shown[0].setting.slots
-    assert max(tid % 10_000 for _, tid in lanes) <= slots + 1  # a slot that frees and fills within a microsecond may need one more lane
+    # A slot that frees and fills within a microsecond may need one more lane; a preempted turn keeps its lane while it waits.
+    fixed = {number for number, scene in enumerate(shown[1], 1) if not scene.result.turns.column("preemptions").any()}
+    assert 1 in fixed
+    assert max(tid % 10_000 for pid, tid in lanes if pid in fixed) <= slots + 1
 
 
 def test_trace_tells_every_turn(shown, tmp_path):

@@ -22,7 +22,7 @@ def started(policy, conversation, generated=0):
 
 
 def finished(policy, replica):
-    policy.turn_finished(TurnEnd(TrajectoryId("p", "p", 0, 0), replica, 0, 5), 0.0)
+    policy.turn_finished(TurnEnd(TrajectoryId("p", "p", 0, 0), "c", replica, 0, 5), 0.0)
 
 
 def fleet(policy, *names):

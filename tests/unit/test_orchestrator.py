@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from verl_heddle.fleet import Replica
-from verl_heddle.options import Options, Priority
+from verl_heddle.options import Admission, Options, Priority
 from verl_heddle.orchestrator import Orchestrator
 from verl_heddle.trajectory import Outcome, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
 
@@ -26,7 +26,7 @@ def live(orchestrator: Orchestrator, lives: list[list[int]], order) -> list:
         i = who[next(order) % len(who)]
         if i in open_turns:
             decision, turn, tokens = open_turns.pop(i)
-            orchestrator.turn_finished(TurnEnd(identity(i), decision.replica, turn, tokens), clock)
+            orchestrator.turn_finished(TurnEnd(identity(i), f"c{i}", decision.replica, turn, tokens), clock)
             generated[i] += tokens
             if not todo.get(i):
                 todo.pop(i, None)
@@ -75,11 +75,11 @@ def test_longer_prompts_run_first_once_history_exists():
         orchestrator.trajectory_ended(TrajectoryEnd(who, Outcome.FINISHED, tokens, 1), 0.0)
 
     def priority(prompt: str, generated: int) -> int:
-        who = TrajectoryId(prompt, "v", 0, 2)
-        return orchestrator.turn_started(TurnStart(who, "c" + prompt, 0, 10, generated), 1.0).priority
+        who = TrajectoryId(prompt, f"{prompt} {generated}", 0, 2)
+        return orchestrator.turn_started(TurnStart(who, "c" + prompt, 1 if generated else 0, 10, generated), 1.0).priority
 
     assert priority("long", 0) < priority("short", 0) < 0
-    assert priority("long", 4900) > priority("long", 0), "what is generated already is no longer to come"
+    assert priority("short", 9000) < priority("long", 0), "what a trajectory has shown counts"
 
 
 def test_cancelled_failed_and_validation_lives_teach_nothing():
@@ -88,4 +88,53 @@ def test_cancelled_failed_and_validation_lives_teach_nothing():
         who = TrajectoryId("p", "u", 0, 1, validate)
         orchestrator.trajectory_ended(TrajectoryEnd(who, outcome, 900, 3), 0.0)
     decision = orchestrator.turn_started(TurnStart(identity(1), "c", 0, 10, 0), 1.0)
-    assert decision.predicted_remaining is None and decision.priority == 0
+    fresh = build(Options()).turn_started(TurnStart(identity(1), "c", 0, 10, 0), 1.0)
+    assert decision.predicted_remaining == fresh.predicted_remaining
+
+
+def test_turns_beyond_the_bound_wait_and_the_most_urgent_goes_first():
+    orchestrator = Orchestrator(Options(admission=Admission(per_slot=1.0, hold_s=100.0)))
+    orchestrator.replicas_added([Replica("r", slots=2)])
+    for prompt, tokens in (("short", 100), ("long", 5000)):
+        orchestrator.trajectory_ended(TrajectoryEnd(TrajectoryId(prompt, "u", 0, 1), Outcome.FINISHED, tokens, 1), 0.0)
+
+    def ask(name: str, prompt: str, now: float):
+        return orchestrator.turn_started(TurnStart(TrajectoryId(prompt, "v" + prompt, name, 2), name, 0, 10, 0), now)
+
+    def end(name: str, prompt: str, now: float, completed: bool = True):
+        orchestrator.turn_finished(TurnEnd(TrajectoryId(prompt, "v" + prompt, name, 2), name, "r", 0, 10, completed), now)
+
+    assert [ask(name, "short", 1.0).held for name in "abcd"] == [False, False, True, True]
+    assert ask("e", "long", 2.0).held and orchestrator.admitted(2.0) == []
+    end("a", "short", 3.0)
+    assert orchestrator.admitted(3.0) == ["e:0"]
+    end("c", "short", 4.0, completed=False)
+    assert orchestrator.admitted(4.0) == [], "a held turn that gives up frees no place"
+    assert orchestrator.admitted(101.0) == ["d:0"], "held too long"
+    for name, prompt in (("b", "short"), ("d", "short"), ("e", "long")):
+        end(name, prompt, 102.0)
+    assert set(orchestrator.inflight.values()) == {0} and len(orchestrator.admission) == 0
+
+
+def test_siblings_that_end_change_the_priority_of_turns_under_way():
+    orchestrator = build(Options())
+    first = orchestrator.turn_started(TurnStart(identity(0), "c0", 0, 10, 0), 0.0)
+    assert orchestrator.reprioritised(0.0) == {} == orchestrator.reprioritised(0.5)
+    for sample in range(1, 9):
+        who = identity(sample)
+        turn = orchestrator.turn_started(TurnStart(who, f"c{sample}", 0, 10, 0), 1.0)
+        orchestrator.turn_finished(TurnEnd(who, f"c{sample}", turn.replica, 0, 20_000), 1.5)
+        orchestrator.trajectory_ended(TrajectoryEnd(who, Outcome.FINISHED, 20_000, 1), 1.5)
+    table = orchestrator.reprioritised(2.0)
+    assert list(table) == [first.replica] and table[first.replica]["c0:0"] < first.priority - 100
+    assert orchestrator.reprioritised(4.0) == {}, "told once"
+
+
+def test_an_open_turn_is_known_until_it_ends():
+    orchestrator = build(Options())
+    turn = TurnStart(identity(0), "c0", 0, 10, 0)
+    assert orchestrator.replica_of(turn) is None
+    replica = orchestrator.turn_started(turn, 0.0).replica
+    assert orchestrator.replica_of(turn) == replica
+    orchestrator.turn_finished(TurnEnd(turn.trajectory, "c0", replica, 0, 5), 1.0)
+    assert orchestrator.replica_of(turn) is None

@@ -20,7 +20,9 @@ from verl.tools.function_tool import load_function_tools_from_path
 from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from recipes.math import chat, prepare, reward, tasks, tiny_model
+from recipes.math import answers, chat, hub, prepare, reward, tasks
+from recipes.tiny import chat as tiny_chat
+from recipes.tiny import files, model
 
 TOOL = load_function_tools_from_path(str(Path(prepare.__file__).with_name("tools.py")))[0]
 TOOL_MODULE = sys.modules[TOOL.fn.__module__]
@@ -106,7 +108,7 @@ def test_tasks_are_distinct_and_run_out_with_an_error():
 def tokenizer(tmp_path_factory):
     """As verl and vLLM load it: by AutoTokenizer, from a folder whose config says qwen2."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    chat.make_tokenizer(SCHEMAS).save_pretrained(folder)
+    tiny_chat.make_tokenizer(chat.lesson()).save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
     return AutoTokenizer.from_pretrained(folder)
 
@@ -125,7 +127,7 @@ def play(tokenizer, expression):
 
 
 def test_training_sees_the_tokens_of_a_rollout(tokenizer):
-    ids, labels = chat.encode(chat.make_tokenizer(SCHEMAS), SCHEMAS, "12-3+40")
+    ids, labels = tiny_chat.encode(tiny_chat.make_tokenizer(chat.lesson()), SCHEMAS, chat.conversation("12-3+40"))
     prompt, response = play(tokenizer, "12-3+40")
     assert prompt + response == ids[:-1]  # the template closes a message with a newline that a model does not say
     assert tokenizer.decode([label for label in labels if label >= 0]) == (
@@ -193,11 +195,11 @@ def test_the_reward_takes_any_text_and_is_bounded(text):
 
 
 def test_the_first_layer_starts_out_looking_at_the_tokens_before(tokenizer):
-    model = tiny_model.make_model(tokenizer, tiny_model.Settings())
-    assert model.config.vocab_size == len(tokenizer)
-    attention, positions = model.model.layers[0].self_attn, 32
+    policy = model.make_model(tokenizer, model.Settings())
+    assert policy.config.vocab_size == len(tokenizer)
+    attention, positions = policy.model.layers[0].self_attn, 32
     query, key = (p.bias.view(1, -1, 1, attention.head_dim).expand(-1, -1, positions, -1) for p in (attention.q_proj, attention.k_proj))
-    cos, sin = model.model.rotary_emb(query, query.new_tensor([list(range(positions))]))
+    cos, sin = policy.model.rotary_emb(query, query.new_tensor([list(range(positions))]))
     query, key = apply_rotary_pos_emb(query, key, cos, sin)
     best = (query @ key.transpose(-1, -2))[0].argmax(-1)  # (heads, positions)
     for head, row in enumerate(best.tolist()):
@@ -228,22 +230,128 @@ def test_prepare_keeps_what_is_there_and_replaces_what_is_not_right(tmp_path, ca
 def test_prepare_makes_the_model_once_and_whole(tmp_path, monkeypatch, capsys):
     arguments = ["--out", str(tmp_path), "--train-rows", "4", "--val-rows", "4", "--model"]
 
-    def interrupted(folder, settings):
+    def interrupted(folder, lesson):
         (folder / "half").touch()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tiny_model, "build", interrupted)
+    monkeypatch.setattr(model, "build", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare.main(arguments)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["train.parquet", "val.parquet"]
-    monkeypatch.setattr(tiny_model, "build", lambda folder, settings: {"parameters": 1, "vocabulary": 2, "seconds": 3})
+    monkeypatch.setattr(model, "build", lambda folder, lesson: {"parameters": 1, "vocabulary": 2, "seconds": 3})
     prepare.main(arguments)
     first = state(tmp_path)
     prepare.main(arguments)
     assert state(tmp_path) == first and "tiny_model: already there" in capsys.readouterr().out
-    monkeypatch.setattr(prepare, "fingerprint", lambda: "newer")
+    monkeypatch.setattr(files, "fingerprint", lambda recipe: "newer")
     prepare.main(arguments)
-    assert prepare.made_from(tmp_path / "tiny_model") == "newer"
-    (tmp_path / "tiny_model" / prepare.STAMP).unlink()  # now it could be anybody's
+    assert files.made_from(tmp_path / "tiny_model") == "newer"
+    (tmp_path / "tiny_model" / files.STAMP).unlink()  # now it could be anybody's
     with pytest.raises(SystemExit):
         prepare.main(arguments)
+
+
+ANSWERS = {
+    "the box \\boxed{3}": "3",
+    "\\boxed{1} then \\boxed{\\frac{1}{2}}": "\\frac{1}{2}",
+    "#### 1,234": "1,234",
+    "Answer: 7.": "7",
+    "the answer is $x+1$": "x+1",
+    "\\boxed{1}<tool_response>\\boxed{2}</tool_response>": None,
+    "\\boxed{never closed": None,
+    "nothing": None,
+}
+
+
+@pytest.mark.parametrize("text", ANSWERS)
+def test_the_final_answer_is_found(text):
+    assert answers.final_answer(text) == ANSWERS[text]
+
+
+SAME = [
+    ("3", "3.0"),
+    ("1,234", "1234"),
+    ("\\frac{3}{4}", "0.75"),
+    ("-1/2", "-0.5"),
+    ("5\\text{ cm}", "5"),
+    ("$7$", "7"),
+    ("\\dfrac12", "\\frac12"),
+]
+
+
+@pytest.mark.parametrize("pair", SAME)
+def test_numbers_are_compared_as_numbers(pair):
+    assert answers.same(*pair) and answers.same(*pair[::-1]) and not answers.same(pair[0], "8")
+
+
+@unhurried
+@given(st.text(alphabet="\\{}box0123.,/-$ fractANSWERaiswer:#\n"), st.text(alphabet="0123./-x"))
+def test_comparing_takes_any_text(solution, truth):
+    found = answers.final_answer(solution)
+    assert found is None or isinstance(answers.same(found, truth), bool)
+
+
+def test_answers_of_hub_data_are_graded(monkeypatch):
+    grade = lambda text, truth: reward.compute_score("gsm8k", text, truth, {"index": 0})  # noqa: E731
+    assert grade("so \\boxed{72}", "72") == 1.0 and grade("so \\boxed{71}", "72") == 0.0 and grade("72", "72") == 0.0
+    assert grade("\\boxed{(x+1)^2}", "x^2+2x+1") == 1.0, "math-verify knows algebra"
+    monkeypatch.setattr(answers, "find_spec", lambda name: None)
+    assert grade("\\boxed{(x+1)^2}", "x^2+2x+1") == 0.0 and grade("\\boxed{x + 1}", "x+1") == 1.0, "without it, equal texts"
+
+
+def test_rows_of_the_hub_are_converted():
+    row = {"question": "How many?", "answer": "Natalia sold 48/2 = 24.\n#### 1,072"}
+    made = hub.from_gsm8k(row, 3)
+    assert (
+        made["reward_model"]["ground_truth"] == "1072"
+        and made["prompt"][0]["content"].endswith("How many?")
+        and made["data_source"] in hub.SETS
+    )
+    text = 'Solve it. The last line ... on its own line.\n\nWhat is 1+1?\n\nRemember to put your answer on its own line after "Answer:".'
+    convert = hub.from_dapo()
+    dapo = {"prompt": [{"role": "user", "content": text}], "reward_model": {"ground_truth": "2"}}
+    first = convert(dapo, 0)
+    assert first["prompt"][0]["content"] == hub.ASK + "What is 1+1?" and convert(dapo, 1) is None, "each problem once"
+
+
+def test_a_hub_out_of_reach_is_said_plainly(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SystemExit):
+        prepare.main(["--out", str(tmp_path), "--data", "gsm8k"])
+    assert "HF_HUB_OFFLINE is set: unset it, or use --data generated" in capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
+SOLVER = {tool.name: tool for tool in load_function_tools_from_path(str(Path(prepare.__file__).with_name("solver.py")))}
+CALCULATED = {
+    "1+2*3": "7",
+    "(3+4)*5/2": "35/2",
+    "0.1+0.2": "3/10",
+    "2^10": "1024",
+    "7//2": "3",
+    "1,000*2": "2000",
+    "2**0.5": "1.4142135623730951",
+}
+REFUSED = ["", "x+1", "9**9**9", "1/0", "__import__('os')", "'a'*9", "(-1)**0.5", "1<2", "9" * 2000 + "**9", "(" * 5000, "True+1"]
+
+
+@pytest.mark.parametrize("expression", [*CALCULATED, *REFUSED])
+async def test_the_calculator_is_exact_and_safe(expression):
+    result = await SOLVER["calculate"].call({"expression": expression})
+    assert result == CALCULATED.get(expression, result) and (result.startswith("error:") == (expression in REFUSED))
+
+
+async def test_the_solver_and_python_work_in_the_sandbox():
+    """Needs SymPy inside: in this environment's Python where bubblewrap works, else in the system's."""
+    module = sys.modules[SOLVER["solve"].fn.__module__]
+    if not module.sandbox().run({"main.py": "import sympy"}).ok:
+        pytest.skip("no SymPy for the sandbox's Python here")
+    results = await asyncio.gather(
+        SOLVER["solve"].call({"equations": "x^2-5x+6=0", "unknowns": "x"}),
+        SOLVER["solve"].call({"equations": "x+y=3, x-y=1", "unknowns": "x,y"}),
+        SOLVER["solve"].call({"equations": "(x+1)**2-x**2"}),
+        SOLVER["solve"].call({"equations": "__import__('os').system('id')=0"}),
+        SOLVER["python"].call({"code": "import sympy\nprint(sympy.factorint(360))"}),
+        SOLVER["python"].call({"code": "open('/etc/passwd')"}),
+    )
+    assert results[:3] == ["[{x: 2}, {x: 3}]", "[{x: 2, y: 1}]", "2*x + 1"]
+    assert "uid=" not in results[3] and results[4] == "{2: 3, 3: 2, 5: 1}" and "error:" in results[5]

@@ -17,13 +17,14 @@ sums that `live` keeps; vectorised. Everything is (QUANTITIES, n).
 
 from __future__ import annotations
 
-from math import pi, sqrt
+from collections.abc import Sequence
+from math import exp, log, log1p, pi, sqrt
 from typing import NamedTuple
 
 import numpy as np
 
 from verl_heddle.predict.pool import Pool
-from verl_heddle.predict.quantities import FLOOR, ODDS_UPPER, UPPER, Floats
+from verl_heddle.predict.quantities import FLOOR, ODDS_UPPER, TOKENS, UPPER, Floats
 
 LOGISTIC = sqrt(3) / pi
 """Scale of a logistic distribution of standard deviation 1."""
@@ -32,6 +33,7 @@ FAR = 40.0
 """Scales beyond which the logistic tail is an exponential to the last digit; keeps exp inside floats."""
 
 _FLOOR = FLOOR[:, None]
+FLOORS = tuple(FLOOR.tolist())
 
 
 class Evidence(NamedTuple):
@@ -61,7 +63,7 @@ def believe(pool: Pool, evidence: Evidence) -> Belief:
     mean, ratio, within = pool.mean[:, None], pool.ratio[:, None], pool.within[:, None]
     weight = evidence.history_count + evidence.finished_count + np.zeros((len(FLOOR), 1))
     total = evidence.history_count * evidence.history + evidence.finished_sum - evidence.finished_count * mean
-    total[0] += ratio[0] * evidence.text
+    total[TOKENS] += ratio[TOKENS] * evidence.text
     middle = mean + total / (ratio + weight)
     if evidence.running_count.any():
         scale = _scale(within, ratio + weight)
@@ -89,6 +91,57 @@ def remaining(belief: Belief, done: Floats) -> tuple[Floats, Floats]:
     left = np.log(np.maximum(np.exp(median) - done, _FLOOR))
     upper = np.log(np.maximum(np.exp(upper) - done, _FLOOR))
     return left, np.maximum(upper - left, 0.1 * ODDS_UPPER)
+
+
+class One(NamedTuple):
+    """`believe` and `remaining` of one trajectory: three logs each, and numbers about the tokens."""
+
+    left: tuple[float, float, float]
+    middle: tuple[float, float, float]
+    weight: float
+    spread: float
+
+
+def one(
+    pool: Pool,
+    text: float,
+    history: tuple[float, Sequence[float]],
+    finished: tuple[float, Sequence[float]],
+    running: tuple[float, Sequence[float]],
+    done: Sequence[float],
+) -> One:
+    """The same law for a single trajectory in plain floats: a tenth of the time, as numpy's cost for small arrays is the calls.
+
+    Args:
+        history, finished, running: a count and three logs, as in `Evidence`.
+        done: three amounts in plain units.
+    """
+    lefts, middles = [], []
+    weight_of_tokens = spread = 0.0
+    for quantity, (mean, ratio, within) in enumerate(pool.laws):
+        weight = history[0] + finished[0]
+        total = history[0] * history[1][quantity] + finished[1][quantity] - finished[0] * mean
+        if quantity == TOKENS:
+            total += ratio * text
+        middle = mean + total / (ratio + weight)
+        if running[0]:
+            scale = LOGISTIC * sqrt(within * (1 + 1 / (ratio + weight)))
+            past = exp(min(FAR, max(-FAR, (running[1][quantity] / running[0] - middle) / scale)))
+            share = running[0] * past / (1 + past)
+            total += share * (middle + scale * log1p(2 * past) - mean)
+            weight += share
+            middle = mean + total / (ratio + weight)
+        scale = LOGISTIC * sqrt(within * (1 + 1 / (ratio + weight)))
+        gone = max(done[quantity], 1e-6)
+        past = exp(min(FAR, max(-FAR, (log(gone) - middle) / scale)))
+        floor = FLOORS[quantity]
+        left = log(max(exp(middle + scale * log1p(2 * past)) - gone, floor))
+        if quantity == TOKENS:
+            upper = log(max(exp(middle + scale * log((UPPER + past) / (1 - UPPER))) - gone, floor))
+            spread, weight_of_tokens = max(upper - left, 0.1 * ODDS_UPPER), weight
+        lefts.append(left)
+        middles.append(middle)
+    return One((lefts[0], lefts[1], lefts[2]), (middles[0], middles[1], middles[2]), weight_of_tokens, spread)
 
 
 def _scale(within: Floats, weight: Floats) -> Floats:

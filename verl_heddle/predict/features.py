@@ -7,12 +7,13 @@ was open, with the pool of the moment of the fit. Cost: about 60 numpy calls wha
 
 from __future__ import annotations
 
+from math import log, log1p, sqrt
 from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
 
-from verl_heddle.predict.bayes import Evidence, believe, remaining
+from verl_heddle.predict.bayes import FLOORS, Belief, Evidence, One, believe, one, remaining
 from verl_heddle.predict.live import Group, Own
 from verl_heddle.predict.pool import Pool
 from verl_heddle.predict.quantities import FLOOR, QUANTITIES, TOKENS, TOOL_S, TURNS, Floats
@@ -37,23 +38,37 @@ VERSION = crc32(" ".join(NAMES).encode()) ^ crc32(str(STEP_BLOCK).encode())
 """Changes with the columns: a model is only good for the rows it was fitted on."""
 
 
+def believed(own: Floats, group: Floats, pool: Pool) -> tuple[Belief, Floats, Floats]:
+    """The empirical-Bayes estimate, and log remaining and log(upper / median) of `bayes.remaining`; arguments as in `build`."""
+    o, g = own.T, group.T
+    done = o[Own.TOKENS : Own.TOOL_S + 1]
+    evidence = Evidence(
+        text=g[Group.TEXT],
+        history_count=g[Group.HISTORY_COUNT],
+        history=g[Group.HISTORY : Group.HISTORY + QUANTITIES],
+        finished_count=g[Group.FINISHED],
+        finished_sum=g[Group.FINISHED_SUM : Group.FINISHED_SUM + QUANTITIES],
+        running_count=np.maximum(g[Group.RUNNING] - 1, 0),
+        running_sum=g[Group.RUNNING_SUM : Group.RUNNING_SUM + QUANTITIES] - np.log(np.maximum(done, FLOOR[:, None])),
+    )
+    belief = believe(pool, evidence)
+    return belief, *remaining(belief, done)
+
+
 def build(own: Floats, group: Floats, pool: Pool) -> NDArray[np.float32]:
     """Rows of `NAMES`: (n, features).
 
     Args:
-        own, group: (n, columns) rows of `LiveTables` of the same trajectories.
+        own, group: (n, columns) rows of `Lives` of the same trajectories.
     """
     o, g = own.T, group.T
-    done = o[Own.TOKENS : Own.TOOL_S + 1]
-    logs = np.log(np.maximum(done, FLOOR[:, None]))
+    logs = np.log(np.maximum(o[Own.TOKENS : Own.TOOL_S + 1], FLOOR[:, None]))
     others = np.maximum(g[Group.RUNNING] - 1, 0)
     running_sum = g[Group.RUNNING_SUM : Group.RUNNING_SUM + QUANTITIES] - logs
     history = g[Group.HISTORY : Group.HISTORY + QUANTITIES]
     finished = g[Group.FINISHED]
     finished_sum = g[Group.FINISHED_SUM : Group.FINISHED_SUM + QUANTITIES]
-    evidence = Evidence(g[Group.TEXT], g[Group.HISTORY_COUNT], history, finished, finished_sum, others, running_sum)
-    belief = believe(pool, evidence)
-    left, spread = remaining(belief, done)
+    belief, left, spread = believed(own, group, pool)
 
     turns = np.maximum(o[Own.TURNS], 1)
     per_turn = logs[TOKENS] - np.log(turns)
@@ -111,3 +126,82 @@ def build(own: Floats, group: Floats, pool: Pool) -> NDArray[np.float32]:
         axis=1,
     )
     return rows.astype(np.float32)
+
+
+def believed_one(own: list[float], group: list[float], pool: Pool) -> One:
+    """The empirical-Bayes estimate of one trajectory; arguments as in `build_one`."""
+    others = max(group[Group.RUNNING] - 1, 0.0)
+    begin = Group.RUNNING_SUM
+    logs = [log(max(own[Own.TOKENS + quantity], FLOORS[quantity])) for quantity in range(QUANTITIES)]
+    return one(
+        pool,
+        group[Group.TEXT],
+        (group[Group.HISTORY_COUNT], group[Group.HISTORY : Group.HISTORY + QUANTITIES]),
+        (group[Group.FINISHED], group[Group.FINISHED_SUM : Group.FINISHED_SUM + QUANTITIES]),
+        (others, [group[begin + quantity] - logs[quantity] for quantity in range(QUANTITIES)]),
+        own[Own.TOKENS : Own.TOOL_S + 1],
+    )
+
+
+def build_one(own: list[float], group: list[float], pool: Pool, belief: One) -> NDArray[np.float32]:
+    """One row of `build`, from plain lists: (features,).
+
+    Args:
+        own, group: the rows of `Lives`.
+        belief: what `believed_one` says of them.
+    """
+    o, g = own, group
+    tokens, turns, tool_s = (log(max(o[Own.TOKENS + quantity], FLOORS[quantity])) for quantity in range(QUANTITIES))
+    at_least = max(o[Own.TURNS], 1.0)
+    counted, others, finished = o[Own.TURNS] > 0, max(g[Group.RUNNING] - 1, 0.0), g[Group.FINISHED]
+    per_turn = tokens - log(at_least)
+    mean = pool.laws
+    known = max(finished, 1.0)
+    of_finished = [g[Group.FINISHED_SUM + q] / known - mean[q][0] if finished > 0 else 0.0 for q in (TOKENS, TURNS)]
+    running = [(g[Group.RUNNING_SUM + q] - mine) / others if others > 0 else 0.0 for q, mine in ((TOKENS, tokens), (TURNS, turns))]
+    company = g[Group.STARTED] > 1
+    return np.array(
+        (
+            *belief.left,
+            belief.spread,
+            belief.middle[TOKENS],
+            belief.middle[TURNS],
+            belief.weight,
+            belief.left[TURNS] + per_turn if counted else belief.middle[TOKENS],
+            log1p(o[Own.PROMPT]),
+            tokens,
+            o[Own.TURNS],
+            tool_s,
+            o[Own.FIRST],
+            o[Own.LAST],
+            o[Own.RECENT],
+            o[Own.LONGEST],
+            per_turn if counted else 0.0,
+            o[Own.RECENT] - per_turn if counted else o[Own.RECENT],
+            log1p(o[Own.CONTEXT]),
+            o[Own.ADDED],
+            o[Own.CALLS] / at_least,
+            o[Own.CALL_S],
+            o[Own.CALL_NEXT],
+            o[Own.SURPRISE],
+            o[Own.SURPRISES] / at_least,
+            o[Own.STEP] // STEP_BLOCK,
+            g[Group.TEXT],
+            g[Group.HISTORY_COUNT],
+            g[Group.HISTORY + TOKENS],
+            g[Group.HISTORY + TURNS],
+            g[Group.HISTORY + TOOL_S],
+            g[Group.SPREAD],
+            g[Group.LAST],
+            g[Group.STARTED],
+            finished,
+            *of_finished,
+            sqrt(g[Group.FINISHED_SQUARE] / known),
+            others,
+            *running,
+            tokens - running[0] if others > 0 else 0.0,
+            tokens - g[Group.LONGEST] if company else 0.0,
+            (g[Group.SURPRISE] - o[Own.SURPRISES]) / max(g[Group.STARTED] - 1, 1.0) if company else 0.0,
+        ),
+        dtype=np.float32,
+    )

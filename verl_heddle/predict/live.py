@@ -1,10 +1,11 @@
-"""The trajectories under way and their groups, as rows of two tables, kept up to date event by event.
+"""The trajectories under way and their groups, each a row of plain numbers, kept up to date event by event.
 
 Law: a trajectory's row holds what it did itself, its group's row what its siblings did (sums only, so that every event is O(1)) and what
 was known of the prompt when the group's first trajectory began. A group is one visit to a prompt (verl's `uid`); its row stays after
-its last trajectory ended, since samples may start late, until `MAX_IDLE_GROUPS` later groups are idle too.
+its last trajectory ended, since samples may start late, until `MAX_IDLE_GROUPS` later groups are idle too. Rows are lists: an event
+touches single numbers, for which numpy takes five times as long.
 
-Invariants: sums over running siblings return to 0 when none runs; tables shrink to what is alive plus the idle groups.
+Invariants: sums over running siblings return to 0 when none runs; what is kept is what is alive plus the idle groups.
 """
 
 from __future__ import annotations
@@ -14,11 +15,9 @@ from dataclasses import dataclass, field
 from enum import IntEnum, auto
 from math import log, log1p
 
-import numpy as np
-
+from verl_heddle.predict.bayes import FLOORS
 from verl_heddle.predict.prompts import History
-from verl_heddle.predict.quantities import FLOOR, LOG_FLOOR, QUANTITIES, TOKENS, TOOL_S, TURNS, Floats
-from verl_heddle.predict.table import Table
+from verl_heddle.predict.quantities import QUANTITIES, TOKENS, TOOL_S, TURNS, Floats
 from verl_heddle.predict.text import Words
 
 MAX_IDLE_GROUPS = 4096
@@ -31,8 +30,7 @@ RECENT = 0.3
 class Own(IntEnum):
     """Columns of a trajectory's row."""
 
-    GROUP = 0
-    STEP = auto()
+    STEP = 0
     PROMPT = auto()
     TOKENS = auto()  # the three amounts done so far stand together, in the order of `quantities`
     TURNS = auto()
@@ -69,27 +67,33 @@ class Group(IntEnum):
 
 
 OWN_COLUMNS, GROUP_COLUMNS = Own.SURPRISES + 1, Group.SURPRISE + 1
-_DONE = slice(Own.TOKENS, Own.TOOL_S + 1)
-_RUNNING = slice(Group.RUNNING_SUM, Group.RUNNING_SUM + QUANTITIES)
-_FINISHED = slice(Group.FINISHED_SUM, Group.FINISHED_SUM + QUANTITIES)
-_SQUARE = slice(Group.FINISHED_SQUARE, Group.FINISHED_SQUARE + QUANTITIES)
 
 
 @dataclass(slots=True)
 class Snapshot:
     """What was known at one moment; becomes a training row when the end is known."""
 
-    state: Floats
+    state: list[float]
     """The trajectory's row and its group's, one after the other."""
     done: tuple[float, float, float]
     called: tuple[str, ...]
 
 
 @dataclass(slots=True)
-class Live:
-    """One trajectory under way: where its rows are, and what it has shown."""
+class Visit:
+    """One group: its row, its prompt's words, how many of it run."""
 
-    row: int
+    row: list[float]
+    words: Words
+    running: int = 0
+
+
+@dataclass(slots=True)
+class Live:
+    """One trajectory under way: its row, its group, and what it has shown."""
+
+    row: list[float]
+    group: Visit
     uid: str
     prompt: str
     step: int
@@ -98,123 +102,124 @@ class Live:
     tool_known: bool = True
     snapshots: list[Snapshot] = field(default_factory=list)
 
+    @property
+    def done(self) -> tuple[float, float, float]:
+        """Tokens, turns and tool seconds so far."""
+        tokens, turns, tool_s = self.row[Own.TOKENS : Own.TOOL_S + 1]
+        return tokens, turns, tool_s
 
-@dataclass(slots=True)
-class Visit:
-    """One group: its row, its prompt's words, how many of it run."""
-
-    row: int
-    words: Words
-    running: int = 0
+    def look(self) -> None:
+        """Remember this moment for learning."""
+        self.snapshots.append(Snapshot(self.row + self.group.row, self.done, self.called))
 
 
-class LiveTables:
-    """Rows of trajectories and groups. `own` and `group` are the tables; `trajectories` and `visits` say whose row is which."""
+class Lives:
+    """Trajectories by key, groups by uid."""
 
     def __init__(self) -> None:
-        self.own, self.group = Table(OWN_COLUMNS), Table(GROUP_COLUMNS)
         self.trajectories: dict[str, Live] = {}
         self.visits: dict[str, Visit] = {}
         self._idle: OrderedDict[str, None] = OrderedDict()
 
-    def visit(self, uid: str, history: History, text: float, words: Words) -> Visit:
+    def visit(self, uid: str, history: History, text: float, words: Words) -> None:
         """A group whose prompt has this history and text begins."""
-        visit = self.visits[uid] = Visit(self.group.take(), words)
-        row = self.group.rows[visit.row]
+        row = [0.0] * GROUP_COLUMNS
         row[Group.TEXT], row[Group.HISTORY_COUNT], row[Group.SPREAD], row[Group.LAST] = text, history.samples, history.spread, history.last
-        row[Group.HISTORY : Group.HISTORY + QUANTITIES] = history.deviation
-        return visit
+        row[Group.HISTORY : Group.HISTORY + QUANTITIES] = history.deviation.tolist()
+        self.visits[uid] = Visit(row, words)
 
     def start(self, key: str, live_of: tuple[str, str, int, bool], prompt_tokens: int) -> Live:
         """A trajectory (uid, prompt, step, teaches) of a known visit begins."""
         uid, prompt, step, teaches = live_of
-        live = self.trajectories[key] = Live(self.own.take(), uid, prompt, step, teaches)
         visit = self.visits[uid]
+        live = self.trajectories[key] = Live([0.0] * OWN_COLUMNS, visit, uid, prompt, step, teaches)
         self._idle.pop(uid, None)
         visit.running += 1
-        own, group = self.own.rows[live.row], self.group.rows[visit.row]
-        own[Own.GROUP], own[Own.STEP], own[Own.PROMPT], own[Own.CONTEXT] = visit.row, step, prompt_tokens, prompt_tokens
-        group[Group.RUNNING] += 1
-        group[Group.STARTED] += 1
-        group[_RUNNING] += LOG_FLOOR
+        live.row[Own.STEP], live.row[Own.PROMPT], live.row[Own.CONTEXT] = float(step), float(prompt_tokens), float(prompt_tokens)
+        visit.row[Group.RUNNING] += 1
+        visit.row[Group.STARTED] += 1
+        _add_logs(visit.row, live.row, 1)
         return live
 
-    def turn(self, live: Live, output_tokens: int, called: tuple[str, ...], call_log_s: float, surprise: float) -> None:
-        """A turn ended and asked for tools."""
-        own, group = self.own.rows[live.row], self.group.rows[self.visits[live.uid].row]
-        group[_RUNNING] -= _logs(own[_DONE])
-        longest = log1p(output_tokens)
+    def caught_up(self, live: Live, tokens: int, turns: int) -> None:
+        """It did so much before anybody told us of it."""
+        _add_logs(live.group.row, live.row, -1)
+        live.row[Own.TOKENS], live.row[Own.TURNS] = float(tokens), float(turns)
+        _add_logs(live.group.row, live.row, 1)
+
+    def turn(self, live: Live, output_tokens: int) -> None:
+        """A turn ended."""
+        own, group = live.row, live.group.row
+        _add_logs(group, own, -1)
+        length = log1p(output_tokens)
         turns = own[Own.TURNS] + 1
-        own[Own.TURNS], own[Own.LAST] = turns, longest
+        own[Own.TURNS], own[Own.LAST] = turns, length
         own[Own.TOKENS] += output_tokens
         own[Own.CONTEXT] += output_tokens
         if turns == 1:
-            own[Own.FIRST] = own[Own.RECENT] = longest
+            own[Own.FIRST] = own[Own.RECENT] = length
         else:
-            own[Own.RECENT] += RECENT * (longest - own[Own.RECENT])
-        own[Own.LONGEST] = max(own[Own.LONGEST], longest)
-        own[Own.CALLS] += len(called)
-        own[Own.CALL_NEXT], own[Own.SURPRISE] = call_log_s, surprise
-        own[Own.SURPRISES] += surprise
-        group[_RUNNING] += _logs(own[_DONE])
+            own[Own.RECENT] += RECENT * (length - own[Own.RECENT])
+        own[Own.LONGEST] = max(own[Own.LONGEST], length)
+        own[Own.SURPRISE] = 0.0
+        _add_logs(group, own, 1)
         group[Group.LONGEST] = max(group[Group.LONGEST], log1p(own[Own.TOKENS]))
-        group[Group.SURPRISE] += surprise
-        live.called, live.tool_known = called, False
+        live.called, live.tool_known = (), False
+
+    def called(self, live: Live, tools: tuple[str, ...], log_s: float, surprise: float) -> None:
+        """All tools the last turn asked for, as far as known; replaces what was known of them before."""
+        own = live.row
+        more = surprise - own[Own.SURPRISE]
+        own[Own.CALLS] += len(tools) - len(live.called)
+        own[Own.CALL_NEXT], own[Own.SURPRISE] = log_s, surprise
+        own[Own.SURPRISES] += more
+        live.group.row[Group.SURPRISE] += more
+        live.called = tools
 
     def answered(self, live: Live, context_tokens: int, tool_s: float | None) -> float | None:
         """The next turn starts: the context it reads, and how long the tools took (None: not known). Returns log seconds if known."""
-        own, group = self.own.rows[live.row], self.group.rows[self.visits[live.uid].row]
+        own, group = live.row, live.group.row
         own[Own.ADDED] = log1p(max(0.0, context_tokens - own[Own.CONTEXT]))
-        own[Own.CONTEXT] = context_tokens
+        own[Own.CONTEXT] = float(context_tokens)
         if tool_s is None or live.tool_known:
             return None
         live.tool_known = True
-        group[_RUNNING] -= _logs(own[_DONE])
+        _add_logs(group, own, -1)
         own[Own.TOOL_S] += tool_s
-        own[Own.CALL_S] = log(max(tool_s, FLOOR[TOOL_S]))
-        group[_RUNNING] += _logs(own[_DONE])
-        return float(own[Own.CALL_S])
-
-    def done(self, live: Live) -> tuple[float, float, float]:
-        """Tokens, turns and tool seconds so far."""
-        tokens, turns, tool_s = self.own.rows[live.row, _DONE].tolist()
-        return tokens, turns, tool_s
-
-    def look(self, live: Live) -> None:
-        """Remember this moment for learning."""
-        own = self.own.rows[live.row]
-        state = np.concatenate((own, self.group.rows[int(own[Own.GROUP])]))
-        live.snapshots.append(Snapshot(state, self.done(live), live.called))
+        own[Own.CALL_S] = log(max(tool_s, FLOORS[TOOL_S]))
+        _add_logs(group, own, 1)
+        return own[Own.CALL_S]
 
     def end(self, key: str, logs: Floats) -> Floats | None:
         """The trajectory is over with sizes exp(logs). Returns what it adds to its group's sum of squares, None if it is the first."""
         live = self.trajectories.pop(key)
-        visit = self.visits[live.uid]
-        own, group = self.own.rows[live.row], self.group.rows[visit.row]
+        visit, group = live.group, live.group.row
         group[Group.RUNNING] -= 1
-        group[_RUNNING] -= _logs(own[_DONE])
+        _add_logs(group, live.row, -1)
         finished = group[Group.FINISHED]
         inside = None
         if finished:
-            inside = (logs - group[_FINISHED] / finished) ** 2 * (finished / (finished + 1))
-            group[_SQUARE] += inside
+            inside = (logs - [group[Group.FINISHED_SUM + q] / finished for q in range(QUANTITIES)]) ** 2 * (finished / (finished + 1))
         group[Group.FINISHED] = finished + 1
-        group[_FINISHED] += logs
-        group[Group.LONGEST] = max(group[Group.LONGEST], logs[TOKENS])
-        self.own.give(live.row)
+        for quantity, size in enumerate(logs.tolist()):
+            group[Group.FINISHED_SUM + quantity] += size
+            if inside is not None:
+                group[Group.FINISHED_SQUARE + quantity] += float(inside[quantity])
+        group[Group.LONGEST] = max(group[Group.LONGEST], float(logs[TOKENS]))
         visit.running -= 1
         if not visit.running:
-            group[_RUNNING] = 0.0
+            group[Group.RUNNING_SUM : Group.RUNNING_SUM + QUANTITIES] = [0.0] * QUANTITIES
             self._idle[live.uid] = None
             if len(self._idle) > MAX_IDLE_GROUPS:
                 uid, _ = self._idle.popitem(last=False)
-                self.group.give(self.visits.pop(uid).row)
+                del self.visits[uid]
         return inside
 
 
-def _logs(done: Floats) -> Floats:
-    logs: Floats = np.log(np.maximum(done, FLOOR))
-    return logs
+def _add_logs(group: list[float], own: list[float], sign: int) -> None:
+    """Add (1) or take out (-1) what a running trajectory did from its group's sums."""
+    for quantity, floor in enumerate(FLOORS):
+        group[Group.RUNNING_SUM + quantity] += sign * log(max(own[Own.TOKENS + quantity], floor))
 
 
 assert (Own.TURNS, Own.TOOL_S) == (Own.TOKENS + TURNS, Own.TOKENS + TOOL_S)

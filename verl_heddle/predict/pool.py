@@ -85,6 +85,8 @@ class Pool:
         self.between: Floats = np.maximum(self._square / self._square_count - self.within, MIN_VARIANCE)
         self.ratio: Floats = self.within / self.between
         """Finished samples that weigh as much as the pool in the estimate of a prompt."""
+        self.laws = tuple(zip(self.mean.tolist(), self.ratio.tolist(), self.within.tolist(), strict=True))
+        """(mean, ratio, within) of each quantity as plain numbers."""
 
     def state(self) -> dict[str, object]:
         """JSON values from which `restore` makes the same pool."""

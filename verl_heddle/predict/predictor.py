@@ -16,14 +16,16 @@ Cost: an event about 0.1 ms, one prediction 0.2 ms, 10,000 predictions under 100
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import exp
 
 import numpy as np
 from numpy.typing import NDArray
 
 from verl_heddle.predict import tools as tool_names
-from verl_heddle.predict.features import VERSION, build
+from verl_heddle.predict.bayes import FLOORS
+from verl_heddle.predict.features import VERSION, believed, believed_one, build, build_one
 from verl_heddle.predict.fit import FitJob
-from verl_heddle.predict.live import OWN_COLUMNS, Live, LiveTables, Own
+from verl_heddle.predict.live import OWN_COLUMNS, Live, Lives, Own
 from verl_heddle.predict.model import SPREAD, Model
 from verl_heddle.predict.pool import PRIOR_LOG, Pool
 from verl_heddle.predict.prompts import Prompts
@@ -31,7 +33,10 @@ from verl_heddle.predict.quantities import FLOOR, QUANTITIES, TOKENS, TOOL_S, TU
 from verl_heddle.predict.store import StateError, pack, unpack
 from verl_heddle.predict.text import TextModel, hashed
 from verl_heddle.predict.window import Batch, Window, looked_at, rows_of
-from verl_heddle.trajectory import Outcome, TrajectoryEnd, TurnEnd, TurnStart
+from verl_heddle.trajectory import Outcome, ToolStart, TrajectoryEnd, TurnEnd, TurnStart
+
+CALIBRATION = ("shift", "widen", "trust")
+"""What a `Model` has besides its trees."""
 
 
 class Predictor:
@@ -45,57 +50,64 @@ class Predictor:
         self._cap = float(cap_tokens) if cap_tokens is not None else np.inf
         self._pool, self._prompts, self._text = Pool(), Prompts(), TextModel()
         self._tools = tool_names.Tools(float(PRIOR_LOG[TOOL_S] - PRIOR_LOG[TURNS]))
-        self._window, self._live = Window(), LiveTables()
+        self._window, self._live = Window(), Lives()
         self.model: Model | None = None
         """The adopted model; None: empirical Bayes alone."""
 
-    def turn_started(self, turn: TurnStart, *, tool_s: float | None = None, text: str | None = None) -> None:
-        """A trajectory wants to generate.
-
-        Args:
-            tool_s: seconds in tools since its last turn; None if not known.
-            text: the prompt's text where known; read when the first trajectory of a visit (`uid`) begins.
-        """
+    def turn_started(self, turn: TurnStart) -> None:
+        """A trajectory wants to generate. `turn.text` is read when the first trajectory of a visit (`uid`) begins."""
         identity = turn.trajectory
         live = self._live.trajectories.get(identity.key)
         if live is None:
             if identity.uid not in self._live.visits:
-                words = hashed(text)
+                words = hashed(turn.text)
                 history = self._prompts.look_up(identity.prompt, self._pool)
                 self._live.visit(identity.uid, history, self._text.deviation(words), words)
             who = (identity.uid, identity.prompt, identity.step, not identity.validate)
             live = self._live.start(identity.key, who, turn.context_tokens)
+            if turn.turn:  # it began before we did
+                self._live.caught_up(live, turn.generated_tokens, turn.turn)
             self._look(live)
             return
-        log_s = self._live.answered(live, turn.context_tokens, tool_s)
+        log_s = self._live.answered(live, turn.context_tokens, turn.tool_s)
         if log_s is not None and live.teaches and live.called:
             self._tools.took(live.called, log_s)
 
-    def turn_finished(self, turn: TurnEnd, *, called: tuple[str, ...] = ()) -> None:
-        """A generation ended; `called` are the tools it asked for. The moment to predict: the tools are about to run."""
+    def turn_finished(self, turn: TurnEnd) -> None:
+        """A generation ended."""
         live = self._live.trajectories.get(turn.trajectory.key)
         if live is None or not turn.completed:
             return
-        called = called[: tool_names.MAX_PARALLEL]
-        log_s, surprise = self._tools.says(called)
-        self._live.turn(live, turn.output_tokens, called, log_s, surprise)
+        self._live.turn(live, turn.output_tokens)
+        self._called(live, ())
         self._look(live)
 
-    def trajectory_ended(self, end: TrajectoryEnd, *, truncated: bool = False) -> None:
-        """The episode is over. Not finished (failed, cancelled) or `truncated` by a limit means: it would have been at least so long."""
+    def tool_started(self, start: ToolStart) -> None:
+        """The turn asked for this tool. The moment to predict: its name says something, and there is time."""
+        live = self._live.trajectories.get(start.trajectory.key)
+        if live is None or len(live.called) == tool_names.MAX_PARALLEL:
+            return
+        self._called(live, (*live.called, start.tool))
+        if live.snapshots and looked_at(int(live.done[TURNS])):
+            live.snapshots.pop()
+            self._look(live)
+
+    def trajectory_ended(self, end: TrajectoryEnd) -> None:
+        """The episode is over. Not finished (failed, cancelled) or truncated by a limit means: it would have been at least so long."""
         key = end.trajectory.key
         live = self._live.trajectories.get(key)
         if live is None:
+            self._unseen(end)
             return
-        tokens, turns, tool_s = self._live.done(live)
+        tokens, turns, tool_s = live.done
         total = (max(tokens, end.output_tokens), turns, tool_s)
-        censored = truncated or end.outcome is not Outcome.FINISHED
+        censored = end.truncated or end.outcome is not Outcome.FINISHED
         logs = np.log(np.maximum(total, FLOOR))
         if censored:  # the past is kept in sizes, and the best guess of this one's size is what was still expected of it
-            rows, _ = self._features([live])
-            left = np.exp(np.minimum(rows[0, :QUANTITIES], np.log(1e12)))
+            logs_left = believed_one(live.row, live.group.row, self._pool).left
+            left = np.exp(np.minimum(logs_left, np.log(1e12)))
             logs = np.log(np.maximum(np.array(total) + left, FLOOR))
-        visit = self._live.visits[live.uid]
+        visit = live.group
         inside = self._live.end(key, logs)
         if not live.teaches:
             return
@@ -106,13 +118,25 @@ class Predictor:
         self._prompts.observe(live.prompt, live.step, logs, self._pool)
         self._window.add(rows_of(live.prompt, live.snapshots, total, censored))
 
+    def __contains__(self, key: str) -> bool:
+        """Whether the trajectory with this `TrajectoryId.key` is under way."""
+        return key in self._live.trajectories
+
     def predict(self, key: str) -> Estimate | None:
         """What the trajectory with this `TrajectoryId.key` has still to do; None if no turn of it has started."""
         live = self._live.trajectories.get(key)
         if live is None:
             return None
-        median, upper, turns, tool_s = self._estimate([live])
-        return Estimate(float(median[0]), float(upper[0]), float(turns[0]), float(tool_s[0]))
+        own, group = live.row, live.group.row
+        belief = believed_one(own, group, self._pool)
+        left: Sequence[float] = belief.left
+        spread = belief.spread
+        if self.model is not None:
+            left, spread = self.model.remaining_one(build_one(own, group, self._pool, belief))
+        room = max(self._cap - own[Own.TOKENS], FLOORS[TOKENS])
+        tokens, turns, tool_s = (max(exp(log_left), floor) for log_left, floor in zip(left, FLOORS, strict=True))
+        median = min(tokens, room)
+        return Estimate(median, max(median, min(exp(min(left[TOKENS] + spread, 80.0)), room)), turns, tool_s)
 
     def predict_many(self, keys: Sequence[str]) -> Estimates:
         """What each of these trajectories has still to do, in order.
@@ -127,7 +151,7 @@ class Predictor:
         running = []
         for live in self._live.trajectories.values():
             if live.teaches:
-                running.append(rows_of(live.prompt, live.snapshots, self._live.done(live), True))
+                running.append(rows_of(live.prompt, live.snapshots, live.done, True))
         return FitJob(self._window.copy(*running), Pool.restore(self._pool.state()))
 
     def adopt(self, model: Model | None) -> None:
@@ -148,7 +172,7 @@ class Predictor:
             "pool": self._pool.state(),
             "tools": self._tools.state(),
             "prompts": names,
-            "model": None if model is None else {"shift": model.shift.tolist(), "widen": model.widen.tolist(), "rows": model.rows},
+            "model": None if model is None else {name: getattr(model, name).tolist() for name in CALIBRATION} | {"rows": model.rows},
         }
         return pack(header, arrays)
 
@@ -171,20 +195,37 @@ class Predictor:
             predictor._window.add(Batch(*(arrays[name] for name in Batch.__slots__)))
             if header["model"] is not None:
                 trees = [arrays[f"trees{number}"].tobytes() for number in range(QUANTITIES)]
-                shift, widen = (np.array(header["model"][name]) for name in ("shift", "widen"))
-                predictor.model = Model(trees, shift, widen, header["model"]["rows"])
+                shift, widen, trust = (np.array(header["model"][name], dtype=np.float64) for name in CALIBRATION)
+                predictor.model = Model(trees, shift, widen, trust, header["model"]["rows"])
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise StateError(f"incomplete ({type(error).__name__}: {error})") from error
         return predictor
 
+    def abandon_before(self, step: int) -> int:
+        """Forget trajectories of earlier training steps that never ended (their worker died); returns how many there were."""
+        lost = [(key, live) for key, live in self._live.trajectories.items() if live.step < step]
+        for key, live in lost:
+            self._live.end(key, np.log(np.maximum(live.done, FLOOR)))
+        return len(lost)
+
+    def _unseen(self, end: TrajectoryEnd) -> None:
+        """It began before we did (a router that was started again): its size is news all the same, its tool time is not known."""
+        if end.outcome is Outcome.FINISHED and not end.truncated and not end.trajectory.validate:
+            logs = np.log(np.maximum((end.output_tokens, end.turns, 0.0), FLOOR))
+            logs[TOOL_S] = self._pool.mean[TOOL_S]
+            self._pool.observe(logs, end.trajectory.step, None)
+            self._prompts.observe(end.trajectory.prompt, end.trajectory.step, logs, self._pool)
+
     def _features(self, lives: Sequence[Live]) -> tuple[NDArray[np.float32], Floats]:
-        own = self._live.own.rows[[live.row for live in lives]]
-        rows = build(own, self._live.group.rows[own[:, Own.GROUP].astype(np.intp)], self._pool)
-        return rows, own
+        own = np.array([live.row for live in lives])
+        return build(own, np.array([live.group.row for live in lives]), self._pool), own
+
+    def _called(self, live: Live, called: tuple[str, ...]) -> None:
+        self._live.called(live, called, *self._tools.says(called))
 
     def _look(self, live: Live) -> None:
-        if live.teaches and looked_at(int(self._live.done(live)[TURNS])):
-            self._live.look(live)
+        if live.teaches and looked_at(int(live.done[TURNS])):
+            live.look()
 
     def _estimate(self, lives: Sequence[Live]) -> Estimates:
         if not lives:
@@ -202,6 +243,7 @@ class Predictor:
         used = [shot for shot in live.snapshots if shot.called and total[TOKENS] - shot.done[TOKENS] >= FLOOR[TOKENS]]
         if used:
             state = np.array([shot.state for shot in used])
-            expected = build(state[:, :OWN_COLUMNS], state[:, OWN_COLUMNS:], self._pool)[:, TOKENS]
+            _, left, _ = believed(state[:, :OWN_COLUMNS], state[:, OWN_COLUMNS:], self._pool)
+            expected = left[TOKENS]
             for shot, log_left in zip(used, expected.tolist(), strict=True):
                 self._tools.led_to(shot.called, float(np.log(total[TOKENS] - shot.done[TOKENS])) - log_left)

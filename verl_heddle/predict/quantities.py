@@ -20,8 +20,6 @@ QUANTITIES = 3
 FLOOR = np.array([1.0, 1.0, 0.01])
 """Smallest amount told apart from nothing: a token, a turn, and 10 ms, below which a tool is not worth planning for."""
 
-LOG_FLOOR = np.log(FLOOR)
-
 UPPER = 0.9
 """The upper quantile. The tail is what makes a step long; beyond 0.9 a group of 16 holds too few samples to calibrate it."""
 

@@ -37,7 +37,7 @@ def looked_at(turn: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Training rows: state (n, columns of `LiveTables`), bounds (n, QUANTITIES) in plain units, and the crc32 of each row's prompt."""
+    """Training rows: state (n, columns of `Lives`), bounds (n, QUANTITIES) in plain units, and the crc32 of each row's prompt."""
 
     state: Rows
     lower: Rows

@@ -6,6 +6,7 @@ which stock's makespan is the median, and of the slowest step in it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from statistics import median_low
 
 from verl_heddle.report.play import Run
@@ -51,13 +52,17 @@ def cause(answer: Answer) -> str:
         (last.tail["tool_s"], "in tools"),
         (last.tail["other_s"], "between turns"),
     ]
-    told = [f"{number(value)} s {what}" for value, what in parts if value >= 0.01 * last.makespan_s]
     turns = f"{last.turns} turn{'s' if last.turns > 1 else ''}"
     where = "In the slowest step the" if answer.source.about["steps"] > 1 else "The"
     return (
-        f"{where} trajectory that ended last ({last.tokens:,} tokens in {turns}) spent {listed(told)}; meanwhile the replicas had "
-        f"nothing to do {percent(run.idle_share)} of the time."
+        f"{where} trajectory that ended last ({last.tokens:,} tokens in {turns}) spent {spent(parts, last.makespan_s)}; meanwhile the "
+        f"replicas had nothing to do {percent(run.idle_share)} of the time."
     )
+
+
+def spent(parts: Sequence[tuple[float, str]], total_s: float) -> str:
+    """Where somebody's time went, for example "3.20 s generating and 1.10 s in tools"; parts below 1 % are left out."""
+    return listed([f"{number(value)} s {what}" for value, what in parts if value >= 0.01 * total_s])
 
 
 def _remedy(answer: Answer) -> list[str]:

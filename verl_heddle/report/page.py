@@ -6,8 +6,6 @@ The look is in `page.html.j2`; this file computes what it shows. Names out of tr
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from importlib.resources import files
-from math import floor, log10
 from typing import Any
 
 import numpy as np
@@ -15,7 +13,8 @@ import numpy as np
 import verl_heddle
 from verl_heddle.report.advice import Advice
 from verl_heddle.report.bitmap import data_uri, png
-from verl_heddle.report.colors import DARK, LIGHT, Scheme, palette
+from verl_heddle.report.colors import DARK, LIGHT, palette
+from verl_heddle.report.html import render, ticks
 from verl_heddle.report.scene import Scene, rasters
 from verl_heddle.report.study import WORTH, Answer, Row
 from verl_heddle.report.words import count, number, percent, ratio, seconds
@@ -38,11 +37,9 @@ def page(answer: Answer, sentences: Sequence[str], shown: Sequence[Scene], shell
         shell: the command line that made the page.
         advice: of a plan: what to use, with verl's settings to paste.
     """
-    from jinja2 import Environment
-
-    source = files("verl_heddle.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     setting, about = answer.setting, answer.source.about
-    return Environment(autoescape=True).from_string(source).render(
+    return render(
+        "page.html.j2",
         title=f"{answer.source.name} on {setting.gpus} x {setting.gpu}",
         command_name="simulate" if advice is None else "plan",
         subtitle=f"One step of rollouts with {setting.model.rsplit(' on ', 1)[0]}, simulated: {_size(answer)}.",
@@ -59,30 +56,7 @@ def page(answer: Answer, sentences: Sequence[str], shown: Sequence[Scene], shell
         facts=_facts(answer),
         version=verl_heddle.__version__,
         shell=shell,
-        light_vars=_variables(LIGHT),
-        dark_vars=_variables(DARK),
-        ramp_vars=", ".join(f"var(--l{index})" for index in range(len(LIGHT.lengths))),
-        hist_rules=" ".join(f".b{index} {{ fill: var(--l{index}); }}" for index in range(len(LIGHT.lengths))),
-    ).rstrip() + "\n"  # fmt: skip
-
-
-def ticks(end: float, unit: str) -> list[dict[str, Any]]:
-    """Round marks from 0 to `end` at their place in percent, three to six of them; few enough for a phone."""
-    rough = end / 5
-    base = 10.0 ** floor(log10(rough))
-    step = next(base * factor for factor in (1, 2, 5, 10) if base * factor >= rough)
-    marks = []
-    for index in range(int(end / step) + 1):
-        at = 100 * index * step / end
-        text = f"{index * step:,.{max(0, -floor(log10(step)))}f}" if index else f"0{unit}"
-        marks.append({"at": round(at, 2), "text": text, "kind": "first" if index == 0 else "last" if at > 96 else ""})
-    return marks
-
-
-def _variables(scheme: Scheme) -> str:
-    named = {name: getattr(scheme, name) for name in ("background", "idle", "text", "muted", "bound")}
-    named |= {f"l{index}": color for index, color in enumerate(scheme.lengths)}
-    return " ".join(f"--{name}: {color};" for name, color in named.items())
+    )
 
 
 def _size(answer: Answer) -> str:

@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from verl_heddle.fleet import Replica
-from verl_heddle.options import Options
+from verl_heddle.options import Options, Preempt
 from verl_heddle.orchestrator import Orchestrator
+from verl_heddle.predict.recall import recall
 from verl_heddle.report.draws import Draw, Step
 from verl_heddle.report.setting import Setting
 from verl_heddle.simulate import Bound, Policy, Result, lower_bound, simulate
 from verl_heddle.simulate.baselines import AffinityMargin, DualThreshold, LptOracle, Plas, RoundRobin, Slime, Stock, VerlStar
-from verl_heddle.trajectory import Decision, Outcome, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
+from verl_heddle.trajectory import Decision, ToolStart, Trajectory, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
 
 TAIL = ("queue_s", "prefill_s", "generate_s", "tool_s", "other_s")
 """Keys of a tail split, in the order of a turn."""
@@ -26,13 +27,14 @@ TAIL = ("queue_s", "prefill_s", "generate_s", "tool_s", "other_s")
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A policy by name. `learns`: it is shown the epoch before. `knows`: it is told the true lengths."""
+    """A policy by name. `learns`: it is shown the epoch before. `knows`: it is told the true lengths. `preempts`: on arrival."""
 
     title: str
     make: Callable[[int], Policy] | None = None
     order: Literal["fcfs", "priority"] = "fcfs"
     learns: bool = False
     knows: bool = False
+    preempts: bool = False
 
 
 RULES: Mapping[str, Rule] = {
@@ -43,7 +45,7 @@ RULES: Mapping[str, Rule] = {
     "dual_threshold": Rule("SGLang dual threshold (verl #6533)", DualThreshold),
     "affinity_margin": Rule("affinity margin 2 (verl #7435)", AffinityMargin),
     "plas": Rule("PLAS: least served first (Autellix)", Plas, "priority"),
-    "heddle": Rule("heddle, as released", lambda seed: Orchestrator(Options(seed=seed)), "priority", learns=True),
+    "heddle": Rule("heddle, as released", lambda seed: Orchestrator(Options(seed=seed)), "priority", learns=True, preempts=True),
     "lpt_oracle": Rule("oracle: longest first, true lengths", order="priority", knows=True),
 }
 
@@ -97,31 +99,38 @@ def play(name: str, tp: int, setting: Setting, draw: Draw) -> list[Result]:
     """
     rule = RULES[name]
     fleet, engine = setting.fleet(tp), setting.engine(rule.order)
+    if rule.preempts:
+        rule_of = Preempt()
+        engine = replace(engine, preempt_margin=rule_of.margin, preempt_limit=rule_of.max_preemptions, ageing_per_s=rule_of.ageing_per_s)
     policy = rule.make(draw.seed) if rule.make else None
-    halves = _halves(draw.steps) if draw.crossed else []
-    if rule.learns and policy is not None:
+    dealt = halves(draw.steps) if draw.crossed else []
+    if rule.learns and isinstance(policy, Orchestrator):
         teach(policy, draw)
     results = []
     for number, step in enumerate(draw.steps):
         decider = policy if policy is not None else LptOracle(step, draw.seed)
-        if rule.learns and halves:
-            decider = CrossFitted(decider, halves[number])
+        if isinstance(policy, Orchestrator) and dealt:
+            decider = CrossFitted(policy, dealt[number])
         results.append(simulate(step, fleet, setting.latency, decider, engine=engine, step=len(draw.before) + number))
     return results
 
 
-def teach(policy: Policy, draw: Draw) -> None:
-    """Tell a policy how every trajectory of the epoch before ended, which is what the orchestrator learns from.
+def teach(policy: Orchestrator, draw: Draw) -> None:
+    """Tell the orchestrator the epoch before, step by step, and fit its model to it, as between the steps of a run.
 
     Not by simulating that epoch: the router's random tie-breaks would go on from where it left them, and heddle would differ from stock
-    by luck even where its decisions are the same. (A test holds the two ways of teaching against each other.)
+    by luck even where its decisions are the same.
     """
-    halves = _halves(draw.before) if draw.crossed else []
+    if policy.predictor is None:
+        return
+    dealt = halves(draw.before) if draw.crossed else []
     for number, step in enumerate(draw.before):
-        for item in step:
-            name = _half_name(item.prompt_id, 1 - halves[number][item.prompt_id, item.trial]) if halves else item.prompt_id
-            identity = TrajectoryId(name, f"{number}:{item.prompt_id}", item.trial, number)
-            policy.trajectory_ended(TrajectoryEnd(identity, Outcome.FINISHED, item.output_tokens, len(item.steps)), 0.0)
+        told: Sequence[Trajectory] = step
+        if dealt:
+            told = [replace(item, prompt_id=_half_name(item.prompt_id, 1 - dealt[number][item.prompt_id, item.trial])) for item in step]
+        recall(policy.predictor, told, number)
+    if not dealt:  # trees that have seen a trajectory must not predict it
+        policy.predictor.adopt(policy.predictor.fit_job().run())
 
 
 def bound(setting: Setting, draw: Draw) -> list[Bound]:
@@ -167,17 +176,17 @@ def _last(tp: int, setting: Setting, result: Result) -> Last:
     )
 
 
-def _halves(steps: Sequence[Step]) -> list[dict[tuple[str, int | str], int]]:
+def halves(steps: Sequence[Step]) -> list[dict[tuple[str, int | str], int]]:
     """Which half each trajectory of each step is in: by turns, over all visits to its prompt."""
     seen: Counter[str] = Counter()
-    halves = []
+    result = []
     for step in steps:
         half = {}
         for item in step:
             half[item.prompt_id, item.trial] = seen[item.prompt_id] % 2
             seen[item.prompt_id] += 1
-        halves.append(half)
-    return halves
+        result.append(half)
+    return result
 
 
 def _half_name(prompt: str, half: int) -> str:
@@ -191,11 +200,12 @@ class CrossFitted:
     passes through unchanged.
     """
 
-    def __init__(self, inner: Policy, half: Mapping[tuple[str, int | str], int]) -> None:
+    def __init__(self, inner: Orchestrator, half: Mapping[tuple[str, int | str], int]) -> None:
         self._inner, self._half = inner, half
 
     def _known_as(self, identity: TrajectoryId) -> TrajectoryId:
-        return replace(identity, prompt=_half_name(identity.prompt, self._half[identity.prompt, identity.sample]))
+        half = self._half[identity.prompt, identity.sample]
+        return replace(identity, prompt=_half_name(identity.prompt, half), uid=_half_name(identity.uid, half))
 
     def replicas_added(self, replicas: Iterable[Replica]) -> None:
         """Pass on."""
@@ -208,6 +218,18 @@ class CrossFitted:
     def turn_started(self, turn: TurnStart, now: float) -> Decision:
         """Pass on under the half's name."""
         return self._inner.turn_started(replace(turn, trajectory=self._known_as(turn.trajectory)), now)
+
+    def tool_started(self, start: ToolStart, now: float) -> None:
+        """Pass on under the half's name."""
+        self._inner.tool_started(replace(start, trajectory=self._known_as(start.trajectory)), now)
+
+    def admitted(self, now: float) -> list[str]:
+        """Pass on."""
+        return self._inner.admitted(now)
+
+    def reprioritised(self, now: float) -> dict[str, dict[str, int]]:
+        """Pass on."""
+        return self._inner.reprioritised(now)
 
     def turn_finished(self, turn: TurnEnd, now: float) -> Any:
         """Pass on under the half's name."""

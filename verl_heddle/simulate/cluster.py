@@ -10,6 +10,7 @@ an engine. Cost: O(log n) per event, about five events per turn; plus what the p
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from heapq import heappop, heappush
 from itertools import count, pairwise
@@ -17,12 +18,13 @@ from math import inf, nan
 from typing import Any
 
 from verl_heddle.fleet import Replica
+from verl_heddle.predict.tools import names
 from verl_heddle.simulate.engine import Engine
 from verl_heddle.simulate.options import EngineOptions, FleetChange, Outage
 from verl_heddle.simulate.policy import Action, Cancel, Latency, Policy
 from verl_heddle.simulate.records import TurnLog
 from verl_heddle.simulate.workload import Request, TrajectoryState
-from verl_heddle.trajectory import Outcome, TrajectoryEnd, TurnEnd, TurnStart
+from verl_heddle.trajectory import Decision, Outcome, ToolStart, TrajectoryEnd, TurnEnd, TurnStart
 
 CHANGE, TURN, WAKE = 0, 1, 2
 """Kinds of events, in the order in which simultaneous ones happen."""
@@ -40,6 +42,11 @@ class Cluster:
         """Turns placed on another replica than the trajectory's turn before."""
         self._latency = latency
         self._policy = policy
+        self._tool_started = getattr(policy, "tool_started", None)
+        self._admitted = getattr(policy, "admitted", None)
+        self._reprioritised = getattr(policy, "reprioritised", None)
+        self._held: dict[str, tuple[Request, Decision]] = {}
+        """Turns the policy has placed and not yet admitted, by `TurnStart.request`."""
         self._options = options
         self._overhead_s = options.turn_overhead_s
         self._work = work
@@ -181,7 +188,9 @@ class Cluster:
         """Ask the policy where to, and submit."""
         state = request.trajectory
         generated = state.generated + request.asked - request.left
-        decision = self._policy.turn_started(TurnStart(state.id, state.key, state.turn, request.context, generated), now)
+        tool_s = state.steps[state.turn - 1].tool_latency_s if state.turn else None
+        turn = TurnStart(state.id, state.key, state.turn, request.context, generated, tool_s)
+        decision = self._policy.turn_started(turn, now)
         engine = self._by_name.get(decision.replica)
         if engine is None:
             raise ValueError(f"the policy chose replica {decision.replica!r}, which is not in the fleet")
@@ -193,11 +202,17 @@ class Cluster:
         if state.last is not engine:
             self.migrations += state.last is not None
             state.last = engine
-        self._submit(request, engine, decision.priority, now)
+        request.engine = engine.index
+        if decision.held:
+            self._held[turn.request] = (request, decision)
+            request.queued_s = now
+        else:
+            self._submit(request, engine, decision.priority, now)
 
     def _submit(self, request: Request, engine: Engine, priority: int, now: float) -> None:
         request.priority = priority
         request.arrival_s = now
+        request.rank = priority + self._options.ageing_per_s * now
         request.order = next(self._number)
         request.engine = engine.index
         homes = request.trajectory.homes
@@ -207,6 +222,40 @@ class Cluster:
         engine.submit(request, now)
         if engine.next_s != planned:
             self._wake_later(engine)
+
+    def _let_in(self, now: float) -> None:
+        """Submit the held turns that the policy admits."""
+        if self._held and self._admitted is not None:
+            for name in self._admitted(now):
+                request, decision = self._held.pop(name)
+                request.queue_s += now - request.queued_s
+                engine = self._by_name.get(decision.replica)
+                if engine is None:  # it left meanwhile
+                    self._left(request, now)
+                else:
+                    self._submit(request, engine, decision.priority, now)
+
+    def _refresh(self, now: float) -> None:
+        """Give turns under way the priorities that the policy has changed."""
+        if self._reprioritised is None:
+            return
+        for name, table in self._reprioritised(now).items():
+            engine = self._by_name.get(name)
+            for request_name, priority in table.items():
+                state = self._by_key[request_name.rpartition(":")[0]]
+                request = state.request
+                if request is None or engine is None:
+                    continue
+                if request_name in self._held:
+                    self._held[request_name] = (request, replace(self._held[request_name][1], priority=priority))
+                    continue
+                planned = engine.next_s
+                engine.reprioritise(request, priority, now)
+                if engine.next_s != planned:
+                    self._wake_later(engine)
+
+    def _engine_s(self, request: Request, now: float) -> float:
+        return max(0.0, now - request.start_s - self._overhead_s - request.queue_s)
 
     def _left(self, request: Request, now: float) -> None:
         """The request is out of its engine: with its last token, cancelled, or because its replica leaves."""
@@ -218,7 +267,10 @@ class Cluster:
         made = request.asked - request.left
         complete = not request.left
         name = self.engines[request.engine].replica.name
-        actions = self._policy.turn_finished(TurnEnd(state.id, name, state.turn, made - request.told, complete), now)
+        actions = self._policy.turn_finished(
+            TurnEnd(state.id, state.key, name, state.turn, made - request.told, complete, self._engine_s(request, now)), now
+        )
+        self._let_in(now)
         request.told = made
         next_s = inf
         if state.cancelled:
@@ -230,6 +282,9 @@ class Cluster:
             next_s = now + tool_s + (self._overhead_s if state.turn < len(state.steps) else 0.0)
             if next_s > now:
                 self._at(next_s, TURN, state)
+            if self._tool_started is not None:
+                for tool in names(state.steps[state.turn - 1].tool):
+                    self._tool_started(ToolStart(state.id, tool), now)
         else:
             self._place(request, now)
         if actions:
@@ -257,6 +312,7 @@ class Cluster:
         actions = self._policy.trajectory_ended(TrajectoryEnd(state.id, outcome, state.generated, state.turn), now)
         if actions:
             self._act(actions, now)
+        self._refresh(now)
 
     # --- what the policy orders -------------------------------------------------------------------------------------------
 
@@ -282,6 +338,10 @@ class Cluster:
             self._throw_out(state.warming, now)
         if state.request is None:
             self._end(state, Outcome.CANCELLED, now)
+        elif self._held and (name := f"{state.key}:{state.turn}") in self._held:
+            del self._held[name]
+            state.request.queue_s += now - state.request.queued_s
+            self._left(state.request, now)
         elif self._throw_out(state.request, now):
             self._left(state.request, now)
 

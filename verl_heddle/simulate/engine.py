@@ -16,12 +16,14 @@ Invariants: running <= slots; tokens whose KV is stored <= kv_tokens; every requ
 
 from __future__ import annotations
 
+from heapq import heappush
 from math import inf, sqrt
 
 from verl_heddle.fleet import Replica
 from verl_heddle.simulate.options import EngineOptions
 from verl_heddle.simulate.policy import Latency
 from verl_heddle.simulate.slots import Slots
+from verl_heddle.simulate.waiting import Fcfs
 from verl_heddle.simulate.workload import Request
 
 LEAP, LEAP_SHARE = 64, 8
@@ -70,6 +72,20 @@ class Engine(Slots):
                     self._stop_at(now)
             elif self.options.preempt_margin is not None and self.yielding(request) is not None:
                 self._stop_at(now)
+
+    def reprioritise(self, request: Request, priority: int, now: float) -> None:
+        """A waiting or running request gets another priority; without priority order that changes nothing."""
+        if isinstance(self.queue, Fcfs):
+            return
+        if request.waiting:
+            self.queue.change(request, priority)
+        else:
+            request.rank += priority - request.priority
+            request.priority = priority
+            if request.ticket >= 0 and self.options.preempt_margin is not None:
+                heappush(self._worst, (-request.rank, -request.arrival_s, request.ticket, request))
+        if self.options.preempt_margin is not None and self.queue.count and self.ahead > 1 and self.yielding(self.queue.peek()) is not None:
+            self._stop_at(now)
 
     def abort(self, request: Request, now: float) -> bool:
         """Throw a request out. True: it is gone; False: it is in the middle of a step and comes out of `finish` at the end of it."""

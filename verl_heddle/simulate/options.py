@@ -41,6 +41,9 @@ class EngineOptions:
     preempt_limit: int = 3
     """How often one turn may lose its slot that way; a bound against thrashing."""
 
+    ageing_per_s: float = 0.0
+    """Priority units a turn gains for every second since it came (`schedule.preempt`); needs the same scheduler subclass. 0: none."""
+
     turn_overhead_s: float = 0.0
     """Seconds between wanting a turn and the engine seeing it: routing, transport, parsing, tokenising. Paid by every turn."""
 
@@ -51,6 +54,8 @@ class EngineOptions:
             raise ValueError(f"batch_tokens must be at least 1 or None, got {self.batch_tokens}")
         if self.block_tokens < 1 or self.preempt_limit < 0 or not self.turn_overhead_s >= 0:
             raise ValueError(f"block_tokens must be at least 1, preempt_limit and turn_overhead_s not negative, got {self}")
+        if not 0 <= self.ageing_per_s < float("inf"):
+            raise ValueError(f"ageing_per_s must be finite and not negative, got {self.ageing_per_s}")
         if self.preempt_margin is not None and (self.preempt_margin < 1 or self.order != "priority"):
             raise ValueError(f"preempt_margin must be at least 1 and needs order='priority', got {self.preempt_margin} with {self.order!r}")
 

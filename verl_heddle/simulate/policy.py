@@ -48,6 +48,9 @@ class Policy(Protocol):
 
     Every `turn_started` is followed by exactly one `turn_finished`, then perhaps by another `turn_started` of the same
     trajectory, and every trajectory by exactly one `trajectory_ended`.
+
+    A policy may have three more methods, with the meaning they have in `Orchestrator`: `tool_started(start, now)`, told when a tool begins;
+    `admitted(now)`, asked after a turn left whether turns it held may go; `reprioritised(now)`, asked after a trajectory ended.
     """
 
     def replicas_added(self, replicas: Iterable[Replica]) -> None:

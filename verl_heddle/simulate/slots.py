@@ -42,8 +42,8 @@ class Slots:
         self._tickets = 0
         self._ends: list[tuple[int, int, Request]] = []
         """Heap of (last step, ticket, request); stale where the ticket is not the request's."""
-        self._worst: list[tuple[int, float, int, Request]] = []
-        """Heap of (-priority, -arrival, ticket, request), kept only for preemption on arrival."""
+        self._worst: list[tuple[float, float, int, Request]] = []
+        """Heap of (-aged priority, -arrival, ticket, request), kept only for preemption on arrival."""
 
     def first_end(self) -> int:
         """The step with which the next request ends. Call only with `decoding` > 0."""
@@ -91,7 +91,7 @@ class Slots:
         self.running[request] = None
         self.backlog.append(request)
         if self.options.preempt_margin is not None:
-            heappush(self._worst, (-request.priority, -request.arrival_s, request.ticket, request))
+            heappush(self._worst, (-request.rank, -request.arrival_s, request.ticket, request))
 
     def join(self, request: Request, waited_s: float) -> None:
         """The request's prefill is complete: it decodes from the coming step on, which does `waited_s` of prefill first."""
@@ -136,16 +136,20 @@ class Slots:
             if self.options.order == "fcfs":
                 self.lose_slot(next(reversed(running)))
             else:
-                self.lose_slot(max(running, key=lambda r: (r.priority, r.arrival_s, r.order)))
+                self.lose_slot(max(running, key=lambda r: (r.rank, r.arrival_s, r.order)))
 
     def yielding(self, better: Request) -> Request | None:
         """The running request that has to make way for `better`, if there is one."""
         worst, margin = self._worst, self.options.preempt_margin
-        while worst and (worst[0][3].ticket != worst[0][2] or worst[0][3].yielded >= self.options.preempt_limit):
+        while worst:
+            minus, _, ticket, request = worst[0]
+            if request.ticket == ticket and request.rank == -minus and request.yielded < self.options.preempt_limit:
+                break
             heappop(worst)
-        if not worst or margin is None or worst[0][3].priority - better.priority < margin:
+        if not worst or margin is None:
             return None
-        return worst[0][3]
+        victim = worst[0][3]
+        return None if min(victim.priority - better.priority, victim.rank - better.rank) < margin else victim
 
     def preempt_for_better(self) -> None:
         """Clear a slot for each waiting request that beats a running one by the margin: the best of the waiting against the worst

@@ -54,12 +54,12 @@ class Fcfs:
 
 
 class ByPriority:
-    """Lowest (priority, arrival) first; a request that lost its slot keeps its arrival time."""
+    """Lowest (aged priority, arrival) first; a request that lost its slot keeps its arrival time."""
 
     __slots__ = ("_heap", "count")
 
     def __init__(self) -> None:
-        self._heap: list[tuple[int, float, int, Request]] = []
+        self._heap: list[tuple[float, float, int, Request]] = []
         self.count = 0
         """Requests waiting."""
 
@@ -67,13 +67,19 @@ class ByPriority:
         """A new request."""
         request.waiting = True
         self.count += 1
-        heappush(self._heap, (request.priority, request.arrival_s, request.order, request))
+        heappush(self._heap, (request.rank, request.arrival_s, request.order, request))
 
     put_back = push
 
+    def change(self, request: Request, priority: int) -> None:
+        """A waiting request gets another priority."""
+        request.rank += priority - request.priority
+        request.priority = priority
+        heappush(self._heap, (request.rank, request.arrival_s, request.order, request))
+
     def peek(self) -> Request:
         """The next one to run. Call only with `count` > 0."""
-        while not self._heap[0][3].waiting:
+        while not (first := self._heap[0])[3].waiting or first[0] != first[3].rank:
             heappop(self._heap)
         return self._heap[0][3]
 

@@ -134,6 +134,7 @@ class Request:
         "priority",
         "queue_s",
         "queued_s",
+        "rank",
         "rate",
         "reason",
         "recomputed",
@@ -158,6 +159,8 @@ class Request:
         self.shared = trajectory.shared if context > trajectory.shared else 0
         self.prewarm = prewarm
         self.priority = self.order = self.reason = 0
+        self.rank: float = 0.0
+        """`priority` after ageing, what the waiting queue is ordered by."""
         self.predicted: float | None = None
         self.start_s = self.arrival_s = 0.0
         """When the trajectory wanted the turn; when the engine got it."""

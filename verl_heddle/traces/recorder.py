@@ -10,7 +10,7 @@ measured on its own; nothing is computed as "the rest", so that what a run canno
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 from verl_heddle.traces.schema import encode
@@ -45,6 +45,14 @@ class Recorder:
     """When the agent loop returned and reward and hand-over began."""
     prompt_tokens: int | None = None
     reward: float | None = None
+    text: str | None = None
+    """The prompt in words, for the predictor; not part of the record."""
+    truncated: bool = False
+    """Ended by a limit on tokens or turns."""
+    listener: Callable[[str], None] | None = None
+    """Told the name of each tool as it begins."""
+    tool_s: float = 0.0
+    """Seconds in tools so far, the sum over its calls."""
     _tools: list[tuple[str, float, float]] = field(default_factory=list)
 
     def turn_asked(self, now_s: float) -> None:
@@ -62,30 +70,33 @@ class Recorder:
         sent_s: float,
         now_s: float,
         times: EngineTimes | None,
+        held_s: float = 0.0,
     ) -> None:
         """The turn asked for a replica at `asked_s`, went to the engine at `sent_s` and came back now.
 
-        Without `times` the whole call counts as generation.
+        Without `times` the whole call counts as generation. `held_s` of the time before `sent_s` it was held back: that is queueing.
         """
         call_s = now_s - sent_s
         server_s = min(times.server_s, call_s) if times else call_s
-        queue_s = min(times.queue_s, server_s) if times and times.queue_s is not None else None
+        queued_s = min(times.queue_s, server_s) if times and times.queue_s is not None else None
+        queue_s = (queued_s or 0.0) + held_s if held_s else queued_s
         previous = self.turns[-1] if self.turns else None
         known = (previous.ctx_tokens or 0) + (previous.output_tokens or 0) if previous else context_tokens
         self.turns.append(
             Turn(
                 input_tokens=max(0, context_tokens - known),
                 output_tokens=output_tokens,
-                gen_s=server_s - (queue_s or 0.0),
+                gen_s=server_s - (queued_s or 0.0),
                 ctx_tokens=context_tokens,
                 ctx_reset=context_tokens < known,
-                route_s=sent_s - asked_s,
+                route_s=max(0.0, sent_s - asked_s - held_s),
                 queue_s=queue_s,
                 transport_s=call_s - server_s,
                 replica=decision.replica,
                 priority=decision.priority,
                 reason=str(decision.reason),
                 predicted_remaining=decision.predicted_remaining,
+                predicted_upper=decision.predicted_upper,
                 preemptions=times.preemptions if times else None,
                 cached_tokens=times.cached_tokens if times else None,
                 start_s=asked_s - self.start_s,
@@ -94,9 +105,15 @@ class Recorder:
         self.output_tokens += output_tokens
         self.last_turn_end_s = now_s
 
+    def tool_began(self, name: str) -> None:
+        """A tool starts to work for the trajectory."""
+        if self.listener is not None:
+            self.listener(name)
+
     def tool_ran(self, name: str, start_s: float, end_s: float) -> None:
         """A tool worked for the trajectory; parallel and nested calls may overlap."""
         self._tools.append((name, start_s, end_s))
+        self.tool_s += end_s - start_s
 
     def finish(self, outcome: Outcome, end_s: float, end_unix_s: float, source: str, workload: str, model: str | None) -> Trajectory:
         """Close the record at `end_s`. `end_unix_s` is that moment read from the wall clock, so that the two clocks check each other."""
@@ -109,6 +126,7 @@ class Recorder:
             "step": self.id.step,
             "validate": self.id.validate,
             "outcome": str(outcome),
+            "truncated": self.truncated,
             "start_s": self.start_unix_s,
             "end_s": end_unix_s,
             "setup_s": setup_end - self.start_s,

@@ -111,6 +111,7 @@ _STEP: Mapping[str, _Rule] = {
     "priority": _PRIORITY,
     "reason": _TEXT,
     "predicted_remaining": _TOKENS,
+    "predicted_upper": _TOKENS,
     "preemptions": _COUNT,
     "cached_tokens": _COUNT,
     "start_s": _SECONDS,

@@ -11,6 +11,7 @@ import hashlib
 import json
 import time
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import ray
@@ -20,12 +21,18 @@ from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorke
 from verl.utils.ray_utils import auto_await
 
 from verl_heddle.options import Options
+from verl_heddle.predict.text import MAX_CHARS
 from verl_heddle.traces.recorder import Recorder
 from verl_heddle.trajectory import Outcome, Trajectory, TrajectoryEnd, TrajectoryId
+from verl_heddle.verl_plugin import checkpoint
 from verl_heddle.verl_plugin.client import HeddleClient
 from verl_heddle.verl_plugin.live import CURRENT, watch_tool
 from verl_heddle.verl_plugin.settings import options_of
+from verl_heddle.verl_plugin.tool_watchdog import Watchdog
 from verl_heddle.verl_plugin.voice import say, say_once
+
+SINCE_START = ("preempted_", "recomputed_", "winners_", "refused_")
+"""What of a scheduler's counts (`vllm_scheduler`) goes on counting; the others tell how things are now."""
 
 MANAGER: HeddleAgentLoopManager | None = None
 """The manager of this process; the sampler, which verl builds in the same process, collects through it."""
@@ -43,7 +50,11 @@ class HeddleWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignore[misc,
         self._model = str(self.config.actor_rollout_ref.model.path)
         self._records: list[Trajectory] = []
         self._running: dict[str, asyncio.Task] = {}
-        self.tools = [watch_tool(tool) for tool in self.tools]
+        rollout = self.config.actor_rollout_ref.rollout
+        self._most_tokens = int(rollout.response_length)
+        self._most_turns = rollout.multi_turn.get("max_assistant_turns") or float("inf")
+        guard = (lambda tool: tool) if self._options.observe else Watchdog(self._options.tools, self.llm_client.counts).guard
+        self.tools = [watch_tool(guard(tool)) for tool in self.tools]
 
     async def _run_agent_loop(self, sampling_params: dict[str, Any], trajectory: dict[str, Any], **kwargs: Any) -> Any:
         identity = TrajectoryId(
@@ -53,7 +64,8 @@ class HeddleWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignore[misc,
             step=int(trajectory["step"]),
             validate=bool(trajectory["validate"]),
         )
-        recorder = Recorder(identity, time.monotonic(), time.time())
+        recorder = Recorder(identity, time.monotonic(), time.time(), text=prompt_text(kwargs.get("raw_prompt")))
+        recorder.listener = partial(self.llm_client.tool_started, identity)
         CURRENT.set(recorder)
         task = asyncio.current_task()
         assert task is not None
@@ -76,6 +88,7 @@ class HeddleWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignore[misc,
         if recorder is not None and final:
             recorder.scoring_from_s = time.monotonic()
             recorder.prompt_tokens = len(final.prompt_ids)
+            recorder.truncated = len(final.response_ids) >= self._most_tokens or len(recorder.turns) >= self._most_turns
             # A row half written to the transfer queue would crash the trainer later: from here on there is no cancelling.
             self._running.pop(recorder.id.key, None)
         result = await super()._agent_loop_postprocess(output, validate, **kwargs)
@@ -86,7 +99,7 @@ class HeddleWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignore[misc,
     def _ended(self, recorder: Recorder, outcome: Outcome) -> None:
         """Book a life that is over. Book-keeping must not fail a trajectory, so whatever goes wrong here is counted only."""
         try:
-            end = TrajectoryEnd(recorder.id, outcome, recorder.output_tokens, len(recorder.turns))
+            end = TrajectoryEnd(recorder.id, outcome, recorder.output_tokens, len(recorder.turns), recorder.truncated)
             self.llm_client.trajectory_ended(end)
             workload = self._options.trace.workload
             record = recorder.finish(outcome, time.monotonic(), time.time(), "verl", workload, self._model)
@@ -128,8 +141,10 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
             "tp": int(rollout.tensor_model_parallel_size),
             "slots": int(rollout.max_num_seqs),
             "deterministic": bool(rollout.get("full_determinism", False)),
+            "cap_tokens": int(rollout.response_length),
         }
         self.servers = self._configure_router(self.options.deadlines.start_s)  # its process imports verl first
+        checkpoint.restore(self, config)
         super().__init__(config, HeddleClient(config, self.router, self.servers, self.options), *args, **kwargs)
         self.agent_loop_workers_class = ray.remote(HeddleWorker)  # after super(), which sets verl's own
         self._router_lost = False
@@ -174,19 +189,32 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
             records += some
             counts.update(trouble)
         counts["worker_silent"] = self._silent
-        counts.update({f"policy_{event}": count for event, count in self._router_failures().items()})
         self._router_lost = self._router_lost or counts["fallback_router"] > 0
         return records, counts
 
-    def _configure_router(self, deadline_s: float) -> dict[str, Any]:
-        return ray.get(self.router.configure.remote(self.options, **self._shape), timeout=deadline_s)
-
-    def _router_failures(self) -> dict[str, int]:
+    def step_ended(self, step: int) -> dict[str, float]:
+        """Tell the router that the batch of a training step is complete; returns its counts since the start of the run."""
         try:
-            return ray.get(self.router.stats.remote(), timeout=self.options.deadlines.router_s)
+            return ray.get(self.router.step_ended.remote(step), timeout=self.options.deadlines.router_s)
         except Exception:
             self._router_lost = True
             return {}
+
+    def engine_counts(self) -> Counter[str]:
+        """What the engines' schedulers have counted since they started, all together; a silent engine counts nothing."""
+        refs = [server.heddle_counts.remote() for server in self.servers.values()]
+        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=self.options.deadlines.collect_s)
+        total: Counter[str] = Counter()
+        for ref in ready:
+            try:
+                counts = ray.get(ref, timeout=self.options.deadlines.collect_s)
+                total.update({name: count for name, count in counts.items() if name.startswith(SINCE_START)})
+            except Exception as error:
+                say_once(f"an engine does not tell its counts ({type(error).__name__}: {error})")
+        return total
+
+    def _configure_router(self, deadline_s: float) -> dict[str, Any]:
+        return ray.get(self.router.configure.remote(self.options, **self._shape), timeout=deadline_s)
 
     def _try_router(self) -> None:
         """Between steps, see whether Ray has restarted the router; if so, set it up and send the workers back to it."""
@@ -197,6 +225,12 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
         ray.get([worker.router_is_back.remote() for worker in self.agent_loop_workers], timeout=self.options.deadlines.collect_s)
         self._router_lost = False
         say("the router is back")
+
+
+def prompt_text(raw_prompt: Any) -> str | None:
+    """The words of a prompt's chat messages, as many as the predictor reads; None if there are none."""
+    contents = [str(message.get("content", "")) for message in raw_prompt] if raw_prompt is not None else []
+    return "\n".join(contents)[:MAX_CHARS] or None
 
 
 def prompt_digest(raw_prompt: Any) -> str:

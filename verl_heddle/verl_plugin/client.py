@@ -5,6 +5,7 @@ One RPC to the router stands before each generation; everything told to it after
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
 from contextvars import ContextVar
@@ -16,7 +17,7 @@ from verl.workers.rollout.router import GlobalRequestLoadBalancer
 
 from verl_heddle.options import Options
 from verl_heddle.traces.recorder import EngineTimes, Recorder
-from verl_heddle.trajectory import Decision, Reason, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
+from verl_heddle.trajectory import Decision, Reason, ToolStart, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
 from verl_heddle.verl_plugin.calls import ServerHandle, answer
 from verl_heddle.verl_plugin.live import CURRENT
 from verl_heddle.verl_plugin.replicas import FIELD
@@ -32,6 +33,7 @@ class _Call:
     decision: Decision | None = None
     asked_s: float = 0.0
     sent_s: float = 0.0
+    held_s: float = 0.0
 
 
 _CALL: ContextVar[_Call] = ContextVar("heddle_call")
@@ -54,6 +56,7 @@ class HeddleClient(LLMServerClient):
         self._local: GlobalRequestLoadBalancer | None = None
         rollout = config.actor_rollout_ref.rollout
         self._priorities = rollout.name == "vllm" and rollout.get("scheduling_policy") == "priority"
+        self._names = not rollout.get("full_determinism", False)  # then verl names requests itself, the same in every run
         self.counts: Counter[str] = Counter()
         """What went wrong and was got around, by name."""
 
@@ -61,35 +64,52 @@ class HeddleClient(LLMServerClient):
         """One turn; see `LLMServerClient.generate`."""
         call = _Call(CURRENT.get())
         _CALL.set(call)
-        tokens, completed = 0, False
+        tokens, completed, engine_s = 0, False, None
         try:
             output = await super().generate(request_id, **kwargs)
             tokens, completed = len(output.token_ids), output.stop_reason != "aborted"
             told = output.extra_fields.pop(FIELD, None)
             if call.recorder is not None and call.decision is not None and call.turn is not None:
                 times = EngineTimes(cached_tokens=output.extra_fields.get("num_cached_tokens"), **told) if told else None
-                call.recorder.turn_done(call.turn.context_tokens, tokens, call.decision, call.asked_s, call.sent_s, time.monotonic(), times)
+                moments = (call.asked_s, call.sent_s, time.monotonic())
+                call.recorder.turn_done(call.turn.context_tokens, tokens, call.decision, *moments, times, call.held_s)
+                engine_s = call.recorder.turns[-1].gen_s
             return output
         finally:
             if call.turn is not None and call.decision is not None:
-                end = TurnEnd(call.turn.trajectory, call.decision.replica, call.turn.turn, tokens, completed)
+                turn = call.turn
+                end = TurnEnd(turn.trajectory, turn.conversation, call.decision.replica, turn.turn, tokens, completed, engine_s)
                 self.tell("turn_finished", end)
 
     async def _acquire_server(self, request_id: str, **extra: Any) -> tuple[str, Any]:
         call = _CALL.get()
         recorder, call.asked_s = call.recorder, time.monotonic()
+        if recorder is not None:
+            recorder.turn_asked(call.asked_s)
+        turns = recorder.turns if recorder else []
         turn = TurnStart(
             trajectory=recorder.id if recorder else _nobody(request_id),
             conversation=request_id,
-            turn=len(recorder.turns) if recorder else 0,
+            turn=len(turns),
             context_tokens=len(extra["prompt_ids"]),
             generated_tokens=recorder.output_tokens if recorder else 0,
+            tool_s=turns[-1].tool_latency_s if turns else None,
+            text=recorder.text if recorder and not turns else None,
         )
-        if recorder is not None:
-            recorder.turn_asked(call.asked_s)
-        decision = await self._decide(turn)
-        call.turn, call.decision, call.sent_s = turn, decision, time.monotonic()
-        arguments = {"priority": decision.priority} if self._priorities and decision.priority else {}
+        try:
+            decision = await self._decide(turn)
+        except asyncio.CancelledError:
+            self.tell("turn_withdrawn", turn)
+            raise
+        call.turn, call.decision = turn, decision
+        if decision.held:
+            since = time.monotonic()
+            await self._wait_for_turn(turn)
+            call.held_s = time.monotonic() - since
+        call.sent_s = time.monotonic()
+        arguments: dict[str, Any] = {"request_id": turn.request} if self._names else {}
+        if self._priorities and decision.priority:
+            arguments["priority"] = decision.priority
         deadline = self._options.deadlines.cancel_s
         return decision.replica, ServerHandle(self._servers[decision.replica], arguments, deadline, self._cancel_lost)
 
@@ -105,6 +125,15 @@ class HeddleClient(LLMServerClient):
         assert self._local is not None
         replica, _ = self._local.acquire_server(turn.conversation)
         return Decision(replica, 0, Reason.FALLBACK_ROUTER)
+
+    async def _wait_for_turn(self, turn: TurnStart) -> None:
+        """Until the router lets a held turn in; one that is not let in in time goes all the same."""
+        deadline = self._options.admission.hold_s + self._options.deadlines.router_s
+        try:
+            await answer(self._load_balancer.wait_for_turn.remote(turn.request), deadline)
+        except Exception as error:
+            self.counts["hold_lost"] += 1
+            say_once(f"a turn that was held back was never let in ({type(error).__name__}: {error}); it goes without")
 
     async def _ask(self, turn: TurnStart) -> Decision:
         deadline = self._options.deadlines.router_s
@@ -140,6 +169,10 @@ class HeddleClient(LLMServerClient):
                 getattr(self._load_balancer, method).remote(*args)
             except Exception as error:
                 self._go_local(error)
+
+    def tool_started(self, who: TrajectoryId, tool: str) -> None:
+        """Pass on that a tool begins."""
+        self.tell("tool_started", ToolStart(who, tool))
 
     def trajectory_ended(self, end: TrajectoryEnd) -> None:
         """Pass on how a trajectory's life ended."""

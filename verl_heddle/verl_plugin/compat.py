@@ -152,6 +152,20 @@ def _priority() -> None:
     takes("vllm.v1.engine.async_llm:AsyncLLM.generate", "priority", "request_id")
 
 
+def _checkpoint() -> None:
+    takes("verl.trainer.ppo.checkpoint_callback:CheckpointCallback.on_save", "trainer", "global_step", "checkpoint_dir")
+    takes("verl.utils.checkpoint.checkpoint_manager:find_latest_ckpt_path", "path")
+
+
+def _scheduler() -> None:
+    from verl_heddle.verl_plugin import vllm_seams
+
+    found = vllm_seams.mismatch()
+    if found is not None:
+        raise TypeError(found)
+    has("vllm.v1.engine.core_client:AsyncMPClient", "call_utility_async")
+
+
 def _tools() -> None:
     takes("verl.tools.function_tool:FunctionTool.call", "parameters")
     takes("verl.tools.base_tool:BaseTool.execute", "instance_id", "parameters")
@@ -171,6 +185,8 @@ SEAMS = (
     Seam("replica registry and vLLM server", "queueing and preemptions unknown: heddle off", _replica),
     Seam("vLLM request priority", "no priority: heddle off", _priority),
     Seam("vLLM request events", "queueing counts as generation, preemptions are not counted", _engine_events, needed=False),
+    Seam("checkpoint callback by config key", "lengths are learnt anew after a resume", _checkpoint, needed=False),
+    Seam("vLLM scheduler class", "no preemption on arrival, vLLM's own priority order", _scheduler, needed=False),
     Seam("tools of verl's tool agent", "tool time shows as time between turns", _tools, needed=False),
 )
 

@@ -1,7 +1,7 @@
-"""The three names verl's config keys point at, and the guard before them: ours if we can work here, verl's own if we cannot.
+"""The four names verl's config keys point at, and the guard before them: ours if we can work here, verl's own if we cannot.
 
-`AgentLoopManager`, `Router` and `Sampler` are looked up by verl in the task runner, `Sampler` first, before any replica exists.
-The first look-up checks the seams, imports every room and registers the replica; if anything of that fails, all three names
+`AgentLoopManager`, `CheckpointCallback`, `Router` and `Sampler` are looked up by verl in the task runner, before any replica exists.
+The first look-up checks the seams, imports every room and registers the replica; if anything of that fails, all four names
 resolve to stock verl for the rest of the process, and one line says why. So a broken plugin costs its gains, not the run.
 """
 
@@ -16,6 +16,10 @@ SEAMS = {
     "AgentLoopManager": (
         "verl_heddle.verl_plugin.agent_loop:HeddleAgentLoopManager",
         "verl.trainer.ppo.v1.agent_loop_tq:AgentLoopManagerTQ",
+    ),
+    "CheckpointCallback": (
+        "verl_heddle.verl_plugin.checkpoint:HeddleCheckpoint",
+        "verl.trainer.ppo.checkpoint_callback:CheckpointCallback",
     ),
     "Router": ("verl_heddle.verl_plugin.router:RouterActor", "verl_heddle.verl_plugin.stock:StockRouter"),
     "Sampler": ("verl_heddle.verl_plugin.sampler:heddle_sampler", "verl_heddle.verl_plugin.stock:stock_sampler"),

@@ -16,6 +16,7 @@ from verl_heddle.options import Options, check
 from verl_heddle.verl_plugin.settings import options_of
 
 GATE = "verl_heddle.verl_plugin.gate"
+SCHEDULER = "verl_heddle.verl_plugin.vllm_scheduler.HeddleScheduler"
 
 MODES = {
     "colocate_async": "its trainer aborts and resumes requests inside a trajectory, which heddle does not follow",
@@ -86,6 +87,8 @@ def _verl(config: DictConfig, options: Options) -> list[str]:
         problems.append(
             f"heddle.priority.enable=true needs {rollout}.scheduling_policy=priority, but it is {policy}: set one of them accordingly"
         )
+    if options.preempt.enable and not priority and not options.observe:
+        problems.append("heddle.preempt.enable=true needs heddle.priority.enable=true: set both, or heddle.preempt.enable=false")
     folder = str(_get(config, "heddle.trace.dir"))
     if options.trace.enable and not _writable(folder):
         problems.append(f"heddle.trace.dir={folder} cannot be written: name another folder, or set heddle.trace.enable=false")
@@ -102,6 +105,16 @@ def _weakened(config: DictConfig, options: Options) -> list[str]:
     for key, (value, consequence) in expected.items():
         if _get(config, key) != value:
             warnings.append(f"{key} is not heddle's: {consequence}")
+    if options.predict.checkpoint and not options.observe:
+        expected_callback = f"{GATE}.CheckpointCallback"
+        if _get(config, "trainer.checkpoint_callback_class") != expected_callback:
+            warnings.append(
+                "trainer.checkpoint_callback_class is not heddle's: what is learnt of lengths is not saved "
+                "(heddle.predict.checkpoint=false silences this)"
+            )
+    scheduler = _get(config, f"{rollout}.engine_kwargs.vllm.scheduler_cls")
+    if options.preempt.enable and not options.observe and scheduler != SCHEDULER:
+        warnings.append(f"{rollout}.engine_kwargs.vllm.scheduler_cls is not heddle's: no preemption on arrival")
     if not str(_get(config, f"{rollout}.router_config_path")).endswith("verl_plugin/router.yaml"):
         warnings.append(f"{rollout}.router_config_path is not heddle's: heddle does nothing")
     if _get(config, f"{rollout}.disable_log_stats"):

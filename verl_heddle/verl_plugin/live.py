@@ -25,6 +25,8 @@ def watch_tool(tool: Any) -> Any:
     @functools.wraps(original)
     async def timed(*args: Any, **kwargs: Any) -> Any:
         recorder, start = CURRENT.get(), time.monotonic()
+        if recorder is not None:
+            recorder.tool_began(tool.name)
         try:
             return await original(*args, **kwargs)
         finally:

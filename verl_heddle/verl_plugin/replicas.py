@@ -50,6 +50,22 @@ class HeddleHttpServer(vLLMHttpServer):
         output.extra_fields[FIELD] = told
         return output
 
+    async def heddle_priorities(self, table: dict[str, int]) -> int:
+        """Give open requests new priorities by the id the client gave; returns how many there still were. 0 without our scheduler."""
+        try:
+            return await self.engine.engine_core.call_utility_async("heddle_set_priorities", table)
+        except Exception as error:
+            say_once(f"requests under way keep their priority ({type(error).__name__}: {error})")
+            return 0
+
+    async def heddle_counts(self) -> dict[str, int]:
+        """Counts of our scheduler since the engine's start; empty without it."""
+        try:
+            return await self.engine.engine_core.call_utility_async("heddle_counts")
+        except Exception as error:
+            say_once(f"the engine does not count preemptions on arrival ({type(error).__name__}: {error})")
+            return {}
+
     async def heddle_status(self) -> dict[str, int]:
         """Requests the engine still works on or has queued, as the server sees it."""
         return {"unfinished": self.engine.output_processor.get_num_unfinished_requests()}

@@ -1,14 +1,19 @@
 """The router actor: verl's load-balancer protocol around the pure `Orchestrator`.
 
 verl builds it from `router.yaml` in the task runner; the agent-loop manager then calls `configure` with the user's options. The
-workers' clients use `turn_started` / `turn_finished` / `trajectory_ended`; the ten methods of verl's `RequestLoadBalancer` stay
+workers' clients tell it a trajectory's life (`turn_started` to `trajectory_ended`); the ten methods of verl's `RequestLoadBalancer` stay
 complete for everybody else. An orchestrator that raises is replaced, call by call, by verl's own rule.
+
+It is an asyncio actor, because a turn that is held back waits here for its turn (`wait_for_turn`) and a fit runs in a thread beside it;
+everything else is plain synchronous code on the one event loop.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
+from collections.abc import Iterable
 from random import Random
 from typing import Any
 
@@ -18,7 +23,9 @@ from verl_heddle.fleet import Replica
 from verl_heddle.options import Options
 from verl_heddle.orchestrator import Orchestrator
 from verl_heddle.place.sticky import StickyLeastInflight
-from verl_heddle.trajectory import Decision, Reason, TrajectoryEnd, TurnEnd, TurnStart
+from verl_heddle.predict.predictor import Predictor
+from verl_heddle.predict.store import StateError
+from verl_heddle.trajectory import Decision, Reason, ToolStart, TrajectoryEnd, TurnEnd, TurnStart
 from verl_heddle.verl_plugin.voice import say_once
 
 
@@ -32,17 +39,27 @@ class HeddleRouter:
 
     def __init__(self, servers: dict[str, Any], yaml_config: dict | None = None) -> None:
         self._servers: dict[str, Any] = {}
+        self._options = Options()
         self._shape: dict[str, int] = {}
-        self._orchestrator = Orchestrator(Options())
+        self._cap_tokens: int | None = None
+        self._orchestrator = Orchestrator(self._options)
         self._verls_rule = StickyLeastInflight(Random())
         """Kept in step with every decision, so that it can take over at any call."""
         self.failures: Counter[str] = Counter()
+        self._counts: Counter[str] = Counter()
+        self._waiting: dict[str, asyncio.Future[None]] = {}
+        """Held turns whose workers wait."""
+        self._watch: asyncio.Task | None = None
+        self._fit: asyncio.Future | None = None
+        self._fit_s = 0.0
         self.add_servers({name: handle for name, handle in servers.items() if name is not None})
 
-    def configure(self, options: Options, tp: int, slots: int, deterministic: bool) -> dict[str, Any]:
+    def configure(self, options: Options, tp: int, slots: int, deterministic: bool, cap_tokens: int | None = None) -> dict[str, Any]:
         """Start over with the user's options; returns server id -> actor handle. Called before the first turn, and after a restart."""
+        self._options = options
         self._shape = {"tp": tp, "slots": slots}
-        self._orchestrator = Orchestrator(options, deterministic)
+        self._cap_tokens = cap_tokens
+        self._orchestrator = Orchestrator(options, deterministic, cap_tokens)
         self._orchestrator.replicas_added(Replica(name, **self._shape) for name in self._servers)
         return dict(self._servers)
 
@@ -65,26 +82,113 @@ class HeddleRouter:
             self._failed("turn_started", error)
             replica, _ = self._verls_rule.acquire(turn.conversation)
             decision = Decision(replica, 0, Reason.FALLBACK_POLICY)
+        self._counts["held"] += decision.held
         return decision
 
+    async def wait_for_turn(self, request: str) -> None:
+        """Until the held turn of this `TurnStart.request` may go; at once if it is not held any more."""
+        admission = self._orchestrator.admission
+        if admission is None or request not in admission:
+            return
+        future = self._waiting[request] = asyncio.get_running_loop().create_future()
+        if self._watch is None or self._watch.done():
+            self._watch = asyncio.get_running_loop().create_task(self._let_in_the_overdue())
+        await future
+
     def turn_finished(self, turn: TurnEnd) -> None:
-        """The engine is done with the turn."""
+        """The engine is done with the turn, or its worker gave up waiting."""
         self._verls_rule.release(turn.replica)
+        self._waiting.pop(turn.request, None)
         self._tell("turn_finished", turn)
+
+    def turn_withdrawn(self, turn: TurnStart) -> None:
+        """The worker went away before it heard where to go."""
+        replica = self._orchestrator.replica_of(turn)
+        if replica is not None:
+            self.turn_finished(TurnEnd(turn.trajectory, turn.conversation, replica, turn.turn, 0, completed=False))
+
+    def tool_started(self, start: ToolStart) -> None:
+        """A tool begins."""
+        self._tell("tool_started", start)
 
     def trajectory_ended(self, end: TrajectoryEnd) -> None:
         """The episode is over."""
         self._tell("trajectory_ended", end)
+        try:
+            for replica, table in self._orchestrator.reprioritised(time.monotonic()).items():
+                self._counts["reprioritised"] += len(table)
+                self._servers[replica].heddle_priorities.remote(table)
+        except Exception as error:
+            self._failed("reprioritised", error)
 
-    def stats(self) -> dict[str, int]:
-        """Failures of the orchestrator since the start of the run, by event."""
-        return dict(self.failures)
+    async def step_ended(self, step: int) -> dict[str, float]:
+        """The batch of a training step is complete: fit anew in a thread until the next; returns counts since the start of the run."""
+        predictor = self._orchestrator.predictor
+        if predictor is not None:
+            self._counts["lost_trajectories"] += predictor.abandon_before(step)
+            if self._options.predict.trees and (self._fit is None or self._fit.done()):
+                began = time.monotonic()
+                self._fit = asyncio.get_running_loop().run_in_executor(None, predictor.fit_job().run)
+                self._fit.add_done_callback(lambda fit: self._fitted(fit, began))
+        return self.stats()
+
+    def stats(self) -> dict[str, float]:
+        """Counts since the start of the run; failures of the orchestrator as `failed_<event>`."""
+        result: dict[str, float] = {**self._counts, **{f"failed_{event}": count for event, count in self.failures.items()}}
+        if self._orchestrator.admission is not None:
+            result["hold_overdue"] = self._orchestrator.admission.overdue
+        predictor = self._orchestrator.predictor
+        if predictor is not None:
+            result |= {"fit_s": self._fit_s, "fit_rows": predictor.model.rows if predictor.model else 0}
+        return result
+
+    def learnt(self) -> bytes | None:
+        """What the predictor knows, for a checkpoint; None if nobody predicts."""
+        predictor = self._orchestrator.predictor
+        return None if predictor is None else predictor.to_bytes()
+
+    def learn_again(self, state: bytes) -> str | None:
+        """Take up what `learnt` gave; returns why not, if not."""
+        if self._orchestrator.predictor is None:
+            return None
+        try:
+            self._orchestrator.predictor = Predictor.from_bytes(state, self._cap_tokens)
+        except StateError as error:
+            return str(error)
+        return None
+
+    def _fitted(self, fit: asyncio.Future, began_s: float) -> None:
+        self._fit_s = time.monotonic() - began_s
+        try:
+            model = fit.result()
+            if self._orchestrator.predictor is not None:
+                self._orchestrator.predictor.adopt(model)
+        except Exception as error:
+            self.failures["fit"] += 1
+            say_once(f"the length model could not be fitted ({type(error).__name__}: {error}); predictions go on without it")
 
     def _tell(self, event: str, what: Any) -> None:
         try:
             getattr(self._orchestrator, event)(what, time.monotonic())
         except Exception as error:
             self._failed(event, error)
+        self._admit()
+
+    def _admit(self) -> None:
+        try:
+            admitted: Iterable[str] = self._orchestrator.admitted(time.monotonic())
+        except Exception as error:
+            self._failed("admitted", error)
+            admitted = list(self._waiting)
+        for request in admitted:
+            future = self._waiting.pop(request, None)
+            if future is not None and not future.done():
+                future.set_result(None)
+
+    async def _let_in_the_overdue(self) -> None:
+        while self._waiting:
+            await asyncio.sleep(min(1.0, self._options.admission.hold_s / 4))
+            self._admit()
 
     def _failed(self, event: str, error: Exception) -> None:
         self.failures[event] += 1
@@ -122,6 +226,7 @@ class HeddleRouter:
             self._servers.pop(name, None)
             self._verls_rule.remove(name)
         self._orchestrator.replicas_removed(server_ids)
+        self._admit()
 
     def get_all_servers(self) -> list[str]:
         """Server ids in the pool."""
@@ -150,6 +255,6 @@ class HeddleRouter:
         return {"cleared_entries": self._verls_rule.forget(), "server_loads": dict(self._verls_rule.inflight)}
 
 
-RouterActor = ray.remote(max_restarts=3)(HeddleRouter)
-"""As verl gets it: a router whose process dies is started again with the same servers; the workers route alone until the manager, at the
-next step, finds it back. Three times, because a router that dies more often has a reason."""
+RouterActor = ray.remote(max_restarts=3, max_concurrency=100_000)(HeddleRouter)  # type: ignore[call-overload]
+"""As verl gets it, with room for any number of held turns. A router whose process dies is started again with the same servers; the workers
+route alone until the manager, at the next step, finds it back. Three times, because a router that dies more often has a reason."""

@@ -15,6 +15,7 @@ from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 
 from verl_heddle.options import Options
 from verl_heddle.report.attribution import step_metrics, with_batch_wait
+from verl_heddle.report.quality import prediction_quality
 from verl_heddle.traces.recorder import append
 from verl_heddle.verl_plugin import agent_loop
 from verl_heddle.verl_plugin.settings import options_of
@@ -31,25 +32,26 @@ class _Watch:
         self._options = options
         self._run = time.strftime("%Y%m%d-%H%M%S")
         self.failures = 0
-        self._before: Counter[str] = Counter()
+        self._before: dict[str, Counter[str]] = {}
 
-    def step(self, partition_id: str) -> dict[str, float]:
+    def step(self, global_step: int, partition_id: str) -> dict[str, float]:
         """Collect everything recorded since the last call; metrics of the training trajectories if `partition_id` is "train"."""
         metrics: dict[str, float] = {}
         try:
             if agent_loop.MANAGER is not None:
-                metrics = self._step(agent_loop.MANAGER, partition_id)
+                metrics = self._step(agent_loop.MANAGER, global_step, partition_id)
         except Exception as error:
             self._failed("metrics", error)
         if partition_id == "train":
             metrics[PREFIX + "metrics_failures"] = self.failures
         return metrics
 
-    def _step(self, manager: Any, partition_id: str) -> dict[str, float]:
+    def _step(self, manager: Any, global_step: int, partition_id: str) -> dict[str, float]:
         records, counts = manager.collect()
         records = with_batch_wait(records)
+        known = {"run": self._run, **self._engines(manager)}
         for record in records:
-            record.meta["run"] = self._run
+            record.meta.update(known)
         if self._options.trace.enable and records:
             try:
                 append(os.path.join(self._options.trace.dir, "trace.jsonl"), records)
@@ -58,12 +60,39 @@ class _Watch:
         if partition_id != "train":
             return {}
         train = [record for record in records if not record.meta["validate"]]
-        metrics = step_metrics(train, list(manager.servers)) if train else {}
-        news = counts - self._before
-        self._before = counts
+        metrics = step_metrics(train, list(manager.servers)) | prediction_quality(train) if train else {}
+        router = manager.step_ended(global_step)
+        for name in ("fit_s", "fit_rows"):
+            if name in router:
+                metrics[f"predict/{name}"] = router.pop(name)
+        for name, count in self._news("router", Counter(router)).items():
+            if name.startswith("failed_"):
+                counts[f"policy_{name.removeprefix('failed_')}"] += int(router[name])
+            else:
+                metrics[f"router/{name}"] = count
+        if not self._options.observe and self._options.preempt.enable:
+            metrics |= {f"preempt/{name}": count for name, count in self._news("engines", manager.engine_counts()).items()}
+        tools = Counter({name: counts.pop(name) for name in list(counts) if name.startswith("tools/")})
+        metrics |= self._news("tools", tools)
+        news = self._news("fallbacks", counts)
         metrics["fallbacks/total"] = sum(news.values())
         metrics |= {f"fallbacks/{name}": count for name, count in news.items()}
         return {PREFIX + name: float(value) for name, value in metrics.items()}
+
+    def _news(self, source: str, counts: Counter[str]) -> Counter[str]:
+        """What has been counted since the last step, by name; a source that started over counts from 0."""
+        before, self._before[source] = self._before.get(source, Counter()), counts.copy()
+        return Counter({name: count - before[name] if count >= before[name] else count for name, count in counts.items()})
+
+    def _engines(self, manager: Any) -> dict[str, Any]:
+        """What a reader of the trace must know of the engines, to ask what would have happened on others."""
+        rollout = manager.config.actor_rollout_ref.rollout
+        return {
+            "tp": int(rollout.tensor_model_parallel_size),
+            "slots": int(rollout.max_num_seqs),
+            "replicas": len(manager.servers),
+            "order": str(rollout.get("scheduling_policy", "fcfs")),
+        }
 
     def _failed(self, what: str, error: Exception) -> None:
         self.failures += 1
@@ -84,7 +113,7 @@ class _Heddle:
 
     def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[Any, dict]:
         batch, metrics = super().sample(global_steps, partition_id, batch_size)  # type: ignore[misc]
-        return batch, metrics | self._watch.step(partition_id)
+        return batch, metrics | self._watch.step(global_steps, partition_id)
 
 
 class HeddleReplayBuffer(_Heddle, ReplayBuffer):

@@ -53,7 +53,13 @@ def banner(config: DictConfig) -> str:
         parts.append("observing only, verl's own rules decide")
     else:
         parts.append("placement: verl's rule (sticky, least in-flight)")
-        parts.append("priority: longest predicted first" if options.priority.enable else "priority: off")
+        if options.priority.enable:
+            parts.append(f"priority: longest predicted first{', preempting on arrival' if options.preempt.enable else ''}")
+            parts.append(f"prediction: {'trees on ' if options.predict.trees else ''}prompt history and siblings")
+        else:
+            parts.append("priority: off")
+        if options.admission.per_slot:
+            parts.append(f"admission: {options.admission.per_slot:g} turns per slot")
     parts.append(f"poll: {options.poll_interval_s:g} s")
     parts.append(f"trace: {options.trace.dir}/trace.jsonl" if options.trace.enable else "trace: off")
     found = ", ".join(f"{name} {_version(name)}" for name in ("verl", "vllm", "ray"))

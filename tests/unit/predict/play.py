@@ -6,7 +6,7 @@ import numpy as np
 
 from verl_heddle.predict.predictor import Predictor
 from verl_heddle.predict.quantities import Estimate
-from verl_heddle.trajectory import Outcome, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
+from verl_heddle.trajectory import Outcome, ToolStart, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
 
 FINISHED = Outcome.FINISHED
 
@@ -28,21 +28,23 @@ class Run:
         prompt = prompt or name
         identity = self.ids[name] = TrajectoryId(prompt, f"{step}:{prompt}", name, step, validate)
         self.tokens[name] = []
-        self.predictor.turn_started(TurnStart(identity, identity.key, 0, prompt_tokens, 0), text=text)
+        self.predictor.turn_started(TurnStart(identity, identity.key, 0, prompt_tokens, 0, text=text))
 
     def turn(self, name: str, tokens: int, called: tuple[str, ...] = (), tool_s: float | None = None, completed: bool = True) -> None:
         done = self.tokens[name]
         if done:
-            start = TurnStart(self.ids[name], self.ids[name].key, len(done), 100 + sum(done), sum(done))
-            self.predictor.turn_started(start, tool_s=tool_s)
-        self.predictor.turn_finished(TurnEnd(self.ids[name], "r", len(done), tokens, completed), called=called)
+            start = TurnStart(self.ids[name], self.ids[name].key, len(done), 100 + sum(done), sum(done), tool_s)
+            self.predictor.turn_started(start)
+        self.predictor.turn_finished(TurnEnd(self.ids[name], self.ids[name].key, "r", len(done), tokens, completed))
+        for tool in called:
+            self.predictor.tool_started(ToolStart(self.ids[name], tool))
         if completed:
             done.append(tokens)
 
     def end(self, name: str, outcome: Outcome = FINISHED, truncated: bool = False) -> None:
         identity = self.ids.get(name) or TrajectoryId(name, name, name, 0)
         done = self.tokens.get(name, [])
-        self.predictor.trajectory_ended(TrajectoryEnd(identity, outcome, sum(done), len(done)), truncated=truncated)
+        self.predictor.trajectory_ended(TrajectoryEnd(identity, outcome, sum(done), len(done), truncated))
 
     def whole(
         self, prompt: str, name: str, turns: list[int], tools: tuple[str, ...] = ("bash",), outcome: Outcome = FINISHED, **more

@@ -14,7 +14,6 @@ from verl_heddle.predict.model import MANY
 from verl_heddle.predict.pool import Pool
 from verl_heddle.predict.prompts import Prompts
 from verl_heddle.predict.quantities import ODDS_UPPER, Estimate
-from verl_heddle.predict.table import Table
 from verl_heddle.predict.text import TextModel, hashed
 from verl_heddle.predict.tools import MAX_PARALLEL, Tools, names
 from verl_heddle.predict.window import EMPTY, Batch, Window, looked_at, rows_of
@@ -131,21 +130,6 @@ def test_any_text_is_hashed_to_length_one(text):
     model = TextModel()
     model.observe(words, 1.0)
     assert 0 <= model.deviation(words) <= 0.05 + 1e-9
-
-
-@given(st.lists(st.booleans(), max_size=300))
-def test_table_rows_belong_to_one_key(moves):
-    table, held = Table(2), {}
-    for number, take in enumerate(moves):
-        if take or not held:
-            row = table.take()
-            assert row not in held and (table.rows[row] == 0).all()
-            table.rows[row] = number
-            held[row] = number
-        else:
-            row, _ = held.popitem()
-            table.give(row)
-        assert all((table.rows[row] == value).all() for row, value in held.items())
 
 
 def test_looks_get_sparse():

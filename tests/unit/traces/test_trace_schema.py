@@ -54,6 +54,7 @@ turns = st.builds(
     priority=st.none() | st.integers(-(2**63) + 1, 2**63 - 1),
     reason=st.none() | names,
     predicted_remaining=st.none() | st.floats(0, MAX_TOKENS),
+    predicted_upper=st.none() | st.floats(0, MAX_TOKENS),
     preemptions=counts,
     cached_tokens=counts,
     start_s=seconds,

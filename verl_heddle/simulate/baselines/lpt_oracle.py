@@ -1,7 +1,7 @@
 """LPT with true lengths: what perfect prediction would give to the plain longest-first rule.
 
 Law: before the step, trajectories by total output, longest first, each to the replica with the smallest planned load, load =
-tokens / tp; a trajectory stays there. Inside the replica the priority is the true remaining output, most first. Source: Graham's
+tokens / tp; a trajectory stays there. Inside the replica the priority is the true length, longest first. Source: Graham's
 LPT rule (SIAM J. Appl. Math. 17, 1969), at most 4/3 - 1/(3m) of the optimum on m equal machines *without* interference; with
 batching it is a baseline, not an optimum. Needs `EngineOptions(order="priority")`. Cost: O(n log n + n replicas) once.
 """
@@ -60,6 +60,5 @@ class LptOracle(Peer):
         return self.home_of(turn) or self.least_loaded(), Reason.LEAST_INFLIGHT
 
     def priority(self, turn: TurnStart) -> int:
-        """Most to come first."""
-        total = self._tokens.get((turn.trajectory.prompt, turn.trajectory.sample))
-        return longest_first(None if total is None else total - turn.generated_tokens, 1)
+        """Longest first."""
+        return longest_first(self._tokens.get((turn.trajectory.prompt, turn.trajectory.sample)), 1)

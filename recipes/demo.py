@@ -1,8 +1,8 @@
-"""`make demo`: the math recipe twice in a row, stock decisions and heddle, same seeds, and one table.
+"""`make demo` (RECIPE=math or coding): a recipe twice in a row, stock decisions and heddle, same seeds, and one table.
 
 Both arms run the same stock command (`run.sh`) with the same instruments: `+plugin=observe` leaves every decision to verl,
-`+plugin=heddle` takes them. Environment: MODEL (a path or name; needs a GPU unless it is tiny), STEPS (4), OUT (outputs/math),
-RUN (name of this comparison).
+`+plugin=heddle` takes them. Environment: RECIPE (math), MODEL (a path or name; needs a GPU unless it is tiny), STEPS (4), OUT
+(outputs/<recipe>).
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from pathlib import Path
 from verl_heddle.report.arms import Arm, read_arm, table
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
+ROOT = HERE.parent
+RECIPES = sorted(path.parent.name for path in HERE.glob("*/run.sh"))
+RECIPE = os.environ.get("RECIPE") or "math"
 ARMS = {"stock": "+plugin=observe", "heddle": "+plugin=heddle"}
 
 SILENCE_S = 900
@@ -48,7 +50,7 @@ def run_arm(name: str, flag: str, out: Path, steps: int) -> Arm:
     log = run / "train.log"
     machine = [] if shutil.which("nvidia-smi") else ["+machine=cpu"]
     environment = os.environ | {"NAME": name, "OUT": str(out), "STEPS": str(steps), "PYTHON": sys.executable, "WANDB_RUN_GROUP": out.name}
-    command = ["bash", str(HERE / "run.sh"), flag, *machine, *sys.argv[1:]]
+    command = ["bash", str(HERE / RECIPE / "run.sh"), flag, *machine, *sys.argv[1:]]
     for attempt in (1, 2):
         print(f"[{name}] {flag} {' '.join(machine)}  (log: {log})", flush=True)
         code = _follow(name, command, environment, log, steps)
@@ -105,8 +107,10 @@ def _milestone(line: str, steps: int) -> str | None:
 def main() -> None:
     """Both arms, the table, and where everything is."""
     start = time.monotonic()
+    if RECIPE not in RECIPES:
+        raise SystemExit(f"no recipe {RECIPE!r}: choose one of {', '.join(RECIPES)}, e.g. make demo RECIPE=coding")
     steps = int(os.environ.get("STEPS", "4"))
-    out = Path(os.environ.get("OUT", ROOT / "outputs" / "math")).resolve()
+    out = Path(os.environ.get("OUT", ROOT / "outputs" / RECIPE)).resolve()
     if shutil.which("nvidia-smi") and not os.environ.get("MODEL"):
         raise SystemExit("there is a GPU here: say which model to train, e.g. MODEL=Qwen/Qwen3-0.6B make demo")
     arms = {name: run_arm(name, flag, out, steps) for name, flag in ARMS.items()}

@@ -1,6 +1,6 @@
-"""Make the tiny policy of the math recipe: a 0.6 MB Qwen2 (2 layers, hidden 64) and its own tokenizer, trained from scratch.
+"""Make a tiny policy: a 0.6 MB Qwen2 (2 layers, hidden 64) and its own tokenizer, trained from scratch.
 
-It learns the reference conversations of chat.py by next-token prediction on what the assistant says. Training stops early on purpose:
+It learns the reference conversations of a lesson by next-token prediction on what the assistant says. Training stops early on purpose:
 the policy works reliably on short tasks and fails on many long ones, so that reinforcement learning has something to learn and a
 group of samples has both right and wrong answers.
 
@@ -21,7 +21,7 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from recipes.math import chat, tasks
+from recipes.tiny import chat
 
 Batch = list[tuple[list[int], list[int]]]  # (token ids, labels) per conversation
 
@@ -86,16 +86,13 @@ def look_back(model: Qwen2ForCausalLM) -> None:
 
 
 def batches(
-    tokenizer: PreTrainedTokenizerBase, schemas: list[Any], settings: Settings, rng: random.Random, pool: int = 256
+    tokenizer: PreTrainedTokenizerBase, lesson: chat.Lesson, settings: Settings, rng: random.Random, pool: int = 256
 ) -> Iterator[Batch]:
-    """Endless fresh batches of at most `batch_tokens` padded tokens; conversations of similar length go together.
-
-    Difficulty is uniform here, not long-tailed as in the tasks: with the tail as rare as there, the model would never solve it.
-    """
+    """Endless fresh batches of at most `batch_tokens` padded tokens; conversations of similar length go together."""
     while True:
-        expressions = [tasks.draw_expression(rng.randint(1, tasks.MAX_DIFFICULTY), rng) for _ in range(pool)]
+        examples = [chat.encode(tokenizer, lesson.schemas, lesson.example(rng)) for _ in range(pool)]
         cut: list[Batch] = [[]]
-        for example in sorted((chat.encode(tokenizer, schemas, e) for e in expressions), key=lambda example: len(example[0])):
+        for example in sorted(examples, key=lambda example: len(example[0])):
             if cut[-1] and (len(cut[-1]) + 1) * len(example[0]) > settings.batch_tokens:
                 cut.append([])
             cut[-1].append(example)
@@ -135,19 +132,19 @@ def train(model: Qwen2ForCausalLM, stream: Iterator[Batch], settings: Settings, 
     return sum(recent) / len(recent)
 
 
-def build(folder: Path, settings: Settings) -> dict[str, Any]:
-    """Train, and write model and tokenizer into `folder`; sets torch to one thread.
+def build(folder: Path, lesson: chat.Lesson) -> dict[str, Any]:
+    """Train on `lesson`, and write model and tokenizer into `folder`; sets torch to one thread.
 
     Returns what it made: settings, number of parameters, vocabulary, final loss in nats, seconds.
     """
+    settings = Settings(**lesson.training)
     disable_progress_bar()  # of writing one small file
     torch.manual_seed(settings.seed)
     torch.set_num_threads(1)
     start = time.perf_counter()
-    schemas = chat.tool_schemas()
-    tokenizer = chat.make_tokenizer(schemas)
+    tokenizer = chat.make_tokenizer(lesson)
     model = make_model(tokenizer, settings)
-    loss = train(model, batches(tokenizer, schemas, settings, random.Random(settings.seed)), settings, tokenizer.pad_token_id)
+    loss = train(model, batches(tokenizer, lesson, settings, random.Random(settings.seed)), settings, tokenizer.pad_token_id)
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
     return {

@@ -1,0 +1,163 @@
+"""What the order inside a replica is worth, simulated: the slot-limited places of the regime map, and the open traces.
+
+    python bench/schedule/simulated.py            # about ten minutes on one core; JSON and the table of bench/schedule/README.md
+    python bench/schedule/simulated.py --quick    # one place and one trace, printed only
+
+Placement is verl's in every arm, so that only the order differs. `stock`: first come, first served. `plas`: least served first (Autellix).
+`heddle`: longest predicted first with preemption on arrival, the prediction learnt from one earlier epoch. `no preemption`: the same
+without. `true lengths`: the same order with an oracle. `true, by what is left`: the oracle's order by remaining instead of whole length.
+Open traces are read from --traces, by default VERL_HEDDLE_TRACES or ../shared/traces; without them those rows are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "bench" / "regimes")]
+
+from cells import GPU, GPUS, SLOTS, Cell, _draw
+
+from verl_heddle.options import Options, Preempt
+from verl_heddle.orchestrator import Orchestrator
+from verl_heddle.report.draws import Draw, recorded
+from verl_heddle.report.play import CrossFitted, halves, teach
+from verl_heddle.report.setting import Setting, setting
+from verl_heddle.schedule.priority import longest_first
+from verl_heddle.simulate import EngineOptions, Policy, simulate
+from verl_heddle.simulate.baselines import Plas, RoundRobin, Stock
+from verl_heddle.traces import TraceError, trace_files
+from verl_heddle.trajectory import Decision, Trajectory, TurnStart
+
+RESULT = ROOT / "bench" / "results" / "simulated" / "schedule.json"
+README = Path(__file__).parent / "README.md"
+SEEDS = (0, 1, 2)
+
+PLACES = tuple(
+    (Cell(model, concurrency, sigma, share), tp)
+    for model, tp in (("Qwen3-8B", 1), ("Qwen3-8B", 8), ("Qwen3-32B", 2), ("Qwen3-32B", 8))
+    for concurrency, sigma, share in ((256, 0.9, 0.0), (128, 0.9, 0.0), (256, 0.9, 0.3))
+)
+"""Where more trajectories want to run than slots or KV cache allow, at a usual and at a high degree."""
+
+TRACE_SLOTS = (8, 32)
+"""Slots of each of two replicas of tp 2 (contexts reach 370,000 tokens) for the open traces, whose steps have 92 to 1,600 trajectories."""
+
+
+class TrueOrder(Stock):
+    """verl's placement; the priority is the true length, or what is left of it."""
+
+    def __init__(self, trajectories: Sequence[Trajectory], seed: int, left: bool) -> None:
+        super().__init__(seed)
+        self._tokens = {(item.prompt_id, item.trial): item.output_tokens for item in trajectories}
+        self._left = left
+
+    def turn_started(self, turn: TurnStart, now: float) -> Decision:
+        """verl's rule, and the priority."""
+        total = self._tokens[turn.trajectory.prompt, turn.trajectory.sample]
+        length = total - turn.generated_tokens if self._left else total
+        return replace(super().turn_started(turn, now), priority=longest_first(length, Options().priority.quantum_tokens))
+
+
+def learned(draw: Draw) -> Policy:
+    """heddle, taught one epoch; a trace's trajectories are never predicted from themselves."""
+    policy = Orchestrator(Options(seed=draw.seed))
+    teach(policy, draw)
+    return CrossFitted(policy, halves(draw.steps)[0]) if draw.crossed else policy
+
+
+def arms(draw: Draw, where: Setting) -> dict[str, tuple[Policy, EngineOptions]]:
+    """Policy and engine of every arm, fresh."""
+    fcfs, order = where.engine("fcfs"), where.engine("priority")
+    rule = Preempt()
+    ours = replace(order, preempt_margin=rule.margin, preempt_limit=rule.max_preemptions, ageing_per_s=rule.ageing_per_s)
+    step, seed = draw.steps[0], draw.seed
+    return {
+        "stock": (Stock(seed), fcfs),
+        "round_robin": (RoundRobin(seed), fcfs),
+        "plas": (Plas(seed), order),
+        "heddle": (learned(draw), ours),
+        "no preemption": (learned(draw), order),
+        "true lengths": (TrueOrder(step, seed, left=False), ours),
+        "true, by what is left": (TrueOrder(step, seed, left=True), ours),
+    }
+
+
+def measure(name: str, where: Setting, tp: int, draws: Sequence[Draw]) -> dict[str, Any]:
+    """One row: stock's makespan over each arm's, median over the draws, with all of them; and recomputed tokens."""
+    ratios: dict[str, list[float]] = {}
+    recomputed: dict[str, list[int]] = {}
+    for draw in draws:
+        stock_s = 0.0
+        for arm, (policy, engine) in arms(draw, where).items():
+            result = simulate(draw.steps[0], where.fleet(tp), where.latency, policy, engine=engine, step=len(draw.before))
+            stock_s = stock_s or result.makespan_s
+            ratios.setdefault(arm, []).append(stock_s / result.makespan_s)
+            recomputed.setdefault(arm, []).append(sum(replica.recomputed_tokens for replica in result.replicas))
+    row = {"name": name, "tp": tp, "slots": where.slots, "trajectories": len(draws[0].steps[0]), "stock_s": stock_s}
+    row |= {"speedup": {arm: median(values) for arm, values in ratios.items()}, "draws": ratios}
+    row["recomputed_tokens"] = {arm: median(values) for arm, values in recomputed.items()}
+    print(f"{name:34}", "  ".join(f"{arm} {value:.3f}" for arm, value in row["speedup"].items()), flush=True)
+    return row
+
+
+def places(quick: bool) -> Iterator[dict[str, Any]]:
+    """The rows of the map."""
+    for cell, tp in PLACES[:1] if quick else PLACES:
+        where = setting(cell.model, GPU, GPUS, None, SLOTS, cell.utilization)
+        draws = [_draw(cell, where, seed) for seed in SEEDS[: 1 if quick else 2]]
+        name = f"{cell.model} tp {tp}, {cell.concurrency} per GPU, tools {cell.tool_share:.0%}"
+        yield measure(name, where, tp, draws) | {"kind": "generated"}
+
+
+def traces(folder: str | os.PathLike[str], quick: bool) -> Iterator[dict[str, Any]]:
+    """The open traces, on two replicas with few slots."""
+    files = sorted(trace_files(folder))
+    for file in files[:1] if quick else files:
+        for slots in TRACE_SLOTS:
+            where = setting("Qwen3-8B", GPU, 4, 2, slots)
+            source = recorded(file, SEEDS)
+            yield measure(f"{file.name.split('.')[0]}, {slots} slots", where, 2, source.draws) | {"kind": "open trace"}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown."""
+    names = list(rows[0]["speedup"])[1:]
+    lines = ["| | trajectories | " + " | ".join(names) + " | tokens computed again: stock, heddle, by what is left |"]
+    lines.append("|---|---|" + "---|" * (len(names) + 1))
+    for row in rows:
+        again = " / ".join(f"{row['recomputed_tokens'][arm] / 1e6:.1f} M" for arm in ("stock", "heddle", "true, by what is left"))
+        lines.append(
+            f"| {row['name']} | {row['trajectories']} | " + " | ".join(f"{row['speedup'][n]:.2f}" for n in names) + f" | {again} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one place and one trace, printed only")
+    parser.add_argument("--traces", default=os.environ.get("VERL_HEDDLE_TRACES", ROOT.parent / "shared" / "traces"))
+    args = parser.parse_args()
+    rows = list(places(args.quick))
+    try:
+        rows += traces(args.traces, args.quick)
+    except TraceError as error:
+        print(f"open traces left out: {error}")
+    if not args.quick:
+        RESULT.parent.mkdir(parents=True, exist_ok=True)
+        RESULT.write_text(json.dumps({"kind": "simulated", "rows": rows}, indent=1) + "\n")
+        text = README.read_text()
+        begin, end = "<!-- simulated: begin -->", "<!-- simulated: end -->"
+        README.write_text(text[: text.index(begin) + len(begin)] + "\n" + table(rows) + "\n" + text[text.index(end) :])
+
+
+if __name__ == "__main__":
+    main()

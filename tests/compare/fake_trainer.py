@@ -1,0 +1,103 @@
+"""A FAKE verl trainer, for tests of what is around a run: seconds instead of minutes, no Ray, no engine, no training.
+
+Takes verl's overrides, simulates each step (stock's rule, or longest first for +plugin=heddle) and writes what a run writes: verl's
+metrics file, heddle's trace, Hydra's config, lines on the console. The real twin of these tests is tests/e2e/test_compare.py.
+
+Environment: FAKE_STEP_S (seconds a step sleeps), FAKE_FAIL (an arm's name: it exits with 3), FAKE_HANG (an arm's name: it goes silent),
+FAKE_CHILD (a file: a child that ignores its parent's death is left behind, its pid written there).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import yaml
+
+from verl_heddle.latency import LatencyModel
+from verl_heddle.report.arms import metrics_of
+from verl_heddle.simulate import PRIORITY, EngineOptions, make_fleet, simulate
+from verl_heddle.simulate.baselines import LptOracle, Stock
+from verl_heddle.traces import generate, replayable
+from verl_heddle.traces.recorder import append
+
+LATENCY = LatencyModel.affine(0.004, 0.001, 1e-6, prefill_per_token_s=2e-5, prefill_base_s=0.004)
+SLOTS, REPLICAS = 4, 2
+
+
+def main() -> None:
+    values = dict(word.lstrip("+").split("=", 1) for word in sys.argv[1:] if "=" in word)
+    values = {key: value.strip("'") for key, value in values.items()}
+    arm = os.environ["WANDB_JOB_TYPE"]
+    plugin, seed, steps = values.get("plugin"), int(values["data.seed"]), int(values.get("trainer.total_training_steps", 3))
+    print("Started a local Ray instance.", flush=True)
+    if os.environ.get("FAKE_CHILD"):
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+        Path(os.environ["FAKE_CHILD"]).write_text(str(child.pid))
+    if os.environ.get("FAKE_FAIL") == arm:
+        print("RuntimeError: the fake was told to fail", flush=True)
+        sys.exit(3)
+    if os.environ.get("FAKE_HANG") == arm:
+        time.sleep(600)
+    hydra = Path(values["hydra.run.dir"]) / ".hydra"
+    hydra.mkdir(parents=True)
+    policy = "priority" if plugin == "heddle" else "fcfs"
+    tree = {"actor_rollout_ref": {"rollout": {"scheduling_policy": policy, "seed": seed}}, "trainer": {"experiment_name": arm}}
+    (hydra / "config.yaml").write_text(yaml.safe_dump(tree))
+    print("LLMServerManager: [...]", flush=True)
+    for number in range(1, steps + 1):
+        time.sleep(float(os.environ.get("FAKE_STEP_S", "0.05")))
+        step(number, plugin, seed, values)
+        print(f"step:{number} - done", flush=True)
+
+
+def step(number: int, plugin: str | None, seed: int, values: dict[str, str]) -> None:
+    """One step: the same trajectories for every arm of a pair, and a slow first step as in life."""
+    work = [
+        replayable(item)
+        for item in generate("search", 6, 4, seed=100 * seed + number, median_tokens=150, cap_tokens=1200, tool_mean_s=0.05)
+    ]
+    slow = LatencyModel.affine(0.012, 0.001, 1e-6, prefill_per_token_s=2e-5, prefill_base_s=0.012) if number == 1 else LATENCY
+    fleet = make_fleet(REPLICAS, 1, slow, SLOTS)
+    if plugin == "heddle":
+        result = simulate(work, fleet, slow, LptOracle(work, seed), engine=replace(PRIORITY, turn_overhead_s=0.01), step=number)
+    else:
+        result = simulate(work, fleet, slow, Stock(seed), engine=EngineOptions(turn_overhead_s=0.01), step=number)
+    lives = result.trajectories()
+    begin = time.time() + 1000.0 * number  # as in life, no two runs overlap; steps are as long as simulated
+    for life in lives:
+        life.meta["start_s"] += begin
+        life.meta["end_s"] += begin
+        life.meta.update({"run": "r", "tp": 1, "slots": SLOTS, "replicas": REPLICAS, "order": "priority" if plugin == "heddle" else "fcfs"})
+    lives = [replace(life, reward=1.0 if life.output_tokens % 3 else 0.0, source="verl") for life in lives]
+    if plugin == "heddle" and number > 1:
+        lives = [guessed(life, Random(f"{seed} {number} {index}")) for index, life in enumerate(lives)]
+    metrics = metrics_of(lives)
+    data = {"timing_s/gen": metrics["makespan_s"], "timing_s/step": metrics["makespan_s"] + 2.0, "critic/score/mean": metrics["reward"]}
+    data |= {"response_length/mean": metrics["tokens"] / len(lives)}
+    if plugin is not None:
+        data |= {f"heddle/{name}": value for name, value in metrics.items()}
+        append(Path(values["heddle.trace.dir"]) / "trace.jsonl", lives)
+    with open(os.environ["VERL_FILE_LOGGER_PATH"], "a") as file:
+        file.write(json.dumps({"step": number, "data": data}) + "\n")
+
+
+def guessed(life, rng):
+    """Predictions right within a factor of about 1.5."""
+    left, turns = life.output_tokens, []
+    for turn in life.steps:
+        turns.append(
+            replace(turn, predicted_remaining=left * rng.lognormvariate(0, 0.6), predicted_upper=left * rng.lognormvariate(0.7, 0.5))
+        )
+        left -= turn.output_tokens
+    return replace(life, steps=tuple(turns))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""`verl-heddle compare`: stock verl and heddle on your own job, with error bars and reasons."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from verl_heddle.commands.asking import _positive, answered, one_line, shell_line
+
+if TYPE_CHECKING:
+    from verl_heddle.compare.plan import Plan
+
+INCOMPLETE = 1
+"""Exit code where runs failed or are missing; the report tells of those that are there."""
+
+RECIPE_STEPS = 4
+"""Steps of a recipe's run where nobody says: one to warm up, three that count."""
+
+EXAMPLES = """\
+examples:
+  your own job, stock decisions against heddle, three pairs of runs, ten steps each
+      verl-heddle compare --out cmp --steps 10 -- python -m verl.trainer.main_ppo <your overrides>
+
+  a recipe; without a GPU it runs on the CPU with a tiny model (about 5 minutes for 3 pairs)
+      verl-heddle compare --recipe math --pairs 3 --out cmp
+
+  more arms: a part switched off, another setting
+      verl-heddle compare --recipe math --arm "no_priority: heddle.priority.enable=false heddle.admission.per_slot=0"
+
+  go on after an interruption, a crash, a failed arm; or with more pairs
+      verl-heddle compare --out cmp
+      verl-heddle compare --out cmp --pairs 6
+
+  see what would be run
+      verl-heddle compare --recipe math --dry-run
+
+The arm stock is your command with +plugin=observe: verl's own decisions, heddle's instruments. All arms of a pair have the same seeds;
+their order alternates. Checkpoints are not saved. Everything lands in --out: report.html, compare.json, and a folder per run with its
+log and trace. W&B: one group, offline where there is no key (upload later: wandb sync). What the numbers mean: docs/compare.md.
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Declare the command."""
+    parser = subparsers.add_parser(
+        "compare",
+        help="stock verl against heddle on your own job: paired runs, a page, W&B",
+        description="Run a verl command under several arms, in pairs with the same seeds; tell how much faster, and why.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.error = one_line(parser.prog)
+    parser.usage = "%(prog)s [--out DIR] [options] (--recipe NAME | -- VERL COMMAND)"
+    what = parser.add_argument_group("what is run")
+    what.add_argument("--recipe", metavar="NAME", help="a recipe of this repository, e.g. math; words after -- are added to its command")
+    what.add_argument(
+        "--arm",
+        action="append",
+        default=[],
+        metavar='"NAME: OVERRIDES"',
+        help="another arm: heddle with these overrides, or with a +plugin= of your own among them (repeatable)",
+    )
+    what.add_argument("--no-heddle", action="store_true", help="leave the arm heddle out")
+    what.add_argument("--stock-bare", action="store_true", help="add verl without any plugin: only its own clocks are known")
+    what.add_argument("verl_command", nargs="*", metavar="-- VERL COMMAND", help="e.g. -- python -m verl.trainer.main_ppo ...")
+    often = parser.add_argument_group("how often")
+    often.add_argument("--pairs", type=_positive, metavar="N", help="runs of every arm (default 3)")
+    often.add_argument(
+        "--steps", type=_positive, metavar="N", help=f"training steps of a run; default: as the command says, of a recipe {RECIPE_STEPS}"
+    )
+    often.add_argument("--seed", type=int, default=1, metavar="N", help="seed of the first pair; the next pairs count up (default 1)")
+    often.add_argument("--warmup", type=int, default=1, metavar="N", help="steps of each run that do not count (default 1)")
+    often.add_argument(
+        "--silence-s", type=float, default=1800.0, metavar="S", help="stop a run that prints nothing for so long (default 1800)"
+    )
+    where = parser.add_argument_group("what comes out")
+    where.add_argument("--out", metavar="DIR", help="folder of the comparison (default outputs/compare, outputs/compare-RECIPE)")
+    where.add_argument("--name", metavar="NAME", help="W&B group and start of the runs' names (default: the folder's name)")
+    where.add_argument("--no-wandb", action="store_true", help="do not log to W&B")
+    where.add_argument("--model", metavar="MODEL", help="with --gpu: step times for the lower bound from the shipped table, e.g. qwen3-8b")
+    where.add_argument("--gpu", metavar="GPU", help="h100 or h200; without these two, step times are calibrated from the runs")
+    where.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
+    where.add_argument("--report-only", action="store_true", help="run nothing, write the report anew")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compare; the exit code is 0, 1 where runs are missing, 2 for what the user can mend, 130 after an interruption."""
+    return answered(args, _run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from verl_heddle.compare.campaign import locked, make
+    from verl_heddle.compare.outcome import publish, write
+    from verl_heddle.compare.plan import keep, wanted
+
+    if args.warmup < 0 or not args.silence_s > 0:
+        raise ValueError("--warmup must not be negative, --silence-s must be positive")
+    table = _table(args)
+    out = Path(args.out or f"outputs/compare{f'-{args.recipe}' if args.recipe else ''}").resolve()
+    asked = _asked(args, out)
+    plan, again = wanted(out, asked, args.pairs, _extra(args))
+    if args.dry_run:
+        return _show(plan, out)
+    if not args.report_only:
+        _check(plan, out)
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out):
+        plan, again = wanted(out, asked, args.pairs, _extra(args))
+        keep(out, plan)
+        if not args.report_only:
+            _say(f"{'going on with' if again else 'comparing'} {', '.join(arm.name for arm in plan.arms)}: {plan.pairs} pairs in {out}")
+            signal.signal(signal.SIGTERM, _interrupt)
+
+            def pair_done(pair: int) -> None:
+                write(plan, out, args.warmup, table, shell_line())
+
+            try:
+                made = make(plan, out, _say, pair_done, args.silence_s)
+            except KeyboardInterrupt:
+                _say(f"interrupted; finished runs are kept. Go on with: verl-heddle compare --out {shlex.quote(str(out))}")
+                return 130
+            _say(f"{len(made.finished)} runs made, {len(made.kept)} kept, {len(made.failed)} failed, {len(made.skipped)} left out")
+        answer = write(plan, out, args.warmup, table, shell_line())
+        publish(answer, out, _say)
+    return INCOMPLETE if answer.missing else 0
+
+
+def _asked(args: argparse.Namespace, out: Path) -> Plan | None:
+    """What the command line asks for; None to go on with what is in `out`."""
+    from verl_heddle.compare.arms import BARE, HEDDLE, STOCK, is_flag
+    from verl_heddle.compare.plan import Plan
+
+    words = list(args.verl_command)
+    if args.recipe is None and not words:
+        return None
+    if args.recipe is not None:
+        words = [*_recipe(args.recipe), *words]
+    dropped = [word for word in words if is_flag(word)]
+    if dropped:
+        _say(f"{' '.join(dropped)} left out of the command: each arm brings its own")
+    command = tuple(word for word in words if not is_flag(word))
+    if command and shutil.which(command[0]) is None:
+        raise ValueError(
+            f"{command[0]!r} is not a program: what follows -- must be a whole verl command, e.g. python -m verl.trainer.main_ppo ..."
+        )
+    arms = [STOCK, *([] if args.no_heddle else [HEDDLE]), *_extra(args), *([BARE] if args.stock_bare else [])]
+    names = [arm.name for arm in arms]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"two arms are called {sorted(twice)[0]}")
+    if len(arms) < 2:
+        raise ValueError("nothing to compare: only one arm is left")
+    steps = args.steps or (RECIPE_STEPS if args.recipe else None)
+    name = args.name or out.name
+    return Plan(name, command, tuple(arms), args.pairs or 3, args.seed, steps, args.recipe, not args.no_wandb)
+
+
+def _extra(args: argparse.Namespace) -> tuple[Any, ...]:
+    from verl_heddle.compare.arms import parse_arm
+
+    return tuple(parse_arm(text) for text in args.arm)
+
+
+def _recipe(name: str) -> list[str]:
+    """The command of a recipe: its script, and the CPU profile where there is no GPU."""
+    import verl_heddle
+
+    roots = (Path.cwd(), Path(verl_heddle.__file__).resolve().parent.parent)
+    found = next((script for root in roots if (script := root / "recipes" / name / "run.sh").is_file()), None)
+    if found is None:
+        there = sorted({script.parent.name for root in roots for script in root.glob("recipes/*/run.sh")})
+        raise ValueError(
+            f"there is no recipe {name!r}" + (f"; there is {', '.join(there)}" if there else ": recipes come with the repository")
+        )
+    return ["bash", str(found), *([] if shutil.which("nvidia-smi") else ["+machine=cpu"])]
+
+
+def _table(args: argparse.Namespace) -> Any:
+    if (args.model is None) != (args.gpu is None):
+        raise ValueError("--model and --gpu go together")
+    if args.model is None:
+        return None
+    from verl_heddle.latency import load
+
+    return load(args.gpu, args.model)
+
+
+def _show(plan: Plan, out: Path) -> int:
+    import os
+
+    from verl_heddle.compare.launch import launch
+
+    for key in plan.runs():
+        started = launch(plan, key, out, os.environ)
+        print(f"# pair {key.pair}, {key.arm}")
+        print(" ".join(f"{name}={shlex.quote(value)}" for name, value in started.environment.items()), "\\\n ", shlex.join(started.command))
+    return 0
+
+
+def _check(plan: Plan, out: Path) -> None:
+    """Compose and check every arm's configuration before anything runs, where the command is a verl command and verl is here.
+
+    Raises:
+        ValueError: what is wrong, in one line.
+    """
+    import os
+    from importlib.util import find_spec
+
+    from verl_heddle.compare.launch import launch
+    from verl_heddle.compare.plan import Key
+
+    if not any(word.startswith("verl.trainer.main") for word in plan.command) or find_spec("verl") is None:
+        return
+    from verl_heddle.verl_plugin.lint import lint
+    from verl_heddle.verl_plugin.overrides import arguments_of, compose
+
+    for arm in plan.arms:
+        words = arguments_of(launch(plan, Key(1, arm.name), out, os.environ).command)
+        try:
+            config = compose([word for word in words if not word.startswith("hydra.")])
+        except Exception as error:
+            raise ValueError(f"arm {arm.name}: {' '.join(str(error).split())}") from None
+        faults = [] if arm.bare else [finding for finding in lint(config) if finding.fatal]
+        if faults:
+            raise ValueError(f"arm {arm.name}: {faults[0]}")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,78 @@
+"""`verl-heddle explain`: why was a recorded step slow, and what would have helped?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from verl_heddle.commands.asking import _positive, answered, one_line
+
+EXAMPLES = """\
+examples:
+  the slowest step of a run
+      verl-heddle explain checkpoints/p/e/heddle/trace.jsonl
+
+  step 12, of a comparison's second pair, under heddle
+      verl-heddle explain cmp --arm heddle --pair 2 --step 12
+
+  what another tensor parallelism would have given: needs a GPU's table of step times
+      verl-heddle explain checkpoints/p/e/heddle --model qwen3-14b --gpu h200
+
+Nothing is run and no GPU is needed. What-ifs are simulated with the latency measured in the run itself, or with the table of --model and
+--gpu; how well the simulator reproduces the step as it was is said first. What it all means: docs/explain.md.
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Declare the command."""
+    parser = subparsers.add_parser(
+        "explain",
+        help="why was a recorded step slow, what would have helped, which settings to try",
+        description="Tell the life of the trajectory that a step waited for, turn by turn, and simulate what would have helped.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.error = one_line(parser.prog)
+    parser.usage = "%(prog)s RUN [--step K] [more, see below]"
+    parser.add_argument("run", metavar="RUN", help="a trace file, the folder it is in, or the folder of a verl-heddle compare")
+    parser.add_argument("--step", type=int, metavar="K", help="which training step (default: the slowest)")
+    parser.add_argument("--arm", metavar="NAME", help="of a comparison: this arm's runs only")
+    parser.add_argument("--pair", type=_positive, metavar="N", help="of a comparison: this pair's runs only")
+    parser.add_argument("--tp", type=_positive, metavar="N", help="tensor_model_parallel_size of the run, if its trace does not say")
+    parser.add_argument("--slots", type=_positive, metavar="N", help="max_num_seqs of the run, if its trace does not say")
+    parser.add_argument("--model", metavar="MODEL", help="with --gpu: step times from the shipped table, e.g. qwen3-8b")
+    parser.add_argument("--gpu", metavar="GPU", help="h100 or h200")
+    parser.add_argument("--json", metavar="FILE", help="everything as JSON; - prints it instead of the text")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Explain; the exit code is 0, or 2 for what the user can mend."""
+    return answered(args, _run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from verl_heddle.commands.asking import check_writable
+    from verl_heddle.report.why import why
+    from verl_heddle.report.why_text import document, text
+
+    if (args.model is None) != (args.gpu is None):
+        raise ValueError("--model and --gpu go together")
+    check_writable(args.json)
+    table = None
+    if args.model is not None:
+        from verl_heddle.latency import load
+
+        table = load(args.gpu, args.model)
+    answer = why(Path(args.run), args.step, args.arm, args.pair, args.tp, args.slots, table)
+    if args.json != "-":
+        print(text(answer), end="")
+    if args.json is not None:
+        told = json.dumps(document(answer), indent=1) + "\n"
+        if args.json == "-":
+            print(told, end="")
+        else:
+            Path(args.json).write_text(told)
+    return 0

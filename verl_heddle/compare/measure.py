@@ -1,0 +1,151 @@
+"""From finished runs to numbers: each run's steps, and what one step of one run took.
+
+The makespan is measured from the trajectories (first start to last end, as the trace tells them), never from `timing_s/gen`, which contains
+how often verl looks. A bare run has no trace: of it only verl's own clocks are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from verl_heddle.compare.campaign import numbers
+from verl_heddle.compare.launch import METRICS, TRACE
+from verl_heddle.compare.ledger import Entry, Ledger
+from verl_heddle.compare.plan import Key, Plan
+from verl_heddle.latency import LatencyModel
+from verl_heddle.report.arms import WARM_UP_STEPS, metrics_of, training_steps
+from verl_heddle.report.recorded import Machine, engines_of, machine, prediction
+from verl_heddle.trajectory import Trajectory
+
+SPLIT = ("queue_s", "generate_s", "tool_s", "other_s", "late_start_s")
+"""Seconds of the trajectory that ended last, by what it was doing; they add up to the makespan."""
+
+VERLS = {"step_s": "timing_s/step", "reward": "critic/score/mean", "response_tokens": "response_length/mean"}
+"""Our name, verl's metric: what a run without a trace is known by."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One training step of one run. `metrics`: names of `step_metrics`, `reward`, and those of `VERLS`. `bound_s`: None where not known."""
+
+    number: int
+    metrics: Mapping[str, float]
+    bound_s: float | None = None
+
+    def get(self, name: str) -> float | None:
+        """A metric, None where it is missing or not a number."""
+        value = self.metrics.get(name)
+        return value if value is not None and isfinite(value) else None
+
+    @property
+    def split(self) -> dict[str, float] | None:
+        """`SPLIT`, None without a trace."""
+        return {name: self.metrics[f"last/{name}"] for name in SPLIT} if "makespan_s" in self.metrics else None
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """A run that finished. `warm` are the steps that count, the first ones left out. `predicted`: rows of `recorded.prediction`."""
+
+    key: Key
+    entry: Entry
+    steps: tuple[Step, ...]
+    warm: tuple[Step, ...]
+    predicted: Sequence[tuple[int, float, float, float | None]]
+    config: Mapping[str, Any]
+
+    def step(self, number: int) -> Step | None:
+        """The step of that number among `warm`."""
+        return next((step for step in self.warm if step.number == number), None)
+
+
+def measured(
+    plan: Plan,
+    out: Path,
+    warmup: int = WARM_UP_STEPS,
+    table: LatencyModel | None = None,
+    note: Callable[[str], None] = lambda text: None,
+) -> tuple[dict[Key, RunResult], Machine | None]:
+    """Every finished run's numbers, and the machine that bounds were taken with (None where nothing could be calibrated).
+
+    Args:
+        warmup: steps left out at the start of each run, as long as one remains.
+        table: shipped step times instead of a calibration.
+        note: told what is missing, one line each.
+    """
+    ledger = Ledger(out)
+    done = [key for key in plan.runs() if ledger.finished(key)]
+    known = _machine(plan, out, [key for key in done if not plan.arm(key.arm).bare], warmup, table, note)
+    results = {}
+    for key in done:
+        entry = ledger.entry(key)
+        assert entry is not None
+        folder = ledger.folder(key)
+        traced = {} if plan.arm(key.arm).bare else traced_steps(folder)
+        logged = numbers(folder / METRICS)
+        steps = []
+        guessed: dict[int, list[tuple[int, float, float, float | None]]] = {}
+        for number in sorted(logged.keys() | traced.keys()):
+            of_verl = {name: logged[number][theirs] for name, theirs in VERLS.items() if theirs in logged.get(number, {})}
+            items = traced.get(number)
+            if items is None:
+                steps.append(Step(number, of_verl))
+                continue
+            counted = {name[7:]: value for name, value in logged.get(number, {}).items() if name.startswith("heddle/fallbacks/")}
+            bound = known.bound(items).makespan_s if known is not None else None
+            ours = metrics_of(items)
+            steps.append(Step(number, of_verl | counted | {n: v for n, v in ours.items() if n != "reward" or isfinite(v)}, bound))
+            guessed[number] = prediction(items)
+        warm = tuple(steps[warmup:] or steps[-1:])
+        predicted = [row for step in warm for row in guessed.get(step.number, [])]
+        results[key] = RunResult(key, entry, tuple(steps), warm, predicted, config_of(folder))
+    return results, known
+
+
+def traced_steps(folder: Path) -> dict[int, list[Trajectory]]:
+    """The training steps in a run's trace.
+
+    Raises:
+        ValueError: no trace, or a damaged one.
+    """
+    return training_steps(folder / TRACE / "trace.jsonl")
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """The composed verl configuration of a run, flat, as Hydra wrote it; empty where it did not."""
+    try:
+        tree = yaml.safe_load((folder / "hydra" / ".hydra" / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return {}
+    return dict(_flat(tree, "")) if isinstance(tree, dict) else {}
+
+
+def _flat(node: Any, prefix: str) -> list[tuple[str, Any]]:
+    if not isinstance(node, dict) or not node:
+        return [(prefix.rstrip("."), node)]
+    return [leaf for key, value in node.items() for leaf in _flat(value, f"{prefix}{key}.")]
+
+
+def _machine(
+    plan: Plan, out: Path, keys: Sequence[Key], warmup: int, table: LatencyModel | None, note: Callable[[str], None]
+) -> Machine | None:
+    """Calibrated on all arms of the first pair that has any: one model for all, so that fractions of the bound can be compared."""
+    if not keys:
+        return None
+    ledger = Ledger(out)
+    steps: list[list[Trajectory]] = []
+    for key in keys:
+        if key.pair == keys[0].pair:
+            of_run = list(traced_steps(ledger.folder(key)).values())
+            steps += of_run[warmup:] or of_run
+    try:
+        return machine(steps, engines_of(steps[-1]), table)
+    except ValueError as error:
+        note(f"no lower bound: {error}")
+        return None

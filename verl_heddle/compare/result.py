@@ -1,0 +1,212 @@
+"""A comparison's answer: each arm against the first one, over the pairs both have finished."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import exp
+from statistics import mean, median
+from typing import Any
+
+import numpy as np
+
+from verl_heddle.compare.arms import Arm
+from verl_heddle.compare.bootstrap import Ratio, paired_ratio
+from verl_heddle.compare.ledger import Entry
+from verl_heddle.compare.measure import SPLIT, RunResult, Step
+from verl_heddle.compare.plan import Key, Plan
+from verl_heddle.report.recorded import Machine
+from verl_heddle.traces.describe import spearman
+
+OURS = (
+    "trainer.experiment_name",
+    "trainer.default_local_dir",
+    "trainer.rollout_data_dir",
+    "trainer.validation_data_dir",
+    "ray_kwargs.ray_init.runtime_env.env_vars.",
+    "hydra.",
+    "heddle.trace.dir",
+)
+"""Keys (or, ending in a dot, nodes) that differ from run to run because we set them; seeds do as well."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """How good predictions of a trajectory's remaining tokens were, over all predicted turns.
+
+    `rank`: Spearman correlation with the truth. `factor`: typical error as a factor, e.g. 1.5 (half of the predictions are within it).
+    `bias`: sum predicted over sum true. `covered`: share of turns whose true value is below the predicted upper quantile.
+    """
+
+    turns: int
+    rank: float | None
+    factor: float
+    bias: float
+    covered: float | None
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """One arm over its finished runs, by pair. Ratios are over `base` (None for the base itself, or where no pair is shared)."""
+
+    arm: Arm
+    runs: Mapping[int, RunResult]
+    base: ArmResult | None
+
+    @cached_property
+    def speedup(self) -> Ratio | None:
+        """Makespan of the base over this one's, by the trajectories."""
+        return self._ratio("makespan_s")
+
+    @cached_property
+    def step_ratio(self) -> Ratio | None:
+        """Seconds of the whole training step of the base over this one's, by verl's clock."""
+        return self._ratio("step_s")
+
+    @cached_property
+    def throughput_ratio(self) -> Ratio | None:
+        """Generated tokens per second of makespan, this one's over the base's: immune to one arm having drawn longer answers."""
+        return self._ratio("makespan_s", "tokens")
+
+    @property
+    def steps(self) -> list[Step]:
+        """Steps that count, of all runs."""
+        return [step for run in self.runs.values() for step in run.warm]
+
+    def values(self, name: str) -> list[float]:
+        """A metric of the steps that count, where it is known."""
+        return [value for step in self.steps if (value := step.get(name)) is not None]
+
+    def median(self, name: str) -> float | None:
+        """Median over the steps that count."""
+        found = self.values(name)
+        return median(found) if found else None
+
+    def mean(self, name: str) -> float | None:
+        """Mean over the steps that count."""
+        found = self.values(name)
+        return mean(found) if found else None
+
+    def total(self, prefix: str) -> dict[str, float]:
+        """Sums over the steps that count of all metrics that begin so, by the rest of their name."""
+        found: Counter[str] = Counter()
+        for step in self.steps:
+            for name, value in step.metrics.items():
+                if name.startswith(prefix):
+                    found[name.removeprefix(prefix)] += value  # type: ignore[assignment]
+        return dict(found)
+
+    @property
+    def split(self) -> dict[str, float] | None:
+        """Mean seconds of `SPLIT`; they add up to the mean makespan. None without a trace."""
+        splits = [step.split for step in self.steps if step.split is not None]
+        return {name: mean(split[name] for split in splits) for name in SPLIT} if splits else None
+
+    @property
+    def bound_fraction(self) -> float | None:
+        """Sum of the bounds over sum of the makespans: 1 cannot be beaten, if the model of step times is right."""
+        known = [(step.bound_s, step.metrics["makespan_s"]) for step in self.steps if step.bound_s is not None]
+        return sum(low for low, _ in known) / sum(took for _, took in known) if known else None
+
+    @cached_property
+    def prediction(self) -> Prediction | None:
+        """None where nothing was predicted."""
+        rows = [row for run in self.runs.values() for row in run.predicted]
+        if not rows:
+            return None
+        told, true = np.array([row[1] for row in rows]), np.array([row[2] for row in rows])
+        errors = np.abs(np.log(np.maximum(told, 1.0)) - np.log(np.maximum(true, 1.0)))
+        upper = [(row[2], row[3]) for row in rows if row[3] is not None]
+        return Prediction(
+            turns=len(rows),
+            rank=spearman(told, true),
+            factor=exp(float(np.median(errors))),
+            bias=float(told.sum() / true.sum()),
+            covered=mean(value <= high for value, high in upper) if upper else None,
+        )
+
+    def curve(self, name: str) -> list[tuple[int, float]]:
+        """(step, mean over the runs) of a metric, all steps."""
+        by_step: dict[int, list[float]] = {}
+        for run in self.runs.values():
+            for step in run.steps:
+                if (value := step.get(name)) is not None:
+                    by_step.setdefault(step.number, []).append(value)
+        return [(number, mean(found)) for number, found in sorted(by_step.items())]
+
+    def _ratio(self, seconds: str, tokens: str | None = None) -> Ratio | None:
+        if self.base is None:
+            return None
+        pairs = []
+        for pair, run in self.runs.items():
+            other = self.base.runs.get(pair)
+            if other is None:
+                continue
+            rows = [(_cost(base, seconds, tokens), _cost(step, seconds, tokens)) for step in run.warm if (base := other.step(step.number))]
+            known = [(base, own) for base, own in rows if base is not None and own is not None]
+            pairs.append((pair, [base for base, _ in known], [own for _, own in known]))
+        return paired_ratio(pairs)
+
+
+def _cost(step: Step, seconds: str, tokens: str | None) -> float | None:
+    """Seconds, or seconds per token."""
+    took, made = step.get(seconds), 1.0 if tokens is None else step.get(tokens)
+    return took / made if took and made else None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`arms` in the order of the plan, the first one what the others are compared with. `entries`: every run that was begun."""
+
+    plan: Plan
+    arms: Mapping[str, ArmResult]
+    entries: Mapping[Key, Entry | None]
+    machine: Machine | None
+    warmup: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def base(self) -> ArmResult:
+        """What the others are compared with."""
+        return next(iter(self.arms.values()))
+
+    @property
+    def others(self) -> list[ArmResult]:
+        """All arms but the base."""
+        return list(self.arms.values())[1:]
+
+    @property
+    def missing(self) -> dict[Key, Entry | None]:
+        """Runs that are not finished."""
+        return {key: entry for key, entry in self.entries.items() if entry is None or entry.state != "finished"}
+
+    def config_diff(self) -> dict[str, dict[str, Any]]:
+        """verl keys whose values differ between arms in the first pair, by arm; seeds and what keeps runs apart are left out."""
+        configs = {name: next(iter(arm.runs.values())).config for name, arm in self.arms.items() if arm.runs}
+        configs = {name: config for name, config in configs.items() if config}
+        keys = sorted({key for config in configs.values() for key in config})
+        rows = {key: {name: config.get(key) for name, config in configs.items()} for key in keys if not _ours(key)}
+        return {key: row for key, row in rows.items() if len({str(value) for value in row.values()}) > 1}
+
+
+def comparison(
+    plan: Plan,
+    results: Mapping[Key, RunResult],
+    entries: Mapping[Key, Entry | None],
+    machine: Machine | None,
+    warmup: int,
+    notes: Sequence[str] = (),
+) -> Comparison:
+    """Put runs together by arm."""
+    base: ArmResult | None = None
+    arms: dict[str, ArmResult] = {}
+    for arm in plan.arms:
+        arms[arm.name] = ArmResult(arm, {key.pair: run for key, run in results.items() if key.arm == arm.name}, base)
+        base = base or arms[arm.name]
+    return Comparison(plan, arms, entries, machine, warmup, tuple(notes))
+
+
+def _ours(key: str) -> bool:
+    return key.endswith("seed") or any(key == name or (name.endswith(".") and key.startswith(name)) for name in OURS)

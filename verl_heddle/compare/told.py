@@ -1,0 +1,170 @@
+"""A comparison in plain sentences: how fast, why, at what price, what did not help. None says more than the intervals support."""
+
+from __future__ import annotations
+
+from verl_heddle.compare.bootstrap import FEW_PAIRS, Ratio
+from verl_heddle.compare.measure import SPLIT
+from verl_heddle.compare.result import ArmResult, Comparison
+from verl_heddle.report.explain import WAITED
+from verl_heddle.report.words import count, listed, number, percent, ratio
+
+ALIKE = 0.03
+"""Arms whose mean tokens per trajectory differ by less generated the same amount: three standard errors of a few hundred trajectories."""
+
+ROUGH = 0.15
+"""Median error of calibrated step times from which on bounds are called rough; on engines of their own it is a few per cent."""
+
+WEAK_RANK = 0.3
+"""Rank correlation below which a prediction orders trajectories little better than chance."""
+
+SPLIT_WORDS = {
+    "queue_s": "waiting for a slot",
+    "generate_s": "generating",
+    "tool_s": "in tools",
+    "other_s": "between turns",
+    "late_start_s": "starting late",
+}
+
+
+def told(answer: Comparison) -> list[str]:
+    """What came out, most important first."""
+    base = answer.base
+    lines = []
+    for arm in answer.others:
+        lines += _speed(arm, base)
+    lines += _lengths_and_rewards(answer)
+    lines += _bound(answer)
+    return lines or ["No pair is finished, so nothing can be compared yet."]
+
+
+def not_helped(answer: Comparison) -> list[str]:
+    """What did not help, and why as far as the runs show it."""
+    lines = []
+    base = answer.base
+    for arm in answer.others:
+        found, name = arm.speedup, arm.arm.name
+        if found is None or found.verdict == "faster":
+            continue
+        verdict = "was slower than" if found.verdict == "slower" else "made no difference beyond chance to"
+        lines.append(f"{name} {verdict} {base.arm.name}: {interval(found)}.")
+        waited = base.median("queue_share")
+        if waited is not None and waited < WAITED and not arm.arm.bare:
+            lines.append(
+                f"In {base.arm.name} turns waited only {100 * waited:.1f} % of the time for a slot: where nobody waits, an order "
+                "of the queue changes nothing. Tensor parallelism may be the larger lever: verl-heddle plan."
+            )
+    for arm in answer.arms.values():
+        guess = arm.prediction
+        if guess is not None and guess.rank is not None and guess.rank < WEAK_RANK and arm is not base:
+            lines.append(
+                f"{arm.arm.name}'s predictions hardly order trajectories (rank correlation {guess.rank:.2f}, {count(guess.turns)} turns): "
+                "prompts came round too seldom, or lengths differ within a prompt more than between prompts."
+            )
+        if fallen := arm.total("fallbacks/").get("total"):
+            lines.append(f"In {arm.arm.name} verl's own rule had to step in {count(fallen)} times.")
+    return lines
+
+
+def cautions(answer: Comparison) -> list[str]:
+    """What the reader must know to trust the numbers as far as they go."""
+    lines = list(answer.notes)
+    if answer.machine is not None:
+        fit = answer.machine.latency.engines[answer.machine.engines.tp].fit
+        if fit is not None and fit.median_error > ROUGH:
+            lines.append(
+                f"Lower bounds are rough: the calibrated step times miss half of the turns by more than {percent(fit.median_error)} "
+                "(engines that share cores, or other work on the machine)."
+            )
+    for key, entry in answer.missing.items():
+        state = "not made yet" if entry is None else entry.why or ("interrupted" if entry.state == "running" else entry.state)
+        lines.append(f"Pair {key.pair}, {key.arm} is missing: {state}.")
+    pairs = max((len(arm.speedup.by_pair) for arm in answer.others if arm.speedup), default=0)
+    if 0 < pairs < FEW_PAIRS:
+        lines.append(
+            f"The intervals rest on {pairs} pair{'s' if pairs > 1 else ''} and are too narrow for that: "
+            f"--pairs {2 * pairs + (pairs == 1) * 2} goes on from here."
+        )
+    unknown = [arm.arm.name for arm in answer.arms.values() if any(run.steps == run.warm for run in arm.runs.values())]
+    if unknown and answer.warmup:
+        lines.append(f"Runs of one step pay for compilation and cold caches in it ({listed(sorted(set(unknown)))}); use more --steps.")
+    return lines
+
+
+def interval(found: Ratio) -> str:
+    """For example "1.12x (95 % interval 1.05 to 1.20; 3 pairs, 12 steps)"."""
+    pairs, steps = len(found.by_pair), found.steps
+    size = f"{pairs} pair{'s' if pairs > 1 else ''}, {count(steps)} step{'s' if steps > 1 else ''}"
+    if found.low is None or found.high is None:
+        return f"{ratio(found.value)} (one step of one pair: chance is not visible)"
+    return f"{ratio(found.value)} (95 % interval {found.low:.2f} to {found.high:.2f}; {size})"
+
+
+def _speed(arm: ArmResult, base: ArmResult) -> list[str]:
+    name, found = arm.arm.name, arm.speedup
+    whole = arm.step_ratio
+    if found is None:
+        if whole is None:
+            return []
+        return [f"{name} has no trace; by verl's clock its whole training step runs at {interval(whole)} the speed of {base.arm.name}'s."]
+    verdict = {"faster": "faster", "slower": "slower", "unclear": "no difference beyond chance"}[found.verdict]
+    lines = [f"{name}'s rollouts run at {interval(found)} the speed of {base.arm.name}'s: {verdict}."]
+    if whole is not None:
+        took, rollout = base.mean("step_s"), base.mean("makespan_s")
+        share = f"; rollouts are {percent(rollout / took)} of {base.arm.name}'s step" if took and rollout else ""
+        lines.append(f"Its whole training step runs at {interval(whole)}{share}.")
+    mine, theirs = arm.split, base.split
+    if mine is not None and theirs is not None:
+        change = {key: theirs[key] - mine[key] for key in SPLIT}
+        total = sum(change.values())
+        word = "less" if total > 0 else "more"
+        parts = sorted(change.items(), key=lambda part: -abs(part[1]))
+        named = [
+            f"{number(abs(value))} s {'less' if value > 0 else 'more'} {SPLIT_WORDS[key]}"
+            for key, value in parts[:3]
+            if abs(value) >= 0.005
+        ]
+        if named:
+            first = f"A step of {name} takes {number(abs(total))} s {word}; the" if found.verdict != "unclear" else f"In {name} the"
+            lines.append(f"{first} trajectory that ends last spends {listed(named)}.")
+    return lines
+
+
+def _lengths_and_rewards(answer: Comparison) -> list[str]:
+    rewards = {name: value for name, arm in answer.arms.items() if (value := arm.mean("reward")) is not None}
+    lengths = {name: value for name, arm in answer.arms.items() if (value := _length(arm)) is not None}
+    lines = []
+    if rewards:
+        told = listed([f"{value:.3f} ({name})" for name, value in rewards.items()])
+        lines.append(
+            f"Mean reward: {told}."
+            + (f" Tokens a trajectory: {listed([f'{v:,.0f} ({n})' for n, v in lengths.items()])}." if lengths else "")
+        )
+    base = lengths.get(answer.base.arm.name)
+    for arm in answer.others:
+        own, per_token = lengths.get(arm.arm.name), arm.throughput_ratio
+        if base and own and per_token is not None and abs(own / base - 1) > ALIKE:
+            less = "less" if own < base else "more"
+            lines.append(
+                f"{arm.arm.name} generated {percent(abs(own / base - 1))} {less} than {answer.base.arm.name}, by the chance of sampling; "
+                f"per token it is {interval(per_token)}."
+            )
+    return lines
+
+
+def _length(arm: ArmResult) -> float | None:
+    tokens, number_of = sum(arm.values("tokens")), sum(arm.values("trajectories"))
+    return tokens / number_of if number_of else arm.mean("response_tokens")
+
+
+def _bound(answer: Comparison) -> list[str]:
+    reached = {name: value for name, arm in answer.arms.items() if (value := arm.bound_fraction) is not None}
+    if not reached or answer.machine is None:
+        return []
+    each = listed([f"{name} reaches {percent(value)}" for name, value in reached.items()])
+    text = f"Of what no schedule on these engines could beat, {each}."
+    over = [name for name, value in reached.items() if value > 1]
+    if over:
+        text += f" More than 100 % ({listed(over)}) means that the step times assumed ({answer.machine.source}) are too slow."
+    elif (best := max(reached.values())) > 0.9:
+        text += f" Little is left to win: {percent(1 - best)}."
+    return [text]

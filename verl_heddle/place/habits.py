@@ -1,0 +1,61 @@
+"""What the trajectories of today are like, in the mean: the numbers that `pace` needs, from the planner's own events.
+
+Law: a turn's tokens and the growth of the context per token are means over all turns since the start of the run, weighted so that old ones
+fade (`FADE`); the context is the mean over who is live; tool seconds per token are what the estimates of the live say.
+Cost: O(1) per event, O(live) per `habit`, asked for when `due`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from verl_heddle.place.pace import Habit
+from verl_heddle.predict.quantities import Estimate
+
+FADE = 1.0 - 1.0 / 4096
+"""Per turn: a usual step has thousands, and the next step is another policy."""
+
+RETUNE = 64
+"""Events between looks, or a quarter of the trajectories where there are more than 256."""
+
+UNSEEN = Habit()
+"""Before the first turn has ended."""
+
+
+class Habits:
+    """See the module."""
+
+    def __init__(self) -> None:
+        self._turns = self._output = self._input = 0.0
+        self._events = self._covers = 0
+
+    def answered(self, tokens: int) -> None:
+        """A turn begins with so many new tokens in its context."""
+        self._input += max(0, tokens)
+
+    def spoke(self, tokens: int) -> None:
+        """A turn ended."""
+        self._turns, self._output, self._input = FADE * self._turns + 1, FADE * self._output + tokens, FADE * self._input
+
+    def due(self, live: int) -> bool:
+        """An event happened; whether it is time to look again. The answer yes is remembered as done."""
+        self._events += 1
+        if live <= self._covers and self._events < max(RETUNE, live // 4):
+            return False
+        self._events, self._covers = 0, 2 * live
+        return True
+
+    @property
+    def covers(self) -> float:
+        """Most trajectories there may be before it is due again."""
+        return float(max(2, self._covers))
+
+    def habit(self, live: Iterable[tuple[int, Estimate]]) -> Habit:
+        """From the context and the estimate of everybody under way."""
+        known = list(live)
+        left = sum(one.median_tokens for _, one in known)
+        context = sum(tokens for tokens, _ in known) / max(1, len(known))
+        tool_s = sum(one.tool_s for _, one in known) / max(left, 1.0)
+        if not self._output:
+            return UNSEEN._replace(context_tokens=context, tool_s=tool_s)
+        return Habit(context, 1.0 + self._input / self._output, max(1.0, self._output / self._turns), tool_s)

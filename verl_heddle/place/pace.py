@@ -1,0 +1,114 @@
+"""From a latency model to seconds per token: the one place where the planner changes units.
+
+Law: k trajectories live on a replica, with contexts of c tokens; d of them want to decode at any moment, the rest are in tools. A token of
+one of them takes
+
+    tau(k) = step + tool_s        d = k * step / tau(k)
+    step = [decode_s(tp, b, c) + b * read / turn_tokens] * max(1, d / room)        b = min(d, room)
+    read = seconds to prefill a turn's new input, and in a share `lost` of the turns the whole context again
+    lost = (k - held) / (k - b) within 0 and 1
+
+by fixed-point iteration. held = contexts that fit the KV cache; room = the most that decode at once, the lesser of slots and `held`: beyond
+it trajectories take turns, and the prefix of one that waits is evicted by those that run (least recently used first), which makes a crowd
+far dearer than its decoding. tool_s = seconds in tools per generated token, which no neighbour slows down.
+Invariant: tau is non-decreasing in k. Source: the cost model of `simulate/engine.py` and its prefix cache, averaged.
+Cost: `ROUNDS` vectorised calls of the latency model.
+"""
+
+from __future__ import annotations
+
+from math import log
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from verl_heddle.fleet import Replica
+from verl_heddle.place.cost import Degree, Floats
+
+ROUNDS = 6
+"""Iterations of the fixed point; it contracts by at least the share of time in tools, and times are known to a percent at best."""
+
+COUNTS = 40
+"""Batch sizes at which a `Tempo` is kept, in even ratios: linear between them in log k, within 1 % up to 2,000 trajectories."""
+
+
+class Latency(Protocol):
+    """What the planner asks of a latency model; `verl_heddle.latency.LatencyModel` has it. Seconds."""
+
+    def decode_s(self, tp: int, batch: Any, context_tokens: Any, /) -> Any:
+        """One decode step; numbers or arrays that broadcast."""
+
+    def prefill_s(self, tp: int, new_tokens: Any, context_tokens: Any = 0, /) -> Any:
+        """Reading new tokens after cached ones, alone on the replica."""
+
+
+class Habit(NamedTuple):
+    """How the trajectories of today behave, in the mean."""
+
+    context_tokens: float = 1000.0
+    """Context of one that has just been asked about."""
+    growth: float = 1.0
+    """Tokens the context grows by per generated token: 1 and what tools answer."""
+    turn_tokens: float = 500.0
+    """Generated in a turn."""
+    tool_s: float = 0.0
+    """Seconds in tools per generated token."""
+
+    @property
+    def input_tokens(self) -> float:
+        """New input of a turn."""
+        return max(0.0, self.growth - 1.0) * self.turn_tokens
+
+
+def pace(latency: Latency, replica: Replica, together: Floats, context_tokens: Floats | float, habit: Habit) -> Floats:
+    """tau with `together` trajectories of this context (both broadcast); non-decreasing along the last axis if `together` is.
+
+    Raises:
+        ValueError: a number of `habit` is negative, or no tokens are generated in a turn.
+    """
+    if min(habit) < 0 or not habit.turn_tokens > 0:
+        raise ValueError(f"a habit's numbers must not be negative, and a turn generates tokens; got {habit}")
+    tp, (count, context) = replica.tp, np.broadcast_arrays(np.asarray(together, dtype=np.float64), np.maximum(context_tokens, 1.0))
+    held = np.full(context.shape, np.inf) if replica.kv_tokens is None else replica.kv_tokens / context
+    room = np.maximum(1.0, np.minimum(replica.slots, held))
+    first = latency.prefill_s(tp, np.ones_like(context), context)
+    fresh = np.maximum(0.0, latency.prefill_s(tp, np.full_like(context, 1.0 + habit.input_tokens), context) - first)
+    again = np.maximum(fresh, latency.prefill_s(tp, context, np.zeros_like(context)) - first)
+
+    def step(wanting: Floats) -> Floats:
+        batch = np.clip(wanting, 1.0, room)
+        lost = np.clip((count - held) / np.maximum(count - batch, 1e-9), 0.0, 1.0)
+        reading = batch * (fresh + lost * (again - fresh)) / habit.turn_tokens
+        seconds = (latency.decode_s(tp, batch, context) + reading) * np.maximum(1.0, wanting / room)
+        return np.asarray(seconds, dtype=np.float64)
+
+    seconds = step(count)
+    for _ in range(ROUNDS if habit.tool_s else 0):
+        seconds = step(count * seconds / (seconds + habit.tool_s))
+    return np.asarray(np.maximum.accumulate(seconds, axis=-1) + habit.tool_s, dtype=np.float64)
+
+
+def degree(latency: Latency, replica: Replica, most: int, habit: Habit) -> Degree:
+    """A table of `pace` for the exact solver: up to `most` trajectories on replicas like this one, waiting for slots and KV included."""
+    together = np.arange(1, most + 1, dtype=np.float64)
+    return Degree(replica.tp, pace(latency, replica, together, habit.context_tokens, habit))
+
+
+class Tempo:
+    """tau along a grid of generated tokens, while contexts grow; `at` interpolates in the number of trajectories."""
+
+    def __init__(self, latency: Latency, replica: Replica, grid: Floats, most: float, habit: Habit) -> None:
+        most = max(2.0, most)
+        counts = np.geomspace(1.0, most, COUNTS)
+        contexts = habit.context_tokens + habit.growth * grid
+        self._per_log = (COUNTS - 1) / log(most)
+        self._tau = pace(latency, replica, counts[None, :], contexts[:, None], habit)
+        self._slope = np.diff(self._tau, axis=1)
+        self._rows = np.arange(len(grid))
+
+    def at(self, together: Floats) -> Floats:
+        """Seconds per token at each point of the grid, shape [..., grid]; below 1 trajectory as for 1, beyond the most on the last line."""
+        place = np.log(np.maximum(together, 1.0)) * self._per_log
+        cell = np.minimum(place.astype(np.intp), COUNTS - 2)
+        tau: Floats = self._tau[self._rows, cell] + (place - cell) * self._slope[self._rows, cell]
+        return tau

@@ -1,0 +1,90 @@
+"""What would have helped a recorded step: other decisions, engines and tools, simulated one at a time, on the machine the run had.
+
+Every answer is a ratio to the simulation of the step *as it was* (`Machine.replayed`), so that what the simulator gets wrong in both
+cancels as far as it can. Nothing is combined: effects do not add up. Where lengths were known in advance, it says so; no live policy
+knows them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from verl_heddle.report.recorded import AsRecorded, Machine, overhead_s, ready
+from verl_heddle.simulate import Result
+from verl_heddle.simulate.baselines import LptOracle, Slime, Stock
+from verl_heddle.simulate.workload import most_kv
+from verl_heddle.trajectory import Trajectory
+
+
+@dataclass(frozen=True, slots=True)
+class WhatIf:
+    """`ratio`: makespan as it was over makespan in this case, both simulated. `kind` groups them: `order`, `place`, `tools`, ..."""
+
+    name: str
+    kind: str
+    told: str
+    makespan_s: float
+    ratio: float
+    value: int | None = None
+    """Slots or degree that was tried."""
+
+
+def what_ifs(step: Sequence[Trajectory], machine: Machine, base: Result, last: Trajectory) -> list[WhatIf]:
+    """Every case that can be asked; `base` is the step as it was, `last` the trajectory that ended last.
+
+    A case the engines could not serve (a context that fits no replica) is left out.
+    """
+    rows = []
+    for name, kind, told, value, result in _cases(step, machine, last):
+        rows.append(WhatIf(name, kind, told, result.makespan_s, base.makespan_s / result.makespan_s, value))
+    return rows
+
+
+def _cases(step: Sequence[Trajectory], machine: Machine, last: Trajectory) -> Iterator[tuple[str, str, str, int | None, Result]]:
+    work, fleet, lost = ready(step), machine.fleet(), overhead_s(step)
+    order, engines = machine.engines.order, machine.engines
+    same = AsRecorded(step, fleet)
+    run = machine.run
+    known = AsRecorded(step, fleet, remaining=True)
+    yield "known_order", "order", "lengths known: longest first, each where it was", None, run(work, known, order="priority", overhead=lost)
+    yield (
+        "known_all",
+        "order",
+        "lengths known: longest first, placed anew",
+        None,
+        run(work, LptOracle(work), order="priority", overhead=lost),
+    )
+    yield "least_loaded", "place", "every turn to the least loaded replica", None, run(work, Slime(), order=order, overhead=lost)
+    if order == "priority":
+        yield "stock", "order", "verl's own placement and order", None, run(work, Stock(), overhead=lost)
+    if any(turn.tool_latency_s for item in work for turn in item.steps):
+        quick = [replace(item, steps=tuple(replace(turn, tool_latency_s=0.0) for turn in item.steps)) for item in work]
+        yield "no_tools", "tools", "tools take no time", None, run(quick, same, order=order, overhead=lost)
+    if lost > 0:
+        yield "no_overhead", "between", "no time between engine and tools", None, run(work, same, order=order)
+    more = engines.slots * 2
+    yield (
+        "more_slots",
+        "slots",
+        f"{more} slots a replica",
+        more,
+        run(work, same, order=order, fleet=machine.fleet(slots=more), overhead=lost),
+    )
+    if (fewer := engines.slots // 2) >= 1:
+        few = machine.fleet(slots=fewer)
+        yield "fewer_slots", "slots", f"{fewer} slots a replica", fewer, run(work, same, order=order, fleet=few, overhead=lost)
+    for tp in machine.tps:
+        if tp != engines.tp and engines.gpus % tp == 0 and _holds(machine, tp, work):
+            yield f"tp_{tp}", "tp", f"tp={tp} on the same GPUs, verl's rule", tp, run(work, Stock(), fleet=machine.fleet(tp), overhead=lost)
+    double = machine.fleet(replicas=2 * engines.replicas)
+    yield "more_replicas", "replicas", "twice the replicas, verl's rule", None, run(work, Stock(), fleet=double, overhead=lost)
+    others = [item for item in step if item is not last]
+    if others:
+        rest = run(ready(others), AsRecorded(step, fleet), order=order, overhead=lost)
+        yield "without_last", "shape", "without the trajectory that ended last", None, rest
+
+
+def _holds(machine: Machine, tp: int, work: Sequence[Trajectory]) -> bool:
+    held = machine.latency.kv_tokens(tp)
+    return held is None or held >= most_kv(work)

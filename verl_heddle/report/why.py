@@ -1,0 +1,166 @@
+"""Why a recorded step took as long as it did: what `verl-heddle explain` finds out. How it is said is in `why_text.py`.
+
+A step is as long as its last trajectory, so its life is told turn by turn; the rest of the step matters only by what it did to that life.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from verl_heddle.compare.launch import TRACE
+from verl_heddle.compare.ledger import Ledger
+from verl_heddle.compare.plan import FILE, read_plan
+from verl_heddle.latency import LatencyModel
+from verl_heddle.report.arms import WARM_UP_STEPS, metrics_of, training_steps
+from verl_heddle.report.attribution import Split, split
+from verl_heddle.report.recorded import Engines, Machine, engines_of, machine, ready
+from verl_heddle.report.whatif import WhatIf, what_ifs
+from verl_heddle.simulate import Bound
+from verl_heddle.simulate.baselines import Stock
+from verl_heddle.trajectory import Trajectory
+
+Steps = dict[int, list[Trajectory]]
+
+
+@dataclass(frozen=True)
+class Why:
+    """Of one step. Times in seconds; `metrics` as in `step_metrics`. Fields after `split` are None where step times are not known."""
+
+    source: str
+    """Which file, and of a comparison which run."""
+    step: int
+    steps: int
+    """How many the run has."""
+    typical_s: float
+    """Median makespan of the run's steps."""
+    metrics: dict[str, float]
+    items: Sequence[Trajectory]
+    last: Trajectory
+    late_s: float
+    """From the step's start to the last trajectory's."""
+    split: Split
+    engines: Engines
+    machine: Machine | None = None
+    alone_s: float | None = None
+    """What its generating takes with a replica to itself, simulated."""
+    replayed_s: float | None = None
+    """Makespan of the step as it was, simulated."""
+    bound: Bound | None = None
+    what_ifs: tuple[WhatIf, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def shared_s(self) -> float | None:
+        """Generating time lost to the others on the replica. Not below 0."""
+        return None if self.alone_s is None else max(0.0, self.split.generate_s - self.alone_s)
+
+
+def why(
+    run: Path,
+    step: int | None = None,
+    arm: str | None = None,
+    pair: int | None = None,
+    tp: int | None = None,
+    slots: int | None = None,
+    table: LatencyModel | None = None,
+) -> Why:
+    """Explain a step of a recorded run; `step` None: the slowest after the first.
+
+    Args:
+        run: a trace file, a folder with one (or with heddle/trace.jsonl), or a comparison's folder.
+        arm, pair: of a comparison, which runs.
+        tp, slots: of the engines, where the trace does not say.
+        table: step times instead of a calibration.
+
+    Raises:
+        ValueError: nothing there to explain; one line.
+    """
+    name, number, steps = _chosen(run, step, arm, pair)
+    items = steps[number]
+    last = max(items, key=lambda item: item.meta["end_s"])
+    metrics = metrics_of(items)
+    engines = engines_of(list(steps.values())[-1], tp, slots)
+    known = Why(
+        source=name,
+        step=number,
+        steps=len(steps),
+        typical_s=median(metrics_of(one)["makespan_s"] for one in steps.values()),
+        metrics=metrics,
+        items=items,
+        last=last,
+        late_s=metrics["last/late_start_s"],
+        split=split(last),
+        engines=engines,
+        notes=_notes(engines, items),
+    )
+    measured = list(steps.values())
+    try:
+        model = machine(measured[WARM_UP_STEPS:] or measured, engines, table)
+    except ValueError as error:
+        return Why(**{**known.__dict__, "notes": (*known.notes, f"What would have helped is not known: {error}")})
+    base = model.replayed(items)
+    quiet = [one for one in ready(items) if (one.prompt_id, one.meta.get("uid")) == (last.prompt_id, last.meta.get("uid"))]
+    own = next(one for one in quiet if str(one.trial).split(" of ")[0] == str(last.trial))
+    alone = model.run([own], Stock(), fleet=model.fleet(replicas=1))
+    return Why(
+        **{
+            **known.__dict__,
+            "machine": model,
+            "alone_s": float(alone.prefill_s[0] + alone.generate_s[0]),
+            "replayed_s": base.makespan_s,
+            "bound": model.bound(items),
+            "what_ifs": tuple(what_ifs(items, model, base, last)),
+        }
+    )
+
+
+def _chosen(run: Path, step: int | None, arm: str | None, pair: int | None) -> tuple[str, int, Steps]:
+    """Name, step and all steps of the run that holds it: of several runs the one whose step (or slowest step) took longest."""
+    found: list[tuple[float, str, int, Steps]] = []
+    seen: set[int] = set()
+    for name, trace in _traces(run, arm, pair):
+        steps = training_steps(trace)
+        seen |= steps.keys()
+        some = [step] if step is not None else list(steps)[WARM_UP_STEPS:] or list(steps)
+        for number in some:
+            if number in steps:
+                found.append((metrics_of(steps[number])["makespan_s"], name, number, steps))
+        found = [max(found, key=lambda entry: entry[0])] if found else []
+    if not found:
+        raise ValueError(f"{run} has no training step {step}; it has {', '.join(map(str, sorted(seen)[:20]))}")
+    _, name, number, steps = found[0]
+    return name, number, steps
+
+
+def _traces(run: Path, arm: str | None, pair: int | None) -> Iterator[tuple[str, Path]]:
+    if (run / FILE).is_file():
+        plan, ledger = read_plan(run), Ledger(run)
+        known = [key for key in plan.runs() if ledger.finished(key) and not plan.arm(key.arm).bare]
+        keys = [key for key in known if arm in (None, key.arm) and pair in (None, key.pair)]
+        if not keys:
+            there = ", ".join(f"pair {key.pair} {key.arm}" for key in known) or "none"
+            raise ValueError(f"{run}: no finished run with a trace fits; there is: {there}")
+        for key in keys:
+            yield f"{run.name}, pair {key.pair}, {key.arm}", ledger.folder(key) / TRACE / "trace.jsonl"
+        return
+    if arm is not None or pair is not None:
+        raise ValueError(f"--arm and --pair choose runs of a comparison, and {run} is none")
+    inside = (run / TRACE / "trace.jsonl", run / "trace.jsonl")
+    yield str(run), next((file for file in inside if file.is_file()), run)
+
+
+def _notes(engines: Engines, items: Sequence[Trajectory]) -> tuple[str, ...]:
+    notes = []
+    if engines.assumed:
+        words = {"tp": f"--tp {engines.tp}", "slots": f"--slots {engines.slots}"}
+        notes.append(f"The trace does not say what the engines were; assumed: {', '.join(words[name] for name in engines.assumed)}.")
+    cut = sum(item.meta.get("outcome") not in (None, "finished") for item in items)
+    if cut:
+        notes.append(f"{cut} trajectories failed or were cancelled; they count as long as they had run.")
+    lost = sum(turn.preemptions or 0 for item in items for turn in item.steps)
+    if lost:
+        notes.append(f"{lost} turns lost their slot in the engine; without a table of KV memory (--model, --gpu) that is not simulated.")
+    return tuple(notes)

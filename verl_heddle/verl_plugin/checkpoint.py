@@ -1,0 +1,72 @@
+"""What the predictor has learnt, kept with verl's checkpoints: `global_step_N/heddle/predictor.bin`.
+
+Saved by verl's checkpoint callback (`trainer.checkpoint_callback_class`), in the task runner, after verl's own files are written; read when
+the agent-loop manager starts, from the folder verl is about to resume from. Neither ever fails a run: a checkpoint without it, or one that
+does not fit, means a cold start, and one line says so.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import ray
+from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
+from verl.utils.checkpoint.checkpoint_manager import find_latest_ckpt_path
+
+from verl_heddle.verl_plugin.voice import say, say_once
+
+FILE = os.path.join("heddle", "predictor.bin")
+
+
+class HeddleCheckpoint(CheckpointCallback):
+    """verl's hook after each save."""
+
+    def on_save(self, trainer: Any, global_step: int, checkpoint_dir: str, async_save: bool = False, **kwargs: Any) -> None:
+        try:
+            manager = trainer.agent_loop_manager
+            if hasattr(manager, "router") and manager.options.predict.checkpoint:  # otherwise it is verl's own
+                state = ray.get(manager.router.learnt.remote(), timeout=manager.options.deadlines.router_s)
+                if state is not None:
+                    _write(os.path.join(checkpoint_dir, FILE), state)
+        except Exception as error:
+            say_once(f"what was learnt of lengths is not in the checkpoint of step {global_step} ({type(error).__name__}: {error})")
+
+
+def restore(manager: Any, config: Any) -> None:
+    """Give the router what the checkpoint that verl resumes from holds, if it resumes from one."""
+    try:
+        folder = resumed_from(config.trainer)
+        if folder is None or not manager.options.predict.checkpoint or manager.options.observe:
+            return
+        path = os.path.join(folder, FILE)
+        if not os.path.exists(path):
+            say(f"no lengths were learnt in {folder}: predictions start cold")
+            return
+        with open(path, "rb") as file:
+            state = file.read()
+        why_not = ray.get(manager.router.learn_again.remote(state), timeout=manager.options.deadlines.router_s)
+        say(
+            f"lengths learnt until {os.path.basename(folder)} are back" if why_not is None else f"{path}: {why_not}: predictions start cold"
+        )
+    except Exception as error:
+        say(f"what was learnt of lengths could not be read ({type(error).__name__}: {error}): predictions start cold")
+
+
+def resumed_from(trainer: Any) -> str | None:
+    """The checkpoint folder verl resumes from under this `trainer` config, by its own rules; None for a fresh start."""
+    if trainer.resume_mode == "disable":
+        return None
+    if trainer.resume_mode == "resume_path":
+        return os.path.abspath(trainer.resume_from_path)
+    return find_latest_ckpt_path(os.path.abspath(trainer.default_local_dir))
+
+
+def _write(path: str, state: bytes) -> None:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    draft = f"{path}.{os.getpid()}"
+    with open(draft, "wb") as file:
+        file.write(state)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)

@@ -1,0 +1,231 @@
+"""No tool can hang, crash or flood a trajectory: every call of every tool ends in time, in a text the model can read.
+
+Law: a call returns within `heddle.tools.call_s` (per attempt, and never beyond what is left of `trajectory_s`), whatever the tool does;
+what went wrong comes back as a tool message in verl's own words ("Error executing tool ..."), so that the trajectory, its group and the
+step go on. Nothing but the cancelling of the trajectory itself leaves here as an exception that verl does not turn into such a message.
+
+- a coroutine is cancelled at its deadline; one that ignores that is left alone and counted
+- a plain function runs in a thread of its own; no thread can be ended, so at its deadline it is left alone and counted. When
+  `max_abandoned` calls of a tool are left alone at a time, its further calls fail at once
+- BaseException (`sys.exit()` in a tool would end the worker's event loop) counts as a crash
+- texts are made valid Unicode (tokenizers refuse lone surrogates) and cut to `max_chars` before anybody copies them
+- tools named in `idempotent` are called again after a failure, up to `retries` times
+
+What it cannot do: a coroutine that blocks (`time.sleep` in an `async def`) stops the event loop that would watch it. Make it a plain
+function.
+
+Source: verl issues 5361, 1948 and 340. Cost: a task or thread per call, some 50 microseconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import functools
+import math
+import threading
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from verl.tools.function_tool import FunctionTool, normalize_function_tool_return
+from verl.tools.schemas import ToolResponse
+
+from verl_heddle.options import Tools
+from verl_heddle.verl_plugin.live import CURRENT
+from verl_heddle.verl_plugin.voice import say_once
+
+PREFIX = "tools/"
+CANCEL_S = 1.0
+"""How long a cancelled coroutine may take to clean up."""
+BACKOFF_S = 0.2
+"""Before a call is tried again: a service that is restarting needs a moment."""
+
+
+class ToolError(Exception):
+    """A call came to nothing; verl shows the text to the model."""
+
+
+@dataclass(slots=True)
+class _Raised:
+    error: BaseException
+
+
+@dataclass
+class Watchdog:
+    """Guards the tools of one worker. `counts` is where `tools/<what>` is counted; all start at 0, so that W&B shows them."""
+
+    options: Tools
+    counts: Counter[str]
+    _abandoned: Counter[str] = field(default_factory=Counter)
+    _room: asyncio.Semaphore | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("calls", "failures", "crashes", "timeouts", "out_of_time", "abandoned", "retries", "cut", "repaired"):
+            self.counts[PREFIX + name] += 0
+
+    def guard(self, tool: Any) -> Any:
+        """Replace what runs a verl tool's code (`FunctionTool.call`; `BaseTool.create`, `execute`, `release`); returns the tool."""
+        if not self.options.enable or getattr(tool, "heddle_guarded", False):
+            return tool
+        if isinstance(tool, FunctionTool):
+            original = tool.call
+
+            async def call(parameters: Any) -> Any:
+                if tool.is_async:
+                    return await self._call(tool.name, lambda: self._in_task(lambda: original(parameters)))
+                return await self._call(tool.name, lambda: self._in_thread(tool.name, lambda: tool.fn(**parameters)))
+
+            tool.call = call
+        else:
+            create, execute, release = tool.create, tool.execute, tool.release
+
+            @functools.wraps(execute)
+            async def guarded_execute(*args: Any, **kwargs: Any) -> Any:
+                return await self._call(tool.name, lambda: self._in_task(lambda: execute(*args, **kwargs)))
+
+            @functools.wraps(create)
+            async def guarded_create(*args: Any, **kwargs: Any) -> Any:
+                return await self._step(tool.name, lambda: create(*args, **kwargs))
+
+            @functools.wraps(release)
+            async def guarded_release(*args: Any, **kwargs: Any) -> None:
+                try:  # verl awaits it outside of its own error handling
+                    await self._step(tool.name, lambda: release(*args, **kwargs))
+                except ToolError as failure:
+                    say_once(f"tool {tool.name} could not be released ({failure})")
+
+            tool.create, tool.execute, tool.release = guarded_create, guarded_execute, guarded_release
+        tool.heddle_guarded = True
+        return tool
+
+    async def _call(self, name: str, attempt: Callable[[], Awaitable[Any]]) -> tuple[ToolResponse, float | None, dict]:
+        """Try, perhaps again, and bring what came back into shape. Raises ToolError, or CancelledError if the trajectory is cancelled."""
+        self.counts[PREFIX + "calls"] += 1
+        for left in range(self.options.retries if name in self.options.idempotent else 0, -1, -1):
+            try:
+                return self._tidy(await self._limited(name, attempt))
+            except ToolError:
+                self.counts[PREFIX + "failures"] += not left
+                if not left:
+                    raise
+            self.counts[PREFIX + "retries"] += 1
+            await asyncio.sleep(BACKOFF_S)
+        raise AssertionError("unreachable")
+
+    async def _step(self, name: str, make: Callable[[], Awaitable[Any]]) -> Any:
+        """One call of a tool's `create` or `release`. Raises ToolError."""
+        return await self._limited(name, lambda: self._in_task(make))
+
+    async def _limited(self, name: str, attempt: Callable[[], Awaitable[Any]]) -> Any:
+        """What the attempt returned. Raises ToolError if it raised, is too late, or may not be made."""
+        if self._abandoned[name] >= self.options.max_abandoned:
+            raise self._failed("failures", f"{self._abandoned[name]} earlier calls of it still hang", count=False)
+        recorder = CURRENT.get()
+        left_s = self.options.trajectory_s - recorder.tool_s if recorder is not None else math.inf
+        if left_s <= 0:
+            raise self._failed("out_of_time", f"this episode's {self.options.trajectory_s:g} s for tools are used up")
+        task = asyncio.ensure_future(attempt())
+        limit_s = min(self.options.call_s, left_s)
+        try:
+            await asyncio.wait({task}, timeout=limit_s)
+        except asyncio.CancelledError:
+            task.cancel()
+            raise
+        if not task.done():
+            say_once(f"tool {name} gave no answer within {limit_s:g} s; the trajectory goes on with an error message")
+            await self._give_up(name, task)
+            raise self._failed("timeouts", f"no answer within {limit_s:g} s")
+        if task.cancelled():
+            raise self._failed("crashes", "it cancelled itself")
+        result = task.result()
+        if isinstance(result, _Raised):
+            raise self._failed("crashes", f"{type(result.error).__name__}: {result.error}")
+        return result
+
+    def _failed(self, what: str, text: str, count: bool = True) -> ToolError:
+        self.counts[PREFIX + what] += count
+        return ToolError(_valid(text)[:1000])
+
+    async def _give_up(self, name: str, task: asyncio.Future) -> None:
+        """Cancel; what goes on regardless is counted for as long as it does."""
+        task.cancel()
+        await asyncio.wait({task}, timeout=CANCEL_S)
+        if not task.done():
+            self._leave(name)
+            task.add_done_callback(lambda _: self._came_back(name))
+
+    def _leave(self, name: str) -> None:
+        self.counts[PREFIX + "abandoned"] += 1
+        self._abandoned[name] += 1
+
+    def _came_back(self, name: str) -> None:
+        self._abandoned[name] -= 1
+
+    async def _in_task(self, make: Callable[[], Awaitable[Any]]) -> Any:
+        """Await a coroutine; its exceptions come back as values, since asyncio lets SystemExit out of a task into the event loop."""
+        try:
+            return await make()
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            return _Raised(error)
+
+    async def _in_thread(self, name: str, function: Callable[[], Any]) -> Any:
+        """Run a plain function in a thread of its own, at most `threads` at a time; cancelled, it leaves the thread to itself."""
+        if self._room is None:
+            self._room = asyncio.Semaphore(self.options.threads)
+        loop, context = asyncio.get_running_loop(), contextvars.copy_context()
+        done: asyncio.Future[Any] = loop.create_future()
+
+        def finish(result: Any) -> None:
+            if not done.done():
+                done.set_result(result)
+            elif done.cancelled():
+                self._came_back(name)
+
+        def work() -> None:
+            try:
+                result = context.run(function)
+            except BaseException as error:
+                result = _Raised(error)
+            with contextlib.suppress(RuntimeError):  # the worker has ended
+                loop.call_soon_threadsafe(finish, result)
+
+        async with self._room:
+            threading.Thread(target=work, name=f"tool {name}", daemon=True).start()
+            try:
+                return await done
+            except asyncio.CancelledError:
+                self._leave(name)
+                raise
+
+    def _tidy(self, raw: Any) -> tuple[ToolResponse, float | None, dict]:
+        """A tool's return value as verl's triple, its text valid and not longer than `max_chars`. Raises ToolError."""
+        try:
+            if isinstance(raw, (bytes, bytearray)):
+                raw = bytes(raw[: 4 * self.options.max_chars]).decode(errors="replace")
+            whole = isinstance(raw, tuple) and len(raw) == 3 and isinstance(raw[0], ToolResponse)
+            response, reward, metrics = raw if whole else normalize_function_tool_return(raw)  # type: ignore[misc]
+        except Exception as error:
+            raise self._failed("crashes", f"{type(error).__name__}: {error}") from error
+        text = response.text
+        if text is not None:
+            short = _cut(text, self.options.max_chars)
+            valid = _valid(short)
+            self.counts[PREFIX + "cut"] += short is not text
+            self.counts[PREFIX + "repaired"] += valid != short
+            response = response.model_copy(update={"text": valid})
+        return response, reward, metrics
+
+
+def _cut(text: str, most: int) -> str:
+    """The two ends of a text that is too long: verl cuts again, at the end it is told to."""
+    return text if len(text) <= most else f"{text[: most // 2]}\n... {len(text) - most} characters left out ...\n{text[-(most // 2) :]}"
+
+
+def _valid(text: str) -> str:
+    """The text with every lone surrogate replaced by "?"."""
+    return text.encode(errors="replace").decode()

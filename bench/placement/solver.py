@@ -1,6 +1,6 @@
 """How fast is the placement solver, and is it ever worse than Heddle's annealing? Prints a table; --json FILE writes the rows.
 
-    python bench/placement/solver.py             # sizes, 200 random instances, the paper's size; about 4 minutes
+    python bench/placement/solver.py             # sizes, 200 random instances, the paper's size; under a minute
     python bench/placement/solver.py --quick     # small sizes, 20 instances
 
 Lengths are log-normal (sigma 0.9, median 5,000 tokens), times those of Qwen3-8B on H200 at tp 1, 2, 4, 8. CPU seconds of one core, best of
@@ -28,10 +28,10 @@ from verl_heddle.fleet import Replica
 from verl_heddle.latency import load
 from verl_heddle.place.cost import Cost, Degree, Floats, work
 from verl_heddle.place.exact import solve
-from verl_heddle.place.pace import degree
+from verl_heddle.place.pace import Habit, degree
 
 TPS = (1, 2, 4, 8)
-CONTEXT = 8192
+HABIT = Habit(context_tokens=8192.0)
 SIZES = ((6_400, 64, 0.010), (100_000, 1_024, 1.0))
 """Trajectories, GPUs, seconds allowed under the cost `longest`."""
 
@@ -47,7 +47,7 @@ def lengths(count: int, seed: int) -> Floats:
 def degrees(most: int, slots: int = 4096) -> list[Degree]:
     """Up to `most` trajectories on a replica."""
     latency = load("H200", "Qwen3-8B")
-    return [degree(latency, Replica("r", tp, slots), most, CONTEXT) for tp in TPS]
+    return [degree(latency, Replica("r", tp, slots), most, HABIT) for tp in TPS]
 
 
 def cpu_s(what: Any, times: int = 3) -> float:

@@ -16,9 +16,9 @@ other prompts only. Replay in time order at a fixed decode rate; a sibling is fi
 prompts served development and is in no number here. *burst*: unseen prompts, all samples start at once. *waves*: unseen prompts, slots
 for a quarter of the trajectories. *revisit*: half of a prompt's samples came in an earlier epoch.
 
-`best` is the baseline (prompt length, tokens so far, turn count, history, finished siblings, empirical Bayes) that turned out best in that
-very cell, so the margin is conservative; [low, high] is its 95 % bootstrap interval over prompts. Rows where heddle is better by
-more than the interval are marked +, where it is worse by more than the interval -.
+`best` is the baseline (prompt length, tokens so far, turn count, history, finished siblings) that turned out best in that very cell, so the
+margin is conservative; [low, high] is its 95 % bootstrap interval over prompts. Rows where heddle is better by more than the interval
+are marked +, where it is worse by more than the interval -. `bayes` is heddle without trees.
 """
 
 NAMES = {"recall": "recall@20%", "spearman": "Spearman", "pearson": "Pearson of logs"}

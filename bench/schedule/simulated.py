@@ -4,8 +4,9 @@
     python bench/schedule/simulated.py --quick    # one place and one trace, printed only
 
 Placement is verl's in every arm, so that only the order differs. `stock`: first come, first served. `plas`: least served first (Autellix).
-`heddle`: longest predicted first with preemption on arrival, the prediction learnt from one earlier epoch. `no preemption`: the same
-without. `true lengths`: the same order with an oracle. `true, by what is left`: the oracle's order by remaining instead of whole length.
+`heddle`: longest predicted first with preemption on arrival, the prediction learnt from one earlier epoch. `heddle, order alone`: without
+preemption and ageing. `true lengths`: heddle's order with an oracle. `true, by what is left`: the oracle, by remaining instead of whole
+length.
 Open traces are read from --traces, by default VERL_HEDDLE_TRACES or ../shared/traces; without them those rows are left out.
 """
 
@@ -17,6 +18,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -49,7 +51,7 @@ PLACES = tuple(
 """Where more trajectories want to run than slots or KV cache allow, at a usual and at a high degree."""
 
 TRACE_SLOTS = (8, 32)
-"""Slots of each of two replicas of tp 2 (contexts reach 370,000 tokens) for the open traces, whose steps have 92 to 1,600 trajectories."""
+"""Slots of each of two replicas of tp 4 (contexts reach 850,000 tokens) for the open traces, whose steps have 92 to 1,600 trajectories."""
 
 
 class TrueOrder(Stock):
@@ -85,7 +87,7 @@ def arms(draw: Draw, where: Setting) -> dict[str, tuple[Policy, EngineOptions]]:
         "round_robin": (RoundRobin(seed), fcfs),
         "plas": (Plas(seed), order),
         "heddle": (learned(draw), ours),
-        "no preemption": (learned(draw), order),
+        "heddle, order alone": (learned(draw), order),
         "true lengths": (TrueOrder(step, seed, left=False), ours),
         "true, by what is left": (TrueOrder(step, seed, left=True), ours),
     }
@@ -120,12 +122,16 @@ def places(quick: bool) -> Iterator[dict[str, Any]]:
 
 def traces(folder: str | os.PathLike[str], quick: bool) -> Iterator[dict[str, Any]]:
     """The open traces, on two replicas with few slots."""
-    files = sorted(trace_files(folder))
+    try:
+        files = sorted(trace_files(folder))
+    except TraceError as error:
+        print(f"open traces left out: {error}")
+        return
     for file in files[:1] if quick else files:
         for slots in TRACE_SLOTS:
-            where = setting("Qwen3-8B", GPU, 4, 2, slots)
+            where = setting("Qwen3-8B", GPU, 8, 4, slots)
             source = recorded(file, SEEDS)
-            yield measure(f"{file.name.split('.')[0]}, {slots} slots", where, 2, source.draws) | {"kind": "open trace"}
+            yield measure(f"{file.name.split('.')[0]}, {slots} slots", where, 4, source.draws) | {"kind": "open trace"}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -146,17 +152,20 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one place and one trace, printed only")
     parser.add_argument("--traces", default=os.environ.get("VERL_HEDDLE_TRACES", ROOT.parent / "shared" / "traces"))
     args = parser.parse_args()
-    rows = list(places(args.quick))
-    try:
-        rows += traces(args.traces, args.quick)
-    except TraceError as error:
-        print(f"open traces left out: {error}")
-    if not args.quick:
-        RESULT.parent.mkdir(parents=True, exist_ok=True)
-        RESULT.write_text(json.dumps({"kind": "simulated", "rows": rows}, indent=1) + "\n")
-        text = README.read_text()
-        begin, end = "<!-- simulated: begin -->", "<!-- simulated: end -->"
-        README.write_text(text[: text.index(begin) + len(begin)] + "\n" + table(rows) + "\n" + text[text.index(end) :])
+    rows: list[dict[str, Any]] = []
+    for row in chain(traces(args.traces, args.quick), places(args.quick)):
+        rows.append(row)
+        if not args.quick:  # after every row: the run takes long enough to be interrupted
+            store(sorted(rows, key=lambda one: one["kind"]))
+
+
+def store(rows: Sequence[dict[str, Any]]) -> None:
+    """Write JSON and table."""
+    RESULT.parent.mkdir(parents=True, exist_ok=True)
+    RESULT.write_text(json.dumps({"kind": "simulated", "rows": rows}, indent=1) + "\n")
+    text = README.read_text()
+    begin, end = "<!-- simulated: begin -->", "<!-- simulated: end -->"
+    README.write_text(text[: text.index(begin) + len(begin)] + "\n" + table(rows) + "\n" + text[text.index(end) :])
 
 
 if __name__ == "__main__":

@@ -16,8 +16,10 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from recipes.sandbox.launch import LANDLOCK_CREATE_RULESET
 from recipes.sandbox.seccomp import filter_program
@@ -25,6 +27,8 @@ from recipes.sandbox.seccomp import filter_program
 LAUNCHER = Path(__file__).with_name("launch.py")
 WORK = "/work"
 """The program's folder inside bubblewrap."""
+PACKAGES = "/packages"
+"""Where it finds installed packages, if it may."""
 PROBE_S = 20
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64")
 """Read-only inside: interpreters, the C library, coreutils. Nothing here is a secret on any distribution."""
@@ -66,8 +70,8 @@ def _open_to_all(path: str) -> bool:
     return all(part.stat().st_mode & 0o001 for part in (Path(path), *Path(path).parents))
 
 
-def wrapper(bwrap: str, proc: bool, readable: tuple[str, ...] = (), disk_mb: int = 64) -> tuple[str, ...]:
-    """bubblewrap's arguments: an empty root with the system and `readable` read-only, `disk_mb` of memory as the program's folder.
+def wrapper(bwrap: str, proc: bool, readable: Mapping[str, str] = MappingProxyType({}), disk_mb: int = 64) -> tuple[str, ...]:
+    """bubblewrap's arguments: an empty root with the system and `readable` (path here -> path inside) read-only, and `disk_mb` of memory.
 
     As root no user namespace is made: the launcher takes a user id of its own instead, which the kernel can count processes by.
     """
@@ -80,13 +84,15 @@ def wrapper(bwrap: str, proc: bool, readable: tuple[str, ...] = (), disk_mb: int
             words += ["--symlink", os.readlink(path), path]
         elif os.path.isdir(path):
             words += ["--ro-bind", path, path]
-    for path in ("/etc/ld.so.cache", "/etc/alternatives", *readable):
-        for parent in reversed(Path(path).parents[:-1]):  # else made without permissions for others when the real one has none
+    for path, inside in {"/etc/ld.so.cache": "/etc/ld.so.cache", "/etc/alternatives": "/etc/alternatives", **readable}.items():
+        for parent in reversed(Path(inside).parents[:-1]):  # else made without permissions for others when the real one has none
             words += ["--perms", "0755", "--dir", str(parent)] if str(parent) not in SYSTEM else []
-        words += ["--ro-bind-try", path, path]
+        words += ["--ro-bind-try", path, inside]
     words += ["--proc", "/proc"] if proc else ["--dir", "/proc"]
     words += ["--dev", "/dev", "--size", "1048576", "--perms", "1777", "--tmpfs", "/dev/shm", "--remount-ro", "/dev"]
-    words += ["--size", str(disk_mb << 20), "--perms", "1777", "--tmpfs", WORK, "--symlink", WORK, "/tmp"]
+    words += ["--size", str(disk_mb << 20), "--perms", "1777", "--tmpfs", WORK]
+    if not any(inside.startswith("/tmp/") for inside in readable.values()):  # an interpreter may lie there
+        words += ["--symlink", WORK, "/tmp"]
     return (*words, "--ro-bind", str(LAUNCHER), "/launch.py", "--remount-ro", "/", "--chdir", WORK)
 
 

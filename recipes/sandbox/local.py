@@ -96,8 +96,9 @@ class Sandbox:
         self.limits, self.level = limits or Limits(), levels.find(level)
         self.parallel = parallel or os.cpu_count() or 1
         self._python, prefix = levels.interpreter(self.level.bwrap)
-        self._packages = (sysconfig.get_paths()["purelib"],) if packages else ()
-        self._readable = (prefix, *self._packages)
+        installed = sysconfig.get_paths()["purelib"]
+        self._packages = (levels.PACKAGES if self.level.bwrap else installed) if packages else None
+        self._readable = {prefix: prefix} | ({installed: levels.PACKAGES} if packages else {})
         self._root = os.geteuid() == 0
         self._slots: queue.Queue[int | None] = queue.Queue()
         self._locks = take_uids(self.parallel) if self._root else []
@@ -197,7 +198,7 @@ class Sandbox:
         environment = {"PATH": "/usr/bin:/bin", "HOME": home, "TMPDIR": home, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"}
         environment |= {"PYTHONDONTWRITEBYTECODE": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
         if self._packages:
-            environment["PYTHONPATH"] = ":".join(self._packages)
+            environment["PYTHONPATH"] = self._packages
         readable = [*levels.SYSTEM, "/etc/ld.so.cache", "/etc/alternatives", *self._readable]
         return {
             "argv": argv,
@@ -258,7 +259,8 @@ class Sandbox:
         below = launch.descendants(pid, process_table())
         if sum(map(_resident, below)) > self.limits.memory_mb * MIB:
             return Status.MEMORY
-        full = _larger(folder, self.limits.disk_mb * MIB) if folder else any(map(_many_files, below[-1:]))
+        size = self.limits.disk_mb * MIB
+        full = _larger(folder, size) if folder else any(_many_files(last, size) for last in below[-1:])
         return Status.DISK if full else None
 
     def _result(self, ended: Status | None, code: int, out: bytes, err: bytes, wall_s: float) -> Result:
@@ -284,11 +286,12 @@ def _resident(pid: int) -> int:
         return 0
 
 
-def _many_files(pid: int) -> bool:
-    """Whether the folder in memory that a process inside bubblewrap sees holds more than `MAX_FILES`."""
+def _many_files(pid: int, size: int) -> bool:
+    """Whether the folder in memory, of `size` bytes, that a process inside bubblewrap sees holds more than `MAX_FILES`."""
     with contextlib.suppress(OSError):
         seen = os.statvfs(f"/proc/{pid}/root{levels.WORK}")
-        return seen.f_files - seen.f_ffree > MAX_FILES
+        ours = seen.f_blocks * seen.f_frsize == size  # until bubblewrap has moved in, the path leads into the machine's own files
+        return ours and seen.f_files - seen.f_ffree > MAX_FILES
     return False
 
 

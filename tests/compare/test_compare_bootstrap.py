@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from verl_heddle.compare.bootstrap import COVERAGE_OF_3, paired_ratio
@@ -12,6 +12,7 @@ from verl_heddle.compare.bootstrap import COVERAGE_OF_3, paired_ratio
 SECONDS = st.floats(0.01, 1e4)
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(SECONDS, min_size=1, max_size=6), min_size=1, max_size=4), st.floats(0.2, 5))
 def test_a_constant_ratio_has_no_width_however_steps_differ(pairs, factor):
     found = paired_ratio([(n, base, [value / factor for value in base]) for n, base in enumerate(pairs)], draws=50)
@@ -20,6 +21,7 @@ def test_a_constant_ratio_has_no_width_however_steps_differ(pairs, factor):
         assert found.low == pytest.approx(factor) and found.high == pytest.approx(factor)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(SECONDS, SECONDS), min_size=2, max_size=8), st.floats(0.1, 10))
 def test_units_do_not_matter_and_arms_swap(rows, scale):
     base, arm = zip(*rows, strict=True)

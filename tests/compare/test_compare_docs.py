@@ -50,12 +50,12 @@ def test_explain(line, folder):
 
 
 @pytest.mark.parametrize("line", commands("compare.md"))
-def test_compare(line, folder):
+def test_compare(line, folder, tmp_path):
     if line.startswith("verl-heddle explain"):
         assert run(line, folder).returncode == 0
         return
     goes_on = "--recipe" not in line and "--" not in shlex.split(line)
     more = () if goes_on and "--pairs" not in line else ("--dry-run",)  # real runs of a recipe are tests/e2e's
-    done = run(line.replace("<your overrides>", "actor_rollout_ref.rollout.name=vllm"), folder, *more)
+    done = run(line.replace("<your overrides>", "actor_rollout_ref.rollout.name=vllm"), folder if goes_on else tmp_path, *more)
     assert done.returncode == 0, done.stderr
     assert ("0 runs made, 6 kept" in done.stderr) if not more and "--dry-run" not in line else done.stdout.count("# pair ") >= 6

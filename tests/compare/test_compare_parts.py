@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from verl_heddle.compare.arms import BARE, HEDDLE, STOCK, Arm, order, parse_arm
@@ -17,6 +17,7 @@ from verl_heddle.compare.plan import Key, Plan, keep, read_plan, wanted
 PLAN = Plan("n", ("python", "train.py"), (STOCK, HEDDLE), 3, 7, steps=4)
 
 
+@settings(deadline=None)
 @given(st.integers(2, 6), st.integers(1, 40))
 def test_every_pair_runs_every_arm_once_and_none_is_always_first(number, pairs):
     arms = [Arm(f"a{index}", ()) for index in range(number)]
@@ -60,6 +61,7 @@ def test_runs_are_kept_apart_and_a_bare_arm_has_no_word_of_heddle():
     assert not any(word.startswith("trainer.total_training_steps") for word in one.command), "the command's own number of steps"
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs", "Zl", "Zp"]), min_size=1, max_size=30))
 def test_hydra_reads_a_quoted_value_as_it_is(text):
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -68,6 +70,7 @@ def test_hydra_reads_a_quoted_value_as_it_is(text):
     assert parsed.value() == text
 
 
+@settings(deadline=None)
 @given(st.text(st.sampled_from("ab/._-019 ={}$\\'\""), min_size=1, max_size=12))
 def test_hydra_reads_any_path_as_it_is(text):
     from hydra.core.override_parser.overrides_parser import OverridesParser

@@ -41,11 +41,10 @@ def synced(folder: Path, config: Path) -> Uploaded:
                 return
             if self.path.endswith("/file_stream"):
                 for name, part in json.loads(body).get("files", {}).items():
-                    lines = [json.loads(line) for line in part["content"]]
                     if name == "wandb-history.jsonl":
-                        found.history += lines
+                        found.history += [json.loads(line) for line in part["content"]]
                     elif name == "wandb-summary.json":
-                        found.summary.update(lines[-1])
+                        found.summary.update(json.loads(part["content"][-1]))
             self._send({})
 
         def do_GET(self) -> None:

@@ -36,7 +36,7 @@ def test_every_kind_of_trouble_happened_and_was_counted(run):
     counted: Counter[str] = Counter()
     for metrics in run.steps.values():
         counted.update({name: metrics[f"heddle/tools/{name}"] for name in ("calls", "crashes", "timeouts", "abandoned", "cut", "failures")})
-    assert counted["crashes"] == happened["crashes"] + happened["leaves"]
+    assert counted["crashes"] >= happened["crashes"] + happened["leaves"], "and what the policy itself got wrong"
     assert counted["timeouts"] >= happened["hangs"] and counted["abandoned"] > 0 and counted["cut"] == happened["floods"]
     assert counted["failures"] == counted["crashes"] + counted["timeouts"] and counted["calls"] > 100
     assert all(metrics["heddle/fallbacks/total"] == 0 for metrics in run.steps.values())

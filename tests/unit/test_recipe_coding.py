@@ -158,7 +158,8 @@ def test_training_sees_calls_as_the_model_says_them():
     assert len(tokenizer) <= 512 + 8
 
 
-def test_prepare_writes_rows_that_the_tool_and_the_reward_can_read(tmp_path, capsys):
+def test_prepare_writes_rows_that_the_tool_and_the_reward_can_read(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     prepare.main(["--out", str(tmp_path), "--train-rows", "40", "--val-rows", "8"])
     rows = {split: pq.read_table(tmp_path / f"{split}.parquet").to_pylist() for split in ("train", "val")}
     assert {split: len(some) for split, some in rows.items()} == {"train": 40, "val": 8}

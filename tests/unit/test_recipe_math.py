@@ -340,8 +340,9 @@ async def test_the_calculator_is_exact_and_safe(expression):
     assert result == CALCULATED.get(expression, result) and (result.startswith("error:") == (expression in REFUSED))
 
 
-async def test_the_solver_and_python_work_in_the_sandbox():
+async def test_the_solver_and_python_work_in_the_sandbox(monkeypatch):
     """Needs SymPy inside: in this environment's Python where bubblewrap works, else in the system's."""
+    monkeypatch.setenv("HEDDLE_TEST_SECRET", "escaped")  # SymPy's parser evaluates what it reads: only the walls hold
     module = sys.modules[SOLVER["solve"].fn.__module__]
     if not module.sandbox().run({"main.py": "import sympy"}).ok:
         pytest.skip("no SymPy for the sandbox's Python here")
@@ -349,9 +350,9 @@ async def test_the_solver_and_python_work_in_the_sandbox():
         SOLVER["solve"].call({"equations": "x^2-5x+6=0", "unknowns": "x"}),
         SOLVER["solve"].call({"equations": "x+y=3, x-y=1", "unknowns": "x,y"}),
         SOLVER["solve"].call({"equations": "(x+1)**2-x**2"}),
-        SOLVER["solve"].call({"equations": "__import__('os').system('id')=0"}),
+        SOLVER["solve"].call({"equations": "Symbol(__import__('os').environ.get('HEDDLE_TEST_SECRET') or 'none')"}),
         SOLVER["python"].call({"code": "import sympy\nprint(sympy.factorint(360))"}),
         SOLVER["python"].call({"code": "open('/etc/passwd')"}),
     )
     assert results[:3] == ["[{x: 2}, {x: 3}]", "[{x: 2, y: 1}]", "2*x + 1"]
-    assert "uid=" not in results[3] and results[4] == "{2: 3, 3: 2, 5: 1}" and "error:" in results[5]
+    assert results[3] == "none" and results[4] == "{2: 3, 3: 2, 5: 1}" and "error:" in results[5]

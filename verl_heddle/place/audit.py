@@ -156,4 +156,4 @@ class Audit:
 
 
 def _ratio(without: float, with_it: float) -> float | None:
-    return without / with_it if with_it > 0 else None
+    return float(without / with_it) if with_it > 0 else None

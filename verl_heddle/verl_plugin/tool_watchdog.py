@@ -206,7 +206,9 @@ class Watchdog:
         """A tool's return value as verl's triple, its text valid and not longer than `max_chars`. Raises ToolError."""
         try:
             if isinstance(raw, (bytes, bytearray)):
-                raw = bytes(raw[: 4 * self.options.max_chars]).decode(errors="replace")
+                given = bytes(raw[: 4 * self.options.max_chars])
+                raw = given.decode(errors="replace")
+                self.counts[PREFIX + "repaired"] += raw.encode() != given
             whole = isinstance(raw, tuple) and len(raw) == 3 and isinstance(raw[0], ToolResponse)
             response, reward, metrics = raw if whole else normalize_function_tool_return(raw)  # type: ignore[misc]
         except Exception as error:

@@ -268,20 +268,28 @@ def test_the_audit_tells_a_good_placement_from_a_bad_one():
 
 
 def test_where_planning_has_not_paid_stocks_rule_returns_and_says_so():
+    play = Play(3)
+    for _ in range(3):
+        play.planner._audit.placing.judge(0.9)
+    said = [play.start(number, 10.0 ** (number % 5)) for number in range(30)]
+    assert {reason for _, reason in said} == {PlaceReason.NOT_PAYING}
+    assert all([where for where, _ in said].count(f"r{number}") == 10 for number in range(3))  # fewest in flight, whatever is predicted
+    assert play.planner.metrics()["pays"] == 0.0
+
+
+def test_promises_that_are_upside_down_are_not_believed_for_long():
     play = Play(2)
-    number = 0
-    reasons = []
-    for _ in range(6):  # promises are upside down: what is said to be short is long
-        batch = range(number, number + 20)
-        number += 20
-        truth = {one: 20_000 if index % 4 == 0 else 100 for index, one in enumerate(batch)}
-        reasons.append({play.start(one, 100 if truth[one] > 100 else 20_000)[1] for one in batch})
+    for step in range(4):
+        batch = range(20 * step, 20 * step + 20)
+        truth = {one: 20_000 if one % 4 == 0 else 100 for one in batch}
+        for one in batch:
+            play.start(one, 100 if truth[one] > 100 else 20_000)
         for one in batch:
             play.finish(one, truth[one], tokens=None)
         for one in batch:
             play.end(one)
-    assert reasons[0] == {PlaceReason.PLANNED}
-    assert reasons[-1] == {PlaceReason.NOT_PAYING} or play.planner.metrics()["slope"] < 0.2
+    told = play.planner.metrics()
+    assert told["slope"] == 0.0 and told["quality"] < -0.9
 
 
 # --- in the simulated cluster -------------------------------------------------------------------------------------------------

@@ -118,6 +118,8 @@ class Engines:
             return await asyncio.gather(*(asyncio.create_task(episode(client, item, step)) for item in trajectories))
 
         records = asyncio.run(together())
-        if client.counts or ray.get(self.router.stats.remote(), timeout=60):
-            raise RuntimeError(f"the plugin fell back during the run: {dict(client.counts)}")
+        stats = ray.get(self.router.stats.remote(), timeout=60)
+        failures = dict(client.counts) | {name: count for name, count in stats.items() if name.startswith("failed_")}
+        if failures:
+            raise RuntimeError(f"the plugin fell back during the run: {failures}")
         return records

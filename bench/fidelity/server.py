@@ -81,6 +81,9 @@ class EngineServer:
     async def generate(self, **kwargs: Any) -> Any:
         return await self._server.generate(**kwargs)
 
+    async def heddle_priorities(self, table: dict[str, int]) -> int:
+        return await self._server.heddle_priorities(table)
+
     async def heddle_status(self) -> dict[str, int]:
         return await self._server.heddle_status()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from verl_heddle.options import Options
-from verl_heddle.schedule.preempt import MARGIN, MAX_PREEMPTIONS
+from verl_heddle.schedule.preempt import AGEING_PER_S, MARGIN, MAX_PREEMPTIONS
 from verl_heddle.simulate import EngineOptions
 from verl_heddle.traces import Tool, Workload, generate
 from verl_heddle.trajectory import Outcome, Trajectory, TrajectoryEnd, TrajectoryId
@@ -72,6 +72,7 @@ def options(arm: str, seed: int) -> Options:
     """The plugin's settings."""
     made = Options(observe=arm == "stock", seed=seed)
     made.priority.quantum_tokens = QUANTUM
+    made.priority.refresh_s = 1.0 if arm == "heddle" else 0.0  # vLLM's own scheduler takes no new priorities
     return made
 
 
@@ -83,5 +84,6 @@ def engine(arm: str, overhead_s: float) -> EngineOptions:
         block_tokens=BLOCK_TOKENS,
         preempt_margin=MARGIN if arm == "heddle" else None,
         preempt_limit=MAX_PREEMPTIONS,
+        ageing_per_s=AGEING_PER_S if arm == "heddle" else 0.0,
         turn_overhead_s=overhead_s,
     )

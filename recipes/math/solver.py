@@ -38,8 +38,15 @@ from sympy import Eq, Symbol, simplify, solve
 from sympy.parsing.sympy_parser import convert_xor, implicit_multiplication_application, parse_expr, standard_transformations
 rules = standard_transformations + (implicit_multiplication_application, convert_xor)
 job = json.load(sys.stdin)
+parts, depth = [""], 0
+for letter in job["equations"]:
+    depth += (letter in "([{") - (letter in ")]}")
+    if letter == "," and not depth:
+        parts.append("")
+    else:
+        parts[-1] += letter
 try:
-    sides = [[parse_expr(side, transformations=rules) for side in part.split("=")] for part in job["equations"].split(",")]
+    sides = [[parse_expr(side, transformations=rules) for side in part.split("=")] for part in parts]
     if any(len(part) > 2 for part in sides):
         raise ValueError("one = per equation")
     if not any(len(part) == 2 for part in sides) and not job["unknowns"]:

@@ -26,7 +26,7 @@ examples:
   your own job, stock decisions against heddle, three pairs of runs, ten steps each
       verl-heddle compare --out cmp --steps 10 -- python -m verl.trainer.main_ppo <your overrides>
 
-  a recipe; without a GPU it runs on the CPU with a tiny model (about 5 minutes for 3 pairs)
+  a recipe; without a GPU it runs on the CPU with a tiny model (about 10 minutes for 3 pairs on two cores)
       verl-heddle compare --recipe math --pairs 3 --out cmp
 
   more arms: a part switched off, another setting

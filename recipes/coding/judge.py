@@ -28,8 +28,12 @@ MAX_PROGRAM = 50_000
 LIMITS = Limits(wall_s=30, cpu_s=30, output_kb=4096)
 """Of a whole run; each test has `TEST_S`."""
 
+COMMAND = ("python", "-S", "main.py")
+"""Without `site`, which takes longer to import than everything else: the harness gives programs the `exit` they expect."""
+
 HARNESS = r"""
-import json, os, signal, sys, time
+import _sitebuiltins, builtins, json, os, signal, sys, time
+builtins.exit = builtins.quit = _sitebuiltins.Quitter("exit", "Ctrl-D")
 job = json.loads(sys.stdin.read())
 try:
     code = compile(job["code"], "program.py", "exec")
@@ -149,7 +153,7 @@ class Judge:
         tests = tests[:TESTS]
         if len(code) > MAX_PROGRAM:
             return Verdict(0, len(tests), f"the program is longer than {MAX_PROGRAM} characters")
-        return _verdict(self.sandbox.run({"main.py": HARNESS}, stdin=self._job(code, tests)), tests)
+        return _verdict(self.sandbox.run({"main.py": HARNESS}, COMMAND, stdin=self._job(code, tests)), tests)
 
     async def ajudge(self, code: str, tests: Sequence[Test]) -> Verdict:
         """As `judge`, beside the event loop; cancelling it ends the run."""
@@ -157,7 +161,7 @@ class Judge:
         if len(code) > MAX_PROGRAM:
             return Verdict(0, len(tests), f"the program is longer than {MAX_PROGRAM} characters")
         sandbox = self.sandbox if self._sandbox else await asyncio.to_thread(lambda: self.sandbox)  # trying levels takes a moment
-        return _verdict(await sandbox.arun({"main.py": HARNESS}, stdin=self._job(code, tests)), tests)
+        return _verdict(await sandbox.arun({"main.py": HARNESS}, COMMAND, stdin=self._job(code, tests)), tests)
 
     @staticmethod
     def _job(code: str, tests: Sequence[Test]) -> str:

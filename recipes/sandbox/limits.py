@@ -20,7 +20,7 @@ class Limits:
     address_mb: int = 512
     """Address space of each process, MiB."""
     memory_mb: int = 512
-    """Resident memory of all processes together, MiB; looked at every `local.LOOK_S` seconds, so it can be passed for that long."""
+    """Resident memory of all processes together, MiB; looked at every `usage.LOOK_S` seconds, so it can be passed for that long."""
     disk_mb: int = 64
     """Files of the run together, and each one, MiB."""
     processes: int = 16

@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
-import json
 import logging
+import marshal
 import os
 import queue
 import selectors
@@ -28,32 +28,21 @@ from typing import Any
 
 from recipes.sandbox import launch, levels
 from recipes.sandbox.limits import MIB, Limits, Result, Status
+from recipes.sandbox.usage import LOOK_S, larger, many_files, process_table, resident
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 0.1
-"""How often a run's memory, files and cancellation are looked at."""
 END_S = 5.0
 """How long a killed run may take to be gone; the kernel needs milliseconds."""
 FIRST_UID, UIDS = 61184, 4336
 """User ids for programs when we are root: the range that Linux distributions leave to services made on the fly."""
-MAX_FILES = 5000
-"""Files of a run, looked at every `LOOK_S`: an empty file, too, takes a kilobyte of the kernel's memory."""
 NAMESPACED_NPROC = (5, 14)
 """From this kernel on, the process limit in a user namespace counts that namespace alone."""
 
+MARSHAL_VERSION = 2
+"""Any Python 3 reads it: the one inside may be another than ours."""
+
 _warned = False
-_table_lock = threading.Lock()
-_table: tuple[float, list[tuple[int, int, int, int]]] = (0.0, [])
-
-
-def process_table() -> list[tuple[int, int, int, int]]:
-    """(pid, parent, user, threads) of all processes, at most `LOOK_S` old: all runs look at one copy."""
-    global _table
-    with _table_lock:
-        if time.monotonic() - _table[0] > LOOK_S * 0.9:
-            _table = (time.monotonic(), list(launch.processes()))
-        return _table[1]
 
 
 def take_uids(count: int) -> list[tuple[int, Any]]:
@@ -163,7 +152,7 @@ class Sandbox:
             job = os.memfd_create("job")
             stack.callback(os.close, job)
             with open(job, "wb", closefd=False) as file:
-                header = json.dumps(self._job(files, argv, folder, uid)).encode()
+                header = marshal.dumps(self._job(files, argv, folder, uid), MARSHAL_VERSION)
                 file.write(b"%d\n%s%s" % (len(header), header, stdin.encode(errors="surrogateescape")))
             reader = os.open(f"/proc/self/fd/{job}", os.O_RDONLY)
             stack.callback(os.close, reader)
@@ -257,10 +246,10 @@ class Sandbox:
         if cancel is not None and cancel.is_set():
             return Status.CANCELLED
         below = launch.descendants(pid, process_table())
-        if sum(map(_resident, below)) > self.limits.memory_mb * MIB:
+        if sum(map(resident, below)) > self.limits.memory_mb * MIB:
             return Status.MEMORY
         size = self.limits.disk_mb * MIB
-        full = _larger(folder, size) if folder else any(_many_files(last, size) for last in below[-1:])
+        full = larger(folder, size) if folder else any(many_files(last, size) for last in below[-1:])
         return Status.DISK if full else None
 
     def _result(self, ended: Status | None, code: int, out: bytes, err: bytes, wall_s: float) -> Result:
@@ -275,37 +264,6 @@ class Sandbox:
             return Result(Status.TIMEOUT, None, stdout, stderr, wall_s)
         status = Status.OK if code == 0 else Status.SIGNAL if 128 < code < 193 else Status.FAILED
         return Result(status, code, stdout, stderr, wall_s)
-
-
-def _resident(pid: int) -> int:
-    """Bytes of memory a process has in RAM; 0 if it is gone."""
-    try:
-        with open(f"/proc/{pid}/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, IndexError):
-        return 0
-
-
-def _many_files(pid: int, size: int) -> bool:
-    """Whether the folder in memory, of `size` bytes, that a process inside bubblewrap sees holds more than `MAX_FILES`."""
-    with contextlib.suppress(OSError):
-        seen = os.statvfs(f"/proc/{pid}/root{levels.WORK}")
-        ours = seen.f_blocks * seen.f_frsize == size  # until bubblewrap has moved in, the path leads into the machine's own files
-        return ours and seen.f_files - seen.f_ffree > MAX_FILES
-    return False
-
-
-def _larger(folder: str, size: int) -> bool:
-    """Whether the files under `folder` take more than `size` bytes on disk or are more than `MAX_FILES`."""
-    count = 0
-    for root, folders, files in os.walk(folder):
-        count += len(folders) + len(files)
-        for name in files:
-            with contextlib.suppress(OSError):
-                size -= os.lstat(os.path.join(root, name)).st_blocks * 512
-        if size < 0 or count > MAX_FILES:
-            return True
-    return False
 
 
 def _remove(folder: str) -> None:

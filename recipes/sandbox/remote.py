@@ -51,15 +51,18 @@ class RemoteSandbox:
         stdin: str = "",
         cancel: threading.Event | None = None,
     ) -> Result:
-        """Run the Python program that `argv` names; a failing server is a result (`UNAVAILABLE`), not an exception.
+        """Run the Python program that `argv` names, its options left to the server.
+
+        A failing server is a result (`UNAVAILABLE`), not an exception.
 
         Raises:
             ValueError: `argv` is not `python FILE`, which is all a server takes.
         """
-        if len(argv) != 2 or argv[0] != "python" or argv[1] not in files:
-            raise ValueError(f"a remote sandbox runs 'python FILE' with FILE among the files, not {list(argv)}")
-        others = {name: base64.b64encode(text.encode(errors="surrogateescape")).decode() for name, text in files.items() if name != argv[1]}
-        job = {"code": files[argv[1]], "language": "python", "stdin": stdin, "files": others}
+        program = argv[-1]
+        if argv[0] != "python" or program not in files or not all(word.startswith("-") for word in argv[1:-1]):
+            raise ValueError(f"a remote sandbox runs 'python FILE', FILE among the files, not {list(argv)}")
+        others = {name: _base64(text) for name, text in files.items() if name != program}
+        job = {"code": files[program], "language": "python", "stdin": stdin, "files": others}
         job |= {"run_timeout": self.limits.wall_s, "memory_limit_MB": self.limits.address_mb}
         request = urllib.request.Request(self.url, json.dumps(job).encode(), {"Content-Type": "application/json"})
         with self._room:
@@ -96,3 +99,7 @@ class RemoteSandbox:
         if code < 0 or 128 < code < 193:
             return Result(Status.SIGNAL, 128 - code if code < 0 else code, out, err, wall_s)
         return Result(Status.OK if code == 0 else Status.FAILED, code, out, err, wall_s)
+
+
+def _base64(text: str) -> str:
+    return base64.b64encode(text.encode(errors="surrogateescape")).decode()

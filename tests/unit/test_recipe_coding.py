@@ -59,6 +59,7 @@ VERDICTS = {
     "print(": (0, "SyntaxError"),
     "x=1\nraise ValueError('no')": (0, "ValueError: no (line 2)"),
     "import sys\n" + ADD + "\nsys.exit(0)": (2, ""),
+    ADD + "\nexit()": (2, ""),
     ADD + "\nimport sys\nsys.exit(3)": (0, "exit code 3"),
     "import os\nos.kill(os.getpid(),11)": (0, "ended by signal 11"),
     "if __name__ == '__main__':\n " + ADD.replace("\n", "\n "): (2, ""),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import prepared, runner
+from engines import prepared, runner
 
 from verl_heddle.traces.io import read
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import ray
-from conftest import CPU_ENVIRONMENT
 from engine_server import SLOTS, EngineServer
+from engines import CPU_ENVIRONMENT
 from omegaconf import OmegaConf
 
 from verl_heddle.options import Deadlines, Options

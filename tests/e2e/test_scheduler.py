@@ -11,7 +11,7 @@ import random
 import time
 
 import pytest
-from conftest import CPU_ENVIRONMENT
+from engines import CPU_ENVIRONMENT
 
 pytestmark = pytest.mark.e2e
 

@@ -108,10 +108,10 @@ def processes():
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             try:
-                with open(f"/proc/{entry}/status") as file:
-                    fields = dict(line.split(":", 1) for line in file)
-                yield int(entry), int(fields["PPid"]), int(fields["Uid"].split()[0]), int(fields.get("Threads", 1))
-            except (OSError, ValueError, KeyError):
+                with open(f"/proc/{entry}/stat", "rb") as file:
+                    fields = file.read().rpartition(b")")[2].split()
+                yield int(entry), int(fields[1]), os.stat(f"/proc/{entry}").st_uid, int(fields[17])
+            except (OSError, IndexError):
                 continue  # gone meanwhile
 
 

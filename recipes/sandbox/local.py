@@ -15,7 +15,7 @@ import marshal
 import os
 import queue
 import selectors
-import shutil
+import signal
 import subprocess
 import sysconfig
 import tempfile
@@ -223,8 +223,7 @@ class Sandbox:
                         ended, look = self._over(process.pid, folder, cancel), now + LOOK_S
                     if ended is not None:
                         gone_by = now + END_S
-                        # A supervisor is asked, as it must kill first; bubblewrap is killed, and its namespace with it.
-                        process.terminate() if folder is not None else process.kill()
+                        _end(process, folder is not None)
                 elif now > gone_by:  # cannot happen while the kernel keeps its word
                     log.error("a sandboxed program could not be ended (process %d)", process.pid)
                     process.kill()
@@ -266,10 +265,29 @@ class Sandbox:
         return Result(status, code, stdout, stderr, wall_s)
 
 
+def _end(process: subprocess.Popen[bytes], supervised: bool) -> None:
+    """Begin the end of a run. A supervisor is asked, as it must kill first.
+
+    Of bubblewrap the first process inside is killed, and the kernel kills its namespace; bubblewrap itself then reaps it and leaves. Killed
+    first, it would leave a zombie in containers whose process 1 reaps nobody.
+    """
+    inside = [pid for pid, parent, _, _ in launch.processes() if parent == process.pid]
+    if supervised:
+        process.terminate()
+    elif not inside:
+        process.kill()
+    for pid in [] if supervised else inside:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 def _remove(folder: str) -> None:
     """Delete a run's folder, whatever it made of it: folders without permissions, folders thousands deep."""
-    with contextlib.suppress(OSError, RecursionError):
-        shutil.rmtree(folder)
-    if os.path.exists(folder):
-        subprocess.run(["chmod", "-R", "u+rwX", folder], capture_output=True)
-        subprocess.run(["rm", "-rf", folder], capture_output=True)
+    with contextlib.suppress(OSError):  # nearly always there are only files
+        for entry in os.scandir(folder):
+            os.unlink(entry.path)
+        os.rmdir(folder)
+        return
+    for command in (["rm", "-rf"], ["chmod", "-R", "u+rwX"], ["rm", "-rf"]):
+        if os.path.exists(folder):
+            subprocess.run([*command, folder], capture_output=True)

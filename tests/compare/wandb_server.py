@@ -9,6 +9,7 @@ import gzip
 import json
 import os
 import subprocess
+import sys
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -86,7 +87,7 @@ def synced(folder: Path, config: Path) -> Uploaded:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         done = subprocess.run(
-            ["wandb", "sync", "--yes", "--include-synced", str(folder)],
+            [sys.executable, "-m", "wandb", "sync", "--yes", "--include-synced", str(folder)],
             env=os.environ
             | {
                 "WANDB_BASE_URL": f"http://127.0.0.1:{server.server_address[1]}",

@@ -74,7 +74,7 @@ PROGRAMS: dict[str, tuple[tuple[str, ...], str]] = {
     "memfd": ((OK,), attempt("os.memfd_create('x')")),
     "sysv_shared_memory": ((OK,), ESCAPED_IF.format("c.shmget(0,1<<24,0o1600)")),
     "dev_shm": ((FAILED,), "f=open('/dev/shm/x','wb')\nwhile 1: f.write(b'x'*(1<<20))"),
-    "huge_file": ((FAILED, SIGNAL), "f=open('x','wb')\nwhile 1: f.write(b'x'*(1<<20))"),
+    "huge_file": ((FAILED, SIGNAL, DISK), "f=open('x','wb')\nwhile 1: f.write(b'x'*(1<<20))"),
     "many_large_files": ((FAILED, DISK), "i=0\nwhile 1:\n open(str(i:=i+1),'wb').write(b'x'*(1<<20))"),
     "many_empty_files": ((DISK, FAILED), "i=0\nwhile 1:\n open(str(i:=i+1),'wb').close()"),
     "deep_folders": ((OK, FAILED), "import os\nfor _ in range(2500):\n os.mkdir('d'*50)\n os.chdir('d'*50)"),

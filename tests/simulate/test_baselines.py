@@ -99,7 +99,7 @@ def test_lpt_plans_longest_first():
     # 80 | 50 + 30, then 20 and 10 to the lower of 80 and 80: 100 | 90
     assert where["p2"] == where["p3"] != where["p1"]
     assert where["p4"] != where["p0"]
-    assert [started(policy, "p1", generated).priority for generated in (0, 70)] == [-80, -10]
+    assert [started(policy, "p1", generated).priority for generated in (0, 70)] == [-80, -80], "the whole length, not what is left"
 
 
 def test_lpt_gives_a_wider_replica_more():

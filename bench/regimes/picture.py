@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 RATIOS = (
     ("stock_over_bound", "stock verl, usual tp\nmakespan / lower bound", "magma_r", LogNorm(1.0, 5.0)),
     ("best_over_bound", "stock verl, best fixed tp\nmakespan / lower bound", "magma_r", LogNorm(1.0, 5.0)),
-    ("heddle_best_speedup", "heddle as released, same tp\nspeedup over the row above", "RdBu", TwoSlopeNorm(1.0, 0.85, 1.15)),
+    ("heddle_best_speedup", "heddle, same tp\nspeedup over the row above", "RdBu", TwoSlopeNorm(1.0, 0.85, 1.15)),
 )
 """Key, label, colour map (even in lightness, or red-blue; both survive colour blindness), scale."""
 

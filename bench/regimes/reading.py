@@ -38,7 +38,7 @@ def markdown(result: dict[str, Any]) -> str:
         parts.append(f"## {model}")
         parts.append(f"Stock at tp={mine[0]['tp']} / bound → stock at its best fixed tp / bound (that tp):")
         parts.append(_table(known, mine, lambda c: f"{c['stock_over_bound']:.2f} → {c['best_over_bound']:.2f} ({c['best_tp']})"))
-        parts.append(f"heddle as released over stock at tp={mine[0]['tp']}; at stock's best tp:")
+        parts.append(f"heddle over stock at tp={mine[0]['tp']}; at stock's best tp:")
         parts.append(_table(known, mine, lambda c: f"{c['heddle_speedup']:.2f}; {c['heddle_best_speedup']:.2f}"))
     if more:
         parts += [f"## With gpu_memory_utilization={more[0]['utilization']:g}", _memory(known, more, cells)]
@@ -77,7 +77,7 @@ def _heddle(cells: Sequence[Cell]) -> str:
     idle = [c["heddle_best_speedup"] for c in cells if c["queue_share"] < WAITED]
     waiting = sorted(c["heddle_best_speedup"] for c in cells if c["queue_share"] >= WAITED)
     text = (
-        f"**heddle as released only orders waiting turns, so it needs turns that wait.** In {len(idle)} of {len(cells)} cells they hardly "
+        f"**heddle only orders waiting turns, so it needs turns that wait.** In {len(idle)} of {len(cells)} cells they hardly "
         f"do at the usual degree, and at stock's best degree it gives {min(idle):.2f} to {max(idle):.2f}. "
     )
     if not waiting:
@@ -128,8 +128,7 @@ def _assumed(known: dict[str, Any], base: float) -> str:
         "call at most 8 times the mean. Batches shrink during the step and grow smaller while others are in tools, so the share in the "
         "simulated step differs (`tool_share_stock` in the JSON).",
         "All trajectories are submitted at once and the step ends with the last. No early stop, no redundancy.",
-        "heddle as released: verl's placement, longest predicted trajectory first with preemption on arrival, the prediction learnt from "
-        "one earlier epoch of as many other samples.",
+        f"heddle: {known['heddle']}",
         f"Draws per cell: {draws} trajectories per GPU; medians.",
     )
     return "\n".join(f"- {line}" for line in lines)

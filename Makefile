@@ -1,13 +1,17 @@
 # Two commands do everything from a fresh clone: `make demo` and `make test`. Both build .venv first.
 SHELL := /bin/bash
 PY := .venv/bin/python
-export HF_HUB_OFFLINE ?= 1
+# A model or data of one's own may lie on the hub; everything else needs none.
+export HF_HUB_OFFLINE ?= $(if $(MODEL)$(DATA),0,1)
 RECIPE ?= math
+PAIRS ?= 1
+STEPS ?= 4
+OUT ?= outputs/demo-$(RECIPE)
 # Bytecode is kept: without it every engine process imports for 10 s longer.
 unexport PYTHONDONTWRITEBYTECODE
 unexport RAY_ADDRESS
 
-.PHONY: help venv demo test lint test-fast test-e2e test-pins docs clean
+.PHONY: help venv demo test lint test-fast test-e2e test-pins bench-rehearsal docs clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -15,8 +19,9 @@ help:  ## what can be made
 venv:  ## build .venv (CPU, or GPU where there is one); seconds when nothing changed
 	@envs/setup.sh auto .venv
 
-demo: venv  ## a recipe's job (RECIPE=math or coding): GRPO with tools, stock and heddle, on W&B, with a table at the end
-	@RECIPE=$(RECIPE) $(PY) recipes/demo.py
+demo: export WANDB_MODE ?= $(if $(WANDB_API_KEY),online,offline)
+demo: venv  ## a recipe (RECIPE=math or coding), stock verl against heddle: a table, a page, W&B (STEPS, PAIRS, OUT, MODEL, ARGS)
+	@.venv/bin/verl-heddle compare --recipe $(RECIPE) --pairs $(PAIRS) --steps $(STEPS) --out $(OUT) -- $(ARGS)
 
 test: lint test-fast test-e2e  ## everything
 
@@ -33,8 +38,13 @@ test-pins:  ## contract and engine tests against the vLLM that verl pins for GPU
 	@envs/setup.sh cpu-pins .venv-pins
 	@.venv-pins/bin/python -m pytest tests/contract tests/e2e/test_engine.py
 
-docs: venv  ## write docs/configuration.md from the code
+bench-rehearsal: venv  ## every experiment of bench/gpu on the CPU with a tiny model, JSON checked; ten minutes; no figure of it is a GPU's
+	@$(PY) bench/gpu/run.py --profile rehearsal --budget-minutes 14.5 --again
+
+docs: venv  ## write docs/configuration.md and what is generated in README.md
 	@.venv/bin/verl-heddle overrides --markdown >docs/configuration.md
+	@$(PY) tests/docs/docs_support.py
+	@$(PY) bench/readme_figure.py
 
 clean:  ## remove what was built
 	rm -rf .venv .venv-pins .setup outputs

@@ -2,8 +2,8 @@
 
     python bench/sandbox.py [--runs 200] [--parallel 2]
 
-Runs `print(1)` that often at each level and prints a table and one JSON line. `plain` is the same interpreter started without a sandbox:
-`slower` is the ratio of its rate to the level's, what safety costs on any machine.
+Runs `print(1)` that often at each level and prints a table and one JSON line. `plain` is the level's own interpreter started without a
+sandbox (levels may need different ones, see `levels.interpreter`): `slower` is the ratio of the two rates, what safety costs anywhere.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -41,21 +42,32 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--parallel", type=int, default=2)
     args = parser.parse_args()
-    python = levels.interpreter("bwrap")[0]
-    plain = measure(lambda: subprocess.run([python, "-c", CODE], stdout=subprocess.DEVNULL).returncode == 0, args.runs, args.parallel)
-    table = {"plain": plain}
+    table: dict[str, dict[str, float]] = {}
     for name in ("bubblewrap", "process"):
         try:
             sandbox = Sandbox(level=name, parallel=args.parallel)
         except RuntimeError as error:
             print(f"{name}: {error}")
             continue
+        python = levels.interpreter(sandbox.level.bwrap)[0]
+        plain = measure(partial(bare, python), args.runs, args.parallel)
         with sandbox:
-            table[name] = measure(lambda pool=sandbox: pool.run({"main.py": CODE}).ok, args.runs, args.parallel)  # type: ignore[misc]
-    print(f"{'level':<12}{'runs/min':>9}{'slower':>8}")
-    for name, rate in table.items():
-        print(f"{name:<12}{rate:>9.0f}{plain / rate:>8.2f}")
-    print(json.dumps({"bench": "sandbox", "cpus": os.cpu_count(), "parallel": args.parallel, "runs": args.runs, "per_minute": table}))
+            rate = measure(partial(inside, sandbox), args.runs, args.parallel)
+        table[name] = {"per_minute": rate, "plain_per_minute": plain, "slower": round(plain / rate, 2)}
+    print(f"{'level':<12}{'runs/min':>9}{'plain':>9}{'slower':>8}")
+    for name, row in table.items():
+        print(f"{name:<12}{row['per_minute']:>9.0f}{row['plain_per_minute']:>9.0f}{row['slower']:>8.2f}")
+    print(json.dumps({"bench": "sandbox", "cpus": os.cpu_count(), "parallel": args.parallel, "runs": args.runs, "levels": table}))
+
+
+def bare(python: str) -> bool:
+    """One run without a sandbox."""
+    return subprocess.run([python, "-c", CODE], stdout=subprocess.DEVNULL, env={}).returncode == 0
+
+
+def inside(sandbox: Sandbox) -> bool:
+    """One run in it."""
+    return sandbox.run({"main.py": CODE}).ok
 
 
 if __name__ == "__main__":

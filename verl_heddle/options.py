@@ -31,7 +31,7 @@ class Priority:
 
 @dataclass
 class Predict:
-    """`heddle.predict.*`: how much of a trajectory is still to come. On whenever something asks for it (`heddle.priority.enable`)."""
+    """`heddle.predict.*`: how much of a trajectory is still to come. On when `heddle.priority` or `heddle.place` asks for it."""
 
     trees: bool = option(True, "Between steps, fit boosted trees on what was seen; off: pool, prompt history and finished siblings alone.")
     checkpoint: bool = option(True, "Keep what was learnt inside verl's checkpoints, and read it back when verl resumes from one.")
@@ -54,6 +54,24 @@ class Admission:
 
     per_slot: float = option(4.0, "Turns in flight per slot (rollout.max_num_seqs) of a replica; 0: no bound, as in stock verl.")
     hold_s: float = option(600.0, "Longest time a turn is held back; after it, it goes to its replica whatever the bound.")
+
+
+@dataclass
+class Place:
+    """`heddle.place.*`: on which replica a trajectory runs, and whether it moves. Off: it pays where lengths are predicted well, or where
+    KV cache is short, and is luck elsewhere (`bench/placement`)."""
+
+    enable: bool = option(
+        False,
+        "Plan by expected remaining length, from the second step on, with step times learnt from the run's own turns; off: verl's own rule "
+        "places. Needs two replicas.",
+    )
+    moves: bool = option(True, "Trajectories may change replica between turns, where the whole step is expected to end sooner by it.")
+    transport: str = option(
+        "prewarm",
+        "How a context gets to its new replica. prewarm: a one-token request there while the tool runs; none: read again when the turn "
+        "comes, unless a KV connector of vLLM (engine_kwargs.vllm.kv_transfer_config) finds it.",
+    )
 
 
 @dataclass
@@ -106,9 +124,14 @@ class Options:
     predict: Predict = field(default_factory=Predict)
     preempt: Preempt = field(default_factory=Preempt)
     admission: Admission = field(default_factory=Admission)
+    place: Place = field(default_factory=Place)
     tools: Tools = field(default_factory=Tools)
     trace: Trace = field(default_factory=Trace)
     deadlines: Deadlines = field(default_factory=Deadlines)
+
+
+TRANSPORTS = ("prewarm", "none")
+"""Values of `heddle.place.transport`."""
 
 
 def walk(node: Any = None, prefix: str = "heddle") -> Iterator[tuple[str, Any, str]]:
@@ -141,6 +164,8 @@ def check(options: Options) -> list[str]:
         )
     if not options.admission.hold_s > 0:
         problems.append(f"heddle.admission.hold_s must be positive seconds, got {options.admission.hold_s}")
+    if options.place.transport not in TRANSPORTS:
+        problems.append(f"heddle.place.transport must be one of {', '.join(TRANSPORTS)}, got {options.place.transport}")
     if not 0.005 <= options.poll_interval_s <= 60:
         problems.append(f"heddle.poll_interval_s must lie between 0.005 and 60 seconds, got {options.poll_interval_s}")
     for item in fields(options.deadlines):

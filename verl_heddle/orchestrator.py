@@ -6,26 +6,31 @@ one policy in one file (`predict`, `schedule`, `place`, later `layout` and `shap
 Invariants
 - every `turn_started` is answered by exactly one `turn_finished`, completed or not; in-flight counts return to zero when all have been;
 - a held turn is named by `admitted` exactly once, unless its `turn_finished` comes first;
+- a pre-warm is ordered by `prewarms` at most once per move, and is over with the trajectory's next `turn_started`;
 - decisions depend on the events and the seed only: the same sequence gives the same decisions;
-- with `observe`, or `priority.enable=False` and no bound on admission, the decisions are those of stock verl.
+- with `observe`, or `priority.enable=False`, `place.enable=False` and no bound on admission, the decisions are those of stock verl; so is
+  the placement until there are step times to plan with (`step_times_known`).
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil
 from random import Random
 
 from verl_heddle.fleet import Replica
 from verl_heddle.options import Options
-from verl_heddle.place.sticky import StickyLeastInflight
+from verl_heddle.place.decisions import Expected
+from verl_heddle.place.pace import Latency
+from verl_heddle.place.replan import Replanner
+from verl_heddle.place.transfers import LAST_PRIORITY, Transfer, Transfers
 from verl_heddle.predict.predictor import Predictor
 from verl_heddle.predict.quantities import Estimate
 from verl_heddle.schedule.admission import Admission
 from verl_heddle.schedule.priority import Pace, longest_first, work_tokens
-from verl_heddle.trajectory import Decision, ToolStart, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
+from verl_heddle.trajectory import Decision, Prewarm, ToolStart, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
 
 
 @dataclass(slots=True)
@@ -45,13 +50,19 @@ class Orchestrator:
         options: the user's settings; `observe` switches every policy but verl's own placement off.
         deterministic: verl's `rollout.full_determinism`: place by hash of the conversation id.
         cap_tokens: most tokens a trajectory may generate (verl's `rollout.response_length`); None: no cap known.
+        latency: times of the model on these replicas, to plan placement with; None: not known (yet).
     """
 
-    def __init__(self, options: Options, deterministic: bool = False, cap_tokens: int | None = None) -> None:
+    def __init__(
+        self, options: Options, deterministic: bool = False, cap_tokens: int | None = None, latency: Latency | None = None
+    ) -> None:
         self._options = options
         decides = not options.observe
-        self._placement = StickyLeastInflight(Random(options.seed), deterministic)
-        self.predictor = Predictor(cap_tokens) if decides and options.priority.enable else None
+        self._plans = decides and options.place.enable
+        known = latency if self._plans else None
+        self._placement = Replanner(known, Random(options.seed), deterministic, cap_tokens, moves=options.place.moves)
+        self._transfers = Transfers()
+        self.predictor = Predictor(cap_tokens) if decides and (options.priority.enable or self._plans) else None
         """What is known of lengths; None when nobody asks for it."""
         self.admission = Admission(options.admission.hold_s) if decides and options.admission.per_slot else None
         self._pace = Pace()
@@ -74,7 +85,7 @@ class Orchestrator:
         """Replicas joined the fleet, empty."""
         for replica in replicas:
             self._replicas[replica.name] = replica
-            self._placement.add(replica.name)
+            self._placement.add(replica)
             if self.admission is not None:
                 self.admission.add(replica.name, ceil(self._options.admission.per_slot * replica.slots))
 
@@ -83,12 +94,28 @@ class Orchestrator:
         for name in names:
             self._replicas.pop(name, None)
             self._placement.remove(name)
+            self._transfers.removed(name)
             if self.admission is not None:
                 self.admission.remove(name)
 
     def homes_forgotten(self) -> int:
         """Forget where conversations live (verl's `clear_sticky_cache`); returns how many there were."""
         return self._placement.forget()
+
+    def step_times_known(self, latency: Latency) -> None:
+        """The times of the model on these replicas have been learnt, or learnt anew: placement is planned with them from now on."""
+        if self._plans:
+            self._placement.learn(latency)
+
+    def batch_expected(self, batch: Sequence[TurnStart], now: float) -> None:
+        """These first turns are about to start, their `context_tokens` perhaps a guess: time to place them as a whole. Optional."""
+        if self.predictor is None or not self._placement.plans:
+            return
+        expected = []
+        for turn in batch:
+            self.predictor.turn_started(turn)
+            expected.append(Expected(turn.trajectory, turn.context_tokens, self.predictor.predict(turn.trajectory.key)))
+        self._placement.expect(expected)
 
     def turn_started(self, turn: TurnStart, now: float) -> Decision:
         """A trajectory wants to generate: where, and how urgently?
@@ -101,7 +128,8 @@ class Orchestrator:
             self.predictor.turn_started(turn)
             estimate = self.predictor.predict(turn.trajectory.key)
         priority = self._priority(turn.generated_tokens, estimate)
-        replica, reason = self._placement.acquire(turn.conversation)
+        self._transfers.over(turn.trajectory.key)
+        replica, reason = self._placement.acquire(turn, estimate)
         self.counts[reason] += 1
         self._open[turn.request] = _Open(turn.trajectory, replica, turn.generated_tokens, priority)
         self._of_group[turn.trajectory.uid].add(turn.request)
@@ -117,13 +145,32 @@ class Orchestrator:
         group.discard(turn.request)
         if not group:
             del self._of_group[turn.trajectory.uid]
-        self._placement.release(turn.replica)
         if self.admission is not None:
             self.admission.left(turn.request, turn.replica)
         if turn.completed:
             self._pace.turn(turn.output_tokens, turn.engine_s)
+        estimate = None
         if self.predictor is not None:
             self.predictor.turn_finished(turn)
+            if self._placement.plans and turn.completed:
+                estimate = self.predictor.predict(turn.trajectory.key)
+        move = self._placement.release(turn, estimate)
+        if move is not None and estimate is not None:
+            self.counts["move_ordered"] += 1
+            if self._options.place.transport == "prewarm":
+                self._transfers.ask(Transfer(move.trajectory, move.replica, (move.replica,), estimate.median_tokens))
+
+    def transferred(self, key: str, now: float) -> None:
+        """The pre-warm of this trajectory is done, or was given up."""
+        self._transfers.over(key)
+
+    def prewarms(self, now: float) -> list[Prewarm]:
+        """Contexts to be read on the replicas their trajectories move to, from now on. To be asked after every event."""
+        return [Prewarm(one.key, one.target, LAST_PRIORITY) for one in self._transfers.start()]
+
+    def awaits_transfer(self, key: str) -> bool:
+        """Whether a pre-warm of this trajectory is waiting or under way."""
+        return key in self._transfers
 
     def replica_of(self, turn: TurnStart) -> str | None:
         """Where an open turn was placed; None if it is not open."""
@@ -137,9 +184,23 @@ class Orchestrator:
 
     def trajectory_ended(self, end: TrajectoryEnd, now: float) -> None:
         """The episode is over; what it teaches goes into the history (validation runs under other sampling, so it teaches nothing)."""
+        self._transfers.over(end.trajectory.key)
+        self._placement.ended(end)
         if self.predictor is not None:
             self.predictor.trajectory_ended(end)
             self._changed.add(end.trajectory.uid)
+
+    def step_ended(self, step: int) -> int:
+        """The batch of a training step is complete: forget trajectories of earlier steps that never ended; returns how many there were."""
+        lost = [] if self.predictor is None else self.predictor.abandon_before(step)
+        for key in lost:
+            self._placement.abandon(key)
+            self._transfers.over(key)
+        return len(lost)
+
+    def metrics(self) -> dict[str, float]:
+        """What the planner thinks of itself; empty while verl's rule places."""
+        return self._placement.metrics() if self._placement.plans else {}
 
     def admitted(self, now: float) -> list[str]:
         """Requests that were held and may go. To be asked after every event, and from time to time for those that waited too long."""
@@ -151,7 +212,13 @@ class Orchestrator:
         The estimate of a turn under way changes when a sibling ends. (A new model comes between steps, when no turn is under way.)
         """
         refresh_s = self._options.priority.refresh_s
-        if self.predictor is None or not refresh_s or not self._changed or now - self._refreshed_s < refresh_s:
+        if (
+            self.predictor is None
+            or not self._options.priority.enable
+            or not refresh_s
+            or not self._changed
+            or now - self._refreshed_s < refresh_s
+        ):
             return {}
         self._refreshed_s = now
         changed: dict[str, dict[str, int]] = defaultdict(dict)
@@ -168,7 +235,7 @@ class Orchestrator:
         return dict(changed)
 
     def _priority(self, generated: int, estimate: Estimate | None) -> int:
-        if estimate is None:
+        if estimate is None or not self._options.priority.enable:
             return 0
         length = generated + work_tokens(estimate.median_tokens, estimate.tool_s, self._pace.s_per_token)
         return longest_first(length, self._options.priority.quantum_tokens)

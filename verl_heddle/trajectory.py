@@ -26,6 +26,15 @@ class Reason(StrEnum):
     HASHED = "hashed"
     """`rollout.full_determinism`: the replica the request id hashes to (verl's own rule)."""
 
+    PLANNED = "planned"
+    """First turn, or its replica left: where the step is expected to end soonest."""
+
+    MOVED = "moved"
+    """Later turn, on a replica that is expected to end sooner than its own, by more than the move costs."""
+
+    NOT_PAYING = "not_paying"
+    """First turn by verl's rule, because planning has not paid over the last steps."""
+
     FALLBACK_POLICY = "fallback_policy"
     """The orchestrator raised; the router applied verl's own rule."""
 
@@ -137,6 +146,19 @@ class Decision:
     """The same, its 0.9 quantile."""
     held: bool = False
     """The replica has enough in flight: the turn waits until the orchestrator admits it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prewarm:
+    """Order to fill the prefix cache of `replica` with the trajectory's context while its tool runs: a one-token request there.
+
+    To be dropped when the trajectory's next turn starts, or it ends; what has been prefilled by then stays cached. `priority` is vLLM's:
+    it must disturb nobody.
+    """
+
+    trajectory: str
+    replica: str
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from random import Random
 import yaml
 
 from verl_heddle.latency import LatencyModel
-from verl_heddle.report.arms import metrics_of
+from verl_heddle.report.steps import metrics_of
 from verl_heddle.simulate import PRIORITY, EngineOptions, make_fleet, simulate
 from verl_heddle.simulate.baselines import LptOracle, Stock
 from verl_heddle.traces import generate, replayable

@@ -47,7 +47,7 @@ def test_everything_is_made_and_told(finished):
     assert "step 4 of 4: rollout" in done.err and "runs to go, about" in done.err
     assert "heddle's rollouts run at" in done.out and str(out / "report.html") in done.out
     again = compare("--out", str(out), command=())
-    assert again.code == 0 and "0 runs made, 6 kept" in again.err
+    assert again.code == 0 and "0 runs made, 6 kept" in again.err and "ask for more with --pairs 3" in again.err
 
 
 @pytest.mark.parametrize("moment", ["first run", "second run"])
@@ -207,3 +207,21 @@ def test_stop_finds_what_left_its_session_and_spares_the_rest(tmp_path):
 def test_help_teaches():
     done = subprocess.run([sys.executable, "-m", "verl_heddle.cli", "compare", "--help"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "examples:" in done.stdout and done.stdout.count("verl-heddle compare --") >= 5
+
+
+def test_a_recipes_settings_are_kept_for_later_calls(tmp_path):
+    words = ("--recipe", "math", "--out", str(tmp_path / "cmp"), "--dry-run")
+    done = compare(*words, command=(), MODEL="mine", TRAIN_ROWS="32", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert done.code == 0, done.err
+    assert done.out.count("env MODEL=mine TRAIN_ROWS=32 bash ") == 6
+
+
+def test_with_a_gpu_a_recipe_needs_a_model(tmp_path):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    words = ("--recipe", "math", "--out", str(tmp_path / "cmp"), "--dry-run")
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = compare(*words, command=(), PATH=path, MODEL="")
+    assert done.code == 2 and "say which model to train" in done.err and len(done.err.splitlines()) == 1
+    done = compare(*words, command=("+size=qwen3-8b",), PATH=path, MODEL="mine")
+    assert done.code == 0 and "+size=qwen3-8b" in done.out and "+machine=cpu" not in done.out

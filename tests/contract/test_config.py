@@ -78,6 +78,7 @@ def test_a_flag_that_verl_is_told_not_to_load_is_refused(monkeypatch):
         ("actor_rollout_ref.rollout.disable_log_stats=true", "disable_log_stats"),
         ("actor_rollout_ref.rollout.agent.agent_loop_manager_class=mine.Manager", "agent_loop_manager_class"),
         ("actor_rollout_ref.rollout.router_config_path=mine.yaml", "router_config_path"),
+        ("actor_rollout_ref.model.external_lib=null", "a replica that dies"),
         ("trainer.v1.sampler.custom_sampler.path=pkg://mine", "custom_sampler"),
     ],
 )
@@ -98,6 +99,7 @@ BAD = {
     "wrong type": ["heddle.priority.enable=perhaps"],
     "not a number": ["heddle.poll_interval_s=soon"],
     "out of range": ["heddle.priority.quantum_tokens=0"],
+    "unknown transport": ["heddle.place.transport=pigeon"],
     "negative deadline": ["heddle.deadlines.router_s=-1"],
     "legacy trainer": ["trainer.use_v1=false"],
     "asynchronous trainer": ["trainer.v1.trainer_mode=separate_async"],

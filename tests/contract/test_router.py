@@ -11,7 +11,8 @@ pytest.importorskip("verl")
 
 from verl.workers.rollout.router import GlobalRequestLoadBalancer, get_router_handle  # noqa: F401
 
-from verl_heddle.options import Admission, Options
+from verl_heddle.latency.model import LatencyModel
+from verl_heddle.options import Admission, Options, Place
 from verl_heddle.place.sticky import CACHE_SIZE, StickyLeastInflight
 from verl_heddle.trajectory import Outcome, Reason, ToolStart, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
 from verl_heddle.verl_plugin.router import HeddleRouter
@@ -65,7 +66,7 @@ def test_the_router_serves_trajectories_and_verls_own_clients():
     server, handle = router.acquire_server("somebody")
     assert server != decision.replica and handle == f"h{server[1]}", "verl's clients see our turns in flight"
     assert router.get_total_inflight() == 2
-    router.turn_finished(TurnEnd(turn(0).trajectory, "c0", decision.replica, 0, 5))
+    asyncio.run(router.turn_finished(TurnEnd(turn(0).trajectory, "c0", decision.replica, 0, 5)))
     router.trajectory_ended(TrajectoryEnd(turn(0).trajectory, Outcome.FINISHED, 5, 1))
     router.release_server(server, request_id="somebody")
     assert router.get_total_inflight() == 0
@@ -89,7 +90,7 @@ def test_a_raising_orchestrator_gives_way_to_verls_rule(monkeypatch, capsys):
     assert again.reason is Reason.FALLBACK_POLICY and again.replica == home, "still sticky"
     other = router.turn_started(turn(1))
     assert other.replica != home, "still least in flight"
-    router.turn_finished(TurnEnd(turn(0).trajectory, "c0", home, 1, 5))
+    asyncio.run(router.turn_finished(TurnEnd(turn(0).trajectory, "c0", home, 1, 5)))
     router.trajectory_ended(TrajectoryEnd(turn(0).trajectory, Outcome.FINISHED, 5, 2))
     failures = {name: count for name, count in router.stats().items() if name.startswith("failed_")}
     assert failures == {"failed_turn_started": 2, "failed_turn_finished": 1, "failed_trajectory_ended": 1}
@@ -111,7 +112,7 @@ def test_a_held_turn_waits_in_the_router_until_another_leaves():
         waits = [asyncio.ensure_future(router.wait_for_turn(turn(sample).request)) for sample in (1, 2)]
         await asyncio.sleep(0)
         assert not any(wait.done() for wait in waits)
-        router.turn_finished(TurnEnd(turn(0).trajectory, "c0", "s0", 0, 5))
+        await router.turn_finished(TurnEnd(turn(0).trajectory, "c0", "s0", 0, 5))
         await asyncio.wait_for(waits[0], 1.0)
         assert not waits[1].done()
         await asyncio.wait_for(waits[1], 5.0)  # by the deadline
@@ -119,28 +120,28 @@ def test_a_held_turn_waits_in_the_router_until_another_leaves():
         assert router.stats()["held"] == 2 and router.stats()["hold_overdue"] == 1
         router.turn_withdrawn(turn(2))
         router.turn_withdrawn(turn(2))
-        router.turn_finished(TurnEnd(turn(1).trajectory, "c1", "s0", 0, 5))
+        await router.turn_finished(TurnEnd(turn(1).trajectory, "c1", "s0", 0, 5))
         assert router.get_total_inflight() == 0
 
     asyncio.run(play())
 
 
 def test_between_steps_it_fits_and_what_it_learnt_can_be_kept():
-    def live(router, step):
+    async def live(router, step):
         for prompt in range(40):
             for sample in range(4):
                 who = TrajectoryId(f"p{prompt}", f"{step}:p{prompt}", sample, step)
                 for number in range(3):
                     start = TurnStart(who, who.key, number, 100, 50 * number * prompt)
                     replica = router.turn_started(start).replica
-                    router.turn_finished(TurnEnd(who, who.key, replica, number, 50 * prompt + sample + 1))
+                    await router.turn_finished(TurnEnd(who, who.key, replica, number, 50 * prompt + sample + 1))
                     router.tool_started(ToolStart(who, "python"))
                 router.trajectory_ended(TrajectoryEnd(who, Outcome.FINISHED, 150 * prompt, 3))
 
     async def play():
         router = HeddleRouter({"s0": "h0"})
         router.configure(Options(), tp=1, slots=64, deterministic=False, cap_tokens=5000)
-        live(router, 0)
+        await live(router, 0)
         await router.step_ended(0)
         await asyncio.wait_for(router._fit, 60)
         await asyncio.sleep(0)
@@ -152,5 +153,94 @@ def test_between_steps_it_fits_and_what_it_learnt_can_be_kept():
         who = TrajectoryId("p39", "1:p39", 0, 1)
         told = [one.turn_started(TurnStart(who, "c", 0, 100, 0)).predicted_remaining for one in (router, again)]
         assert told[0] == told[1] > 2000
+
+    asyncio.run(play())
+
+
+class Engine:
+    """Stands for a server's handle where a router only passes it on."""
+
+
+STEP_TIMES = LatencyModel.affine(0.01, 0.001, prefill_per_token_s=1e-4)
+
+
+def planner(servers: int = 3, **place) -> HeddleRouter:
+    router = HeddleRouter({f"s{number}": Engine() for number in range(servers)})
+    router.configure(
+        Options(place=Place(**{"enable": True} | place)), tp=1, slots=64, deterministic=False, cap_tokens=20_000, kv_tokens=1_000_000
+    )
+    router.step_times_known(STEP_TIMES)
+    return router
+
+
+async def crowd(router, samples=12):
+    """Everybody on s0 (the others come later), each with a first turn done; returns the answers that the workers wait for."""
+    router.remove_servers(["s1", "s2"])
+    who = [TrajectoryId(f"p{sample}", f"u{sample}", 0, 1) for sample in range(samples)]
+    for one in who:
+        assert router.turn_started(TurnStart(one, one.key, 0, 100, 0)).replica == "s0"
+    router.add_servers({"s1": Engine(), "s2": Engine()})
+    asked = {one.key: asyncio.ensure_future(router.turn_finished(TurnEnd(one, one.key, "s0", 0, 500))) for one in who}
+    await asyncio.sleep(0)
+    return who, asked
+
+
+def test_moves_are_ordered_one_at_a_time_per_target_and_end_with_the_tool():
+    async def play():
+        router = planner()
+        who, asked = await crowd(router)
+        orders = [task.result() for task in asked.values() if task.done() and task.result()]
+        waiting = [key for key, task in asked.items() if not task.done()]
+        assert sorted(order.replica for order in orders) == ["s1", "s2"], "a target reads one context at a time"
+        assert waiting and all(order.priority > 10**9 for order in orders)
+        router.transferred(orders[0].trajectory)
+        await asyncio.sleep(0)
+        begun = [key for key in waiting if asked[key].done()]
+        assert len(begun) == 1 and asked[begun[0]].result().replica == orders[0].replica
+        still = [one for one in who if one.key in waiting and not asked[one.key].done()]
+        if still:  # its tool is back first: it goes all the same, and nobody waits for an order
+            decision = router.turn_started(TurnStart(still[0], still[0].key, 1, 700, 500))
+            await asyncio.sleep(0)
+            assert decision.reason is Reason.MOVED and asked[still[0].key].result() is None
+        moved = next(one for one in who if one.key == orders[0].trajectory)
+        decision = router.turn_started(TurnStart(moved, moved.key, 1, 700, 500))
+        assert (decision.replica, decision.reason) == (orders[0].replica, Reason.MOVED)
+        for one in who:
+            router.trajectory_ended(TrajectoryEnd(one, Outcome.CANCELLED, 500, 1))
+        await asyncio.wait_for(asyncio.gather(*asked.values()), 1.0)
+        assert not router._orders.waiting and router.stats()["moves"] >= 1
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize("place", [{"transport": "none"}, {"moves": False}, {"enable": False}])
+def test_nobody_waits_for_orders_that_do_not_come(place):
+    async def play():
+        router = planner(**place)
+        who, asked = await crowd(router)
+        assert [task.result() for task in asked.values()] == [None] * len(who)
+        again = [router.turn_started(TurnStart(one, one.key, 1, 700, 500)).reason for one in who]
+        assert (Reason.MOVED in again) == (place == {"transport": "none"})
+
+    asyncio.run(play())
+
+
+def test_a_lost_replica_is_dropped_once_and_its_trajectories_go_elsewhere(capsys):
+    async def play():
+        router = planner()
+        batch = [TurnStart(TrajectoryId(f"p{n}", f"u{n}", 0, 1), f"u{n}_0", 0, 100, 0) for n in range(12)]
+        router.batch_expected(batch)
+        homes = {turn.conversation: router.turn_started(turn).replica for turn in batch}
+        assert set(homes.values()) == {"s0", "s1", "s2"}
+        for turn in batch:
+            if homes[turn.conversation] == "s1":
+                await router.turn_finished(TurnEnd(turn.trajectory, turn.conversation, "s1", 0, 0, completed=False))
+                router.replica_lost("s1")
+                assert router.turn_started(turn).replica != "s1"
+        assert router.stats()["replicas_lost"] == 1 and router.get_all_servers() == ["s0", "s2"]
+        assert router.get_total_inflight() == len(batch)
+        assert capsys.readouterr().err.count("s1 died") == 1
+        router.configure(Options(), tp=1, slots=64, deterministic=False, lost=["s0"])
+        assert router.get_all_servers() == ["s2"]
 
     asyncio.run(play())

@@ -104,10 +104,10 @@ def test_a_full_disk_costs_the_trace_not_the_metrics(monkeypatch, tmp_path, caps
         )
 
         def collect(self):
-            return [recorded()], Counter(fallback_router=3)
+            return [recorded()], Counter({"fallback_router": 3, "prewarm/done": 2})
 
-        def step_ended(self, step):
-            return {"held": 2 * step, "failed_fit": 1, "fit_s": 0.5, "fit_rows": 300}
+        def step_ended(self, step, records):
+            return {"held": 2 * step, "failed_fit": 1, "fit_s": 0.5, "fit_rows": 300, "place_quality": 0.8}
 
         def engine_counts(self):
             return Counter(preempted_by_rule=5)
@@ -121,6 +121,8 @@ def test_a_full_disk_costs_the_trace_not_the_metrics(monkeypatch, tmp_path, caps
         metrics["heddle/router/held"] == 2
         and metrics["heddle/preempt/preempted_by_rule"] == 5
         and metrics["heddle/predict/fit_rows"] == 300
+        and metrics["heddle/place/quality"] == 0.8
+        and metrics["heddle/place/prewarm_done"] == 2
     )
     lines = (tmp_path / "trace.jsonl").read_text().splitlines()
     assert len(lines) == 2

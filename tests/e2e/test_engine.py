@@ -141,6 +141,9 @@ async def test_without_a_router_turns_go_on_under_verls_rule(client, router, how
     pid = ray.get(router.__ray_call__.remote(lambda self: os.getpid()), timeout=30)
     if how == "killed":
         ray.kill(router)
+        with pytest.raises(ray.exceptions.RayActorError):  # killing takes a moment, in which it may still answer
+            while True:
+                ray.get(router.get_total_inflight.remote(), timeout=30)
     else:
         os.kill(pid, signal.SIGSTOP)
     try:

@@ -58,7 +58,7 @@ class Anything:
 
     def __init__(self, seed: int, cancels: bool = False, prewarms: bool = False) -> None:
         self.rng = Random(seed)
-        self.cancels, self.prewarms = cancels, prewarms
+        self.cancels, self.prewarming = cancels, prewarms
         self.replicas: list[str] = []
         self.keys: set[str] = set()
         self.open: dict[str, str] = {}
@@ -94,7 +94,7 @@ class Anything:
         self.finished += 1
         self.tokens[key] = self.tokens.get(key, 0) + turn.output_tokens
         actions = []
-        if self.prewarms and self.rng.random() < 0.5 and self.replicas:
+        if self.prewarming and self.rng.random() < 0.5 and self.replicas:
             actions.append(Prewarm(key, self.rng.choice(self.replicas), self.rng.randint(-3, 3)))
         return actions + self._cancel()
 

@@ -21,12 +21,15 @@ INCOMPLETE = 1
 RECIPE_STEPS = 4
 """Steps of a recipe's run where nobody says: one to warm up, three that count."""
 
+RECIPE_SETTINGS = ("MODEL", "GPUS", "NODES", "DATA", "TRAIN_ROWS", "VAL_ROWS", "HEDDLE_TOOL_DELAY_S", "HEDDLE_SANDBOX")
+"""Environment variables of a recipe that become part of its command, so that a later call cannot go on with others."""
+
 EXAMPLES = """\
 examples:
   your own job, stock decisions against heddle, three pairs of runs, ten steps each
       verl-heddle compare --out cmp --steps 10 -- python -m verl.trainer.main_ppo <your overrides>
 
-  a recipe; without a GPU it runs on the CPU with a tiny model (about 10 minutes for 3 pairs on two cores)
+  a recipe; without a GPU it runs on the CPU with a tiny model (about 2 minutes a run on two cores)
       verl-heddle compare --recipe math --pairs 3 --out cmp
 
   more arms: a part switched off, another setting
@@ -113,7 +116,8 @@ def _run(args: argparse.Namespace) -> int:
         plan, again = wanted(out, asked, args.pairs, _extra(args))
         keep(out, plan)
         if not args.report_only:
-            _say(f"{'going on with' if again else 'comparing'} {', '.join(arm.name for arm in plan.arms)}: {plan.pairs} pairs in {out}")
+            pairs = f"{plan.pairs} pair{'s' if plan.pairs > 1 else ''}"
+            _say(f"{'going on with' if again else 'comparing'} {', '.join(arm.name for arm in plan.arms)}: {pairs} in {out}")
             signal.signal(signal.SIGTERM, _interrupt)
 
             def pair_done(pair: int) -> None:
@@ -125,6 +129,8 @@ def _run(args: argparse.Namespace) -> int:
                 _say(f"interrupted; finished runs are kept. Go on with: verl-heddle compare --out {shlex.quote(str(out))}")
                 return 130
             _say(f"{len(made.finished)} runs made, {len(made.kept)} kept, {len(made.failed)} failed, {len(made.skipped)} left out")
+            if len(made.kept) == len(list(plan.runs())):
+                _say(f"every run was there already: ask for more with --pairs {plan.pairs + 1}, or start anew with another --out")
         answer = write(plan, out, args.warmup, table, shell_line())
         publish(answer, out, _say)
     return INCOMPLETE if answer.missing else 0
@@ -166,7 +172,13 @@ def _extra(args: argparse.Namespace) -> tuple[Any, ...]:
 
 
 def _recipe(name: str) -> list[str]:
-    """The command of a recipe: its script, and the CPU profile where there is no GPU."""
+    """The command of a recipe: its script, and the CPU profile where there is no GPU.
+
+    Raises:
+        ValueError: there is no such recipe; there is a GPU, and nobody says which model to train on it.
+    """
+    import os
+
     import verl_heddle
 
     roots = (Path.cwd(), Path(verl_heddle.__file__).resolve().parent.parent)
@@ -176,7 +188,13 @@ def _recipe(name: str) -> list[str]:
         raise ValueError(
             f"there is no recipe {name!r}" + (f"; there is {', '.join(there)}" if there else ": recipes come with the repository")
         )
-    return ["bash", str(found), *([] if shutil.which("nvidia-smi") else ["+machine=cpu"])]
+    settings = [f"{variable}={value}" for variable in RECIPE_SETTINGS if (value := os.environ.get(variable))]
+    command = [*(("env", *settings) if settings else ()), "bash", str(found)]
+    if shutil.which("nvidia-smi") is None:
+        return [*command, "+machine=cpu"]
+    if not os.environ.get("MODEL"):
+        raise ValueError(f"there is a GPU here: say which model to train, e.g. MODEL=Qwen/Qwen3-0.6B, and its size after --: see {found}")
+    return command
 
 
 def _table(args: argparse.Namespace) -> Any:

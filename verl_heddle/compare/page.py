@@ -67,10 +67,10 @@ def _subtitle(answer: Comparison) -> str:
     plan = answer.plan
     pairs = min((len(arm.runs) for arm in answer.arms.values()), default=0)
     what = f"recipe {plan.recipe}" if plan.recipe else "a verl command"
-    warm = f", the first {answer.warmup} left out" if answer.warmup else ""
+    warm = f", the first {answer.warmup if answer.warmup > 1 else ''}".rstrip() + " left out" if answer.warmup else ""
     steps = sorted({len(run.steps) for arm in answer.arms.values() for run in arm.runs.values()})
     told_steps = " to ".join(map(str, dict.fromkeys((steps[0], steps[-1])))) if steps else "no"
-    return f"{what}; {pairs} of {plan.pairs} pairs of real runs finished, {told_steps} steps each{warm}."
+    return f"{what}; {pairs} of {plan.pairs} pair{'s' if plan.pairs > 1 else ''} of real runs finished, {told_steps} steps each{warm}."
 
 
 def _tiles(answer: Comparison) -> list[dict[str, str]]:

@@ -52,7 +52,8 @@ def table(answer: Comparison) -> str:
 
 def report(answer: Comparison) -> str:
     """Everything the terminal shows at the end."""
-    warm = f"the first {answer.warmup} step{'s' if answer.warmup > 1 else ''} of a run left out" if answer.warmup else "all steps"
+    first = f"the first {answer.warmup} steps" if answer.warmup > 1 else "the first step"
+    warm = f"{first} of a run left out" if answer.warmup else "all steps"
     legend = (
         f"means over steps ({warm}); speedup: over {answer.base.arm.name} in the same pairs, 95 % interval; makespan: first\n"
         "start to last end of the step's trajectories, from the trace; queue to other: seconds of the trajectory that ended last"

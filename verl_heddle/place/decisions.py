@@ -2,24 +2,10 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import NamedTuple
 
 from verl_heddle.predict.quantities import Estimate
 from verl_heddle.trajectory import TrajectoryId
-
-
-class PlaceReason(StrEnum):
-    """Why a turn went where it went, beyond verl's own reasons."""
-
-    PLANNED = "planned"
-    """First turn, or its replica left: where the step is expected to end soonest."""
-
-    MOVED = "moved"
-    """Later turn, on a replica that is expected to end sooner than its own, by more than the move costs."""
-
-    NOT_PAYING = "not_paying"
-    """First turn by verl's rule, because planning has not paid over the last steps."""
 
 
 class Move(NamedTuple):

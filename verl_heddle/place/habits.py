@@ -45,6 +45,10 @@ class Habits:
         self._events, self._covers = 0, 2 * live
         return True
 
+    def look_again(self) -> None:
+        """Be due at the next event."""
+        self._covers = -1
+
     @property
     def covers(self) -> float:
         """Most trajectories there may be before it is due again."""

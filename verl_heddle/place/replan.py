@@ -10,10 +10,11 @@ Law. Each replica has an expected drain time D (`books`, `outlook`), from everyb
       expected makespan falls by `PER_COST` * prefill and by `LEAST_GAIN` of itself, the prefill already counted
   and it has moved fewer than `MOST_MOVES` times. It goes with its next turn; the tool call between is for pre-warming the target.
 - Predictions count for what they have been worth (`trust`); where first placements or moves have not paid by the true lengths (`audit`),
-  stock's rule decides, with `PlaceReason.NOT_PAYING`, or nobody moves.
+  stock's rule decides, with `Reason.NOT_PAYING`, or nobody moves.
 
-Invariants: with no latency model, or `deterministic`, the choices are verl's (`sticky`); in-flight counts are verl's in any case; a
-trajectory is in the books from its first turn's start to its end. No clock, and no randomness but stock's ties.
+Invariants: with no latency model, or `deterministic`, the choices are verl's (`sticky`), and so are those of requests without a prompt,
+which belong to no trajectory; in-flight counts are verl's in any case; a trajectory is in the books from its first turn's start to its end.
+No clock, and no randomness but stock's ties. A latency model that comes while trajectories are under way waits until there are none.
 Source: receding horizon in place of Heddle's rank rescaling (arXiv 2603.28101, section 6); margins from verl #6533 and #7435, where eager
 moves lost. Cost: one pass over replicas x len(GRID) per event.
 """
@@ -31,7 +32,7 @@ from verl_heddle.fleet import Replica
 from verl_heddle.place.audit import Audit
 from verl_heddle.place.books import Books
 from verl_heddle.place.cost import Floats
-from verl_heddle.place.decisions import Expected, Move, PlaceReason
+from verl_heddle.place.decisions import Expected, Move
 from verl_heddle.place.first import Batch, place_batch
 from verl_heddle.place.habits import Habits
 from verl_heddle.place.outlook import curves
@@ -88,10 +89,12 @@ class Replanner:
     def __init__(
         self, latency: Latency | None, rng: Random, deterministic: bool = False, cap_tokens: int | None = None, moves: bool = True
     ) -> None:
-        self._latency = None if deterministic else latency
+        self._latency: Latency | None = None
+        self._deterministic = deterministic
         self._stock = StickyLeastInflight(rng, deterministic)
-        self._books = Books(latency) if latency is not None and not deterministic else None
-        self._audit = Audit(Random(rng.random()) if self._books else rng)
+        self._fleet: dict[str, Replica] = {}
+        self._books: Books | None = None
+        self._audit = Audit(Random(0))  # of its own: `rng` is for the ties that verl itself draws
         self._trust = Trust()
         self._cap = inf if cap_tokens is None else float(cap_tokens)
         self._may_move = moves
@@ -99,6 +102,14 @@ class Replanner:
         self._habits = Habits()
         self._ended = self._most = 0
         self._logs = 0.0
+        self._next: Latency | None = None
+        if latency is not None:
+            self.learn(latency)
+
+    @property
+    def plans(self) -> bool:
+        """Whether anything but verl's rule decides: there is a latency model."""
+        return self._books is not None
 
     @property
     def inflight(self) -> dict[str, int]:
@@ -114,16 +125,29 @@ class Replanner:
     def add(self, replica: Replica) -> None:
         """A replica joins, with nothing in flight."""
         self._stock.add(replica.name)
+        self._fleet[replica.name] = replica
+        self._audit.add(replica.name)
         if self._books is not None:
             self._books.add(replica)
-            self._audit.add(replica.name)
 
     def remove(self, name: str) -> None:
         """A replica leaves; who lived there is placed anew at the next turn."""
         self._stock.remove(name)
+        self._fleet.pop(name, None)
+        self._audit.remove(name)
         if self._books is not None:
             self._books.remove(name)
-            self._audit.remove(name)
+
+    def learn(self, latency: Latency) -> None:
+        """Plan with these times from now on, or from when nobody is under way; without effect if `deterministic`."""
+        if self._live or self._deterministic:
+            self._next = None if self._deterministic else latency
+            return
+        self._latency, self._next, books = latency, None, Books(latency)
+        for replica in self._fleet.values():
+            books.add(replica)
+        self._books = books
+        self._habits.look_again()
 
     def forget(self) -> int:
         """Prefix caches are gone: everybody is placed anew; returns how many conversations had a home."""
@@ -151,23 +175,25 @@ class Replanner:
             one.home = books.names[number]
             books.put(item.trajectory.key, one.home, row, item.trajectory.uid)
 
-    def acquire(self, turn: TurnStart, estimate: Estimate | None) -> tuple[str, Reason | PlaceReason]:
+    def acquire(self, turn: TurnStart, estimate: Estimate | None) -> tuple[str, Reason]:
         """Choose the replica of a turn and count it in flight there.
 
         Raises:
             RuntimeError: there is no replica (verl's own words).
         """
         books, identity = self._books, turn.trajectory
-        if books is None or not books.names:
+        if books is None or not books.names or not identity.prompt:
             return self._stock.acquire(turn.conversation)
         one = self._live.get(identity.key)
+        if one is None and turn.turn:  # it began before there was a plan: it stays where it is
+            return self._stock.acquire(turn.conversation)
         if one is not None and one.started:
             self._habits.answered(turn.context_tokens - one.context)
             one.context = turn.context_tokens
             if one.target in books.fleet:
                 one.home, one.target = one.target, None
                 one.moves += 1
-                return self._go(turn, one, PlaceReason.MOVED)
+                return self._go(turn, one, Reason.MOVED)
             if one.home in books.fleet:
                 return self._go(turn, one, Reason.STICKY)
         if one is None:
@@ -178,8 +204,8 @@ class Replanner:
             self._house(identity, one, turn.conversation)
         first, one.started = not one.started, True
         if self._audit.placing.pays:
-            return self._go(turn, one, PlaceReason.PLANNED, first)
-        return self._go(turn, one, PlaceReason.NOT_PAYING)
+            return self._go(turn, one, Reason.PLANNED, first)
+        return self._go(turn, one, Reason.NOT_PAYING)
 
     def release(self, end: TurnEnd, estimate: Estimate | None) -> Move | None:
         """A request ended, somehow; `estimate`: what is left now. Returns the move to prepare, if there is one."""
@@ -203,22 +229,31 @@ class Replanner:
 
     def ended(self, end: TrajectoryEnd) -> None:
         """The episode is over."""
-        key = end.trajectory.key
+        whole = end.outcome is Outcome.FINISHED and not end.trajectory.validate
+        self._gone(end.trajectory.key, end.output_tokens, whole)
+
+    def abandon(self, key: str) -> None:
+        """It will never be heard of again: its worker died."""
+        if key in self._live:
+            self._gone(key, self._live[key].generated, False)
+
+    def _gone(self, key: str, tokens: int, whole: bool) -> None:
         one = self._live.pop(key, None)
         if self._books is None or one is None:
             return
         self._logs -= _log(one.left)
         self._books.take(key)
-        whole = end.outcome is Outcome.FINISHED and not end.trajectory.validate
-        self._trust.ended(key, end.output_tokens if whole else None)
-        self._audit.ended(key, end.output_tokens)
+        self._trust.ended(key, tokens if whole else None)
+        self._audit.ended(key, tokens)
         self._ended += 1
         if not self._live or self._ended > 2 * self._most:
             self._trust.close()
             self._audit.close(self._books.names, self._books.drains_of)
             self._ended = self._most = 0
+        if not self._live and self._next is not None:
+            self.learn(self._next)
 
-    def _go(self, turn: TurnStart, one: _Live, reason: Reason | PlaceReason, first: bool = False) -> tuple[str, Reason | PlaceReason]:
+    def _go(self, turn: TurnStart, one: _Live, reason: Reason, first: bool = False) -> tuple[str, Reason]:
         assert one.home is not None
         self._stock.note(turn.conversation, one.home)
         self._audit.started(turn.trajectory.key, turn.conversation, one.home if first else None)

@@ -141,6 +141,10 @@ class Lives:
         _add_logs(visit.row, live.row, 1)
         return live
 
+    def begins(self, live: Live, prompt_tokens: int) -> None:
+        """The first turn of an announced trajectory: its prompt has so many tokens."""
+        live.row[Own.PROMPT] = live.row[Own.CONTEXT] = float(prompt_tokens)
+
     def caught_up(self, live: Live, tokens: int, turns: int) -> None:
         """It did so much before anybody told us of it."""
         _add_logs(live.group.row, live.row, -1)

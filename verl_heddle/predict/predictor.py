@@ -69,6 +69,11 @@ class Predictor:
                 self._live.caught_up(live, turn.generated_tokens, turn.turn)
             self._look(live)
             return
+        if not turn.turn:  # it was announced, with a guess at its prompt's tokens; or its replica was lost in its first turn
+            self._live.begins(live, turn.context_tokens)
+            live.snapshots.clear()
+            self._look(live)
+            return
         log_s = self._live.answered(live, turn.context_tokens, turn.tool_s)
         if log_s is not None and live.teaches and live.called:
             self._tools.took(live.called, log_s)
@@ -201,12 +206,12 @@ class Predictor:
             raise StateError(f"incomplete ({type(error).__name__}: {error})") from error
         return predictor
 
-    def abandon_before(self, step: int) -> int:
-        """Forget trajectories of earlier training steps that never ended (their worker died); returns how many there were."""
+    def abandon_before(self, step: int) -> list[str]:
+        """Forget trajectories of earlier training steps that never ended (their worker died); returns their keys."""
         lost = [(key, live) for key, live in self._live.trajectories.items() if live.step < step]
         for key, live in lost:
             self._live.end(key, np.log(np.maximum(live.done, FLOOR)))
-        return len(lost)
+        return [key for key, _ in lost]
 
     def _unseen(self, end: TrajectoryEnd) -> None:
         """It began before we did (a router that was started again): its size is news all the same, its tool time is not known."""

@@ -1,4 +1,4 @@
-"""Where the seconds of a step went: pure arithmetic over recorded trajectories, shared by W&B, `explain` and the demo's table.
+"""Where the seconds of a step went: pure arithmetic over recorded trajectories, shared by W&B, `explain` and `compare`.
 
 The makespan of a step runs from its first trajectory's start to its last one's end. It is explained by the trajectory that ended
 last, because nothing else made the step longer.

@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from verl_heddle.fleet import Replica
-from verl_heddle.options import Options, Preempt
+from verl_heddle.options import Options, Place, Preempt
 from verl_heddle.orchestrator import Orchestrator
 from verl_heddle.predict.recall import recall
 from verl_heddle.report.draws import Draw, Step
 from verl_heddle.report.setting import Setting
 from verl_heddle.simulate import Bound, Policy, Result, lower_bound, simulate
 from verl_heddle.simulate.baselines import AffinityMargin, DualThreshold, LptOracle, Plas, RoundRobin, Slime, Stock, VerlStar
-from verl_heddle.trajectory import Decision, ToolStart, Trajectory, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
+from verl_heddle.trajectory import Decision, Prewarm, ToolStart, Trajectory, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
 
 TAIL = ("queue_s", "prefill_s", "generate_s", "tool_s", "other_s")
 """Keys of a tail split, in the order of a turn."""
@@ -46,6 +46,13 @@ RULES: Mapping[str, Rule] = {
     "affinity_margin": Rule("affinity margin 2 (verl #7435)", AffinityMargin),
     "plas": Rule("PLAS: least served first (Autellix)", Plas, "priority"),
     "heddle": Rule("heddle, as released", lambda seed: Orchestrator(Options(seed=seed)), "priority", learns=True, preempts=True),
+    "heddle_place": Rule(
+        "heddle with heddle.place.enable",
+        lambda seed: Orchestrator(Options(seed=seed, place=Place(enable=True))),
+        "priority",
+        learns=True,
+        preempts=True,
+    ),
     "lpt_oracle": Rule("oracle: longest first, true lengths", order="priority", knows=True),
 }
 
@@ -106,6 +113,7 @@ def play(name: str, tp: int, setting: Setting, draw: Draw) -> list[Result]:
     dealt = halves(draw.steps) if draw.crossed else []
     if rule.learns and isinstance(policy, Orchestrator):
         teach(policy, draw)
+        policy.step_times_known(setting.latency)
     results = []
     for number, step in enumerate(draw.steps):
         decider = policy if policy is not None else LptOracle(step, draw.seed)
@@ -202,10 +210,14 @@ class CrossFitted:
 
     def __init__(self, inner: Orchestrator, half: Mapping[tuple[str, int | str], int]) -> None:
         self._inner, self._half = inner, half
+        self._true_keys: dict[str, str] = {}
+        self._known_keys: dict[str, str] = {}
 
     def _known_as(self, identity: TrajectoryId) -> TrajectoryId:
         half = self._half[identity.prompt, identity.sample]
-        return replace(identity, prompt=_half_name(identity.prompt, half), uid=_half_name(identity.uid, half))
+        known = replace(identity, prompt=_half_name(identity.prompt, half), uid=_half_name(identity.uid, half))
+        self._true_keys[known.key], self._known_keys[identity.key] = identity.key, known.key
+        return known
 
     def replicas_added(self, replicas: Iterable[Replica]) -> None:
         """Pass on."""
@@ -214,6 +226,18 @@ class CrossFitted:
     def replicas_removed(self, names: Iterable[str]) -> None:
         """Pass on."""
         self._inner.replicas_removed(names)
+
+    def batch_expected(self, batch: Sequence[TurnStart], now: float) -> None:
+        """Pass on under the halves' names."""
+        self._inner.batch_expected([replace(turn, trajectory=self._known_as(turn.trajectory)) for turn in batch], now)
+
+    def prewarms(self, now: float) -> list[Prewarm]:
+        """Pass on under the true names."""
+        return [replace(order, trajectory=self._true_keys[order.trajectory]) for order in self._inner.prewarms(now)]
+
+    def transferred(self, key: str, now: float) -> None:
+        """Pass on under the half's name."""
+        self._inner.transferred(self._known_keys[key], now)
 
     def turn_started(self, turn: TurnStart, now: float) -> Decision:
         """Pass on under the half's name."""

@@ -24,9 +24,9 @@ T = TypeVar("T")
 WORTH = 1.02
 """Smallest ratio of makespans called a difference: 2 %, about what other tie-breaks of the router move a large step by."""
 
-PEERS = tuple(name for name in RULES if name not in ("stock", "heddle", "lpt_oracle"))
+PEERS = tuple(name for name in RULES if name not in ("stock", "heddle", "heddle_place", "lpt_oracle"))
 
-ARMS = ("stock", "stock_best_tp", *PEERS, "heddle", "heddle_best_tp", "lpt_oracle")
+ARMS = ("stock", "stock_best_tp", *PEERS, "heddle", "heddle_place", "heddle_best_tp", "lpt_oracle")
 """Every arm of `study`, in the order of a table."""
 
 

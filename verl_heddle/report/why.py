@@ -14,9 +14,9 @@ from verl_heddle.compare.launch import TRACE
 from verl_heddle.compare.ledger import Ledger
 from verl_heddle.compare.plan import FILE, read_plan
 from verl_heddle.latency import LatencyModel
-from verl_heddle.report.arms import WARM_UP_STEPS, metrics_of, training_steps
 from verl_heddle.report.attribution import Split, split
 from verl_heddle.report.recorded import Engines, Machine, engines_of, machine, ready
+from verl_heddle.report.steps import WARM_UP_STEPS, metrics_of, training_steps
 from verl_heddle.report.whatif import WhatIf, what_ifs
 from verl_heddle.simulate import Bound
 from verl_heddle.simulate.baselines import Stock

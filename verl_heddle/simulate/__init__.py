@@ -17,7 +17,7 @@ from verl_heddle.simulate.arms import PRIORITY, Arm, best, fixed_tp_arms, peer_a
 from verl_heddle.simulate.bound import Bound, lower_bound
 from verl_heddle.simulate.layouts import DEFAULT_SLOTS, make_fleet
 from verl_heddle.simulate.options import EngineOptions, FleetChange, Outage
-from verl_heddle.simulate.policy import Action, Cancel, Latency, Policy, Prewarm
+from verl_heddle.simulate.policy import Action, Cancel, Latency, Policy, Prewarm, StopAt
 from verl_heddle.simulate.result import ReplicaResult, Result
 from verl_heddle.simulate.run import simulate
 
@@ -36,6 +36,7 @@ __all__ = [
     "Prewarm",
     "ReplicaResult",
     "Result",
+    "StopAt",
     "best",
     "fixed_tp_arms",
     "lower_bound",

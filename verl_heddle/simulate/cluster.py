@@ -21,7 +21,7 @@ from verl_heddle.fleet import Replica
 from verl_heddle.predict.tools import names
 from verl_heddle.simulate.engine import Engine
 from verl_heddle.simulate.options import EngineOptions, FleetChange, Outage
-from verl_heddle.simulate.policy import Action, Cancel, Latency, Policy
+from verl_heddle.simulate.policy import Action, Cancel, Latency, Policy, StopAt
 from verl_heddle.simulate.records import TurnLog
 from verl_heddle.simulate.workload import Request, TrajectoryState
 from verl_heddle.trajectory import Decision, Outcome, ToolStart, TrajectoryEnd, TurnEnd, TurnStart
@@ -45,6 +45,8 @@ class Cluster:
         self._tool_started = getattr(policy, "tool_started", None)
         self._admitted = getattr(policy, "admitted", None)
         self._reprioritised = getattr(policy, "reprioritised", None)
+        self._prewarms = getattr(policy, "prewarms", None)
+        self._transferred = getattr(policy, "transferred", None)
         self._held: dict[str, tuple[Request, Decision]] = {}
         """Turns the policy has placed and not yet admitted, by `TurnStart.request`."""
         self._options = options
@@ -144,6 +146,9 @@ class Cluster:
             ValueError: the policy chose a replica that does not exist or is too small.
             RuntimeError: trajectories were lost; a bug of the simulator.
         """
+        expected = getattr(self._policy, "batch_expected", None)
+        if expected is not None:
+            expected([TurnStart(state.id, state.key, 0, state.context, 0) for state in self._work], 0.0)
         for state, time in zip(self._work, times, strict=True):
             state.start_s = state.end_s = time
             self._at(time + self._overhead_s, TURN, state)
@@ -181,6 +186,7 @@ class Cluster:
                 self.engines[number].cache.trim(state.index, kept - state.shared)
         request = Request(state, state.context, state.steps[state.turn].output_tokens or 0, state.known)
         request.start_s = now - self._overhead_s
+        request.floor = int(max(0, state.generated + request.asked - state.stop_at))
         state.request = request
         self._place(request, now)
 
@@ -263,9 +269,14 @@ class Cluster:
         if request.prewarm:
             if state.warming is request:
                 state.warming = None
+                if self._transferred is not None:
+                    self._transferred(state.key, now)
+                    self._warm(now)
             return
         made = request.asked - request.left
         complete = not request.left
+        if state.generated + made >= state.stop_at and (request.left or state.turn + 1 < len(state.steps)):
+            state.cancelled = True
         name = self.engines[request.engine].replica.name
         actions = self._policy.turn_finished(
             TurnEnd(state.id, state.key, name, state.turn, made - request.told, complete, self._engine_s(request, now)), now
@@ -289,6 +300,7 @@ class Cluster:
             self._place(request, now)
         if actions:
             self._act(actions, now)
+        self._warm(now)
         if next_s == now:
             self._turn(state, now)
 
@@ -313,8 +325,13 @@ class Cluster:
         if actions:
             self._act(actions, now)
         self._refresh(now)
+        self._warm(now)
 
     # --- what the policy orders -------------------------------------------------------------------------------------------
+
+    def _warm(self, now: float) -> None:
+        if self._prewarms is not None:
+            self._act(self._prewarms(now), now)
 
     def _act(self, actions: Iterable[Action], now: float) -> None:
         for action in actions:
@@ -323,6 +340,9 @@ class Cluster:
                 continue
             if isinstance(action, Cancel):
                 self._cancel(state, now)
+                continue
+            if isinstance(action, StopAt):
+                self._stop_at(state, action.tokens, now)
                 continue
             engine = self._by_name.get(action.replica)
             if engine is None:
@@ -344,6 +364,21 @@ class Cluster:
             self._left(state.request, now)
         elif self._throw_out(state.request, now):
             self._left(state.request, now)
+
+    def _stop_at(self, state: TrajectoryState, tokens: int, now: float) -> None:
+        state.stop_at = min(state.stop_at, tokens)
+        request = state.request
+        if request is None:
+            if state.generated >= state.stop_at and state.turn < len(state.steps):
+                self._cancel(state, now)
+            return
+        floor = int(state.generated + request.asked - state.stop_at)
+        engine = self.engines[request.engine]
+        planned = engine.next_s
+        if floor > 0 and engine.limit(request, floor, now):
+            self._cancel(state, now)
+        if engine.next_s != planned:
+            self._wake_later(engine)
 
     def _throw_out(self, request: Request, now: float) -> bool:
         """Abort the request; True if it is gone, False if it leaves at the end of its step. A pre-warm is forgotten at once."""

@@ -103,6 +103,20 @@ class Engine(Slots):
         self._stop_at(now)
         return False
 
+    def limit(self, request: Request, floor: int, now: float) -> bool:
+        """Let the request go when only `floor` tokens are left. True: it is past that, throw it out."""
+        if floor <= request.floor:
+            return False
+        request.floor = floor
+        if request.ticket < 0 or request.owed:
+            return request.left <= floor
+        if request.ends - floor <= self.step:
+            return True
+        heappush(self._ends, (request.ends - floor, request.ticket, request))
+        if not self.awake and self.next_s != inf:
+            self._stop_at(now)
+        return False
+
     def pause(self, now: float, keep_cache: bool) -> None:
         """Compute nothing from the next step boundary on."""
         self.paused = True

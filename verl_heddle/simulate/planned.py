@@ -7,17 +7,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from verl_heddle.fleet import Replica
 from verl_heddle.place.decisions import Expected
 from verl_heddle.place.replan import Replanner
+from verl_heddle.place.transfers import LAST_PRIORITY
 from verl_heddle.predict.quantities import Estimate
-from verl_heddle.simulate.policy import Prewarm
-from verl_heddle.trajectory import Decision, Reason, Trajectory, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
-
-LAST_PRIORITY = 2**31 - 1
-"""A pre-warm must disturb nobody."""
+from verl_heddle.trajectory import Decision, Prewarm, Trajectory, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
 
 
 class Predicts(Protocol):
@@ -65,7 +62,7 @@ class Planned:
         estimate = self.predictor.predict(turn.trajectory.key)
         replica, reason = self.planner.acquire(turn, estimate)
         self.counts[reason] += 1
-        return Decision(replica, 0, cast(Reason, reason), None if estimate is None else estimate.median_tokens)
+        return Decision(replica, 0, reason, None if estimate is None else estimate.median_tokens)
 
     def turn_finished(self, turn: TurnEnd, now: float) -> list[Prewarm]:
         """Predict again, move, pre-warm."""

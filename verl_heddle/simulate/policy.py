@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from verl_heddle.fleet import Replica
-from verl_heddle.trajectory import Decision, TrajectoryEnd, TurnEnd, TurnStart
+from verl_heddle.trajectory import Decision, Prewarm, TrajectoryEnd, TurnEnd, TurnStart
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,21 +26,21 @@ class Cancel:
 
 
 @dataclass(frozen=True, slots=True)
-class Prewarm:
-    """Fill the prefix cache of `replica` with the trajectory's context while its tool runs: a one-token request on the target.
+class StopAt:
+    """Early stop later: cancel the trajectory as soon as it has generated so many tokens over all its turns and would go on.
 
-    Takes effect only when returned by `turn_finished` or `trajectory_ended` while that trajectory is in a tool. It needs a slot
-    like any request (`priority` orders it among the waiting), and is cancelled when the trajectory's next turn starts; what it
-    has prefilled by then stays cached. Source: a pre-warm of `max_tokens=1` on real vLLM engines left every full block cached,
-    the new blocks included.
+    Of several counts the least holds. Until then it costs no event: it is a limit that the engine keeps.
     """
 
     trajectory: str
-    replica: str
-    priority: int = 0
+    tokens: int
 
 
-Action = Cancel | Prewarm
+Action = Cancel | Prewarm | StopAt
+"""A `Prewarm` takes effect only when returned by `turn_finished`, `trajectory_ended` or `prewarms` while that trajectory is in a tool.
+It needs a slot like any request (`priority` orders it among the waiting), and is cancelled when the trajectory's next turn starts; what it
+has prefilled by then stays cached. Source: a pre-warm of `max_tokens=1` on real vLLM engines left every full block cached, the new blocks
+included."""
 
 
 class Policy(Protocol):
@@ -49,8 +49,10 @@ class Policy(Protocol):
     Every `turn_started` is followed by exactly one `turn_finished`, then perhaps by another `turn_started` of the same
     trajectory, and every trajectory by exactly one `trajectory_ended`.
 
-    A policy may have three more methods, with the meaning they have in `Orchestrator`: `tool_started(start, now)`, told when a tool begins;
-    `admitted(now)`, asked after a turn left whether turns it held may go; `reprioritised(now)`, asked after a trajectory ended.
+    A policy may have more methods, with the meaning they have in `Orchestrator`: `batch_expected(batch, now)`, told all first turns before
+    anything starts; `tool_started(start, now)`, told when a tool begins;
+    `admitted(now)`, asked after a turn left whether turns it held may go; `reprioritised(now)`, asked after a trajectory ended;
+    `prewarms(now)`, asked after turns and trajectories end, and `transferred(key, now)`, told when a pre-warm is done.
     """
 
     def replicas_added(self, replicas: Iterable[Replica]) -> None:

@@ -99,7 +99,7 @@ class Slots:
         self.context_sum += request.context
         request.ends = self.step + request.left
         request.prefill_s += self.at_s - request.admitted_s + waited_s
-        heappush(self._ends, (request.ends, request.ticket, request))
+        heappush(self._ends, (request.ends - request.floor, request.ticket, request))
 
     def leave(self, request: Request) -> None:
         """Take the request out of its slot; its `context` and `left` become those of now, its computed prefix stays cached."""

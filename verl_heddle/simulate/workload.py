@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from math import isfinite
+from math import inf, isfinite
 from typing import Any
 
 from verl_heddle.simulate.options import EngineOptions
@@ -32,6 +32,7 @@ class TrajectoryState:
         "shared",
         "start_s",
         "steps",
+        "stop_at",
         "turn",
         "warming",
     )
@@ -61,6 +62,8 @@ class TrajectoryState:
         self.homes: list[int] = []
         """Numbers of the engines that may hold some of its context."""
         self.cancelled = False
+        self.stop_at: float = inf
+        """Generated tokens at which it is cancelled."""
         self.outcome: Outcome | None = None
         self.start_s = 0.0
         self.end_s = 0.0
@@ -123,6 +126,7 @@ class Request:
         "context",
         "ends",
         "engine",
+        "floor",
         "known",
         "left",
         "order",
@@ -153,6 +157,8 @@ class Request:
         """Tokens to be read before the next one is generated; grows by what was generated when the request leaves its slot."""
         self.asked = self.left = left
         """`asked`: tokens of the turn; `left`: still to generate, as of the last time it took or left a slot."""
+        self.floor = 0
+        """Tokens `left` at which it is stopped; 0: never before its end."""
         self.told = 0
         """Tokens the policy knows of."""
         self.known = known

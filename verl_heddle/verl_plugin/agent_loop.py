@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 import transfer_queue as tq
+from ray.exceptions import ActorDiedError
 from verl.experimental.agent_loop import AgentLoopWorker
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 from verl.utils.ray_utils import auto_await
@@ -23,16 +24,20 @@ from verl.utils.ray_utils import auto_await
 from verl_heddle.options import Options
 from verl_heddle.predict.text import MAX_CHARS
 from verl_heddle.traces.recorder import Recorder
-from verl_heddle.trajectory import Outcome, Trajectory, TrajectoryEnd, TrajectoryId
+from verl_heddle.trajectory import Outcome, Trajectory, TrajectoryEnd, TrajectoryId, TurnStart
 from verl_heddle.verl_plugin import checkpoint
 from verl_heddle.verl_plugin.client import HeddleClient
 from verl_heddle.verl_plugin.live import CURRENT, watch_tool
 from verl_heddle.verl_plugin.settings import options_of
+from verl_heddle.verl_plugin.step_times import StepTimes
 from verl_heddle.verl_plugin.tool_watchdog import Watchdog
 from verl_heddle.verl_plugin.voice import say, say_once
 
 SINCE_START = ("preempted_", "recomputed_", "winners_", "refused_")
 """What of a scheduler's counts (`vllm_scheduler`) goes on counting; the others tell how things are now."""
+
+CHARS_PER_TOKEN = 4
+"""Of prompts, roughly: what is planned with until the agent loop has applied its chat template."""
 
 MANAGER: HeddleAgentLoopManager | None = None
 """The manager of this process; the sampler, which verl builds in the same process, collects through it."""
@@ -143,10 +148,14 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
             "deterministic": bool(rollout.get("full_determinism", False)),
             "cap_tokens": int(rollout.response_length),
         }
-        self.servers = self._configure_router(self.options.deadlines.start_s)  # its process imports verl first
+        self.servers: dict[str, Any] = {}
+        self._configure_router(self.options.deadlines.start_s)  # its process imports verl first
+        self._samples = (int(rollout.n), int(rollout.val_kwargs.n))
+        self._step_times = StepTimes(self._shape["tp"])
         checkpoint.restore(self, config)
         super().__init__(config, HeddleClient(config, self.router, self.servers, self.options), *args, **kwargs)
         self.agent_loop_workers_class = ray.remote(HeddleWorker)  # after super(), which sets verl's own
+        self._plans = not self.options.observe and self.options.place.enable and len(self.servers) > 1
         self._router_lost = False
         self._silent = 0
 
@@ -170,6 +179,11 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
         """Dispatch a batch; see `AgentLoopManagerTQ.generate_sequences`."""
         if self._router_lost:
             self._try_router()
+        if self._plans:
+            try:
+                self.router.batch_expected.remote(first_turns(prompts, *self._samples))
+            except Exception as error:
+                say_once(f"trajectories are placed one by one, not as a batch ({type(error).__name__}: {error})")
         super().generate_sequences(prompts)
 
     def collect(self) -> tuple[list[Trajectory], Counter[str]]:
@@ -192,8 +206,10 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
         self._router_lost = self._router_lost or counts["fallback_router"] > 0
         return records, counts
 
-    def step_ended(self, step: int) -> dict[str, float]:
+    def step_ended(self, step: int, records: list[Trajectory]) -> dict[str, float]:
         """Tell the router that the batch of a training step is complete; returns its counts since the start of the run."""
+        if self._plans:
+            self._step_times.learn(records, self.router.step_times_known.remote)
         try:
             return ray.get(self.router.step_ended.remote(step), timeout=self.options.deadlines.router_s)
         except Exception:
@@ -213,8 +229,19 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
                 say_once(f"an engine does not tell its counts ({type(error).__name__}: {error})")
         return total
 
-    def _configure_router(self, deadline_s: float) -> dict[str, Any]:
-        return ray.get(self.router.configure.remote(self.options, **self._shape), timeout=deadline_s)
+    def _configure_router(self, deadline_s: float) -> None:
+        """Give the router the user's options and what the engines are like; servers that have died are told to it, if it has forgotten."""
+        servers = ray.get(self.router.handles.remote(), timeout=deadline_s)
+        held = {name: server.heddle_kv_tokens.remote() for name, server in servers.items()}
+        kv_tokens, lost = [], []
+        for name, ref in held.items():
+            try:
+                kv_tokens.append(ray.get(ref, timeout=deadline_s) or 0)
+            except ActorDiedError:
+                lost.append(name)
+        least = min(kv_tokens, default=0) or None
+        configured = self.router.configure.remote(self.options, **self._shape, kv_tokens=least, lost=lost)
+        self.servers = ray.get(configured, timeout=deadline_s)
 
     def _try_router(self) -> None:
         """Between steps, see whether Ray has restarted the router; if so, set it up and send the workers back to it."""
@@ -225,6 +252,21 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
         ray.get([worker.router_is_back.remote() for worker in self.agent_loop_workers], timeout=self.options.deadlines.collect_s)
         self._router_lost = False
         say("the router is back")
+
+
+def first_turns(prompts: Any, samples: int, validation_samples: int) -> list[TurnStart]:
+    """The first turns that verl's workers are about to start for a batch (`AgentLoopWorkerTQ._run_prompt`); `context_tokens` is a guess."""
+    validate = bool(prompts["validate"]) if "validate" in prompts else False
+    step = int(prompts["global_steps"])
+    found = []
+    for row in range(len(prompts)):
+        raw_prompt = prompts["raw_prompt"][row]
+        uid, own = str(prompts["uid"][row]), prompts["__rollout_n__"][row] if "__rollout_n__" in prompts else None
+        prompt, text = prompt_digest(raw_prompt), prompt_text(raw_prompt)
+        for sample in range(int(own) if own is not None else validation_samples if validate else samples):
+            identity = TrajectoryId(prompt, uid, sample, step, validate)
+            found.append(TurnStart(identity, identity.key, 0, len(text or "") // CHARS_PER_TOKEN, 0, text=text))
+    return found
 
 
 def prompt_text(raw_prompt: Any) -> str | None:

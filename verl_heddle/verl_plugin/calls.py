@@ -26,6 +26,42 @@ async def _resolve(ref: Any) -> Any:
     return await ref
 
 
+class Promises:
+    """Answers that another call on this event loop gives, by name. One that is given before it is waited for is kept for the waiting."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Any] = {}
+        self._waiting: dict[str, asyncio.Future[Any]] = {}
+
+    @property
+    def waiting(self) -> list[str]:
+        """Names that somebody waits for."""
+        return list(self._waiting)
+
+    async def wait(self, name: str) -> Any:
+        """The answer, or None once it is dropped."""
+        if name in self._kept:
+            return self._kept.pop(name)
+        future = self._waiting[name] = asyncio.get_running_loop().create_future()
+        return await future
+
+    def give(self, name: str, value: Any = None) -> None:
+        """Here is the answer."""
+        if not self._settle(name, value):
+            self._kept[name] = value
+
+    def drop(self, name: str) -> None:
+        """There will be no answer, or nobody wants it any more."""
+        self._kept.pop(name, None)
+        self._settle(name, None)
+
+    def _settle(self, name: str, value: Any) -> bool:
+        future = self._waiting.pop(name, None)
+        if future is not None and not future.done():
+            future.set_result(value)
+        return future is not None
+
+
 async def cancel_until_settled(ref: Any, deadline_s: float) -> bool:
     """Cancel a running actor call until it has ended; False if it had not after `deadline_s` seconds."""
     future = asyncio.wrap_future(ref.future())

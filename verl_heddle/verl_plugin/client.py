@@ -1,6 +1,7 @@
-"""The worker's end of a turn: ask the router, call the engine, time both, and route alone if the router is gone.
+"""The worker's end of a turn: ask the router, call the engine, time both, pre-warm where a trajectory moves, go on if either dies.
 
-One RPC to the router stands before each generation; everything told to it afterwards is fire-and-forget.
+One RPC to the router stands before each generation; everything told to it afterwards is fire-and-forget, but for a task beside the tool
+call that waits for the router's order to pre-warm. A turn whose replica dies starts again elsewhere: its context is here.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import time
 from collections import Counter
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from ray.exceptions import ActorDiedError, RayTaskError
 from verl.workers.rollout.llm_server import LLMServerClient
 from verl.workers.rollout.router import GlobalRequestLoadBalancer
 
@@ -22,6 +25,9 @@ from verl_heddle.verl_plugin.calls import ServerHandle, answer
 from verl_heddle.verl_plugin.live import CURRENT
 from verl_heddle.verl_plugin.replicas import FIELD
 from verl_heddle.verl_plugin.voice import say_once
+
+MEDIA = ("image_data", "video_data", "audio_data")
+"""Arguments of `generate` besides tokens; a context with them is not pre-warmed."""
 
 
 @dataclass(slots=True)
@@ -57,14 +63,38 @@ class HeddleClient(LLMServerClient):
         rollout = config.actor_rollout_ref.rollout
         self._priorities = rollout.name == "vllm" and rollout.get("scheduling_policy") == "priority"
         self._names = not rollout.get("full_determinism", False)  # then verl names requests itself, the same in every run
+        place = options.place
+        self._warms = not options.observe and place.enable and place.transport == "prewarm" and len(self._servers) > 1
+        self._warming: dict[str, asyncio.Task[None]] = {}
+        """By trajectory: waiting for the order to pre-warm, or pre-warming."""
         self.counts: Counter[str] = Counter()
         """What went wrong and was got around, by name."""
 
     async def generate(self, request_id: str, **kwargs: Any) -> Any:
-        """One turn; see `LLMServerClient.generate`."""
+        """One turn; see `LLMServerClient.generate`.
+
+        Raises:
+            RayError: no replica is left.
+        """
+        recorder = CURRENT.get()
+        if recorder is not None:
+            self._drop_warming(recorder.id.key)
+        for _ in range(len(self._servers)):
+            try:
+                return await self._turn(request_id, **kwargs)
+            except (ActorDiedError, RayTaskError) as error:
+                decision = _CALL.get().decision
+                if decision is None or not _of_a_dead_replica(error):
+                    raise
+                last = error
+                await self._replica_lost(decision.replica)
+        raise last
+
+    async def _turn(self, request_id: str, **kwargs: Any) -> Any:
         call = _Call(CURRENT.get())
         _CALL.set(call)
         tokens, completed, engine_s = 0, False, None
+        context: list[int] = []
         try:
             output = await super().generate(request_id, **kwargs)
             tokens, completed = len(output.token_ids), output.stop_reason != "aborted"
@@ -74,12 +104,17 @@ class HeddleClient(LLMServerClient):
                 moments = (call.asked_s, call.sent_s, time.monotonic())
                 call.recorder.turn_done(call.turn.context_tokens, tokens, call.decision, *moments, times, call.held_s)
                 engine_s = call.recorder.turns[-1].gen_s
+                if completed and not any(kwargs.get(name) for name in MEDIA):
+                    context = [*kwargs["prompt_ids"], *output.token_ids]
             return output
         finally:
             if call.turn is not None and call.decision is not None:
                 turn = call.turn
                 end = TurnEnd(turn.trajectory, turn.conversation, call.decision.replica, turn.turn, tokens, completed, engine_s)
-                self.tell("turn_finished", end)
+                order = self.tell("turn_finished", end)
+                if context and order is not None and self._warms:
+                    self._warming[turn.trajectory.key] = task = asyncio.create_task(self._warm(order, turn, context))
+                    task.add_done_callback(partial(self._warmed, turn.trajectory.key))
 
     async def _acquire_server(self, request_id: str, **extra: Any) -> tuple[str, Any]:
         call = _CALL.get()
@@ -112,6 +147,47 @@ class HeddleClient(LLMServerClient):
             arguments["priority"] = decision.priority
         deadline = self._options.deadlines.cancel_s
         return decision.replica, ServerHandle(self._servers[decision.replica], arguments, deadline, self._cancel_lost)
+
+    async def _warm(self, order: Any, turn: TurnStart, context: list[int]) -> None:
+        """Wait for the router's order, then let the replica that it names read the context. Lasts no longer than the tool."""
+        prewarm = await answer(order, self._options.tools.trajectory_s)
+        if prewarm is None or prewarm.replica not in self._servers:
+            return
+        arguments: dict[str, Any] = {"request_id": f"{turn.request}:prewarm"} if self._names else {}
+        if self._priorities:
+            arguments["priority"] = prewarm.priority
+        server = ServerHandle(self._servers[prewarm.replica], arguments, self._options.deadlines.cancel_s, self._cancel_lost)
+        sampling = {"max_tokens": 1, "temperature": 0.0}
+        reading = server.remote(request_id=turn.request, prompt_ids=context, sampling_params=sampling)
+        await asyncio.wait_for(reading, self._options.tools.trajectory_s)
+        self.counts["prewarm/done"] += 1
+
+    def _warmed(self, key: str, task: asyncio.Task[None]) -> None:
+        if self._warming.get(key) is task:
+            del self._warming[key]
+        if task.cancelled():
+            return
+        self.tell("transferred", key)
+        if task.exception() is not None:  # the turn will read its context itself
+            self.counts["prewarm/failed"] += 1
+
+    def _drop_warming(self, key: str) -> None:
+        """The tool is back, or the episode over: a pre-warm that is not done is in the way."""
+        task = self._warming.pop(key, None)
+        if task is not None:
+            task.cancel()
+
+    async def _replica_lost(self, name: str) -> None:
+        """Go on without this replica, and tell the router to."""
+        self.counts["replica_lost"] += 1
+        say_once(f"replica {name} died; its turns start again elsewhere")
+        if self._local is not None:
+            self._local.remove_servers([name])
+            return
+        try:
+            await answer(self._load_balancer.replica_lost.remote(name), self._options.deadlines.router_s)
+        except Exception as error:
+            self._go_local(error)
 
     async def _decide(self, turn: TurnStart) -> Decision:
         if self._local is None:
@@ -162,13 +238,17 @@ class HeddleClient(LLMServerClient):
         self.counts["cancel_lost"] += 1
         say_once(f"a cancelled request was still running after {self._options.deadlines.cancel_s:g} s (heddle.deadlines.cancel_s)")
 
-    def tell(self, method: str, *args: Any) -> None:
-        """Tell the router something without waiting; a dead router is found out by the next question."""
+    def tell(self, method: str, *args: Any) -> Any:
+        """Tell the router something without waiting; returns its answer to be, None if it is not asked.
+
+        A dead router is found out by the next question.
+        """
         if self._local is None:
             try:
-                getattr(self._load_balancer, method).remote(*args)
+                return getattr(self._load_balancer, method).remote(*args)
             except Exception as error:
                 self._go_local(error)
+        return None
 
     def tool_started(self, who: TrajectoryId, tool: str) -> None:
         """Pass on that a tool begins."""
@@ -176,7 +256,13 @@ class HeddleClient(LLMServerClient):
 
     def trajectory_ended(self, end: TrajectoryEnd) -> None:
         """Pass on how a trajectory's life ended."""
+        self._drop_warming(end.trajectory.key)
         self.tell("trajectory_ended", end)
+
+
+def _of_a_dead_replica(error: Exception) -> bool:
+    """Whether the server is dead, or dies because its engine is (vLLM's `EngineDeadError`, which is not imported here: it is heavy)."""
+    return isinstance(error, ActorDiedError) or type(getattr(error, "cause", None)).__name__ == "EngineDeadError"
 
 
 def _nobody(request_id: str) -> TrajectoryId:

@@ -171,6 +171,14 @@ def _tools() -> None:
     takes("verl.tools.base_tool:BaseTool.execute", "instance_id", "parameters")
 
 
+def _trainer_rank() -> None:
+    takes("verl.workers.rollout.vllm_rollout:ServerAdapter.update_weights", "weights", "global_steps")
+    has("verl.workers.rollout.vllm_rollout:ServerAdapter", "resume", "release", "_get_server_name_prefix")
+    registry = _attribute("verl.workers.rollout.base:_ROLLOUT_REGISTRY")
+    if ("vllm", "async") not in registry:
+        raise KeyError("('vllm', 'async') in verl's registry of rollout adapters")
+
+
 def _trainer() -> None:
     _attribute("verl.trainer.ppo.v1:get_trainer_cls")("sync")
 
@@ -187,6 +195,7 @@ SEAMS = (
     Seam("vLLM request events", "queueing counts as generation, preemptions are not counted", _engine_events, needed=False),
     Seam("checkpoint callback by config key", "lengths are learnt anew after a resume", _checkpoint, needed=False),
     Seam("vLLM scheduler class", "no preemption on arrival, vLLM's own priority order", _scheduler, needed=False),
+    Seam("trainer's rollout adapter by registry", "a replica that dies ends the run", _trainer_rank, needed=False),
     Seam("tools of verl's tool agent", "tool time shows as time between turns", _tools, needed=False),
 )
 

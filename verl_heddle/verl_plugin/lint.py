@@ -16,6 +16,7 @@ from verl_heddle.options import Options, check
 from verl_heddle.verl_plugin.settings import options_of
 
 GATE = "verl_heddle.verl_plugin.gate"
+TRAINER_RANK = "verl_heddle.verl_plugin.trainer_rank"
 SCHEDULER = "verl_heddle.verl_plugin.vllm_scheduler.HeddleScheduler"
 
 MODES = {
@@ -112,6 +113,10 @@ def _weakened(config: DictConfig, options: Options) -> list[str]:
                 "trainer.checkpoint_callback_class is not heddle's: what is learnt of lengths is not saved "
                 "(heddle.predict.checkpoint=false silences this)"
             )
+    if not options.observe and TRAINER_RANK not in str(_get(config, "actor_rollout_ref.model.external_lib")):
+        warnings.append(
+            f"actor_rollout_ref.model.external_lib does not name {TRAINER_RANK}: a replica that dies ends the run at the next weight update"
+        )
     scheduler = _get(config, f"{rollout}.engine_kwargs.vllm.scheduler_cls")
     if options.preempt.enable and not options.observe and scheduler != SCHEDULER:
         warnings.append(f"{rollout}.engine_kwargs.vllm.scheduler_cls is not heddle's: no preemption on arrival")

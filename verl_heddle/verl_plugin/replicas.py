@@ -1,22 +1,33 @@
-"""vLLM replicas that tell how long each request queued and how often it was preempted. Registered over verl's `vllm` replica by `gate`.
+"""vLLM replicas that tell how long each request queued and how often it was preempted, and whose death is not the run's. Registered over
+verl's `vllm` replica by `gate`.
 
 verl returns neither (`num_preempted` is None on current vLLM), yet both arrive in the server process: the engine core sends
 timestamped QUEUED / SCHEDULED / PREEMPTED events with its outputs when statistics are on (`rollout.disable_log_stats=False`, set
 by the flag). The server reads them as they pass and puts the sums into `TokenOutput.extra_fields["heddle"]`; the client takes
 them out again, so that agent loops see what stock verl gives them.
+
+A dead engine takes its server with it, so that there is one kind of death. On it, clients go elsewhere (`client`), the router drops the
+replica, and the trainer's ranks keep their weights to themselves (`trainer_rank`).
 """
 
 from __future__ import annotations
 
+import asyncio
+import os
 import time
+from collections.abc import Awaitable
 from typing import Any
 
 import ray
+from ray.exceptions import ActorDiedError
 from verl.workers.rollout.replica import RolloutReplicaRegistry
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 
 from verl_heddle.verl_plugin.request_life import RequestLives
 from verl_heddle.verl_plugin.voice import say_once
+
+LAST_WORDS_S = 1.0
+"""For the errors under way to reach their callers."""
 
 FIELD = "heddle"
 """Key of `TokenOutput.extra_fields` that carries the sums from server to client."""
@@ -41,6 +52,11 @@ class HeddleHttpServer(vLLMHttpServer):
         life = None
         try:
             output = await super().generate(prompt_ids, sampling_params, request_id, **kwargs)
+        except Exception:
+            if getattr(self.engine, "errored", False):
+                say_once("the vLLM engine is dead, and its server goes with it")
+                asyncio.get_running_loop().call_later(LAST_WORDS_S, os._exit, 1)
+            raise
         finally:
             if self._lives is not None:
                 life = self._lives.pop(request_id)
@@ -49,6 +65,15 @@ class HeddleHttpServer(vLLMHttpServer):
             told |= {"queue_s": life.queue_s, "preemptions": life.preemptions}
         output.extra_fields[FIELD] = told
         return output
+
+    async def heddle_kv_tokens(self) -> int | None:
+        """Tokens the engine's KV cache holds; None if it does not say."""
+        try:
+            cache = self.engine.vllm_config.cache_config
+            return cache.num_gpu_blocks * cache.block_size if cache.num_gpu_blocks else None
+        except Exception as error:
+            say_once(f"the engine does not tell its KV capacity ({type(error).__name__}: {error}); placement takes it for unlimited")
+            return None
 
     async def heddle_priorities(self, table: dict[str, int]) -> int:
         """Give open requests new priorities by the id the client gave; returns how many there still were. 0 without our scheduler."""
@@ -78,6 +103,28 @@ class HeddleReplica(vLLMReplica):
         super().__init__(*args, **kwargs)
         if not (self.is_reward_model or self.is_teacher_model):
             self.server_class = ray.remote(HeddleHttpServer)
+
+    async def wake_up(self) -> None:
+        await self._unless_dead(super().wake_up())
+
+    async def sleep(self) -> None:
+        await self._unless_dead(super().sleep())
+
+    async def abort_all_requests(self, *args: Any, **kwargs: Any) -> Any:
+        return await self._unless_dead(super().abort_all_requests(*args, **kwargs))
+
+    async def resume_generation(self) -> None:
+        await self._unless_dead(super().resume_generation())
+
+    async def clear_kv_cache(self) -> None:
+        await self._unless_dead(super().clear_kv_cache())
+
+    async def _unless_dead(self, call: Awaitable[Any]) -> Any:
+        try:
+            return await call
+        except ActorDiedError:
+            say_once(f"replica {self.replica_rank} is dead; the run goes on without it")
+            return None
 
 
 def register() -> None:

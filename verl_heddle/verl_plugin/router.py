@@ -13,20 +13,22 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from random import Random
 from typing import Any
 
 import ray
 
 from verl_heddle.fleet import Replica
+from verl_heddle.latency.model import LatencyModel
 from verl_heddle.options import Options
 from verl_heddle.orchestrator import Orchestrator
 from verl_heddle.place.sticky import StickyLeastInflight
 from verl_heddle.predict.predictor import Predictor
 from verl_heddle.predict.store import StateError
-from verl_heddle.trajectory import Decision, Reason, ToolStart, TrajectoryEnd, TurnEnd, TurnStart
-from verl_heddle.verl_plugin.voice import say_once
+from verl_heddle.trajectory import Decision, Prewarm, Reason, ToolStart, TrajectoryEnd, TurnEnd, TurnStart
+from verl_heddle.verl_plugin.calls import Promises
+from verl_heddle.verl_plugin.voice import say, say_once
 
 
 class HeddleRouter:
@@ -40,25 +42,42 @@ class HeddleRouter:
     def __init__(self, servers: dict[str, Any], yaml_config: dict | None = None) -> None:
         self._servers: dict[str, Any] = {}
         self._options = Options()
-        self._shape: dict[str, int] = {}
+        self._shape: dict[str, Any] = {}
         self._cap_tokens: int | None = None
         self._orchestrator = Orchestrator(self._options)
         self._verls_rule = StickyLeastInflight(Random())
         """Kept in step with every decision, so that it can take over at any call."""
         self.failures: Counter[str] = Counter()
-        self._counts: Counter[str] = Counter()
-        self._waiting: dict[str, asyncio.Future[None]] = {}
-        """Held turns whose workers wait."""
+        self._counts: Counter[str] = Counter(moves=0, replicas_lost=0)
+        self._held = Promises()
+        """To let held turns in, by request."""
+        self._orders = Promises()
+        """To pre-warm, by trajectory."""
         self._watch: asyncio.Task | None = None
         self._fit: asyncio.Future | None = None
         self._fit_s = 0.0
         self.add_servers({name: handle for name, handle in servers.items() if name is not None})
 
-    def configure(self, options: Options, tp: int, slots: int, deterministic: bool, cap_tokens: int | None = None) -> dict[str, Any]:
-        """Start over with the user's options; returns server id -> actor handle. Called before the first turn, and after a restart."""
+    def configure(
+        self,
+        options: Options,
+        tp: int,
+        slots: int,
+        deterministic: bool,
+        cap_tokens: int | None = None,
+        kv_tokens: int | None = None,
+        lost: Sequence[str] = (),
+    ) -> dict[str, Any]:
+        """Start over with the user's options; returns server id -> actor handle. Called before the first turn, and after a restart.
+
+        `lost`: servers that have died since verl made the list.
+        """
         self._options = options
-        self._shape = {"tp": tp, "slots": slots}
+        self._shape = {"tp": tp, "slots": slots, "kv_tokens": kv_tokens}
         self._cap_tokens = cap_tokens
+        for name in lost:
+            self._servers.pop(name, None)
+            self._verls_rule.remove(name)
         self._orchestrator = Orchestrator(options, deterministic, cap_tokens)
         self._orchestrator.replicas_added(Replica(name, **self._shape) for name in self._servers)
         return dict(self._servers)
@@ -66,6 +85,17 @@ class HeddleRouter:
     def handles(self) -> dict[str, Any]:
         """Server id -> actor handle."""
         return dict(self._servers)
+
+    def batch_expected(self, batch: list[TurnStart]) -> None:
+        """A step is about to start these."""
+        self._tell("batch_expected", batch)
+
+    def step_times_known(self, latency: LatencyModel) -> None:
+        """How long the engines take, learnt from the run itself."""
+        try:
+            self._orchestrator.step_times_known(latency)
+        except Exception as error:
+            self._failed("step_times_known", error)
 
     def turn_started(self, turn: TurnStart) -> Decision:
         """Where the turn goes, how urgently, and why.
@@ -83,6 +113,9 @@ class HeddleRouter:
             replica, _ = self._verls_rule.acquire(turn.conversation)
             decision = Decision(replica, 0, Reason.FALLBACK_POLICY)
         self._counts["held"] += decision.held
+        self._counts["moves"] += decision.reason is Reason.MOVED
+        self._orders.drop(turn.trajectory.key)
+        self._go_on()
         return decision
 
     async def wait_for_turn(self, request: str) -> None:
@@ -90,22 +123,40 @@ class HeddleRouter:
         admission = self._orchestrator.admission
         if admission is None or request not in admission:
             return
-        future = self._waiting[request] = asyncio.get_running_loop().create_future()
         if self._watch is None or self._watch.done():
             self._watch = asyncio.get_running_loop().create_task(self._let_in_the_overdue())
-        await future
+        await self._held.wait(request)
 
-    def turn_finished(self, turn: TurnEnd) -> None:
-        """The engine is done with the turn, or its worker gave up waiting."""
-        self._verls_rule.release(turn.replica)
-        self._waiting.pop(turn.request, None)
-        self._tell("turn_finished", turn)
+    async def turn_finished(self, turn: TurnEnd) -> Prewarm | None:
+        """The engine is done with the turn, or its worker gave up waiting. Returns what to pre-warm now, if the trajectory moves.
+
+        The answer may take as long as the tool runs: pre-warms on one replica come one after the other. None: not wanted any more.
+        """
+        self._left(turn)
+        key = turn.trajectory.key
+        return await self._orders.wait(key) if self._orchestrator.awaits_transfer(key) else None
+
+    def transferred(self, key: str) -> None:
+        """A worker's pre-warm is done."""
+        self._tell("transferred", key)
+
+    def replica_lost(self, name: str) -> None:
+        """A worker found the server dead: it is dropped; its trajectories go elsewhere with their next request."""
+        if name in self._servers:
+            self._counts["replicas_lost"] += 1
+            say(f"replica {name} died; its trajectories go on elsewhere")
+            self.remove_servers([name])
 
     def turn_withdrawn(self, turn: TurnStart) -> None:
         """The worker went away before it heard where to go."""
         replica = self._orchestrator.replica_of(turn)
         if replica is not None:
-            self.turn_finished(TurnEnd(turn.trajectory, turn.conversation, replica, turn.turn, 0, completed=False))
+            self._left(TurnEnd(turn.trajectory, turn.conversation, replica, turn.turn, 0, completed=False))
+
+    def _left(self, turn: TurnEnd) -> None:
+        self._verls_rule.release(turn.replica)
+        self._held.drop(turn.request)
+        self._tell("turn_finished", turn)
 
     def tool_started(self, start: ToolStart) -> None:
         """A tool begins."""
@@ -113,6 +164,7 @@ class HeddleRouter:
 
     def trajectory_ended(self, end: TrajectoryEnd) -> None:
         """The episode is over."""
+        self._orders.drop(end.trajectory.key)
         self._tell("trajectory_ended", end)
         try:
             for replica, table in self._orchestrator.reprioritised(time.monotonic()).items():
@@ -123,13 +175,12 @@ class HeddleRouter:
 
     async def step_ended(self, step: int) -> dict[str, float]:
         """The batch of a training step is complete: fit anew in a thread until the next; returns counts since the start of the run."""
+        self._counts["lost_trajectories"] += self._orchestrator.step_ended(step)
         predictor = self._orchestrator.predictor
-        if predictor is not None:
-            self._counts["lost_trajectories"] += predictor.abandon_before(step)
-            if self._options.predict.trees and (self._fit is None or self._fit.done()):
-                began = time.monotonic()
-                self._fit = asyncio.get_running_loop().run_in_executor(None, predictor.fit_job().run)
-                self._fit.add_done_callback(lambda fit: self._fitted(fit, began))
+        if predictor is not None and self._options.predict.trees and (self._fit is None or self._fit.done()):
+            began = time.monotonic()
+            self._fit = asyncio.get_running_loop().run_in_executor(None, predictor.fit_job().run)
+            self._fit.add_done_callback(lambda fit: self._fitted(fit, began))
         return self.stats()
 
     def stats(self) -> dict[str, float]:
@@ -137,6 +188,7 @@ class HeddleRouter:
         result: dict[str, float] = {**self._counts, **{f"failed_{event}": count for event, count in self.failures.items()}}
         if self._orchestrator.admission is not None:
             result["hold_overdue"] = self._orchestrator.admission.overdue
+        result |= {f"place_{name}": value for name, value in self._orchestrator.metrics().items()}
         predictor = self._orchestrator.predictor
         if predictor is not None:
             result |= {"fit_s": self._fit_s, "fit_rows": predictor.model.rows if predictor.model else 0}
@@ -172,21 +224,29 @@ class HeddleRouter:
             getattr(self._orchestrator, event)(what, time.monotonic())
         except Exception as error:
             self._failed(event, error)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Let in who may go, and start the pre-warms that may."""
         self._admit()
+        try:
+            orders = self._orchestrator.prewarms(time.monotonic())
+        except Exception as error:
+            return self._failed("prewarms", error)
+        for order in orders:
+            self._orders.give(order.trajectory, order)
 
     def _admit(self) -> None:
         try:
             admitted: Iterable[str] = self._orchestrator.admitted(time.monotonic())
         except Exception as error:
             self._failed("admitted", error)
-            admitted = list(self._waiting)
+            admitted = self._held.waiting
         for request in admitted:
-            future = self._waiting.pop(request, None)
-            if future is not None and not future.done():
-                future.set_result(None)
+            self._held.drop(request)
 
     async def _let_in_the_overdue(self) -> None:
-        while self._waiting:
+        while self._held.waiting:
             await asyncio.sleep(min(1.0, self._options.admission.hold_s / 4))
             self._admit()
 
@@ -226,7 +286,10 @@ class HeddleRouter:
             self._servers.pop(name, None)
             self._verls_rule.remove(name)
         self._orchestrator.replicas_removed(server_ids)
-        self._admit()
+        for key in self._orders.waiting:
+            if not self._orchestrator.awaits_transfer(key):
+                self._orders.drop(key)
+        self._go_on()
 
     def get_all_servers(self) -> list[str]:
         """Server ids in the pool."""

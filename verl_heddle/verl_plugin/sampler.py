@@ -61,10 +61,12 @@ class _Watch:
             return {}
         train = [record for record in records if not record.meta["validate"]]
         metrics = step_metrics(train, list(manager.servers)) | prediction_quality(train) if train else {}
-        router = manager.step_ended(global_step)
+        router = manager.step_ended(global_step, train)
         for name in ("fit_s", "fit_rows"):
             if name in router:
                 metrics[f"predict/{name}"] = router.pop(name)
+        for name in [name for name in router if name.startswith("place_")]:
+            metrics[f"place/{name.removeprefix('place_')}"] = router.pop(name)
         for name, count in self._news("router", Counter(router)).items():
             if name.startswith("failed_"):
                 counts[f"policy_{name.removeprefix('failed_')}"] += int(router[name])
@@ -74,6 +76,8 @@ class _Watch:
             metrics |= {f"preempt/{name}": count for name, count in self._news("engines", manager.engine_counts()).items()}
         tools = Counter({name: counts.pop(name) for name in list(counts) if name.startswith("tools/")})
         metrics |= self._news("tools", tools)
+        warm = Counter({name: counts.pop(name) for name in list(counts) if name.startswith("prewarm/")})
+        metrics |= {f"place/{name.replace('/', '_')}": count for name, count in self._news("prewarm", warm).items()}
         news = self._news("fallbacks", counts)
         metrics["fallbacks/total"] = sum(news.values())
         metrics |= {f"fallbacks/{name}": count for name, count in news.items()}

@@ -52,12 +52,16 @@ def banner(config: DictConfig) -> str:
     if options.observe:
         parts.append("observing only, verl's own rules decide")
     else:
-        parts.append("placement: verl's rule (sticky, least in-flight)")
+        moving = f", moving{' with pre-warming' if options.place.transport == 'prewarm' else ''}" if options.place.moves else ""
+        parts.append(
+            f"placement: planned from step 2{moving}" if options.place.enable else "placement: verl's rule (sticky, least in-flight)"
+        )
         if options.priority.enable:
             parts.append(f"priority: longest predicted first{', preempting on arrival' if options.preempt.enable else ''}")
-            parts.append(f"prediction: {'trees on ' if options.predict.trees else ''}prompt history and siblings")
         else:
             parts.append("priority: off")
+        if options.priority.enable or options.place.enable:
+            parts.append(f"prediction: {'trees on ' if options.predict.trees else ''}prompt history and siblings")
         if options.admission.per_slot:
             parts.append(f"admission: {options.admission.per_slot:g} turns per slot")
     parts.append(f"poll: {options.poll_interval_s:g} s")

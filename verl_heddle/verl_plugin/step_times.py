@@ -1,0 +1,32 @@
+"""Step times from the run itself: fitted in a thread of the trainer's process after each step, sent to the router when ready."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from verl_heddle.latency.learnt import step_times
+from verl_heddle.latency.model import LatencyModel
+from verl_heddle.trajectory import Trajectory
+from verl_heddle.verl_plugin.voice import say_once
+
+
+class StepTimes:
+    """One thread at a time; a step that ends while it works is left out."""
+
+    def __init__(self, tp: int) -> None:
+        self._tp = tp
+        self._thread: threading.Thread | None = None
+
+    def learn(self, records: list[Trajectory], tell: Callable[[LatencyModel], Any]) -> None:
+        """Begin to fit; `tell` gets the model, if there is one."""
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._run, args=(records, tell), name="heddle-step-times", daemon=True)
+            self._thread.start()
+
+    def _run(self, records: list[Trajectory], tell: Callable[[LatencyModel], Any]) -> None:
+        try:
+            tell(step_times(records, self._tp))
+        except Exception as error:
+            say_once(f"placement goes by verl's rule until the engines' step times are known: {error}")

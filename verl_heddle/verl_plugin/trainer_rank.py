@@ -1,0 +1,88 @@
+"""What a trainer rank does differently: it goes on when the rollout replica it feeds has died.
+
+verl imports this module in every process that builds the model's config (`actor_rollout_ref.model.external_lib`, set by the flag), which
+is before the trainer looks up its rollout adapter. verl's adapter would wait for a dead server's acknowledgement for ever; ours takes the
+weights, which every rank must gather together, and lets them go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError
+from verl.workers.rollout import base
+
+from verl_heddle.verl_plugin.voice import say_once
+
+NAME = f"{__name__}.ServerAdapter"
+
+PING_S = 60.0
+"""A live server answers in milliseconds between steps; one under a debugger may not."""
+
+
+def __getattr__(name: str) -> Any:
+    if name != "ServerAdapter":  # built on demand: vLLM is a heavy import
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = adapter = _adapter()
+    return adapter
+
+
+def _adapter() -> type:
+    from verl.workers.rollout.vllm_rollout import ServerAdapter
+
+    class HeddleServerAdapter(ServerAdapter):  # type: ignore[misc, valid-type]
+        """verl's adapter, for a server that may be gone."""
+
+        _gone = _seen = False
+
+        async def resume(self, tags: list[str]) -> None:
+            if not await self._lost():
+                await super().resume(tags)
+
+        async def release(self) -> None:
+            if not await self._lost():
+                await super().release()
+
+        async def update_weights(self, weights: Any, global_steps: int | None = None, **kwargs: Any) -> None:
+            if not await self._lost():
+                await super().update_weights(weights, global_steps=global_steps, **kwargs)
+            elif inspect.isasyncgen(weights):
+                async for _ in weights:
+                    pass
+            else:
+                for _ in weights:
+                    pass
+
+        async def _lost(self) -> bool:
+            """Whether the replica's server is dead; once it is, it stays so. Asked by all ranks of the replica, since all send to it."""
+            if self._gone or self._pd_role is not None:
+                return self._gone
+            alive = await asyncio.to_thread(_alive, f"{self._get_server_name_prefix()}server_{self.replica_rank}_0")
+            self._gone, self._seen = self._seen and not alive, self._seen or alive
+            if self._gone:
+                say_once(f"replica {self.replica_rank} is gone: it gets no weights any more")
+            return self._gone
+
+    return HeddleServerAdapter
+
+
+def _alive(name: str) -> bool:
+    """Whether the actor of this name answers. Not by its name alone: Ray remembers names, and finds the dead."""
+    try:
+        ray.get(ray.get_actor(name).__ray_ready__.remote(), timeout=PING_S)
+    except (ValueError, RayActorError):
+        return False
+    except GetTimeoutError:
+        say_once(f"{name} has not answered for {PING_S:g} s; it is taken to be busy")
+    return True
+
+
+def register() -> None:
+    """Make `rollout.name=vllm` mean our adapter in this process."""
+    base._ROLLOUT_REGISTRY[("vllm", "async")] = NAME
+
+
+register()

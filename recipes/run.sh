@@ -12,7 +12,7 @@ run=$OUT/$NAME
 mkdir -p "$run"
 
 make_model=()
-[ -n "${MODEL:-}" ] || make_model=(--model)
+[ -n "${MODEL:-}" ] || make_model=(--model ${MODEL_STEPS:+--model-steps "$MODEL_STEPS"})
 "$PYTHON" "$recipes/$recipe/prepare.py" --out "$OUT" --data "$DATA" --train-rows "${TRAIN_ROWS:-16}" --val-rows "${VAL_ROWS:-16}" "${make_model[@]}"
 MODEL=${MODEL:-$OUT/tiny_model}
 

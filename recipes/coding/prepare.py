@@ -53,6 +53,9 @@ distribution (see recipes/coding/tasks.py): most trajectories of a step are shor
     parser.add_argument("--val-rows", type=positive, default=16, help="tasks to validate on, none of them trained on (16)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the tasks (0); the model has its own, fixed one")
     parser.add_argument("--model", action="store_true", help="also train the tiny policy, for runs without a GPU")
+    parser.add_argument(
+        "--model-steps", type=positive, help="steps of training it (as many as it needs); with fewer it knows less, and has more to learn"
+    )
     args = parser.parse_args(argv)
     try:
         make = make_rows if args.data == "generated" else functools.partial(hub.make_rows, args.data)
@@ -64,7 +67,7 @@ distribution (see recipes/coding/tasks.py): most trajectories of a step are shor
         write_rows(args.out / f"{split}.parquet", split_rows)
     if args.model:
         try:
-            make_model(args.out / MODEL_FOLDER, Path(__file__).parent, lesson)
+            make_model(args.out / MODEL_FOLDER, Path(__file__).parent, lesson, args.model_steps)
         except FileExistsError as error:
             parser.error(str(error))
 

@@ -12,6 +12,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,12 +67,13 @@ def made_from(folder: Path) -> str | None:
         return None
 
 
-def make_model(folder: Path, recipe: Path, lesson: Callable[[], Lesson]) -> None:
+def make_model(folder: Path, recipe: Path, lesson: Callable[[], Lesson], steps: int | None = None) -> None:
     """Train the tiny policy into `folder`, unless a current one is there already; says what it did.
 
-    Raises FileExistsError when `folder` exists and was not made here: it is not ours to replace.
+    `steps`: of its training; None: as many as it takes to know its task. Raises FileExistsError when `folder` exists and was not made
+    here: it is not ours to replace.
     """
-    current = fingerprint(recipe)
+    current = fingerprint(recipe) + (f" after {steps} steps" if steps else "")
     if made_from(folder) == current:
         print(f"{folder}: already there")
         return
@@ -83,7 +85,8 @@ def make_model(folder: Path, recipe: Path, lesson: Callable[[], Lesson]) -> None
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     part.mkdir()
     try:
-        facts = model.build(part, lesson())
+        taught = lesson()
+        facts = model.build(part, replace(taught, training={**taught.training, "steps": steps}) if steps else taught)
         (part / STAMP).write_text(json.dumps({"fingerprint": current, **facts}, indent=2) + "\n")
         if folder.exists():
             shutil.rmtree(folder)  # made from other settings

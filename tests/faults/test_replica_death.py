@@ -37,8 +37,8 @@ def test_no_trajectory_is_trained_twice_or_lost(run):
 
 
 def test_the_loss_is_counted_and_said(run):
-    assert [run.steps[step]["heddle/router/replicas_lost"] for step in range(1, STEPS + 1)] == [0, 1, 0, 1, 0]
-    assert run.steps[2]["heddle/fallbacks/replica_lost"] > 0, "turns that began again elsewhere"
+    lost = [run.steps[step]["heddle/router/replicas_lost"] for step in range(1, STEPS + 1)]
+    assert lost[0] == 0 and sum(lost[1:3]) == 1 and sum(lost[3:]) == 1, "in the step, or in the next if nobody had a request there"
     assert len([line for line in run.said if "its trajectories go on elsewhere" in line]) == 2
     homes = {step: {turn.replica for item in read(run.trace) if item.meta["step"] == step for turn in item.steps} for step in range(1, 6)}
     assert [len(homes[step]) for step in (1, 3, 5)] == [3, 2, 1]
@@ -46,5 +46,5 @@ def test_the_loss_is_counted_and_said(run):
 
 def test_placement_was_planned_with_step_times_learnt_from_the_run(run):
     assert run.steps[1]["heddle/decisions/least_inflight"] > 0, "verl's rule until they are known"
-    assert run.steps[3]["heddle/decisions/planned"] + run.steps[3].get("heddle/decisions/not_paying", 0) > 0
-    assert run.steps[3]["heddle/fallbacks/total"] == 0 and "heddle/place/slope" in run.steps[3]
+    assert run.steps[2]["heddle/decisions/planned"] >= PROMPTS * SAMPLES and "heddle/place/slope" in run.steps[2]
+    assert not [name for step in run.steps.values() for name, count in step.items() if "fallbacks/policy" in name and count]

@@ -218,13 +218,16 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
 
     def engine_counts(self) -> Counter[str]:
         """What the engines' schedulers have counted since they started, all together; a silent engine counts nothing."""
-        refs = [server.heddle_counts.remote() for server in self.servers.values()]
-        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=self.options.deadlines.collect_s)
+        refs = {server.heddle_counts.remote(): name for name, server in self.servers.items()}
+        ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=self.options.deadlines.collect_s)
         total: Counter[str] = Counter()
         for ref in ready:
             try:
                 counts = ray.get(ref, timeout=self.options.deadlines.collect_s)
                 total.update({name: count for name, count in counts.items() if name.startswith(SINCE_START)})
+            except ActorDiedError:  # perhaps nobody had a request there
+                del self.servers[refs[ref]]
+                self.router.replica_lost.remote(refs[ref])
             except Exception as error:
                 say_once(f"an engine does not tell its counts ({type(error).__name__}: {error})")
         return total

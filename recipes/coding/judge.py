@@ -42,8 +42,9 @@ except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
     sys.exit()
 reports = []
 for text in job["inputs"]:
-    with open("in", "w") as file:
-        file.write(text)
+    for name, written in (("in", text), ("out", ""), ("err", "")):  # all three, for a program that is too late before it begins
+        with open(name, "w") as file:
+            file.write(written)
     sys.stdout.flush()
     child = os.fork()
     if child == 0:

@@ -65,7 +65,8 @@ def test_the_arms_differ_in_the_plugin_only(done):
     keys = {row["key"]: row["values"] for row in value["config_diff"]}
     assert keys["heddle.observe"] == {"stock": True, "heddle": False}
     assert keys["actor_rollout_ref.rollout.scheduling_policy"] == {"stock": "fcfs", "heddle": "priority"}
-    ours = ("heddle.", "actor_rollout_ref.rollout.scheduling_policy", "actor_rollout_ref.rollout.engine_kwargs")
+    rollout = "actor_rollout_ref.rollout"
+    ours = ("heddle.", f"{rollout}.scheduling_policy", f"{rollout}.engine_kwargs", "actor_rollout_ref.model.external_lib")
     assert not [name for name in keys if not name.startswith(ours)]
 
 

@@ -7,6 +7,6 @@
 #   recipes/math/run.sh +plugin=observe ...                                stock decisions, same instruments: the baseline
 #
 # Any Hydra override can follow; recipes/config holds what is set and the sizes. Environment: OUT (outputs/math), NAME of the run (math), MODEL
-# (a path or name), DATA (generated; see prepare.py --help), TRAIN_ROWS and VAL_ROWS (16), PYTHON (.venv/bin/python), STEPS (3), GPUS per node
-# (2), NODES (1). W&B logs offline unless WANDB_API_KEY or WANDB_MODE is set.
+# (a path or name), DATA (generated; see prepare.py --help), TRAIN_ROWS and VAL_ROWS (16), MODEL_STEPS (of
+# training the tiny one), PYTHON (.venv/bin/python), STEPS (3), GPUS per node (2), NODES (1). W&B logs offline unless WANDB_API_KEY or WANDB_MODE is set.
 exec "$(dirname "${BASH_SOURCE[0]}")/../run.sh" math "$@"

@@ -1,11 +1,20 @@
-"""Fixtures of the tests with real engines; what they are made of is in `engines.py`."""
+"""Fixtures of the tests with real engines, what they are made of is in `engines.py`; and how property tests draw their examples.
+
+The same examples every time, so that a test fails where the code has changed; HYPOTHESIS_PROFILE=explore draws new ones.
+"""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 from engines import prepared, runner
+from hypothesis import settings
+
+settings.register_profile("steady", derandomize=True)
+settings.register_profile("explore")
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 
 
 @pytest.fixture(scope="session")

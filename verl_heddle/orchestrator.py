@@ -50,17 +50,13 @@ class Orchestrator:
         options: the user's settings; `observe` switches every policy but verl's own placement off.
         deterministic: verl's `rollout.full_determinism`: place by hash of the conversation id.
         cap_tokens: most tokens a trajectory may generate (verl's `rollout.response_length`); None: no cap known.
-        latency: times of the model on these replicas, to plan placement with; None: not known (yet).
     """
 
-    def __init__(
-        self, options: Options, deterministic: bool = False, cap_tokens: int | None = None, latency: Latency | None = None
-    ) -> None:
+    def __init__(self, options: Options, deterministic: bool = False, cap_tokens: int | None = None) -> None:
         self._options = options
         decides = not options.observe
         self._plans = decides and options.place.enable
-        known = latency if self._plans else None
-        self._placement = Replanner(known, Random(options.seed), deterministic, cap_tokens, moves=options.place.moves)
+        self._placement = Replanner(None, Random(options.seed), deterministic, cap_tokens, moves=options.place.moves)
         self._transfers = Transfers()
         self.predictor = Predictor(cap_tokens) if decides and (options.priority.enable or self._plans) else None
         """What is known of lengths; None when nobody asks for it."""
@@ -155,10 +151,8 @@ class Orchestrator:
             if self._placement.plans and turn.completed:
                 estimate = self.predictor.predict(turn.trajectory.key)
         move = self._placement.release(turn, estimate)
-        if move is not None and estimate is not None:
-            self.counts["move_ordered"] += 1
-            if self._options.place.transport == "prewarm":
-                self._transfers.ask(Transfer(move.trajectory, move.replica, (move.replica,), estimate.median_tokens))
+        if move is not None and estimate is not None and self._options.place.transport == "prewarm":
+            self._transfers.ask(Transfer(move.trajectory, move.replica, (move.replica,), estimate.median_tokens))
 
     def transferred(self, key: str, now: float) -> None:
         """The pre-warm of this trajectory is done, or was given up."""

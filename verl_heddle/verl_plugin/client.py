@@ -104,7 +104,7 @@ class HeddleClient(LLMServerClient):
                 moments = (call.asked_s, call.sent_s, time.monotonic())
                 call.recorder.turn_done(call.turn.context_tokens, tokens, call.decision, *moments, times, call.held_s)
                 engine_s = call.recorder.turns[-1].gen_s
-                if completed and not any(kwargs.get(name) for name in MEDIA):
+                if completed and self._warms and not any(kwargs.get(name) for name in MEDIA):
                     context = [*kwargs["prompt_ids"], *output.token_ids]
             return output
         finally:
@@ -112,7 +112,7 @@ class HeddleClient(LLMServerClient):
                 turn = call.turn
                 end = TurnEnd(turn.trajectory, turn.conversation, call.decision.replica, turn.turn, tokens, completed, engine_s)
                 order = self.tell("turn_finished", end)
-                if context and order is not None and self._warms:
+                if context and order is not None:
                     self._warming[turn.trajectory.key] = task = asyncio.create_task(self._warm(order, turn, context))
                     task.add_done_callback(partial(self._warmed, turn.trajectory.key))
 

@@ -115,7 +115,7 @@ class HeddleRouter:
         self._counts["held"] += decision.held
         self._counts["moves"] += decision.reason is Reason.MOVED
         self._orders.drop(turn.trajectory.key)
-        self._go_on()
+        self._start_prewarms()
         return decision
 
     async def wait_for_turn(self, request: str) -> None:
@@ -229,6 +229,9 @@ class HeddleRouter:
     def _go_on(self) -> None:
         """Let in who may go, and start the pre-warms that may."""
         self._admit()
+        self._start_prewarms()
+
+    def _start_prewarms(self) -> None:
         try:
             orders = self._orchestrator.prewarms(time.monotonic())
         except Exception as error:

@@ -53,10 +53,11 @@ class Run:
         return sorted((row["input"], row["output"]) for row in map(json.loads, lines))
 
 
-def prepared(recipe: str, folder: Path) -> Path:
-    """Make a recipe's data and tiny model in `folder`."""
+def prepared(recipe: str, folder: Path, model_steps: int | None = None) -> Path:
+    """Make a recipe's data and tiny model in `folder`; a model of fewer `model_steps` than the recipe's own knows less."""
     rows = ["--train-rows", "16", "--val-rows", "16"]
-    command = [sys.executable, str(ROOT / "recipes" / recipe / "prepare.py"), "--out", str(folder), *rows, "--model"]
+    weaker = [] if model_steps is None else ["--model-steps", str(model_steps)]
+    command = [sys.executable, str(ROOT / "recipes" / recipe / "prepare.py"), "--out", str(folder), *rows, "--model", *weaker]
     subprocess.run(command, check=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"})
     return folder
 

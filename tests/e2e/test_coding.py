@@ -10,11 +10,13 @@ from verl_heddle.traces.io import read
 pytestmark = pytest.mark.e2e
 
 STEPS = 2
+MODEL_STEPS = 600
+"""Of the recipe's 700: a policy that knows its tasks less well, whose groups therefore seldom all earn the same."""
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    folder = prepared("coding", tmp_path_factory.mktemp("coding"))
+    folder = prepared("coding", tmp_path_factory.mktemp("coding"), MODEL_STEPS)
     return runner("coding", folder)(
         "coding", "+plugin=heddle", "data.train_batch_size=8", "actor_rollout_ref.actor.ppo_mini_batch_size=8", steps=STEPS
     )
@@ -25,8 +27,9 @@ def test_it_trains(run):
     assert sorted(run.steps) == [1, 2]
     for step, metrics in run.steps.items():
         assert len(run.rollouts(step)) == 8 * 4
-        assert 0.3 < metrics["critic/score/mean"] < 1.2, "the tiny policy solves short tasks and fails long ones"
-        assert metrics["actor/grad_norm"] > 0 and metrics["heddle/fallbacks/total"] == 0
+        assert 0.1 < metrics["critic/score/mean"] < 1.2, "the tiny policy solves short tasks and fails long ones"
+        assert metrics["heddle/fallbacks/total"] == 0
+    assert max(metrics["actor/grad_norm"] for metrics in run.steps.values()) > 0, "a step whose groups all earn the same teaches nothing"
 
 
 def test_failures_are_read_and_fixed(run):

@@ -13,7 +13,7 @@ mkdir -p "$run"
 
 make_model=()
 [ -n "${MODEL:-}" ] || make_model=(--model ${MODEL_STEPS:+--model-steps "$MODEL_STEPS"})
-"$PYTHON" "$recipes/$recipe/prepare.py" --out "$OUT" --data "$DATA" --train-rows "${TRAIN_ROWS:-16}" --val-rows "${VAL_ROWS:-16}" "${make_model[@]}"
+"$PYTHON" "$recipes/$recipe/prepare.py" --out "$OUT" --data "$DATA" --train-rows "${TRAIN_ROWS:-16}" --val-rows "${VAL_ROWS:-16}" ${MAX_DIFFICULTY:+--max-difficulty "$MAX_DIFFICULTY"} "${make_model[@]}"
 MODEL=${MODEL:-$OUT/tiny_model}
 
 export HYDRA_FULL_ERROR=${HYDRA_FULL_ERROR:-1} RAY_USAGE_STATS_ENABLED=${RAY_USAGE_STATS_ENABLED:-0} RAY_DEDUP_LOGS=${RAY_DEDUP_LOGS:-0}

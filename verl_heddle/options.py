@@ -75,6 +75,44 @@ class Place:
 
 
 @dataclass
+class Shape:
+    """`heddle.shape.*`: spare samples per prompt; a group ends with its n-th usable one, and what it cannot keep is stopped."""
+
+    enable: bool = option(
+        False, "Sample prompts with long tails more often than n, train on n of the samples, stop the rest. Changes what is trained on."
+    )
+    spare: float | None = option(
+        None,
+        "Spare samples per prompt in the mean; null: as many as pay by the forecast, for prompts visited before, from the second step on.",
+    )
+    uniform: bool = option(False, "Every prompt gets the same number of spare samples (needs spare); false: those that need them.")
+    most: float = option(2.0, "Samples of a prompt at most, as a multiple of n.")
+    longest: int = option(1, "Of the n kept, so many from the long end; 0: the n shortest.")
+    patience: float | None = option(
+        None,
+        "How long a long slot is waited for, as a multiple of the tokens with which the step's last group is expected to be full; inf: "
+        "always; null: as long as it costs next to nothing by the forecast.",
+    )
+    unseen: bool = option(
+        False, "Whether the forecast may give spare samples to prompts never visited: of them only the pool is known, so all get the same."
+    )
+    objective: str = option("tail", "What spare samples are given for: tail, the expected end of the group; spread, the paper's rule.")
+    price: float = option(1.0, "Seconds of the step that a second of extra work has to save.")
+    length_bias: float = option(
+        0.25,
+        "Bound on how much shorter the kept may be than what they stand for, in the mean over a step's prompts, as a share of the length; "
+        "1: no bound. Crossed, shaping rests.",
+    )
+    prompt_bias: float = option(0.6, "The same for a single prompt: it gets no more spare samples than that.")
+    mixed_loss: float = option(
+        0.2, "Bound on the share of groups of mixed reward that selection may lose; 1: no bound. Crossed, shaping rests."
+    )
+    rest_steps: int = option(20, "Steps of plain sampling after a bound was crossed; then shaping is tried again.")
+    control_every: int = option(0, "Every so many-th prompt of a step is sampled plainly, to compare with; 0: none.")
+    corrected: bool = option(False, "Weight each kept sample for the selection. In simulation only: verl has no place for such weights.")
+
+
+@dataclass
 class Tools:
     """`heddle.tools.*`: the watchdog over tool calls; what goes wrong becomes a tool message, and the trajectory goes on."""
 
@@ -125,6 +163,7 @@ class Options:
     preempt: Preempt = field(default_factory=Preempt)
     admission: Admission = field(default_factory=Admission)
     place: Place = field(default_factory=Place)
+    shape: Shape = field(default_factory=Shape)
     tools: Tools = field(default_factory=Tools)
     trace: Trace = field(default_factory=Trace)
     deadlines: Deadlines = field(default_factory=Deadlines)

@@ -9,11 +9,12 @@ from statistics import fmean
 from typing import Any
 
 from bench.shaping.cases import Case, Pool
-from verl_heddle.place.pace import Habit
+from verl_heddle.options import Shape
+from verl_heddle.place.pace import habit_of
 from verl_heddle.shape.budget import Objective
 from verl_heddle.shape.plan import Share, StepPlan
 from verl_heddle.shape.select import Rule
-from verl_heddle.shape.settings import ShapeReason, ShapeSettings
+from verl_heddle.shape.settings import ShapeReason
 from verl_heddle.shape.shaper import Shaper, fleet_of
 from verl_heddle.simulate import Result, simulate
 from verl_heddle.simulate.baselines import Stock
@@ -27,7 +28,7 @@ FREE = {"length_bias": 1.0, "prompt_bias": 1.0, "mixed_loss": 1.0}
 class Arm:
     """`settings` None: stock. `spare` and `longest` are shares of n, so that one arm serves groups of every size."""
 
-    settings: ShapeSettings | None = None
+    settings: Shape | None = None
     spare: float | None = None
     longest: float | None = None
     learnt: bool = True
@@ -36,7 +37,7 @@ class Arm:
 
 def fixed(spare: float, longest: float, uniform: bool, patience: float | None = inf, **more: Any) -> Arm:
     """A budget in shares of n, K:L in shares of n."""
-    return Arm(ShapeSettings(spare=0, uniform=uniform, patience=patience, **FREE, **more), spare, longest)
+    return Arm(Shape(spare=0, uniform=uniform, patience=patience, **FREE, **more), spare, longest)
 
 
 ARMS: dict[str, Arm] = {
@@ -54,11 +55,11 @@ ARMS: dict[str, Arm] = {
     "adaptive 1.25n, 7:1, by tail": fixed(0.25, 1 / 8, False),
     "adaptive 1.25n, 7:1, by tail, free patience": fixed(0.25, 1 / 8, False, None),
     "adaptive 1.25n, 4:4, by tail, free patience": fixed(0.25, 4 / 8, False, None),
-    "auto, no guard": Arm(ShapeSettings(**FREE), None, 1 / 8),
-    "auto": Arm(ShapeSettings(), None, 1 / 8),
-    "auto, prompts unseen and allowed": Arm(ShapeSettings(unseen=True), None, 1 / 8, learnt=False),
-    "auto, prompts unseen": Arm(ShapeSettings(), None, 1 / 8, learnt=False),
-    "auto, corrected": Arm(ShapeSettings(corrected=True), None, 1 / 8),
+    "auto, no guard": Arm(Shape(**FREE), None, 1 / 8),
+    "auto": Arm(Shape(), None, 1 / 8),
+    "auto, prompts unseen and allowed": Arm(Shape(unseen=True), None, 1 / 8, learnt=False),
+    "auto, prompts unseen": Arm(Shape(), None, 1 / 8, learnt=False),
+    "auto, corrected": Arm(Shape(corrected=True), None, 1 / 8),
 }
 
 
@@ -75,12 +76,12 @@ def play(case: Case, arm: Arm, pool: Pool, before: Pool, other: Pool) -> tuple[R
     if arm.settings is None:
         plan = StepPlan(tuple(Share(case.size, Rule(case.size, case.size), ShapeReason.NO_GAIN) for _ in prompts))
     else:
-        usual = habit([item for items in known.values() for item in items])
+        usual = habit_of([item for items in known.values() for item in items])
         plan = shaper.plan(0, prompts, fleet_of(where.latency, fleet, usual, case.most * len(prompts)))
     batch = started(plan, prompts, pool)
     policy = Shaped(Stock(0), shaper, plan, prompts, batch)
     result = simulate(batch, fleet, where.latency, policy, engine=where.engine("fcfs"))
-    told = shaper.step_ended(0)
+    told = shaper.step_ended(0, policy.groups.take())
     kept = {key for keys in policy.kept.values() for key in keys}
     assert len(kept) == case.size * len(prompts)
     everybody = [item for items in pool.values() for item in items]
@@ -98,17 +99,8 @@ def play(case: Case, arm: Arm, pool: Pool, before: Pool, other: Pool) -> tuple[R
     return result, told
 
 
-def habit(items: Sequence[Any]) -> Habit:
-    """What the plugin measures of earlier trajectories."""
-    tokens = sum(item.output_tokens for item in items)
-    turns = sum(len(item.steps) for item in items)
-    fresh = sum(turn.input_tokens or 0 for item in items for turn in item.steps)
-    prompt = fmean(item.prompt_tokens or 0 for item in items)
-    return Habit(max(1.0, prompt), 1.0 + fresh / tokens, tokens / turns, sum(item.tool_s for item in items) / tokens)
-
-
-def _settings(arm: Arm, case: Case) -> ShapeSettings:
-    settings = arm.settings or ShapeSettings()
+def _settings(arm: Arm, case: Case) -> Shape:
+    settings = arm.settings or Shape()
     longest = settings.longest if arm.longest is None else min(case.size, max(round(arm.longest * case.size), int(arm.longest > 0)))
     spare = None
     if arm.spare is not None:

@@ -37,16 +37,17 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from bench.shaping.arms import FREE, habit
+from bench.shaping.arms import FREE
 from bench.shaping.cases import Pool, pooled
+from verl_heddle.options import Shape
 from verl_heddle.place.outlook import GRID, clock, curves, laws, log_ended
-from verl_heddle.place.pace import Tempo
+from verl_heddle.place.pace import Tempo, habit_of
 from verl_heddle.place.robust import RobustPlan
 from verl_heddle.place.robust import plan as robust_plan
 from verl_heddle.report.setting import Setting, setting
 from verl_heddle.shape.outlook import live
 from verl_heddle.shape.plan import StepPlan, plain
-from verl_heddle.shape.settings import ShapeReason, ShapeSettings
+from verl_heddle.shape.settings import ShapeReason
 from verl_heddle.shape.shaper import Shaper, fleet_of
 from verl_heddle.simulate import Result, lower_bound, make_fleet, simulate
 from verl_heddle.simulate.baselines import Stock
@@ -102,11 +103,11 @@ class Step:
         self.where, self.seed = where, seed
         self.pool, before = draw(per_gpu, turns, tools, seed)
         self.prompts = list(self.pool)
-        self.shaper = Shaper(ShapeSettings(length_bias=0.2, mixed_loss=1.0), SIZE, CAP)
+        self.shaper = Shaper(Shape(length_bias=0.2, mixed_loss=1.0), SIZE, CAP)
         for prompt, items in before.items():
             self.shaper.spreads.observe(prompt, [(item.output_tokens, bool(item.meta.get("truncated"))) for item in items])
         self.laws = [self.shaper.spreads.law(prompt) for prompt in self.prompts]
-        self.habit = habit([item for items in before.values() for item in items])
+        self.habit = habit_of([item for items in before.values() for item in items])
         self.none = StepPlan(tuple(plain(SIZE, CAP, ShapeReason.NO_GAIN) for _ in self.prompts))
         self.stock_batch = started(self.none, self.prompts, self.pool)
 
@@ -126,7 +127,7 @@ class Step:
 
     def even_plan(self) -> StepPlan:
         """A quarter more of every prompt."""
-        settings = ShapeSettings(spare=SIZE // 4, uniform=True, longest=0, **FREE)
+        settings = Shape(spare=SIZE // 4, uniform=True, longest=0, **FREE)
         return Shaper(settings, SIZE, CAP).plan(0, self.prompts, None)
 
     def shaping(self, plan: StepPlan, tp: int) -> Result:
@@ -167,7 +168,7 @@ class Step:
         return self.where.fleet(tp)[0]
 
     def _selects(self, inner: Any, plan: StepPlan, batch: Sequence[Trajectory]) -> Shaped:
-        return Shaped(inner, Shaper(ShapeSettings(mixed_loss=1.0), SIZE, CAP), plan, self.prompts, batch)
+        return Shaped(inner, Shaper(Shape(mixed_loss=1.0), SIZE, CAP), plan, self.prompts, batch)
 
     def _run(self, batch: Sequence[Trajectory], fleet: Any, policy: Any) -> Result:
         return simulate(batch, fleet, self.where.latency, policy, engine=self.where.engine("fcfs"))

@@ -20,13 +20,13 @@ from recipes.coding import hub, tasks
 from recipes.tiny.files import MODEL_FOLDER, make_model, positive, write_rows
 
 
-def make_rows(train_rows: int, val_rows: int, seed: int) -> dict[str, list[dict[str, Any]]]:
+def make_rows(train_rows: int, val_rows: int, seed: int, hardest: int = tasks.MAX_DIFFICULTY) -> dict[str, list[dict[str, Any]]]:
     """The rows of "train" and "val", without a task in common. Raises ValueError when there are not enough distinct tasks.
 
-    Validation is drawn first: its tasks then depend on `val_rows` and `seed` alone.
+    Validation is drawn first: its tasks then do not depend on `train_rows`.
     """
-    val = tasks.draw_tasks(val_rows, random.Random(f"{seed} val"))
-    train = tasks.draw_tasks(train_rows, random.Random(f"{seed} train"), exclude=val)
+    val = tasks.draw_tasks(val_rows, random.Random(f"{seed} val"), hardest=hardest)
+    train = tasks.draw_tasks(train_rows, random.Random(f"{seed} train"), exclude=val, hardest=hardest)
     return {split: [tasks.to_row(e, i, split) for i, e in enumerate(drawn)] for split, drawn in (("train", train), ("val", val))}
 
 
@@ -51,14 +51,18 @@ distribution (see recipes/coding/tasks.py): most trajectories of a step are shor
     parser.add_argument("--data", choices=["generated", *hub.SETS], default="generated", help="where tasks come from (generated)")
     parser.add_argument("--train-rows", type=positive, default=64, help="tasks to train on (64)")
     parser.add_argument("--val-rows", type=positive, default=16, help="tasks to validate on, none of them trained on (16)")
+    parser.add_argument("--max-difficulty", type=positive, help=f"of generated tasks: 1 to {tasks.MAX_DIFFICULTY} ({tasks.MAX_DIFFICULTY})")
     parser.add_argument("--seed", type=int, default=0, help="seed of the tasks (0); the model has its own, fixed one")
     parser.add_argument("--model", action="store_true", help="also train the tiny policy, for runs without a GPU")
     parser.add_argument(
         "--model-steps", type=positive, help="steps of training it (as many as it needs); with fewer it knows less, and has more to learn"
     )
     args = parser.parse_args(argv)
+    hardest = args.max_difficulty or tasks.MAX_DIFFICULTY
+    if hardest > tasks.MAX_DIFFICULTY or (args.max_difficulty and args.data != "generated"):
+        parser.error(f"--max-difficulty is for generated tasks, and at most {tasks.MAX_DIFFICULTY}")
     try:
-        make = make_rows if args.data == "generated" else functools.partial(hub.make_rows, args.data)
+        make = functools.partial(make_rows, hardest=hardest) if args.data == "generated" else functools.partial(hub.make_rows, args.data)
         rows = make(args.train_rows, args.val_rows, args.seed)
     except (ValueError, ConnectionError) as error:
         parser.error(str(error))

@@ -65,18 +65,18 @@ def draw_task(difficulty: int, rng: random.Random) -> Task:
     return tuple(rules)
 
 
-def draw_tasks(rows: int, rng: random.Random, exclude: Collection[Task] = ()) -> list[Task]:
-    """`rows` distinct tasks, none of them in `exclude`; difficulties by systematic sampling, which keeps the tail in small sets.
+def draw_tasks(rows: int, rng: random.Random, exclude: Collection[Task] = (), hardest: int = MAX_DIFFICULTY) -> list[Task]:
+    """`rows` distinct tasks of difficulty 1 to `hardest`, none of them in `exclude`; systematic sampling keeps the tail in small sets.
 
     Raises ValueError when no distinct task of a drawn difficulty is left (one rule is the first to run out, at about
     600 rows).
     """
-    weights = [k**-TAIL_EXPONENT for k in range(1, MAX_DIFFICULTY + 1)]
+    weights = [k**-TAIL_EXPONENT for k in range(1, hardest + 1)]
     taken, drawn = set(exclude), []
     offset = rng.random()
     for row in range(rows):
         place, difficulty = (row + offset) / rows * sum(weights), 1
-        while difficulty < MAX_DIFFICULTY and place > sum(weights[:difficulty]):
+        while difficulty < hardest and place > sum(weights[:difficulty]):
             difficulty += 1
         for _ in range(ATTEMPTS_PER_TASK):
             task = draw_task(difficulty, rng)

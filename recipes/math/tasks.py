@@ -27,21 +27,21 @@ ATTEMPTS_PER_TASK = 200  # consecutive duplicates that mean "no distinct task le
 DATA_SOURCE = "heddle_math"
 
 
-def difficulty_probabilities() -> list[float]:
-    """Probability of difficulty 1, 2, ..., MAX_DIFFICULTY; sums to 1."""
-    weights = [k**-TAIL_EXPONENT for k in range(1, MAX_DIFFICULTY + 1)]
+def difficulty_probabilities(hardest: int = MAX_DIFFICULTY) -> list[float]:
+    """Probability of difficulty 1, 2, ..., `hardest`; sums to 1."""
+    weights = [k**-TAIL_EXPONENT for k in range(1, hardest + 1)]
     return [w / sum(weights) for w in weights]
 
 
-def draw_difficulties(rows: int, rng: random.Random) -> list[int]:
+def draw_difficulties(rows: int, rng: random.Random, hardest: int = MAX_DIFFICULTY) -> list[int]:
     """`rows` difficulties in random order, by systematic sampling from `difficulty_probabilities`."""
     if rows == 0:
         return []
-    probabilities = difficulty_probabilities()
+    probabilities = difficulty_probabilities(hardest)
     offset = rng.random()
     drawn, difficulty, cumulative = [], 1, probabilities[0]
     for row in range(rows):
-        while difficulty < MAX_DIFFICULTY and (row + offset) / rows > cumulative:
+        while difficulty < hardest and (row + offset) / rows > cumulative:
             cumulative += probabilities[difficulty]
             difficulty += 1
         drawn.append(difficulty)
@@ -72,15 +72,15 @@ def steps(expression: str) -> list[str]:
     return left
 
 
-def draw_tasks(rows: int, rng: random.Random, exclude: Collection[str] = ()) -> list[str]:
-    """`rows` distinct expressions, none of them in `exclude`.
+def draw_tasks(rows: int, rng: random.Random, exclude: Collection[str] = (), hardest: int = MAX_DIFFICULTY) -> list[str]:
+    """`rows` distinct expressions of difficulty 1 to `hardest`, none of them in `exclude`.
 
     Raises ValueError when no distinct expression of a drawn difficulty is left (difficulty 1 is the first to run out, at about
     8000 rows).
     """
     taken = set(exclude)
     tasks: list[str] = []
-    for difficulty in draw_difficulties(rows, rng):
+    for difficulty in draw_difficulties(rows, rng, hardest):
         for _ in range(ATTEMPTS_PER_TASK):
             expression = draw_expression(difficulty, rng)
             if expression not in taken:

@@ -10,7 +10,7 @@ from verl.utils import tensordict_utils as tu
 
 from verl_heddle.trajectory import TrajectoryId
 from verl_heddle.verl_plugin import agent_loop
-from verl_heddle.verl_plugin.agent_loop import first_turns, prompt_digest
+from verl_heddle.verl_plugin.prompts import first_turns, prompt_digest
 
 
 def batch(prompts, validate=False, **more):

@@ -33,6 +33,7 @@ def test_a_size_wins_over_the_recipe_and_is_marked_untested(size):
     config = composed("+recipe=coding", f"+size={size}", "+plugin=heddle")
     rollout = config.actor_rollout_ref.rollout
     assert config.actor_rollout_ref.actor.optim.lr == 1e-6 and rollout.n == 8 and rollout.multi_turn.max_tool_response_length == 2000
+    assert config.algorithm.norm_adv_by_std_in_grpo and config.actor_rollout_ref.actor.loss_agg_mode == "token-mean", "verl's own"
     assert config.data.max_prompt_length + config.data.max_response_length <= rollout.max_model_len
     assert config.actor_rollout_ref.actor.ppo_max_token_len_per_gpu >= rollout.max_model_len, "one row must fit into a batch"
     assert "UNTESTED" in (CONFIG / "size" / f"{size}.yaml").read_text()

@@ -75,14 +75,14 @@ def test_dapo_without_a_metric_is_refused_as_by_verl(monkeypatch):
 
 def test_lost_metrics_are_counted_not_raised(monkeypatch, capsys):
     from verl_heddle.options import Options
-    from verl_heddle.verl_plugin import agent_loop
+    from verl_heddle.verl_plugin import manager as agent_loops
     from verl_heddle.verl_plugin.sampler import _Watch
 
     class Broken:
         def collect(self):
             raise OSError("gone")
 
-    monkeypatch.setattr(agent_loop, "MANAGER", Broken())
+    monkeypatch.setattr(agent_loops, "MANAGER", Broken())
     watch = _Watch(Options())
     assert watch.step(1, "train") == {"heddle/metrics_failures": 1}
     assert watch.step(1, "val") == {}
@@ -94,7 +94,7 @@ def test_a_full_disk_costs_the_trace_not_the_metrics(monkeypatch, tmp_path, caps
     from collections import Counter
 
     from verl_heddle.options import Options, Trace
-    from verl_heddle.verl_plugin import agent_loop
+    from verl_heddle.verl_plugin import manager as agent_loops
     from verl_heddle.verl_plugin.sampler import _Watch
 
     class Manager:
@@ -109,10 +109,13 @@ def test_a_full_disk_costs_the_trace_not_the_metrics(monkeypatch, tmp_path, caps
         def step_ended(self, step, records):
             return {"held": 2 * step, "failed_fit": 1, "fit_s": 0.5, "fit_rows": 300, "place_quality": 0.8}
 
+        def shaped(self, step, records):
+            return {"spare": 1.5}
+
         def engine_counts(self):
             return Counter(preempted_by_rule=5)
 
-    monkeypatch.setattr(agent_loop, "MANAGER", Manager())
+    monkeypatch.setattr(agent_loops, "MANAGER", Manager())
     good = _Watch(Options(trace=Trace(dir=str(tmp_path), workload="w")))
     metrics = good.step(1, "train")
     assert metrics["heddle/trajectories"] == 1 and metrics["heddle/fallbacks/total"] == 4 and metrics["heddle/metrics_failures"] == 0

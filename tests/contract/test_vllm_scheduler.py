@@ -195,6 +195,33 @@ def test_nothing_is_lost_in_flight(make, depth, blocks, v2):
     assert blocks > 30 or counts["preempted_by_vllm"] > 0
 
 
+@pytest.mark.parametrize("depth", [2, 1], ids=["asynchronous", "synchronous"])
+@pytest.mark.parametrize("settings", [EAGER, {"enable": False}], ids=["rule_on", "rule_off"])
+def test_limits_end_requests_early_and_leave_nothing(make, depth, settings):
+    """Set while requests run, wait, and are thrown out; one that is beyond its limit ends within two steps' tokens."""
+    scheduler, chance = make(depth=depth, settings=settings, blocks=60), random.Random(depth)
+    free, arrivals, asked, beyond = scheduler.counts()["free_blocks"], crowd(5), {}, {}
+    tokens = {one.request_id: one.max_tokens for _, one in arrivals}
+
+    def disturb(scheduler):
+        if scheduler.requests and chance.random() < 0.1:
+            name = chance.choice(list(scheduler.requests))
+            limit = chance.randrange(1, 80)
+            asked[name] = min(limit, asked.get(name, limit))
+            ((short, got),) = scheduler.set_limits({name.rpartition("-")[0]: limit, "nobody": 5}).items()
+            beyond[name] = max(got, beyond.get(name, 0)) if got >= asked[name] else beyond.get(name, 0)
+            assert name.startswith(short)
+
+    drive(scheduler, arrivals, depth, disturb)
+    ended = {one.request_id: one.num_output_tokens for _, one in arrivals}
+    assert len(asked) > 10 and any(beyond.values())
+    for name, length in ended.items():
+        most = min(tokens[name], asked.get(name, tokens[name]))
+        assert length == most or beyond.get(name, 0) <= length <= beyond[name] + 2
+    counts = scheduler.counts()
+    assert (counts["free_blocks"], counts["requests"], counts["running"], counts["waiting"]) == (free, 0, 0, 0)
+
+
 class ResumesAtOnce(HeddleScheduler):
     """Without the first precaution: the worst running one is thrown out now and then, for nobody, and stays in the queue."""
 

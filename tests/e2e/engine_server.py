@@ -30,6 +30,8 @@ def server_class(model: str):
                 "scheduling_policy": "priority",
                 "gpu_memory_utilization": 0.1,
                 "disable_log_stats": False,
+                "scheduler_cls": "verl_heddle.verl_plugin.vllm_scheduler.HeddleScheduler",
+                "additional_config": {"heddle_preempt": {"enable": False}},
             }
             self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**settings))
 
@@ -65,3 +67,6 @@ class EngineServer:
 
     async def heddle_status(self):
         return await self._server.heddle_status()
+
+    async def heddle_limits(self, table):
+        return await self._server.heddle_limits(table)

@@ -23,7 +23,8 @@ from verl_heddle.verl_plugin.router import HeddleRouter
 
 pytestmark = pytest.mark.e2e
 
-CONFIG = OmegaConf.create({"actor_rollout_ref": {"rollout": {"name": "vllm", "scheduling_policy": "priority"}}})
+ROLLOUT = {"name": "vllm", "scheduling_policy": "priority", "prompt_length": 500, "response_length": 1500}
+CONFIG = OmegaConf.create({"actor_rollout_ref": {"rollout": ROLLOUT}})
 OPTIONS = Options(deadlines=Deadlines(router_s=1.0, cancel_s=20.0))
 
 
@@ -133,6 +134,33 @@ async def test_a_cancel_right_after_the_call_is_not_lost(client, server):
         await asyncio.gather(task, return_exceptions=True)
     await until(lambda: unfinished(server) == 0, seconds=20)
     assert client.counts["cancel_lost"] == 0
+
+
+async def test_a_limit_stops_a_turn_at_that_token(client, server):
+    """Of one that runs, one that waits for a slot, one that has not started, and one that is beyond: over all turns of a trajectory."""
+    tasks = {name: asyncio.create_task(episode(client, name, 700, turns=2)) for name in ("runs", "beside", "waits")}
+    await until(lambda: unfinished(server) == 3)
+    client.limit({"runs_0": 650, "waits_0": 900, "later_0": 40})
+    later = asyncio.create_task(episode(client, "later", 700, turns=2))
+    lengths = {name: [len(output.token_ids) for output in (await task)[0]] for name, task in (*tasks.items(), ("later", later))}
+    assert lengths == {"runs": [650, 1], "beside": [700, 700], "waits": [700, 200], "later": [40, 1]}, "a turn has one token at least"
+
+
+async def test_how_far_a_limited_turn_has_got_is_told(client, server):
+    told = []
+    recorder = Recorder(TrajectoryId("p", "told", 0, 1), time.monotonic(), time.time(), counter=told.append)
+
+    async def turn():
+        CURRENT.set(recorder)
+        sampling = {"temperature": 0.0, "ignore_eos": True, "max_tokens": 1400}
+        return await client.generate("told", prompt_ids=[7] * 40, sampling_params=sampling)
+
+    task = asyncio.create_task(turn())
+    await until(lambda: unfinished(server) == 1)
+    await asyncio.sleep(0.2)
+    client.limit({"told_0": 2})
+    length = len((await task).token_ids)
+    assert told[-1] == length and length - told[0] <= 2, "no more than two further steps of the engine"
 
 
 @pytest.mark.parametrize("how", ["killed", "hung"])

@@ -9,9 +9,10 @@ from simulate_cases import FLAT, FULL, lengths, trajectory, workloads
 
 from verl_heddle.fleet import Replica
 from verl_heddle.latency.model import LatencyModel
+from verl_heddle.options import Shape
 from verl_heddle.shape.plan import Share, StepPlan
 from verl_heddle.shape.select import Fate, Rule, Sample, choose
-from verl_heddle.shape.settings import ShapeReason, ShapeSettings
+from verl_heddle.shape.settings import ShapeReason
 from verl_heddle.shape.shaper import Shaper
 from verl_heddle.simulate import EngineOptions, StopAt, simulate
 from verl_heddle.simulate.baselines import Stock
@@ -93,7 +94,7 @@ def test_shaped_keeps_what_the_rule_keeps_whatever_the_speeds(groups, longest, p
     work = [trajectory(f"p{g}", i, [(0, n, 0.0)], 1) for g, group in enumerate(groups) for i, n in enumerate(group)]
     prompts = [f"p{g}" for g in range(len(groups))]
     plan = StepPlan(tuple(Share(len(group), rule, ShapeReason.SHAPED) for group in groups))
-    policy = Shaped(Stock(), Shaper(ShapeSettings(), 3), plan, prompts, work)
+    policy = Shaped(Stock(), Shaper(Shape(), 3), plan, prompts, work)
     result = simulate(work, [Replica("a", slots=2), Replica("b", slots=9)], FLAT, policy)
     at = 0
     for prompt, group in zip(prompts, groups, strict=True):
@@ -106,7 +107,7 @@ def test_shaped_keeps_what_the_rule_keeps_whatever_the_speeds(groups, longest, p
 def test_shortest_only_stops_siblings_at_the_length_of_the_nth():
     work = [trajectory("p", i, [(0, n, 0.0)], 1) for i, n in enumerate([30, 10, 50, 20])]
     plan = StepPlan((Share(4, Rule(2, 0), ShapeReason.SATURATED),))
-    policy = Shaped(Stock(), Shaper(ShapeSettings(), 2), plan, ["p"], work)
+    policy = Shaped(Stock(), Shaper(Shape(), 2), plan, ["p"], work)
     result = simulate(work, [Replica("r")], STEP, policy)
     assert result.output_tokens.tolist() == [21, 10, 21, 20]  # lower numbers would win a tie at 20, so they get to show that there is none
     assert result.makespan_s == pytest.approx(21.0)

@@ -21,7 +21,8 @@ INCOMPLETE = 1
 RECIPE_STEPS = 4
 """Steps of a recipe's run where nobody says: one to warm up, three that count."""
 
-RECIPE_SETTINGS = ("MODEL", "MODEL_STEPS", "GPUS", "NODES", "DATA", "TRAIN_ROWS", "VAL_ROWS", "HEDDLE_TOOL_DELAY_S", "HEDDLE_SANDBOX")
+_DATA = ("DATA", "TRAIN_ROWS", "VAL_ROWS", "MAX_DIFFICULTY")
+RECIPE_SETTINGS = ("MODEL", "MODEL_STEPS", "GPUS", "NODES", *_DATA, "HEDDLE_TOOL_DELAY_S", "HEDDLE_SANDBOX")
 """Environment variables of a recipe that become part of its command, so that a later call cannot go on with others."""
 
 EXAMPLES = """\

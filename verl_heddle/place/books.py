@@ -2,20 +2,27 @@
 
 Law: a replica's expected drain time is `outlook.drain_s` of the sum of its residents' curves, at the seconds per token of `pace`.
 A resident is a trajectory from its first turn's start to its end, in tools too, on the replica of its last turn.
-Invariants: a key lives on at most one replica; the sums of a replica without residents are exactly 0.
-Cost: O(replicas * len(GRID)) to ask what one more trajectory would do everywhere, O(len(GRID)) to put or take one.
+What is worked out from a replica's sums is kept until they change, and times are looked at on a clock that is kept while it fits.
+
+Invariants: a key lives on at most one replica; the sums of a replica without residents are exactly 0; what is kept is what would be worked
+out anew (tests/unit/place/test_replan.py).
+Cost: O(len(GRID)) to put or take one, and per replica to ask what one more trajectory would do there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from verl_heddle.fleet import Replica
 from verl_heddle.place.cost import Floats, Ints
-from verl_heddle.place.outlook import GRID, clock, drain_s, laws, log_ended
+from verl_heddle.place.outlook import GRID, TIMES, clock, drain_s, late_s, laws, log_ended
 from verl_heddle.place.pace import Habit, Latency, Tempo
+
+CLOCK = (1.1, 1.6)
+"""A clock is kept while it ends between so many times the latest drain; a new one ends at 1.25 times."""
 
 
 @dataclass(slots=True)
@@ -36,38 +43,49 @@ class Books:
         self.names: list[str] = []
         self.fleet: dict[str, Replica] = {}
         self.residents: dict[str, Resident] = {}
-        self.count: dict[str, int] = {}
+        self.on: dict[str, dict[str, Resident]] = {}
+        """The same by replica."""
         self._groups: dict[tuple[str, str], int] = {}
         self._at: dict[str, int] = {}
         self._sums: Floats = np.zeros((0, 2, len(GRID)))
         self._tables: list[tuple[Ints, Tempo]] = []
+        self.degrees: list[tuple[int, Ints]] = []
+        """Tensor-parallel degrees, and which replicas have them."""
         self._most, self._habit = 2.0, Habit()
+        self._drains: Floats = np.zeros(0)
+        self._late: Floats = np.zeros(0)
+        self._logs: Floats = np.zeros((0, TIMES))
+        """Log of the chance to have drained, [replicas, TIMES], at `_times`."""
+        self._times: Floats = np.zeros(TIMES)
+        self._old_drains: set[int] = set()
+        """Replicas whose drain time has to be worked out; below, whose chances."""
+        self._old_logs: set[int] = set()
 
     def add(self, replica: Replica) -> None:
         """A replica joins, empty; one that is known is reset."""
         if replica.name in self.fleet:
             self.remove(replica.name)
         self.fleet[replica.name] = replica
-        self.count[replica.name] = 0
+        self.on[replica.name] = {}
         self._index(np.concatenate([self._sums, np.zeros((1, 2, len(GRID)))]))
 
     def remove(self, name: str) -> None:
         """A replica leaves, and with it its residents; unknown names are ignored."""
         if name not in self.fleet:
             return
-        for key in [key for key, one in self.residents.items() if one.replica == name]:
+        for key in list(self.on[name]):
             self.take(key)
         kept = np.delete(self._sums, self._at[name], axis=0)
-        del self.fleet[name], self.count[name]
+        del self.fleet[name], self.on[name]
         self._index(kept)
 
     def put(self, key: str, replica: str, rows: Floats, group: str = "") -> None:
         """The trajectory lives on this replica from now on, with these curves; from wherever it lived before it is taken."""
         before = self.take(key)
-        self.residents[key] = Resident(replica, rows, group or (before.group if before else ""))
+        one = self.residents[key] = self.on[replica][key] = Resident(replica, rows, group or (before.group if before else ""))
         self._sums[self._at[replica]] += rows
-        self.count[replica] += 1
-        place = (self.residents[key].group, replica)
+        self._changed(self._at[replica])
+        place = (one.group, replica)
         self._groups[place] = self._groups.get(place, 0) + 1
 
     def take(self, key: str) -> Resident | None:
@@ -76,8 +94,9 @@ class Books:
         if one is None:
             return None
         row = self._at[one.replica]
-        self.count[one.replica] -= 1
-        if self.count[one.replica]:
+        del self.on[one.replica][key]
+        self._changed(row)
+        if self.on[one.replica]:
             self._sums[row] -= one.rows
         else:
             self._sums[row] = 0.0
@@ -100,7 +119,7 @@ class Books:
         """
         reached, ended = self._laws(sums)
         reached = reached + delays[:, None]
-        times = clock(reached, ended)
+        times = clock(float(late_s(reached, ended).max()))
         total = sum(log_ended(times, one, other) for one, other in zip(reached, ended, strict=True))
         return float(-np.expm1(total).sum() * times[1])
 
@@ -110,18 +129,18 @@ class Books:
         Args:
             delays: seconds by replica, [replicas]; all on the target lose them.
         """
-        one = self.residents[key]
+        self._look()
+        one, times, logs = self.residents[key], self._times, self._logs
         home = self._at[one.replica]
-        reached, ended = self._laws(self._sums)
-        times = clock(reached, ended)
-        logs = np.array([log_ended(times, *pair) for pair in zip(reached, ended, strict=True)])
-        moved = self._sums.copy()
-        moved[home] -= one.rows
-        moved[targets] += one.rows
-        reached, ended = self._laws(moved)
-        rest = logs.sum(axis=0) - logs[home] + log_ended(times, reached[home], ended[home])
-        after = [rest - logs[r] + log_ended(times - delays[r], reached[r], ended[r]) for r in targets]
-        return float(-np.expm1(logs.sum(axis=0)).sum() * times[1]), -np.expm1(np.array(after)).sum(axis=1) * times[1]
+        concerned = [home, *targets.tolist()]
+        sums = self._sums[concerned]
+        sums[0] -= one.rows
+        sums[1:] += one.rows
+        reached, ended = self._laws(sums, concerned)
+        total = logs.sum(axis=0)
+        rest = total - logs[home] + log_ended(times, reached[0], ended[0])
+        after = [rest - logs[r] + log_ended(times - delays[r], reached[i], ended[i]) for i, r in enumerate(concerned) if i]
+        return float(-np.expm1(total).sum() * times[1]), -np.expm1(np.array(after)).sum(axis=1) * times[1]
 
     def tempos(self) -> dict[int, Tempo] | None:
         """Seconds per token by degree; None if replicas of one degree differ."""
@@ -130,16 +149,20 @@ class Books:
 
     def drains(self) -> Floats:
         """Expected seconds until each replica is empty, [replicas]."""
-        return self.drains_of(self._sums)
+        if self._old_drains:
+            rows = sorted(self._old_drains)
+            self._drains[rows] = self.drains_of(self._sums[rows], rows)
+            self._old_drains.clear()
+        return self._drains.copy()
 
-    def drains_with(self, rows: Floats) -> Floats:
-        """The same if each of them had one more trajectory with these curves."""
-        return self.drains_of(self._sums + rows)
+    def drains_with(self, rows: Floats, at: Sequence[int]) -> Floats:
+        """Those of the replicas with these numbers if each of them had one more trajectory with these curves: no less than without."""
+        return self.drains_of(self._sums[at] + rows, at)
 
-    def drains_of(self, sums: Floats) -> Floats:
-        """The same for other residents: sums of their curves, [replicas, 2, len(GRID)]."""
+    def drains_of(self, sums: Floats, at: Sequence[int] | None = None) -> Floats:
+        """The same for other residents: sums of their curves, [n, 2, len(GRID)], on the replicas with these numbers (None: on all)."""
         seconds = np.empty(len(sums))
-        for rows, tempo in self._tables:
+        for rows, tempo in self._kinds(at):
             seconds[rows] = drain_s(sums[rows], tempo)
         return seconds
 
@@ -151,16 +174,47 @@ class Books:
         """Its number in the arrays."""
         return self._at[replica]
 
-    def _laws(self, sums: Floats) -> tuple[Floats, Floats]:
+    def _look(self) -> None:
+        """Bring `_logs` up to date."""
+        rows = sorted(self._old_logs)
+        if not rows:
+            return
+        reached, ended = self._laws(self._sums[rows], rows)
+        self._late[rows] = late_s(reached, ended)
+        self._old_logs.clear()
+        late = float(self._late.max())
+        if not CLOCK[0] * late <= self._times[-1] <= CLOCK[1] * late:
+            self._times = clock(late)
+            rows = list(range(len(self._sums)))
+            reached, ended = self._laws(self._sums)
+        for number, one, other in zip(rows, reached, ended, strict=True):
+            self._logs[number] = log_ended(self._times, one, other)
+
+    def _laws(self, sums: Floats, at: Sequence[int] | None = None) -> tuple[Floats, Floats]:
         reached, ended = np.empty((2, len(sums), len(GRID)))
-        for rows, tempo in self._tables:
+        for rows, tempo in self._kinds(at):
             reached[rows], ended[rows] = laws(sums[rows], tempo)
         return reached, ended
+
+    def _kinds(self, at: Sequence[int] | None) -> Iterable[tuple[Ints | slice, Tempo]]:
+        """Which of these replicas share times: positions in `at`, and the times."""
+        if len(self._tables) == 1:
+            return [(slice(None), self._tables[0][1])]
+        if at is None:
+            return [*self._tables]
+        found = [(np.flatnonzero(np.isin(at, rows)), tempo) for rows, tempo in self._tables]
+        return [(rows, tempo) for rows, tempo in found if len(rows)]
+
+    def _changed(self, row: int) -> None:
+        self._old_drains.add(row)
+        self._old_logs.add(row)
 
     def _index(self, sums: Floats) -> None:
         self._sums = sums
         self.names = list(self.fleet)
         self._at = {name: number for number, name in enumerate(self.names)}
+        tps = np.array([one.tp for one in self.fleet.values()], dtype=np.intp)
+        self.degrees = [(int(tp), np.flatnonzero(tps == tp)) for tp in np.unique(tps)]
         self._retable()
 
     def _retable(self) -> None:
@@ -171,3 +225,5 @@ class Books:
         for rows in kinds.values():
             replica = self.fleet[self.names[rows[0]]]
             self._tables.append((np.array(rows), Tempo(self._latency, replica, GRID, self._most, self._habit)))
+        self._drains, self._late, self._logs = np.zeros(len(self.names)), np.zeros(len(self.names)), np.zeros((len(self.names), TIMES))
+        self._old_drains, self._old_logs = set(range(len(self.names))), set(range(len(self.names)))

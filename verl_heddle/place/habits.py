@@ -2,12 +2,13 @@
 
 Law: a turn's tokens and the growth of the context per token are means over all turns since the start of the run, weighted so that old ones
 fade (`FADE`); the context is the mean over who is live; tool seconds per token are what the estimates of the live say.
-Cost: O(1) per event, O(live) per `habit`, asked for when `due`.
+Cost: O(1) per event; `habit` is asked for when `due`, because of the tables that are made from it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from dataclasses import dataclass
+from math import log
 
 from verl_heddle.place.pace import Habit
 from verl_heddle.predict.quantities import Estimate
@@ -54,12 +55,51 @@ class Habits:
         """Most trajectories there may be before it is due again."""
         return float(max(2, self._covers))
 
-    def habit(self, live: Iterable[tuple[int, Estimate]]) -> Habit:
-        """From the context and the estimate of everybody under way."""
-        known = list(live)
-        left = sum(one.median_tokens for _, one in known)
-        context = sum(tokens for tokens, _ in known) / max(1, len(known))
-        tool_s = sum(one.tool_s for _, one in known) / max(left, 1.0)
+    def habit(self, living: Living) -> Habit:
+        """From the contexts and the estimates of everybody under way."""
+        context = living.context / max(1, living.count)
+        tool_s = living.tool_s / max(living.tokens, 1.0)
         if not self._output:
             return UNSEEN._replace(context_tokens=context, tool_s=tool_s)
         return Habit(context, 1.0 + self._input / self._output, max(1.0, self._output / self._turns), tool_s)
+
+
+@dataclass(slots=True)
+class Living:
+    """Sums over everybody under way, kept event by event."""
+
+    count: int = 0
+    context: int = 0
+    logs: float = 0.0
+    """Of log median tokens left."""
+    tokens: float = 0.0
+    tool_s: float = 0.0
+
+    def come(self, context: int, left: Estimate) -> None:
+        """One more."""
+        self.count += 1
+        self.context += context
+        self._add(left, 1)
+
+    def go(self, context: int, left: Estimate) -> None:
+        """One less; the sums of nobody are exactly 0."""
+        self.count -= 1
+        self.context -= context
+        self._add(left, -1)
+        if not self.count:
+            self.logs = self.tokens = self.tool_s = 0.0
+
+    def change(self, before: Estimate, left: Estimate) -> None:
+        """Somebody's estimate is another."""
+        self._add(before, -1)
+        self._add(left, 1)
+
+    @property
+    def usual_log(self) -> float:
+        """Mean log median."""
+        return self.logs / max(1, self.count)
+
+    def _add(self, left: Estimate, sign: int) -> None:
+        self.logs += sign * log(max(left.median_tokens, 1.0))
+        self.tokens += sign * left.median_tokens
+        self.tool_s += sign * left.tool_s

@@ -17,6 +17,7 @@ Cost: `ROUNDS` vectorised calls of the latency model.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import log
 from typing import Any, NamedTuple, Protocol
 
@@ -24,6 +25,7 @@ import numpy as np
 
 from verl_heddle.fleet import Replica
 from verl_heddle.place.cost import Degree, Floats
+from verl_heddle.trajectory import Trajectory
 
 ROUNDS = 6
 """Iterations of the fixed point; it contracts by at least the share of time in tools, and times are known to a percent at best."""
@@ -58,6 +60,18 @@ class Habit(NamedTuple):
     def input_tokens(self) -> float:
         """New input of a turn."""
         return max(0.0, self.growth - 1.0) * self.turn_tokens
+
+
+def habit_of(trajectories: Iterable[Trajectory]) -> Habit | None:
+    """What trajectories that are over were like, from their start; None if they generated nothing."""
+    items = list(trajectories)
+    tokens = sum(item.output_tokens for item in items)
+    if not tokens:
+        return None
+    turns = sum(len(item.steps) for item in items)
+    fresh = sum(turn.input_tokens or 0 for item in items for turn in item.steps)
+    prompt = sum(item.prompt_tokens or 0 for item in items) / len(items)
+    return Habit(max(1.0, prompt), 1.0 + fresh / tokens, tokens / turns, sum(item.tool_s for item in items) / tokens)
 
 
 def pace(latency: Latency, replica: Replica, together: Floats, context_tokens: Floats | float, habit: Habit) -> Floats:

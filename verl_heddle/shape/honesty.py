@@ -31,7 +31,8 @@ from math import comb, exp, log
 from statistics import NormalDist, fmean
 from typing import Any, NamedTuple
 
-from verl_heddle.shape.settings import ShapeReason, ShapeSettings
+from verl_heddle.options import Shape
+from verl_heddle.shape.settings import ShapeReason
 
 MEMORY = 256.0
 """Groups in the run's averages: one to four steps of a usual batch. The mixed share of fewer is off by more than the bound."""
@@ -131,7 +132,7 @@ def chance_of_mixed(rewards: Sequence[float | None], size: int) -> float:
 class Guard:
     """Whether shaping may go on; see the module."""
 
-    def __init__(self, settings: ShapeSettings) -> None:
+    def __init__(self, settings: Shape) -> None:
         self._settings = settings
         self._averages: dict[str, float] = {}
         self._until, self._why = -1, ShapeReason.SHAPED

@@ -22,13 +22,14 @@ from math import inf, log
 
 import numpy as np
 
+from verl_heddle.options import Shape
 from verl_heddle.place.cost import Floats, Ints
-from verl_heddle.shape.budget import Budget, Fleet, allocate, costs, forecast_s, path, total
+from verl_heddle.shape.budget import Budget, Fleet, Objective, allocate, costs, forecast_s, path, total
 from verl_heddle.shape.censored import Law
 from verl_heddle.shape.honesty import expected_bias
 from verl_heddle.shape.outlook import deadline, live
 from verl_heddle.shape.select import Rule
-from verl_heddle.shape.settings import ShapeReason, ShapeSettings
+from verl_heddle.shape.settings import ShapeReason
 
 WAITS = (1.0, 0.75, 0.5, 0.25)
 """Shares of the deadline tried as patience; below a quarter a long slot is hardly longer than the short ones."""
@@ -64,7 +65,7 @@ def plain(size: int, cap_tokens: int | None, reason: ShapeReason) -> Share:
 def plan(
     laws: Sequence[Law],
     size: int,
-    settings: ShapeSettings,
+    settings: Shape,
     fleet: Fleet | None,
     cap_tokens: int | None = None,
     unseen: Sequence[bool] = (),
@@ -80,7 +81,7 @@ def plan(
         return _told([plain(size, cap_tokens, ShapeReason.NO_FORECAST) for _ in laws])
     cap = inf if cap_tokens is None else float(cap_tokens)
     rows = live(laws, size, most, 0.0, cap)
-    table = costs(laws, rows, size, settings.objective)
+    table = costs(laws, rows, size, Objective(settings.objective))
     room = np.array([allowed(law, size, most, settings) - size for law in laws])
     strange = np.zeros(len(laws), dtype=bool)
     if len(unseen) and settings.spare is None and not settings.unseen:
@@ -111,7 +112,7 @@ def plan(
     return _told(shares, budget, patience)
 
 
-def allowed(law: Law, size: int, most: int, settings: ShapeSettings) -> int:
+def allowed(law: Law, size: int, most: int, settings: Shape) -> int:
     """Samples such that the kept are expected to be no shorter than the bound says; the long slots count as if they were not there."""
     if settings.prompt_bias >= 1:
         return most
@@ -136,7 +137,7 @@ def within_bias(laws: Sequence[Law], order: Sequence[int], size: int, bound: flo
     return len(order)
 
 
-def _patience(laws: Sequence[Law], rows: Floats, spare: Ints, size: int, settings: ShapeSettings, fleet: Fleet | None, cap: float) -> float:
+def _patience(laws: Sequence[Law], rows: Floats, spare: Ints, size: int, settings: Shape, fleet: Fleet | None, cap: float) -> float:
     """Tokens for which long slots are waited for; the same for all prompts, since they wait for the same step."""
     if not settings.longest or settings.patience == 0 or not spare.any():
         return 0.0

@@ -1,9 +1,9 @@
-"""Shaping around any placement policy, in the simulator: the same `Shaper` as in the cluster.
+"""Shaping around any placement policy, in the simulator: the same `Groups` as in the cluster.
 
-Law: the inner policy places; a trajectory's end is told to the shaper, and what it says out is cancelled (`Cancel`) or, while it may
+Law: the inner policy places; a trajectory's end is told to its group, and what that says is out is cancelled (`Cancel`) or, while it may
 still be kept, limited (`StopAt`), which is what the engines of a cluster do with `Verdict.limits`. The trajectories given are those
 started, that is as many per prompt as the plan says: `started` picks them. Reward and cut (`meta.truncated`) are those of the trajectories.
-Cost: that of `Shaper`.
+Cost: that of `Groups`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from verl_heddle.fleet import Replica
+from verl_heddle.shape.groups import Groups, Verdict
 from verl_heddle.shape.plan import StepPlan
 from verl_heddle.shape.select import Fate
-from verl_heddle.shape.shaper import Shaper, Verdict
+from verl_heddle.shape.shaper import Shaper
 from verl_heddle.simulate.policy import Action, Cancel, Policy, StopAt
 from verl_heddle.trajectory import Decision, Outcome, Trajectory, TrajectoryEnd, TurnEnd, TurnStart
 
@@ -34,10 +35,10 @@ def started(plan: StepPlan, prompts: Sequence[str], pool: Mapping[str, Sequence[
 
 
 class Shaped:
-    """A `Policy`: `inner` places, `shaper` selects. `kept` by uid: the rows of each closed group."""
+    """A `Policy`: `inner` places, `groups` select by the shaper's plan. `kept` by uid: the rows of each closed group."""
 
     def __init__(self, inner: Policy, shaper: Shaper, plan: StepPlan, prompts: Sequence[str], batch: Sequence[Trajectory], step: int = 0):
-        self.inner, self.shaper = inner, shaper
+        self.inner, self.groups = inner, Groups(shaper.size)
         self.kept: dict[str, list[str]] = defaultdict(list)
         self._of: dict[str, Trajectory] = {}
         keys: dict[str, list[str]] = defaultdict(list)
@@ -46,7 +47,7 @@ class Shaped:
             keys[item.prompt_id].append(key)
             self._of[key] = item
         for prompt, share in zip(prompts, plan.shares, strict=True):
-            shaper.opened(f"{step}:{prompt}", prompt, share, keys[prompt])
+            self.groups.opened(f"{step}:{prompt}", prompt, share, keys[prompt], shaper.law(prompt))
         for name in ("tool_started", "admitted", "reprioritised"):
             if hasattr(inner, name):
                 setattr(self, name, getattr(inner, name))
@@ -78,11 +79,11 @@ class Shaped:
         actions = list(self.inner.trajectory_ended(end, now) or ())
         key, item = end.trajectory.key, self._of[end.trajectory.key]
         if end.outcome is Outcome.CANCELLED:
-            orders = self._orders(end.trajectory.uid, self.shaper.progress(key, end.output_tokens))  # its limit was reached
-            self.shaper.stopped(key, end.output_tokens)
+            orders = self._orders(end.trajectory.uid, self.groups.progress(key, end.output_tokens))  # its limit was reached
+            self.groups.stopped(key, end.output_tokens)
             return actions + orders
         fate = Fate.USELESS if end.outcome is Outcome.FAILED else Fate.CUT if item.meta.get("truncated") else Fate.VALID
-        return actions + self._orders(end.trajectory.uid, self.shaper.finished(key, end.output_tokens, fate, item.reward))
+        return actions + self._orders(end.trajectory.uid, self.groups.finished(key, end.output_tokens, fate, item.reward))
 
     def _orders(self, uid: str, verdict: Verdict) -> list[Action]:
         self.kept[uid] += verdict.keep

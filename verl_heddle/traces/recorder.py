@@ -51,6 +51,10 @@ class Recorder:
     """Ended by a limit on tokens or turns."""
     listener: Callable[[str], None] | None = None
     """Told the name of each tool as it begins."""
+    counter: Callable[[int], None] | None = None
+    """Told after each turn how many tokens have been generated in all."""
+    booked: bool = False
+    """Its end has been told to everybody; nothing that happens afterwards is part of the record."""
     tool_s: float = 0.0
     """Seconds in tools so far, the sum over its calls."""
     _tools: list[tuple[str, float, float]] = field(default_factory=list)
@@ -104,6 +108,8 @@ class Recorder:
         )
         self.output_tokens += output_tokens
         self.last_turn_end_s = now_s
+        if self.counter is not None:
+            self.counter(self.output_tokens)
 
     def tool_began(self, name: str) -> None:
         """A tool starts to work for the trajectory."""

@@ -79,6 +79,12 @@ async def cancel_until_settled(ref: Any, deadline_s: float) -> bool:
 _cancelling: set[asyncio.Task] = set()
 
 
+async def cancellations_settled(deadline_s: float) -> None:
+    """Until every call of this process that is being cancelled has ended at the server, or has been given up; `deadline_s` at most."""
+    if _cancelling:
+        await asyncio.wait(set(_cancelling), timeout=deadline_s)
+
+
 class ServerHandle:
     """Stands for a rollout server's actor handle in `LLMServerClient.generate`: adds arguments and cancels for real.
 

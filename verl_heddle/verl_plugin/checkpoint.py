@@ -1,4 +1,4 @@
-"""What the predictor has learnt, kept with verl's checkpoints: `global_step_N/heddle/predictor.bin`.
+"""What has been learnt of lengths, kept with verl's checkpoints: `global_step_N/heddle/`, `predictor.bin` and, with shaping, `shape.json`.
 
 Saved by verl's checkpoint callback (`trainer.checkpoint_callback_class`), in the task runner, after verl's own files are written; read when
 the agent-loop manager starts, from the folder verl is about to resume from. Neither ever fails a run: a checkpoint without it, or one that
@@ -7,6 +7,7 @@ does not fit, means a cold start, and one line says so.
 
 from __future__ import annotations
 
+import json
 import os
 from typing import Any
 
@@ -17,6 +18,7 @@ from verl.utils.checkpoint.checkpoint_manager import find_latest_ckpt_path
 from verl_heddle.verl_plugin.voice import say, say_once
 
 FILE = os.path.join("heddle", "predictor.bin")
+SHAPE_FILE = os.path.join("heddle", "shape.json")
 
 
 class HeddleCheckpoint(CheckpointCallback):
@@ -29,6 +31,8 @@ class HeddleCheckpoint(CheckpointCallback):
                 state = ray.get(manager.router.learnt.remote(), timeout=manager.options.deadlines.router_s)
                 if state is not None:
                     _write(os.path.join(checkpoint_dir, FILE), state)
+                if manager.planner is not None:
+                    _write(os.path.join(checkpoint_dir, SHAPE_FILE), json.dumps(manager.planner.shaper.state()).encode())
         except Exception as error:
             say_once(f"what was learnt of lengths is not in the checkpoint of step {global_step} ({type(error).__name__}: {error})")
 
@@ -45,12 +49,22 @@ def restore(manager: Any, config: Any) -> None:
             return
         with open(path, "rb") as file:
             state = file.read()
+        if manager.planner is not None:
+            _restore_shaping(manager.planner, os.path.join(folder, SHAPE_FILE))
         why_not = ray.get(manager.router.learn_again.remote(state), timeout=manager.options.deadlines.router_s)
         say(
             f"lengths learnt until {os.path.basename(folder)} are back" if why_not is None else f"{path}: {why_not}: predictions start cold"
         )
     except Exception as error:
         say(f"what was learnt of lengths could not be read ({type(error).__name__}: {error}): predictions start cold")
+
+
+def _restore_shaping(planner: Any, path: str) -> None:
+    try:
+        with open(path, "rb") as file:
+            planner.shaper.restore(json.load(file))
+    except (OSError, ValueError) as error:
+        say(f"{path}: {error}: shaping starts without what was known of prompts")
 
 
 def resumed_from(trainer: Any) -> str | None:

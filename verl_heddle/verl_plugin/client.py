@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +28,10 @@ from verl_heddle.verl_plugin.voice import say_once
 
 MEDIA = ("image_data", "video_data", "audio_data")
 """Arguments of `generate` besides tokens; a context with them is not pre-warmed."""
+
+
+LIMIT_TRIES, LIMIT_RETRY_S = 3, 0.05
+"""A limit that comes while the request is on its way into the engine finds nobody there yet."""
 
 
 @dataclass(slots=True)
@@ -67,6 +71,11 @@ class HeddleClient(LLMServerClient):
         self._warms = not options.observe and place.enable and place.transport == "prewarm" and len(self._servers) > 1
         self._warming: dict[str, asyncio.Task[None]] = {}
         """By trajectory: waiting for the order to pre-warm, or pre-warming."""
+        self._limits: dict[str, int] = {}
+        """By trajectory: generated tokens of all its turns at which it is of no more use."""
+        self._flying: dict[str, _Call] = {}
+        """By trajectory: its turn in an engine."""
+        self._telling: set[asyncio.Task[None]] = set()
         self.counts: Counter[str] = Counter()
         """What went wrong and was got around, by name."""
 
@@ -110,6 +119,7 @@ class HeddleClient(LLMServerClient):
         finally:
             if call.turn is not None and call.decision is not None:
                 turn = call.turn
+                self._flying.pop(turn.trajectory.key, None)
                 end = TurnEnd(turn.trajectory, turn.conversation, call.decision.replica, turn.turn, tokens, completed, engine_s)
                 order = self.tell("turn_finished", end)
                 if context and order is not None:
@@ -145,8 +155,55 @@ class HeddleClient(LLMServerClient):
         arguments: dict[str, Any] = {"request_id": turn.request} if self._names else {}
         if self._priorities and decision.priority:
             arguments["priority"] = decision.priority
+        limit = self._limits.get(turn.trajectory.key)
+        if limit is not None:
+            arguments["sampling_params"] = self._limited(extra["sampling_params"], turn, limit)
+        self._flying[turn.trajectory.key] = call
         deadline = self._options.deadlines.cancel_s
         return decision.replica, ServerHandle(self._servers[decision.replica], arguments, deadline, self._cancel_lost)
+
+    def limit(self, table: dict[str, int]) -> None:
+        """Trajectories of which the engines need not generate more tokens than this, over all their turns, now and in later turns."""
+        self._limits |= table
+        by_replica: dict[str, set[str]] = defaultdict(set)
+        for key in table:
+            call = self._flying.get(key)
+            if call is not None and call.decision is not None and self._names:
+                by_replica[call.decision.replica].add(key)
+        for replica, keys in by_replica.items():
+            task = asyncio.create_task(self._tell_limits(replica, keys))
+            self._telling.add(task)
+            task.add_done_callback(self._telling.discard)
+
+    async def _tell_limits(self, replica: str, keys: set[str]) -> None:
+        """Until the engine has heard it of all that are there; how far they have got comes back, and goes to whoever set the limit."""
+        calls = {call.turn.request: call for key in keys if (call := self._flying.get(key)) is not None and call.turn is not None}
+        for _ in range(LIMIT_TRIES):
+            table = {
+                name: max(1, self._limits[call.turn.trajectory.key] - call.turn.generated_tokens)
+                for name, call in calls.items()
+                if call.turn is not None and self._flying.get(call.turn.trajectory.key) is call
+            }
+            if not table:
+                return
+            try:
+                found = await answer(self._servers[replica].heddle_limits.remote(table), self._options.deadlines.cancel_s)
+            except Exception:  # they run on to their own ends, and are dropped then
+                self.counts["limit_lost"] += 1
+                return
+            for name, tokens in found.items():
+                call = calls.pop(name)
+                if call.recorder is not None and call.recorder.counter is not None and call.turn is not None:
+                    call.recorder.counter(call.turn.generated_tokens + tokens)
+            await asyncio.sleep(LIMIT_RETRY_S)
+
+    def _limited(self, sampling_params: dict[str, Any], turn: TurnStart, limit: int) -> dict[str, Any]:
+        """Sampling parameters of a turn whose trajectory has a limit; without one of their own, verl's server takes what is left of its
+        lengths, which is said here."""
+        rollout = self.config.actor_rollout_ref.rollout
+        left = min(rollout.response_length, rollout.prompt_length + rollout.response_length - turn.context_tokens)
+        own = sampling_params.get("max_tokens", left)
+        return {**sampling_params, "max_tokens": max(1, min(own, limit - turn.generated_tokens))}
 
     async def _warm(self, order: Any, turn: TurnStart, context: list[int]) -> None:
         """Wait for the router's order, then let the replica that it names read the context. Lasts no longer than the tool."""
@@ -257,6 +314,7 @@ class HeddleClient(LLMServerClient):
     def trajectory_ended(self, end: TrajectoryEnd) -> None:
         """Pass on how a trajectory's life ended."""
         self._drop_warming(end.trajectory.key)
+        self._limits.pop(end.trajectory.key, None)
         self.tell("trajectory_ended", end)
 
 

@@ -89,6 +89,7 @@ def _worker() -> None:
     takes(f"{raw}._run_agent_loop", "sampling_params", "trajectory")
     takes(f"{raw}._agent_loop_postprocess", "output", "validate")
     takes(f"{raw}._run_prompt", "prompt", "sampling_params", "trajectory")
+    takes(f"{raw}._compute_score", "outputs", "kwargs")
     takes("verl.experimental.agent_loop:AgentLoopWorker.__init__", "config", "llm_client")
 
 

@@ -14,7 +14,7 @@ from verl_heddle.verl_plugin.voice import say
 
 SEAMS = {
     "AgentLoopManager": (
-        "verl_heddle.verl_plugin.agent_loop:HeddleAgentLoopManager",
+        "verl_heddle.verl_plugin.manager:HeddleAgentLoopManager",
         "verl.trainer.ppo.v1.agent_loop_tq:AgentLoopManagerTQ",
     ),
     "CheckpointCallback": (

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from verl_heddle.options import Options, check
+from verl_heddle.shape.settings import check as shape_problems
 from verl_heddle.verl_plugin.settings import options_of
 
 GATE = "verl_heddle.verl_plugin.gate"
@@ -90,6 +91,12 @@ def _verl(config: DictConfig, options: Options) -> list[str]:
         )
     if options.preempt.enable and not priority and not options.observe:
         problems.append("heddle.preempt.enable=true needs heddle.priority.enable=true: set both, or heddle.preempt.enable=false")
+    if options.shape.enable and not options.observe:
+        problems += shape_problems(options.shape, int(_get(config, f"{rollout}.n") or 1))
+        if options.shape.corrected:
+            problems.append(
+                "heddle.shape.corrected=true works in simulation only: verl has no place for a sample's weight; set it to false"
+            )
     folder = str(_get(config, "heddle.trace.dir"))
     if options.trace.enable and not _writable(folder):
         problems.append(f"heddle.trace.dir={folder} cannot be written: name another folder, or set heddle.trace.enable=false")
@@ -120,6 +127,8 @@ def _weakened(config: DictConfig, options: Options) -> list[str]:
     scheduler = _get(config, f"{rollout}.engine_kwargs.vllm.scheduler_cls")
     if options.preempt.enable and not options.observe and scheduler != SCHEDULER:
         warnings.append(f"{rollout}.engine_kwargs.vllm.scheduler_cls is not heddle's: no preemption on arrival")
+    if options.shape.enable and not options.observe and scheduler != SCHEDULER:
+        warnings.append(f"{rollout}.engine_kwargs.vllm.scheduler_cls is not heddle's: samples of no more use run to their turn's end")
     if not str(_get(config, f"{rollout}.router_config_path")).endswith("verl_plugin/router.yaml"):
         warnings.append(f"{rollout}.router_config_path is not heddle's: heddle does nothing")
     if _get(config, f"{rollout}.disable_log_stats"):

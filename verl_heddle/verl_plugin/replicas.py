@@ -83,6 +83,17 @@ class HeddleHttpServer(vLLMHttpServer):
             say_once(f"requests under way keep their priority ({type(error).__name__}: {error})")
             return 0
 
+    async def heddle_limits(self, table: dict[str, int]) -> dict[str, int]:
+        """Let open requests, by the id the client gave, generate no more tokens than this; returns how many those it found have generated.
+
+        Without our scheduler nobody is limited, and 0 is returned for all.
+        """
+        try:
+            return await self.engine.engine_core.call_utility_async("heddle_set_limits", table)
+        except Exception as error:
+            say_once(f"samples of no more use run on to the end of their turn ({type(error).__name__}: {error})")
+            return dict.fromkeys(table, 0)
+
     async def heddle_counts(self) -> dict[str, int]:
         """Counts of our scheduler since the engine's start; empty without it."""
         try:

@@ -17,7 +17,7 @@ from verl_heddle.options import Options
 from verl_heddle.report.attribution import step_metrics, with_batch_wait
 from verl_heddle.report.quality import prediction_quality
 from verl_heddle.traces.recorder import append
-from verl_heddle.verl_plugin import agent_loop
+from verl_heddle.verl_plugin import manager as agent_loops
 from verl_heddle.verl_plugin.settings import options_of
 from verl_heddle.verl_plugin.stock import buffer_arguments
 from verl_heddle.verl_plugin.voice import say_once
@@ -38,8 +38,8 @@ class _Watch:
         """Collect everything recorded since the last call; metrics of the training trajectories if `partition_id` is "train"."""
         metrics: dict[str, float] = {}
         try:
-            if agent_loop.MANAGER is not None:
-                metrics = self._step(agent_loop.MANAGER, global_step, partition_id)
+            if agent_loops.MANAGER is not None:
+                metrics = self._step(agent_loops.MANAGER, global_step, partition_id)
         except Exception as error:
             self._failed("metrics", error)
         if partition_id == "train":
@@ -62,6 +62,7 @@ class _Watch:
         train = [record for record in records if not record.meta["validate"]]
         metrics = step_metrics(train, list(manager.servers)) | prediction_quality(train) if train else {}
         router = manager.step_ended(global_step, train)
+        metrics |= {f"shape/{name}": value for name, value in manager.shaped(global_step, train).items()}
         for name in ("fit_s", "fit_rows"):
             if name in router:
                 metrics[f"predict/{name}"] = router.pop(name)

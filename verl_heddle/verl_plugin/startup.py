@@ -62,6 +62,9 @@ def banner(config: DictConfig) -> str:
             parts.append("priority: off")
         if options.priority.enable or options.place.enable:
             parts.append(f"prediction: {'trees on ' if options.predict.trees else ''}prompt history and siblings")
+        if options.shape.enable:
+            spare = "as many as pay" if options.shape.spare is None else f"{options.shape.spare:g} a prompt"
+            parts.append(f"shaping: spare samples, {spare}, at most {options.shape.most:g}n")
         if options.admission.per_slot:
             parts.append(f"admission: {options.admission.per_slot:g} turns per slot")
     parts.append(f"poll: {options.poll_interval_s:g} s")

@@ -15,9 +15,10 @@ Off, with one line that says why and vLLM's scheduling as it is: another policy 
 unreadable settings, and what was never checked with it: KV connectors, speculative decoding, pipeline parallelism. A request whose grammar
 is still compiled, or whose step defers prefills, wins nothing until that is over.
 
-Live requests get new priorities, and counts are read, by utility calls of the engine client:
-`await engine.engine_core.call_utility_async("heddle_set_priorities", {caller_id: priority})` and `("heddle_counts")`. Priorities are whole
-numbers as the caller gave them; `Request.priority` of a live request holds the aged one.
+Live requests get new priorities and limits, and counts are read, by utility calls of the engine client:
+`await engine.engine_core.call_utility_async("heddle_set_priorities", {caller_id: priority})`, `("heddle_set_limits", {caller_id: tokens})`
+and `("heddle_counts")`. Limits do not need the rule. Priorities are whole numbers as the caller gave them; `Request.priority` of a live
+request holds the aged one.
 """
 
 from __future__ import annotations
@@ -248,6 +249,17 @@ class HeddleScheduler(AsyncScheduler):
                 self._give_priority(request, named[request])
         return len(named)
 
+    def set_limits(self, table: dict[str, int]) -> dict[str, int]:
+        """Let live requests, by the caller's id, generate no more tokens than this; returns how many those it found have generated. One
+        that is beyond its limit ends with its next token."""
+        found = {}
+        for request in self.requests.values():
+            name = _name(request.request_id, table)
+            if name is not None:
+                request.max_tokens = min(request.max_tokens, max(1, table[name]))
+                found[name] = request.num_output_tokens
+        return found
+
     def counts(self) -> dict[str, int]:
         """What is there now, and what happened since the start."""
         pool = self.kv_cache_manager.block_pool
@@ -282,4 +294,5 @@ def _offer_utility_calls() -> None:
     from vllm.v1.engine.core import EngineCore
 
     EngineCore.heddle_set_priorities = lambda core, table: core.scheduler.set_priorities(table)
+    EngineCore.heddle_set_limits = lambda core, table: core.scheduler.set_limits(table)
     EngineCore.heddle_counts = lambda core: core.scheduler.counts()

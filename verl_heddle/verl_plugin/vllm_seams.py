@@ -52,7 +52,7 @@ ATTRIBUTES = (
 )
 """What a scheduler object must have."""
 
-REQUEST_ATTRIBUTES = ("arrival_time", "num_computed_tokens", "num_tokens", "priority", "request_id", "status", "__dict__")
+REQUEST_ATTRIBUTES = ("arrival_time", "max_tokens", "num_computed_tokens", "num_tokens", "priority", "request_id", "status", "__dict__")
 """What a request object must have; `__dict__`, because we hang our own record on it."""
 
 

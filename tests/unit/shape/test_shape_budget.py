@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from verl_heddle.fleet import Replica
 from verl_heddle.latency import LatencyModel
+from verl_heddle.options import Shape
 from verl_heddle.place.outlook import GRID
 from verl_heddle.place.pace import Habit
 from verl_heddle.shape.budget import Fleet, Objective, allocate, convex, costs, forecast_s, path, total
@@ -19,7 +20,7 @@ from verl_heddle.shape.censored import Law
 from verl_heddle.shape.honesty import expected_bias
 from verl_heddle.shape.outlook import deadline, live, tails
 from verl_heddle.shape.plan import allowed, plan
-from verl_heddle.shape.settings import ShapeReason, ShapeSettings
+from verl_heddle.shape.settings import ShapeReason, check
 from verl_heddle.shape.shaper import fleet_of
 
 BOUND = LatencyModel.affine(0.02, 0.00002)
@@ -151,10 +152,10 @@ def test_every_prefix_of_the_path_is_the_best_allocation_of_its_size():
 
 
 def test_the_plan_keeps_the_length_bound_before_it_is_broken():
-    strict = ShapeSettings(prompt_bias=0.1, length_bias=1.0)
+    strict = Shape(prompt_bias=0.1, length_bias=1.0)
     assert allowed(Law(7, 0.6), 8, 16, strict) < allowed(Law(7, 0.1), 8, 16, strict) == 16
-    assert allowed(Law(7, 3.0), 8, 16, ShapeSettings(prompt_bias=1.0)) == 16
-    wide = plan([Law(7, 2.0)] * 4, 8, ShapeSettings(prompt_bias=0.05), fleet())
+    assert allowed(Law(7, 3.0), 8, 16, Shape(prompt_bias=1.0)) == 16
+    wide = plan([Law(7, 2.0)] * 4, 8, Shape(prompt_bias=0.05), fleet())
     assert [share.reason for share in wide.shares] == [ShapeReason.LENGTH_BIAS] * 4 and {share.samples for share in wide.shares} == {8}
 
 
@@ -162,19 +163,19 @@ def test_the_plan_keeps_the_length_bound_before_it_is_broken():
 @settings(max_examples=30, deadline=None)
 def test_the_mean_bias_over_the_prompts_is_bounded(number, bound, seed):
     laws = laws_of(number, seed)
-    made = plan(laws, 8, ShapeSettings(spare=8, length_bias=bound), None)
+    made = plan(laws, 8, Shape(spare=8, length_bias=bound), None)
     mean = np.mean([law.spread * expected_bias(8, share.samples) for law, share in zip(laws, made.shares, strict=True)])
     assert np.exp(mean) >= 1 - bound - 1e-9
 
 
 def test_uniform_and_fixed_budgets_need_no_forecast_and_others_do():
     laws = laws_of(10)
-    even = plan(laws, 8, ShapeSettings(spare=2, uniform=True, **NO_BOUNDS), None)
+    even = plan(laws, 8, Shape(spare=2, uniform=True, **NO_BOUNDS), None)
     assert {share.samples for share in even.shares} == {10}
-    some = plan(laws, 8, ShapeSettings(spare=2.5, **NO_BOUNDS), None)
+    some = plan(laws, 8, Shape(spare=2.5, **NO_BOUNDS), None)
     assert sum(share.samples - 8 for share in some.shares) == 25
     assert max(share.samples for share in some.shares) <= 16
-    assert plan(laws, 8, ShapeSettings(), None).counts == {"no_forecast": 10}
+    assert plan(laws, 8, Shape(), None).counts == {"no_forecast": 10}
     for share in some.shares:
         saturated = share.samples == 16
         assert (share.reason is ShapeReason.SATURATED) == saturated == (share.rule.longest == 0 and share.samples > 8)
@@ -182,23 +183,23 @@ def test_uniform_and_fixed_budgets_need_no_forecast_and_others_do():
 
 def test_strangers_get_nothing_unless_asked_for():
     laws, half = laws_of(20), [False, True] * 10
-    some = plan(laws, 8, ShapeSettings(**NO_BOUNDS), fleet(), None, half)
+    some = plan(laws, 8, Shape(**NO_BOUNDS), fleet(), None, half)
     assert {share.samples for share in some.shares[1::2]} == {8} and max(share.samples for share in some.shares[::2]) > 8
     assert some.counts["unseen"] == 10
-    assert "unseen" not in plan(laws, 8, ShapeSettings(unseen=True, **NO_BOUNDS), fleet(), None, half).counts
-    assert "unseen" not in plan(laws, 8, ShapeSettings(spare=2, **NO_BOUNDS), None, None, half).counts
+    assert "unseen" not in plan(laws, 8, Shape(unseen=True, **NO_BOUNDS), fleet(), None, half).counts
+    assert "unseen" not in plan(laws, 8, Shape(spare=2, **NO_BOUNDS), None, None, half).counts
 
 
 def test_patience_is_as_long_as_it_is_free():
     laws = laws_of(32)
-    chosen = plan(laws, 8, ShapeSettings(**NO_BOUNDS), fleet())
-    always = plan(laws, 8, ShapeSettings(**NO_BOUNDS, patience=inf), fleet())
+    chosen = plan(laws, 8, Shape(**NO_BOUNDS), fleet())
+    always = plan(laws, 8, Shape(**NO_BOUNDS, patience=inf), fleet())
     assert 0 < chosen.patience_tokens < inf and always.patience_tokens == inf
-    assert plan(laws, 8, ShapeSettings(**NO_BOUNDS, patience=0), fleet()).patience_tokens == 0
+    assert plan(laws, 8, Shape(**NO_BOUNDS, patience=0), fleet()).patience_tokens == 0
 
 
 def test_settings_say_what_is_wrong():
-    assert ShapeSettings().check(8) == []
-    assert len(ShapeSettings(spare=9, most=9, longest=9, patience=-1, price=-1, length_bias=0, rest_steps=0).check(8)) >= 6
-    assert "n)" in ShapeSettings().check(1)[0]
-    assert ShapeSettings(uniform=True).check(8)
+    assert check(Shape(), 8) == []
+    assert len(check(Shape(spare=9, most=9, longest=9, patience=-1, price=-1, length_bias=0, rest_steps=0), 8)) >= 6
+    assert "n)" in check(Shape(), 1)[0]
+    assert check(Shape(uniform=True), 8)

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from verl_heddle.options import Shape
 from verl_heddle.shape.censored import Law
 from verl_heddle.shape.honesty import Account, Guard, Row, chance_of_mixed, expected_bias
 from verl_heddle.shape.select import Rule, Sample, choose
-from verl_heddle.shape.settings import ShapeReason, ShapeSettings
+from verl_heddle.shape.settings import ShapeReason
 from verl_heddle.shape.weights import MOST, chance, effective_size, weights
 
 LAW = Law(7.0, 0.5)
@@ -123,7 +124,7 @@ def group(bias: float, rewards_kept, rewards_dropped=()) -> tuple:
     ],
 )
 def test_a_crossed_bound_rests_the_run_and_then_tries_again(one, reason):
-    guard = Guard(ShapeSettings(rest_steps=3))
+    guard = Guard(Shape(rest_steps=3))
     account = Account()
     for _ in range(63):
         account.add(*one)
@@ -131,13 +132,13 @@ def test_a_crossed_bound_rests_the_run_and_then_tries_again(one, reason):
     account.add(*one)
     assert guard.step_ended(1, account) is reason
     assert [guard.allows(step) for step in (2, 4, 5)] == [reason, reason, None]
-    other = Guard(ShapeSettings(rest_steps=3))
+    other = Guard(Shape(rest_steps=3))
     other.restore(guard.state())
     assert other.allows(4) is reason and other.state() == guard.state()
 
 
 def test_a_prompt_that_lost_its_mix_is_plain_once():
-    guard = Guard(ShapeSettings())
+    guard = Guard(Shape())
     guard.lost("p", 0.9)
     guard.lost("q", 0.1)
     assert guard.plain("p") and not guard.plain("p") and not guard.plain("q")
@@ -145,4 +146,4 @@ def test_a_prompt_that_lost_its_mix_is_plain_once():
 
 def test_other_states_are_refused():
     with pytest.raises(ValueError):
-        Guard(ShapeSettings()).restore({"averages": {}})
+        Guard(Shape()).restore({"averages": {}})

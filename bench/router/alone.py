@@ -1,0 +1,111 @@
+"""The router's own cost: its methods called in this process, no Ray between; CPU per turn, and memory over very many turns."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench.router.crowd import CAP_TOKENS, Crowd
+from verl_heddle.options import Options, Place
+from verl_heddle.report.setting import setting
+from verl_heddle.trajectory import ToolStart
+from verl_heddle.verl_plugin.router import HeddleRouter
+
+SLOTS = 64
+"""Of a replica; with `admission.per_slot` 4 room for four times as many turns as 10,000 trajectories have in flight on 64 replicas."""
+
+IN_FLIGHT = 0.5
+"""Share of the trajectories that have a turn in an engine; the others are in tools."""
+
+OPTIONS: dict[str, Callable[[], Options]] = {
+    "stock": lambda: Options(observe=True),
+    "default": Options,
+    "place": lambda: Options(place=Place(enable=True)),
+}
+"""What is measured. `stock`: the same router under verl's rule."""
+
+
+def rss_mib() -> float:
+    """Resident memory of this process."""
+    return resident_mib("self")
+
+
+def resident_mib(process: int | str) -> float:
+    """Resident memory of a process on this machine."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
+
+
+def shape(slots: int = SLOTS) -> dict[str, Any]:
+    """Arguments of `configure` besides the options: 8B on one H200 each, KV cache as verl's default leaves it."""
+    return {"tp": 1, "slots": slots, "deterministic": False, "cap_tokens": CAP_TOKENS, "kv_tokens": step_times().kv_tokens(1)}
+
+
+def step_times() -> Any:
+    """A latency model to plan with."""
+    return setting("Qwen3-8B", "h200", 8).latency
+
+
+class Handle:
+    """Stands for a server's actor handle (a fake: it takes new priorities and does nothing)."""
+
+    def __init__(self) -> None:
+        self.heddle_priorities = self
+
+    def remote(self, table: dict[str, int]) -> None: ...
+
+
+def router(name: str, replicas: int) -> HeddleRouter:
+    """The product's router with fake servers."""
+    made = HeddleRouter({f"replica_{number}": Handle() for number in range(replicas)}, {})
+    made.configure(OPTIONS[name](), **shape())
+    made.step_times_known(step_times())
+    return made
+
+
+class Alone:
+    """Plays a crowd on a router."""
+
+    def __init__(self, name: str, replicas: int, live: int) -> None:
+        self.router = router(name, replicas)
+        self.crowd = Crowd("alone", live)
+        self.acquire_s: list[float] = []
+        self._open: list[tuple[Any, str]] = []
+        self._most = int(IN_FLIGHT * live)
+        self._fitted = 0
+
+    async def turns(self, number: int) -> float:
+        """So many turns from start to end; returns CPU seconds. Between training steps the predictor is fitted, as in a run."""
+        begun = time.process_time()
+        for _ in range(number):
+            life = self.crowd.start()
+            before = time.perf_counter()
+            decision = self.router.turn_started(life.last)
+            self.acquire_s.append(time.perf_counter() - before)
+            self._open.append((life, decision.replica))
+            if len(self._open) > self._most:
+                await self._finish(*self._open.pop(0))
+            if self.crowd.step > self._fitted:
+                await self.fit()
+        return time.process_time() - begun
+
+    async def fit(self) -> None:
+        """A training step is over; trajectories that straddle it go on."""
+        self._fitted = self.crowd.step
+        await self.router.step_ended(self._fitted - 3)
+        if self.router._fit is not None:
+            await self.router._fit
+
+    async def _finish(self, life: Any, replica: str) -> None:
+        end, after = self.crowd.finish(life, replica)
+        waiting = asyncio.create_task(self.router.turn_finished(end))
+        await asyncio.sleep(0)
+        if isinstance(after, ToolStart):
+            self.router.tool_started(after)
+        else:
+            self.router.trajectory_ended(after)
+        if waiting.done() and waiting.result() is not None:
+            self.router.transferred(life.who.key)

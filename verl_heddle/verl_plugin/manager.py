@@ -1,0 +1,179 @@
+"""The agent-loop manager: verl's own, in the task runner, with our workers and our client. It sets the router up, shares out spare samples,
+announces each batch, and collects what the workers have recorded at the end of a step.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError
+from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ
+from verl.utils.ray_utils import auto_await
+
+from verl_heddle.fleet import Replica
+from verl_heddle.latency.model import LatencyModel
+from verl_heddle.shape.groups import Visit
+from verl_heddle.trajectory import Trajectory
+from verl_heddle.verl_plugin import checkpoint
+from verl_heddle.verl_plugin.agent_loop import HeddleWorker
+from verl_heddle.verl_plugin.client import HeddleClient
+from verl_heddle.verl_plugin.prompts import first_turns
+from verl_heddle.verl_plugin.settings import options_of
+from verl_heddle.verl_plugin.shaping import Planner
+from verl_heddle.verl_plugin.step_times import StepTimes
+from verl_heddle.verl_plugin.voice import say, say_once
+
+SINCE_START = ("preempted_", "recomputed_", "winners_", "refused_")
+"""What of a scheduler's counts (`vllm_scheduler`) goes on counting; the others tell how things are now."""
+
+MANAGER: HeddleAgentLoopManager | None = None
+"""The manager of this process; the sampler, which verl builds in the same process, collects through it."""
+
+
+class HeddleAgentLoopManager(AgentLoopManagerTQ):
+    """verl's manager with our workers and client. See `AgentLoopManagerTQ` for the arguments."""
+
+    def __init__(self, config: Any, llm_client: Any, *args: Any, **kwargs: Any) -> None:
+        self.options = options_of(config)
+        self.router = llm_client._load_balancer
+        rollout = config.actor_rollout_ref.rollout
+        self._shape = {
+            "tp": int(rollout.tensor_model_parallel_size),
+            "slots": int(rollout.max_num_seqs),
+            "deterministic": bool(rollout.get("full_determinism", False)),
+            "cap_tokens": int(rollout.response_length),
+        }
+        self.servers: dict[str, Any] = {}
+        self._configure_router(self.options.deadlines.start_s)  # its process imports verl first
+        self._samples = (int(rollout.n), int(rollout.val_kwargs.n))
+        self._step_times = StepTimes(self._shape["tp"])
+        shapes = self.options.shape.enable and not self.options.observe
+        self.planner = Planner(self.options.shape, self._samples[0], self._shape["cap_tokens"]) if shapes else None
+        """Of shaping; None when it is off."""
+        self._visits: list[Visit] = []
+        checkpoint.restore(self, config)
+        super().__init__(config, HeddleClient(config, self.router, self.servers, self.options), *args, **kwargs)
+        self.agent_loop_workers_class = ray.remote(HeddleWorker)  # after super(), which sets verl's own
+        self._plans = not self.options.observe and self.options.place.enable and len(self.servers) > 1
+        self._router_lost = False
+        self._silent = 0
+
+    @classmethod
+    @auto_await
+    async def create(cls, *args: Any, **kwargs: Any) -> Any:
+        """Start the workers; if anything of ours fails, verl's own manager takes the job."""
+        global MANAGER
+        try:
+            instance = cls(*args, **kwargs)
+            await instance._init_agent_loop_workers()
+            MANAGER = instance
+            return instance
+        except Exception as error:
+            say(f"OFF, training goes on under verl's own agent-loop manager: {type(error).__name__}: {error}")
+            stock = AgentLoopManagerTQ(*args, **kwargs)
+            await stock._init_agent_loop_workers()
+            return stock
+
+    def generate_sequences(self, prompts: Any) -> None:
+        """Dispatch a batch; see `AgentLoopManagerTQ.generate_sequences`."""
+        if self._router_lost:
+            self._try_router()
+        if self.planner is not None:
+            try:
+                prompts = self.planner.share_out(prompts, self._replicas)
+            except Exception as error:
+                say_once(f"prompts are sampled plainly ({type(error).__name__}: {error})")
+        if self._plans:
+            try:
+                self.router.batch_expected.remote(first_turns(prompts, *self._samples))
+            except Exception as error:
+                say_once(f"trajectories are placed one by one, not as a batch ({type(error).__name__}: {error})")
+        super().generate_sequences(prompts)
+
+    def collect(self) -> tuple[list[Trajectory], Counter[str]]:
+        """Records since the last call and counts since the start; a worker that is silent too long is left out and counted."""
+        refs = [worker.collect.remote() for worker in self.agent_loop_workers]
+        ready, late = ray.wait(refs, num_returns=len(refs), timeout=self.options.deadlines.collect_s)
+        records: list[Trajectory] = []
+        counts: Counter[str] = Counter()
+        self._silent += len(late)
+        for ref in ready:
+            try:
+                some, trouble, visits = ray.get(ref, timeout=self.options.deadlines.collect_s)
+            except Exception as error:
+                say_once(f"a worker's records are lost ({type(error).__name__})")
+                self._silent += 1
+                continue
+            records += some
+            counts.update(trouble)
+            self._visits += visits
+        counts["worker_silent"] = self._silent
+        self._router_lost = self._router_lost or counts["fallback_router"] > 0
+        return records, counts
+
+    def step_ended(self, step: int, records: list[Trajectory]) -> dict[str, float]:
+        """Tell the router that the batch of a training step is complete; returns its counts since the start of the run."""
+        if self._plans or self.planner is not None:
+            self._step_times.learn(records, self._step_times_known)
+        try:
+            return ray.get(self.router.step_ended.remote(step), timeout=self.options.deadlines.router_s)
+        except Exception:
+            self._router_lost = True
+            return {}
+
+    def shaped(self, step: int, records: list[Trajectory]) -> dict[str, float]:
+        """What shaping did in a training step that is complete; empty when it is off."""
+        visits, self._visits = self._visits, []
+        return {} if self.planner is None else self.planner.step_ended(step, records, visits)
+
+    def _step_times_known(self, latency: LatencyModel) -> None:
+        if self.planner is not None:
+            self.planner.latency = latency
+        if self._plans:
+            self.router.step_times_known.remote(latency)
+
+    @property
+    def _replicas(self) -> list[Replica]:
+        return [Replica(name, self._shape["tp"], self._shape["slots"], self._kv_tokens) for name in self.servers]
+
+    def engine_counts(self) -> Counter[str]:
+        """What the engines' schedulers have counted since they started, all together; a silent engine counts nothing."""
+        refs = {server.heddle_counts.remote(): name for name, server in self.servers.items()}
+        ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=self.options.deadlines.collect_s)
+        total: Counter[str] = Counter()
+        for ref in ready:
+            try:
+                counts = ray.get(ref, timeout=self.options.deadlines.collect_s)
+                total.update({name: count for name, count in counts.items() if name.startswith(SINCE_START)})
+            except ActorDiedError:  # perhaps nobody had a request there
+                del self.servers[refs[ref]]
+                self.router.replica_lost.remote(refs[ref])
+            except Exception as error:
+                say_once(f"an engine does not tell its counts ({type(error).__name__}: {error})")
+        return total
+
+    def _configure_router(self, deadline_s: float) -> None:
+        """Give the router the user's options and what the engines are like; servers that have died are told to it, if it has forgotten."""
+        servers = ray.get(self.router.handles.remote(), timeout=deadline_s)
+        held = {name: server.heddle_kv_tokens.remote() for name, server in servers.items()}
+        kv_tokens, lost = [], []
+        for name, ref in held.items():
+            try:
+                kv_tokens.append(ray.get(ref, timeout=deadline_s) or 0)
+            except ActorDiedError:
+                lost.append(name)
+        self._kv_tokens = min(kv_tokens, default=0) or None
+        configured = self.router.configure.remote(self.options, **self._shape, kv_tokens=self._kv_tokens, lost=lost)
+        self.servers = ray.get(configured, timeout=deadline_s)
+
+    def _try_router(self) -> None:
+        """Between steps, see whether Ray has restarted the router; if so, set it up and send the workers back to it."""
+        try:
+            self._configure_router(self.options.deadlines.router_s)
+        except Exception:
+            return
+        ray.get([worker.router_is_back.remote() for worker in self.agent_loop_workers], timeout=self.options.deadlines.collect_s)
+        self._router_lost = False
+        say("the router is back")

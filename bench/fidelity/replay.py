@@ -19,9 +19,10 @@ from omegaconf import OmegaConf
 
 from bench.fidelity.model import FIRST_WORD, VOCABULARY
 from bench.fidelity.server import EngineArguments, EngineServer
+from verl_heddle.latency import LatencyModel
 from verl_heddle.options import Options
 from verl_heddle.traces.recorder import Recorder
-from verl_heddle.trajectory import Outcome, Trajectory, TrajectoryEnd, TrajectoryId
+from verl_heddle.trajectory import Outcome, Trajectory, TrajectoryEnd, TrajectoryId, TurnStart
 from verl_heddle.verl_plugin.client import HeddleClient
 from verl_heddle.verl_plugin.live import CURRENT
 from verl_heddle.verl_plugin.router import HeddleRouter
@@ -49,9 +50,20 @@ def words(key: str, number: int) -> list[int]:
     return Random(key).choices(range(FIRST_WORD + 10, VOCABULARY), k=number)
 
 
+def identity(item: Trajectory, step: int) -> TrajectoryId:
+    """Who it is in this step."""
+    return TrajectoryId(item.prompt_id, f"{step}:{item.prompt_id}", item.trial, step)
+
+
+def first_turn(item: Trajectory, step: int) -> TurnStart:
+    """As a run's manager announces it."""
+    who = identity(item, step)
+    return TurnStart(who, who.key, 0, item.prompt_tokens or 1, 0)
+
+
 async def episode(client: HeddleClient, item: Trajectory, step: int) -> Trajectory:
     """One trajectory from its first turn to its last tool; the record of it."""
-    who = TrajectoryId(item.prompt_id, f"{step}:{item.prompt_id}", item.trial, step)
+    who = identity(item, step)
     recorder = Recorder(who, time.monotonic(), time.time(), prompt_tokens=item.prompt_tokens)
     CURRENT.set(recorder)
     context = words(f"{step} {item.prompt_id}", item.prompt_tokens or 1)
@@ -102,16 +114,21 @@ class Engines:
         order: str,
         history: Iterable[TrajectoryEnd] = (),
         step: int = 0,
+        step_times: LatencyModel | None = None,
     ) -> list[Trajectory]:
         """Run one step of rollouts, all trajectories submitted at once in the given order; returns their records in that order.
 
         Args:
             history: what the router is told to have seen before.
             step: training step; token ids depend on it, so that steps share no prefixes.
+            step_times: what the router is told of the engines, to plan placement with, and then the batch ahead, as a run's manager does.
         """
         ray.get([server.prepare.remote(slots, order) for server in self.servers.values()], timeout=60)
         ray.get(self.router.configure.remote(options, tp=1, slots=slots, deterministic=False), timeout=60)
         ray.get([self.router.trajectory_ended.remote(end) for end in history], timeout=60)
+        if step_times is not None:
+            ray.get(self.router.step_times_known.remote(step_times), timeout=60)
+            ray.get(self.router.batch_expected.remote([first_turn(item, step) for item in trajectories]), timeout=60)
         client = HeddleClient(CONFIG, self.router, self.servers, options)
 
         async def together() -> list[Trajectory]:

@@ -70,7 +70,7 @@ class Alone:
     """Plays a crowd on a router."""
 
     def __init__(self, name: str, replicas: int, live: int) -> None:
-        self.router = router(name, replicas)
+        self.router, self._warms = router(name, replicas), name == "place"
         self.crowd = Crowd("alone", live)
         self.acquire_s: list[float] = []
         self._open: list[tuple[Any, str]] = []
@@ -101,11 +101,15 @@ class Alone:
 
     async def _finish(self, life: Any, replica: str) -> None:
         end, after = self.crowd.finish(life, replica)
-        waiting = asyncio.create_task(self.router.turn_finished(end))
-        await asyncio.sleep(0)
+        waiting = None
+        if self._warms:
+            waiting = asyncio.create_task(self.router.turn_finished(end))
+            await asyncio.sleep(0)
+        else:
+            self.router.told([("turn_finished", end)])
         if isinstance(after, ToolStart):
             self.router.tool_started(after)
         else:
             self.router.trajectory_ended(after)
-        if waiting.done() and waiting.result() is not None:
+        if waiting is not None and waiting.done() and waiting.result() is not None:
             self.router.transferred(life.who.key)

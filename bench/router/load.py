@@ -1,8 +1,8 @@
 """Open-loop load on the router actor from processes of their own, each with a share of the trajectories, and what it took.
 
 Turns are due at random times (Poisson) whether the earlier ones are answered or not. A turn is what the client makes of it: `turn_started`,
-awaited with a deadline; `wait_for_turn` if it is held; and after a while `turn_finished` and `tool_started`, or `trajectory_ended`, that
-nobody waits for. The seconds of acquire are from the call to the answer; how late the call was sent, because this process had no CPU, is
+awaited with a deadline; `wait_for_turn` if it is held; and after a while `turn_finished` and `tool_started`, or `trajectory_ended`, by the
+client's own outbox. The seconds of acquire are from the call to the answer; how late the call was sent, because this process had no CPU, is
 kept apart.
 """
 
@@ -22,6 +22,7 @@ from bench.router.alone import IN_FLIGHT
 from bench.router.crowd import Crowd, Life
 from verl_heddle.trajectory import ToolStart
 from verl_heddle.verl_plugin.calls import answer
+from verl_heddle.verl_plugin.outbox import Outbox
 
 DEADLINE_S = 30.0
 """As `deadlines.router_s`; a turn that gets no answer ends the run."""
@@ -45,6 +46,7 @@ class Loader:
         self._router, self._warms, self._live = router, warms, live
         self._crowd, self._rng = Crowd(name, live), Random(name)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._outbox = Outbox(lambda events: router.told.remote(events))
         self._held = 0
         self._seen: list[tuple[float, float]] = []
 
@@ -90,24 +92,27 @@ class Loader:
     async def _turn(self, life: Life, due: float, turn_s: float) -> None:
         assert life.last is not None
         sent = time.monotonic()
-        decision = await answer(self._router.turn_started.remote(life.last), DEADLINE_S)
+        decision = await answer(self._router.turn_started.remote(life.last, self._outbox.take()), DEADLINE_S)
         self._seen.append((time.monotonic() - sent, sent - due))
         if decision.held:
             self._held += 1
             await answer(self._router.wait_for_turn.remote(life.last.request), 2 * DEADLINE_S)
         await asyncio.sleep(turn_s)
         end, after = self._crowd.finish(life, decision.replica)
-        order = self._router.turn_finished.remote(end)
         if self._warms:
-            self._begin(self._warm(order, life))
-        if isinstance(after, ToolStart):
-            self._router.tool_started.remote(after)
+            self._outbox.send()
+            self._begin(self._warm(self._router.turn_finished.remote(end), life))
         else:
-            self._router.trajectory_ended.remote(after)
+            self._outbox.put("turn_finished", end)
+        if isinstance(after, ToolStart):
+            self._outbox.put("tool_started", after)
+        else:
+            self._outbox.put("trajectory_ended", after)
+            self._outbox.send()
 
     async def _warm(self, order: Any, life: Life) -> None:
         if await answer(order, 10 * DEADLINE_S) is not None:
-            self._router.transferred.remote(life.who.key)
+            self._outbox.put("transferred", life.who.key)
 
 
 def cpu_s(process: int) -> float:

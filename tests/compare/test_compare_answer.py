@@ -7,6 +7,7 @@ import json
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean
+from types import SimpleNamespace
 
 import pytest
 from compare_cases import compare
@@ -117,6 +118,22 @@ def test_sentences_follow_the_numbers(finished, value):
     assert any("stock_bare has no trace" in line for line in value["explanation"])
     assert any("rest on 2 pairs" in line for line in value["notes"])
     assert all(line in finished[1].out for line in value["explanation"])
+
+
+def test_tools_that_set_the_pace_are_named():
+    from verl_heddle.compare.bootstrap import Ratio
+    from verl_heddle.compare.told import not_helped
+
+    def made(name, tool_s):
+        split = {"queue_s": 0.1, "generate_s": 2.0, "tool_s": tool_s, "other_s": 0.9, "late_start_s": 0.0}
+        known = {"split": split, "median": lambda key: 0.002, "prediction": None, "total": lambda start: {}}
+        return SimpleNamespace(arm=SimpleNamespace(name=name, bare=False), speedup=Ratio(1.0, 0.9, 1.1, ((1, 1.0),), 3), **known)
+
+    for tool_s, dominate in ((27.0, True), (1.0, False)):
+        arms = {name: made(name, tool_s) for name in ("stock", "heddle")}
+        said = not_helped(SimpleNamespace(arms=arms, base=arms["stock"], others=[arms["heddle"]]))
+        assert ("In stock the last trajectory to end is in tools 90 % of its time: no order helps there." in said) == dominate
+        assert ("Faster tools" in said[-1]) == dominate and ("Tensor parallelism" in said[-1]) != dominate
 
 
 def test_what_did_not_help_is_said(tmp_path):

@@ -77,6 +77,17 @@ def test_the_router_serves_trajectories_and_verls_own_clients():
     assert router.clear_sticky_cache()["cleared_entries"] >= 1
 
 
+def test_what_is_told_along_with_a_question_comes_before_it():
+    router = HeddleRouter({"s0": "h0"}, {})
+    router.configure(Options(admission=Admission(per_slot=1.0)), tp=1, slots=1, deterministic=False)
+    first = router.turn_started(turn(0))
+    end = TurnEnd(turn(0).trajectory, "c0", first.replica, 0, 5)
+    second = router.turn_started(turn(1), [("turn_finished", end), ("remove_servers", ["s0"])])
+    assert not second.held and router.get_total_inflight() == 1, "the place is free; what is no event is not heard"
+    router.told([("turn_withdrawn", turn(1)), ("trajectory_ended", TrajectoryEnd(turn(1).trajectory, Outcome.CANCELLED, 0, 0))])
+    assert router.get_total_inflight() == 0 and set(router._orchestrator.inflight.values()) == {0}
+
+
 def test_a_raising_orchestrator_gives_way_to_verls_rule(monkeypatch, capsys):
     router = HeddleRouter({"s0": "h0", "s1": "h1"})
     home = router.turn_started(turn(0)).replica

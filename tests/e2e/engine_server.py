@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 SLOTS = 2
 
 
-def server_class(model: str):
+def server_class(model: str, **more):
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -32,7 +32,7 @@ def server_class(model: str):
                 "disable_log_stats": False,
                 "scheduler_cls": "verl_heddle.verl_plugin.vllm_scheduler.HeddleScheduler",
                 "additional_config": {"heddle_preempt": {"enable": False}},
-            }
+            } | more
             self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**settings))
 
     class Server(HeddleHttpServer, EngineOnly):
@@ -56,8 +56,8 @@ def server_class(model: str):
 class EngineServer:
     """Builds the server inside the actor, where the engine's environment is set, and stands for it."""
 
-    def __init__(self, model: str):
-        self._server = server_class(model)()
+    def __init__(self, model: str, **settings):
+        self._server = server_class(model, **settings)()
 
     async def start(self):
         await self._server.start()
@@ -70,3 +70,13 @@ class EngineServer:
 
     async def heddle_limits(self, table):
         return await self._server.heddle_limits(table)
+
+    async def forget(self):
+        """Its prefix cache."""
+        assert await self._server.engine.reset_prefix_cache()
+
+    async def external_hits(self):
+        """Tokens that a KV connector brought since the start."""
+        from vllm.v1.metrics.reader import get_metrics_snapshot
+
+        return sum(one.value for one in get_metrics_snapshot() if one.name == "vllm:external_prefix_cache_hits")

@@ -17,6 +17,9 @@ ROUGH = 0.15
 WEAK_RANK = 0.3
 """Rank correlation below which a prediction orders trajectories little better than chance."""
 
+MOSTLY = 0.5
+"""Share of the last trajectory's time in tools from which on tools, not engines, set the pace."""
+
 SPLIT_WORDS = {
     "queue_s": "waiting for a slot",
     "generate_s": "generating",
@@ -47,11 +50,15 @@ def not_helped(answer: Comparison) -> list[str]:
             continue
         verdict = "was slower than" if found.verdict == "slower" else "made no difference beyond chance to"
         lines.append(f"{name} {verdict} {base.arm.name}: {interval(found)}.")
-        waited = base.median("queue_share")
+        waited, tools = base.median("queue_share"), _tool_share(base)
+        lever = "Tensor parallelism may be the larger lever: verl-heddle plan."
+        if tools > MOSTLY:
+            lever = "Faster tools, or more of them at a time, are the larger lever."
+            lines.append(f"In {base.arm.name} the last trajectory to end is in tools {percent(tools)} of its time: no order helps there.")
         if waited is not None and waited < WAITED and not arm.arm.bare:
             lines.append(
                 f"In {base.arm.name} turns waited only {100 * waited:.1f} % of the time for a slot: where nobody waits, an order "
-                "of the queue changes nothing. Tensor parallelism may be the larger lever: verl-heddle plan."
+                f"of the queue changes nothing. {lever}"
             )
     for arm in answer.arms.values():
         guess = arm.prediction
@@ -144,11 +151,19 @@ def _lengths_and_rewards(answer: Comparison) -> list[str]:
         own, per_token = lengths.get(arm.arm.name), arm.throughput_ratio
         if base and own and per_token is not None and abs(own / base - 1) > ALIKE:
             less = "less" if own < base else "more"
-            lines.append(
-                f"{arm.arm.name} generated {percent(abs(own / base - 1))} {less} than {answer.base.arm.name}, by the chance of sampling; "
-                f"per token it is {interval(per_token)}."
-            )
+            per = f"per token it is {interval(per_token)}"
+            if max(_tool_share(arm), _tool_share(answer.base)) > MOSTLY:
+                per += ", which says little where most of the time is tools'"
+            other = f"{percent(abs(own / base - 1))} {less} than {answer.base.arm.name}"
+            lines.append(f"{arm.arm.name} generated {other}, by the chance of sampling; {per}.")
     return lines
+
+
+def _tool_share(arm: ArmResult) -> float:
+    """Of the time of the trajectories that ended last; 0 where it is not known."""
+    split = arm.split
+    total = sum(split.values()) if split else 0.0
+    return split["tool_s"] / total if split and total > 0 else 0.0
 
 
 def _length(arm: ArmResult) -> float | None:

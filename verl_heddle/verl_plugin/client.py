@@ -1,7 +1,8 @@
 """The worker's end of a turn: ask the router, call the engine, time both, pre-warm where a trajectory moves, go on if either dies.
 
-One RPC to the router stands before each generation; everything told to it afterwards is fire-and-forget, but for a task beside the tool
-call that waits for the router's order to pre-warm. A turn whose replica dies starts again elsewhere: its context is here.
+One RPC to the router stands before each generation; what is told to it afterwards waits for no answer and mostly goes along with the next
+question (`outbox`), but for a task beside the tool call that waits for the router's order to pre-warm. A turn whose replica dies starts
+again elsewhere: its context is here.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from verl_heddle.traces.recorder import EngineTimes, Recorder
 from verl_heddle.trajectory import Decision, Reason, ToolStart, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
 from verl_heddle.verl_plugin.calls import ServerHandle, answer
 from verl_heddle.verl_plugin.live import CURRENT
+from verl_heddle.verl_plugin.outbox import Event, Outbox
 from verl_heddle.verl_plugin.replicas import FIELD
 from verl_heddle.verl_plugin.voice import say_once
 
@@ -64,6 +66,7 @@ class HeddleClient(LLMServerClient):
         self._servers = dict(servers)
         self._options = options
         self._local: GlobalRequestLoadBalancer | None = None
+        self._outbox = Outbox(self._send)
         rollout = config.actor_rollout_ref.rollout
         self._priorities = rollout.name == "vllm" and rollout.get("scheduling_policy") == "priority"
         self._names = not rollout.get("full_determinism", False)  # then verl names requests itself, the same in every run
@@ -121,8 +124,8 @@ class HeddleClient(LLMServerClient):
                 turn = call.turn
                 self._flying.pop(turn.trajectory.key, None)
                 end = TurnEnd(turn.trajectory, turn.conversation, call.decision.replica, turn.turn, tokens, completed, engine_s)
-                order = self.tell("turn_finished", end)
-                if context and order is not None:
+                order = self._ask_order(end) if context else self.tell("turn_finished", end)
+                if order is not None:
                     self._warming[turn.trajectory.key] = task = asyncio.create_task(self._warm(order, turn, context))
                     task.add_done_callback(partial(self._warmed, turn.trajectory.key))
 
@@ -270,7 +273,7 @@ class HeddleClient(LLMServerClient):
 
     async def _ask(self, turn: TurnStart) -> Decision:
         deadline = self._options.deadlines.router_s
-        decision = await answer(self._load_balancer.turn_started.remote(turn), deadline)
+        decision = await answer(self._load_balancer.turn_started.remote(turn, self._outbox.take()), deadline)
         if decision.replica not in self._servers:
             self._servers = await answer(self._load_balancer.handles.remote(), deadline)
         if decision.replica not in self._servers:
@@ -295,14 +298,24 @@ class HeddleClient(LLMServerClient):
         self.counts["cancel_lost"] += 1
         say_once(f"a cancelled request was still running after {self._options.deadlines.cancel_s:g} s (heddle.deadlines.cancel_s)")
 
-    def tell(self, method: str, *args: Any) -> Any:
-        """Tell the router something without waiting; returns its answer to be, None if it is not asked.
+    def tell(self, event: str, what: Any) -> None:
+        """Tell the router something, soon. A dead router is found out by the next question."""
+        if self._local is None:
+            self._outbox.put(event, what)
 
-        A dead router is found out by the next question.
-        """
+    def _send(self, events: list[Event]) -> None:
         if self._local is None:
             try:
-                return getattr(self._load_balancer, method).remote(*args)
+                self._load_balancer.told.remote(events)
+            except Exception as error:
+                self._go_local(error)
+
+    def _ask_order(self, end: TurnEnd) -> Any:
+        """Tell that a turn ended; returns the order to pre-warm to be, None if the router is not asked."""
+        self._outbox.send()
+        if self._local is None:
+            try:
+                return self._load_balancer.turn_finished.remote(end)
             except Exception as error:
                 self._go_local(error)
         return None
@@ -316,6 +329,7 @@ class HeddleClient(LLMServerClient):
         self._drop_warming(end.trajectory.key)
         self._limits.pop(end.trajectory.key, None)
         self.tell("trajectory_ended", end)
+        self._outbox.send()  # it may be the last of the step
 
 
 def _of_a_dead_replica(error: Exception) -> bool:

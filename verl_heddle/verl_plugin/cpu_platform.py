@@ -3,17 +3,21 @@
 1. `PlatformCPU`: registered in verl's own table; auto-detection never picks it.
 2. The process-group backend string: verl writes "cpu:gloo,cpu:gloo", torch refuses it (patches/cpu_process_group.md).
 3. Plain linear layers in vLLM: its CPU kernels pack weights away, so that verl could not write new ones (patches/cpu_plain_linear.md).
+4. A vLLM worker that waits sleeps between two looks at its queue instead of keeping a core busy (patches/cpu_quiet_worker.md).
 """
 
 from __future__ import annotations
 
 import sys
+import time
 import types
 from contextlib import contextmanager
 from typing import Any
 
 PRETENDED_MEMORY = 1 << 34
 """Bytes. verl only compares and logs it."""
+NAP_S = 0.0002
+"""Between two looks at the queue: little beside the milliseconds of a tiny model's step, and a few per cent of a core."""
 
 
 class _Event:
@@ -156,14 +160,22 @@ def _keep_plain_linear() -> None:
         ops._supports_onednn = False  # type: ignore[attr-defined]
 
 
+def _sleep_while_waiting() -> None:
+    """In a vLLM worker, where vLLM is imported before verl, let the second of looking for messages without a pause have pauses."""
+    queue: Any = sys.modules.get("vllm.distributed.device_communicators.shm_broadcast")
+    if queue is not None and hasattr(queue, "sched_yield"):
+        queue.sched_yield = lambda: time.sleep(NAP_S)
+
+
 def install() -> None:
-    """Register the platform and apply both patches; safe to call again."""
+    """Register the platform and apply the patches; safe to call again."""
     from verl.plugin.platform.platform_manager import PlatformRegistry
 
     if PlatformRegistry.get("cpu") is None:
         PlatformRegistry.register(platform="cpu")(_platform_class())
     _accept_doubled_gloo()
     _keep_plain_linear()
+    _sleep_while_waiting()
 
 
 def select_here() -> None:

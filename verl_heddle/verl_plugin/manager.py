@@ -26,7 +26,7 @@ from verl_heddle.verl_plugin.step_times import StepTimes
 from verl_heddle.verl_plugin.voice import say, say_once
 
 SINCE_START = ("preempted_", "recomputed_", "winners_", "refused_")
-"""What of a scheduler's counts (`vllm_scheduler`) goes on counting; the others tell how things are now."""
+"""What of a scheduler's counts (`vllm_scheduler`) goes on counting; the others tell how things are now. Of those, `requests` is asked for."""
 
 MANAGER: HeddleAgentLoopManager | None = None
 """The manager of this process; the sampler, which verl builds in the same process, collects through it."""
@@ -139,14 +139,15 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
         return [Replica(name, self._shape["tp"], self._shape["slots"], self._kv_tokens) for name in self.servers]
 
     def engine_counts(self) -> Counter[str]:
-        """What the engines' schedulers have counted since they started, all together; a silent engine counts nothing."""
+        """What the engines' schedulers have counted since they started, all together, and the `requests` in them; a silent engine counts
+        nothing."""
         refs = {server.heddle_counts.remote(): name for name, server in self.servers.items()}
         ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=self.options.deadlines.collect_s)
         total: Counter[str] = Counter()
         for ref in ready:
             try:
                 counts = ray.get(ref, timeout=self.options.deadlines.collect_s)
-                total.update({name: count for name, count in counts.items() if name.startswith(SINCE_START)})
+                total.update({name: count for name, count in counts.items() if name.startswith((*SINCE_START, "requests"))})
             except ActorDiedError:  # perhaps nobody had a request there
                 del self.servers[refs[ref]]
                 self.router.replica_lost.remote(refs[ref])

@@ -30,6 +30,9 @@ from verl_heddle.trajectory import Decision, Prewarm, Reason, ToolStart, Traject
 from verl_heddle.verl_plugin.calls import Promises
 from verl_heddle.verl_plugin.voice import say, say_once
 
+TOLD = ("turn_finished", "turn_withdrawn", "tool_started", "transferred", "trajectory_ended")
+"""What may come by `told`."""
+
 
 class HeddleRouter:
     """One per run; Ray serialises its calls.
@@ -97,12 +100,13 @@ class HeddleRouter:
         except Exception as error:
             self._failed("step_times_known", error)
 
-    def turn_started(self, turn: TurnStart) -> Decision:
-        """Where the turn goes, how urgently, and why.
+    def turn_started(self, turn: TurnStart, told: Sequence[tuple[str, Any]] = ()) -> Decision:
+        """Where the turn goes, how urgently, and why. `told`: what the worker has had to tell before, as to `told`.
 
         Raises:
             RuntimeError: there is no server.
         """
+        self.told(told)
         try:
             decision = self._orchestrator.turn_started(turn, time.monotonic())
             self._verls_rule.note(turn.conversation, decision.replica)
@@ -117,6 +121,14 @@ class HeddleRouter:
         self._orders.drop(turn.trajectory.key)
         self._start_prewarms()
         return decision
+
+    def told(self, events: Sequence[tuple[str, Any]]) -> None:
+        """Several events of one worker, in their order: names of methods, and what they are told."""
+        for name, what in events:
+            if name == "turn_finished":
+                self._left(what)
+            elif name in TOLD:
+                getattr(self, name)(what)
 
     async def wait_for_turn(self, request: str) -> None:
         """Until the held turn of this `TurnStart.request` may go; at once if it is not held any more."""

@@ -73,8 +73,10 @@ class _Watch:
                 counts[f"policy_{name.removeprefix('failed_')}"] += int(router[name])
             else:
                 metrics[f"router/{name}"] = count
-        if not self._options.observe and self._options.preempt.enable:
-            metrics |= {f"preempt/{name}": count for name, count in self._news("engines", manager.engine_counts()).items()}
+        if not self._options.observe and (self._options.preempt.enable or self._options.shape.enable):
+            engines = manager.engine_counts()
+            metrics["engines/requests_left"] = engines.pop("requests", 0)
+            metrics |= {f"preempt/{name}": count for name, count in self._news("engines", engines).items()}
         tools = Counter({name: counts.pop(name) for name in list(counts) if name.startswith("tools/")})
         metrics |= self._news("tools", tools)
         warm = Counter({name: counts.pop(name) for name in list(counts) if name.startswith("prewarm/")})

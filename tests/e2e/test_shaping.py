@@ -1,0 +1,110 @@
+"""Shaping on real verl and real vLLM: n rows of every prompt, each written once, what cannot be kept is stopped in the engine, and it learns."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+from engines import prepared, runner
+
+from verl_heddle.traces.io import read
+
+pytestmark = pytest.mark.e2e
+
+PROMPTS, SAMPLES, SPARE, STEPS = 16, 4, 2, 4
+FIXED = [
+    "heddle.shape.enable=true",
+    f"heddle.shape.spare={SPARE}",
+    "heddle.shape.uniform=true",
+    "heddle.shape.longest=0",
+    "heddle.shape.length_bias=1",
+    "heddle.shape.prompt_bias=1",
+    "heddle.shape.mixed_loss=1",
+]
+"""Spare samples from the first step on, no bound, the shortest are kept: as much is stopped as can be."""
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    return runner("math", prepared("math", tmp_path_factory.mktemp("shaping")))
+
+
+@pytest.fixture(scope="module")
+def run(start):
+    return start("shaped", "+plugin=heddle", *FIXED, "trainer.save_freq=4", "trainer.test_freq=4", steps=STEPS)
+
+
+def rows(run, step):
+    """Keys of the rows trained on: `{uid}_{sample}_{output}`."""
+    lines = (run.folder / "rollouts" / f"{step}.jsonl").read_text().splitlines()
+    return [json.loads(line)["uid"] for line in lines]
+
+
+def test_exactly_n_rows_of_every_prompt(run):
+    assert run.code == 0, run.log[-3000:]
+    assert sorted(run.steps) == list(range(1, STEPS + 1))
+    for step, metrics in run.steps.items():
+        keys = rows(run, step)
+        assert len(set(keys)) == len(keys) == PROMPTS * SAMPLES
+        assert set(Counter(key.split("_")[0] for key in keys).values()) == {SAMPLES}
+        assert metrics["heddle/trajectories"] == PROMPTS * (SAMPLES + SPARE)
+        assert metrics["heddle/shape/groups"] == PROMPTS and metrics["heddle/shape/short"] == 0
+        assert metrics["heddle/shape/spare"] == SPARE and metrics["heddle/fallbacks/total"] == 0
+
+
+def test_what_cannot_be_kept_is_stopped_in_the_engine(run):
+    stopped = sum(metrics.get("heddle/outcomes/cancelled", 0) for metrics in run.steps.values())
+    assert stopped > STEPS * PROMPTS * SPARE / 4
+    assert all(metrics["heddle/engines/requests_left"] == 0 for metrics in run.steps.values())
+    lives = [item for item in read(run.trace) if not item.meta["validate"]]
+    groups = Counter((item.meta["uid"], item.meta["outcome"]) for item in lives)
+    for uid in {uid for uid, _ in groups}:
+        ended = sorted(item.output_tokens for item in lives if item.meta["uid"] == uid and item.meta["outcome"] == "finished")
+        halted = [item.output_tokens for item in lives if item.meta["uid"] == uid and item.meta["outcome"] == "cancelled"]
+        assert len(ended) >= SAMPLES
+        # Nobody went on past the longest that was kept but by the steps that the news took.
+        assert all(tokens <= ended[SAMPLES - 1] + 2 for tokens in halted), (ended, halted)
+
+
+def test_the_page_says_what_it_did_to_the_gradient(run):
+    last = run.steps[STEPS]
+    for name in (
+        "tokens/kept",
+        "tokens/ended",
+        "reward/kept",
+        "reward/ended",
+        "mixed/kept",
+        "mixed/plain",
+        "stopped_tokens",
+        "length_bias",
+    ):
+        assert f"heddle/shape/{name}" in last, name
+    assert -1 < last["heddle/shape/length_bias"] < 0 and 0 < last["heddle/shape/stopped_tokens"] < 1
+    assert last["heddle/shape/reward/kept"] == pytest.approx(last["critic/score/mean"])
+    assert any("shaping: spare samples, 2 a prompt" in line for line in run.said)
+
+
+def test_validation_is_not_shaped_and_prompts_are_remembered(run, start):
+    checked = [item for item in read(run.trace) if item.meta["validate"]]
+    assert checked and {item.meta["outcome"] for item in checked} == {"finished"}
+    state = json.loads((run.folder / f"global_step_{STEPS}" / "heddle" / "shape.json").read_text())
+    assert len(state["spreads"]["prompts"]) == PROMPTS
+
+
+def test_by_forecast_and_with_dapo_filtering(start):
+    """The default budget, which knows nothing in the first step; groups of equal reward are sampled anew."""
+    dapo = [
+        "algorithm.filter_groups.enable=true",
+        "algorithm.filter_groups.metric=reward",
+        "algorithm.filter_groups.max_inflight_gen_batches=2",
+    ]
+    forecast = ["heddle.shape.enable=true", "heddle.shape.unseen=true", "data.train_batch_size=8"]
+    run = start("dapo", "+plugin=heddle", *forecast, *dapo, "actor_rollout_ref.actor.ppo_mini_batch_size=8", steps=3)
+    assert run.code == 0, run.log[-3000:]
+    for step, metrics in run.steps.items():
+        keys = rows(run, step)
+        assert len(set(keys)) == len(keys) == 8 * SAMPLES
+        assert set(Counter(key.split("_")[0] for key in keys).values()) == {SAMPLES}
+        assert metrics["heddle/shape/short"] == 0 and metrics["actor/grad_norm"] > 0, "no group of one reward is left"
+    assert run.steps[1]["heddle/shape/spare"] == 0

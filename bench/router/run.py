@@ -39,7 +39,7 @@ PICTURE = Path(__file__).parent / "curve.png"
 REPLICAS, LIVE = 64, 10_000
 RATES = (250, 500, 1000, 1500, 2000, 2500, 3000)
 TARGET_RATE, TARGET_S = 2000, 0.002
-POINT_S, WARM_S, PAUSE_S = 12.0, 4.0, 1.0
+POINT_S, WARM_S, PAUSE_S = 8.0, 2.0, 0.5
 TURNS = 1_000_000
 LOOKS = 20
 """Looks at the memory over all turns."""

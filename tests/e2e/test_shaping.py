@@ -1,4 +1,4 @@
-"""Shaping on real verl and real vLLM: n rows of every prompt, each written once, what cannot be kept is stopped in the engine, and it learns."""
+"""Shaping on real verl and real vLLM: n rows of every prompt, each written once, and what cannot be kept is stopped in the engine."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def step_metrics(trajectories: Sequence[Trajectory], replicas: Sequence[str] = (
         "tokens": sum(lengths),
         "queue_share": sum(split(item).queue_s for item in trajectories) / max(1e-9, sum(durations)),
         "wait_share": sum(item.meta.get("wait_s", 0.0) for item in trajectories) / (makespan * len(trajectories)),
-        "accounted_share_worst": min(accounted(item) for item in trajectories),
+        "accounted_share_worst": min((accounted(item) for item in trajectories if item.meta["outcome"] == "finished"), default=1.0),
         "preemptions": sum(turn.preemptions or 0 for turn in turns),
         "moves": _moves(trajectories),
     }

@@ -34,6 +34,6 @@ def training_steps(trace: str | os.PathLike[str]) -> dict[int, list[Trajectory]]
 
 
 def metrics_of(trajectories: Sequence[Trajectory], replicas: Sequence[str] = ()) -> dict[str, float]:
-    """`step_metrics`, and the mean reward as `reward` (nan where none was recorded)."""
-    rewards = [item.reward for item in trajectories if item.reward is not None]
+    """`step_metrics`, and the mean reward of what was trained on as `reward` (nan where none was recorded)."""
+    rewards = [item.reward for item in trajectories if item.reward is not None and item.meta.get("kept", True)]
     return step_metrics(trajectories, replicas) | {"reward": mean(rewards) if rewards else float("nan")}

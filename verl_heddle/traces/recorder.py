@@ -111,6 +111,23 @@ class Recorder:
         if self.counter is not None:
             self.counter(self.output_tokens)
 
+    def turn_cut(self, context_tokens: int, decision: Decision, asked_s: float, sent_s: float, now_s: float) -> None:
+        """The turn was cancelled in the engine: how long it was there is known, and nothing of its tokens or its queueing."""
+        self.turns.append(
+            Turn(
+                input_tokens=None,
+                output_tokens=None,
+                gen_s=now_s - sent_s,
+                ctx_tokens=context_tokens,
+                route_s=sent_s - asked_s,
+                replica=decision.replica,
+                priority=decision.priority,
+                reason=str(decision.reason),
+                start_s=asked_s - self.start_s,
+            )
+        )
+        self.last_turn_end_s = now_s
+
     def tool_began(self, name: str) -> None:
         """A tool starts to work for the trajectory."""
         if self.listener is not None:

@@ -98,28 +98,34 @@ class HeddleWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignore[misc,
         # A row half written to the transfer queue would crash the trainer later: from here on there is no cancelling.
         self._running.pop(key, None)
         if key in self._selection:
-            self._ended(recorder, Outcome.FINISHED)
+            record = self._ended(recorder, Outcome.FINISHED)
             if not await self._selection.is_kept(key, recorder.output_tokens, recorder.truncated, recorder.reward):
                 return None
+            if record is not None:
+                record.meta["kept"] = True
         result = await super()._agent_loop_postprocess(output, validate, **kwargs)
         if final.reward_score is not None:
             recorder.reward = float(final.reward_score)
         return result
 
-    def _ended(self, recorder: Recorder, outcome: Outcome) -> None:
+    def _ended(self, recorder: Recorder, outcome: Outcome) -> Trajectory | None:
         """Book a life that is over, once. Book-keeping must not fail a trajectory, so whatever goes wrong here is counted only."""
         if recorder.booked:
-            return
+            return None
         recorder.booked = True
         try:
             end = TrajectoryEnd(recorder.id, outcome, recorder.output_tokens, len(recorder.turns), recorder.truncated)
             self.llm_client.trajectory_ended(end)
             workload = self._options.trace.workload
             record = recorder.finish(outcome, time.monotonic(), time.time(), "verl", workload, self._model)
+            if recorder.id.key in self._selection:
+                record.meta["kept"] = False
             self._records.append(record)
+            return record
         except Exception as error:
             self.llm_client.counts["record"] += 1
             say_once(f"a trajectory could not be recorded ({type(error).__name__}: {error})")
+            return None
 
     async def cancel_trajectory(self, uid: str, sample: int) -> bool:
         """Stop a trajectory: its tools are cancelled and its request leaves vLLM. False if it is not running or is being written already.

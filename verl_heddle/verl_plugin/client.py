@@ -119,6 +119,10 @@ class HeddleClient(LLMServerClient):
                 if completed and self._warms and not any(kwargs.get(name) for name in MEDIA):
                     context = [*kwargs["prompt_ids"], *output.token_ids]
             return output
+        except asyncio.CancelledError:
+            if call.recorder is not None and call.decision is not None and call.turn is not None and call.sent_s:
+                call.recorder.turn_cut(call.turn.context_tokens, call.decision, call.asked_s, call.sent_s, time.monotonic())
+            raise
         finally:
             if call.turn is not None and call.decision is not None:
                 turn = call.turn

@@ -26,7 +26,7 @@ from verl_heddle.verl_plugin.step_times import StepTimes
 from verl_heddle.verl_plugin.voice import say, say_once
 
 SINCE_START = ("preempted_", "recomputed_", "winners_", "refused_")
-"""What of a scheduler's counts (`vllm_scheduler`) goes on counting; the others tell how things are now. Of those, `requests` is asked for."""
+"""What of a scheduler's counts (`vllm_scheduler`) goes on counting; the others tell how things are now, of which `requests` is told."""
 
 MANAGER: HeddleAgentLoopManager | None = None
 """The manager of this process; the sampler, which verl builds in the same process, collects through it."""

@@ -333,6 +333,7 @@ class HeddleRouter:
         return {"cleared_entries": self._verls_rule.forget(), "server_loads": dict(self._verls_rule.inflight)}
 
 
-RouterActor = ray.remote(max_restarts=3, max_concurrency=100_000)(HeddleRouter)  # type: ignore[call-overload]
+RouterActor = ray.remote(max_restarts=3, max_concurrency=100_000, enable_task_events=False)(HeddleRouter)  # type: ignore[call-overload]
 """As verl gets it, with room for any number of held turns. A router whose process dies is started again with the same servers; the workers
-route alone until the manager, at the next step, finds it back. Three times, because a router that dies more often has a reason."""
+route alone until the manager, at the next step, finds it back. Three times, because a router that dies more often has a reason. Its calls are
+not listed among Ray's tasks: thousands a second would only keep Ray's control process busy."""

@@ -25,9 +25,10 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from math import exp, log, sqrt
 from pathlib import Path
 from random import Random
-from statistics import mean, median
+from statistics import mean, median, stdev
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -147,10 +148,13 @@ def row(result: Result, stock: Result, bound_s: float) -> dict[str, float]:
 
 
 def told(rows: list[dict[str, float]]) -> dict[str, Any]:
-    """Medians over seeds and steps."""
+    """Medians over seeds and steps; `mean` is geometric, `error` the standard error of its logarithm."""
     ratios = [one["ratio"] for one in rows]
+    logs = [log(ratio) for ratio in ratios]
     return {
         "ratio": median(ratios),
+        "mean": exp(mean(logs)),
+        "error": stdev(logs) / sqrt(len(logs)) if len(logs) > 1 else None,
         "worst": min(ratios),
         "best": max(ratios),
         "moves": mean(one["moves"] for one in rows),
@@ -164,10 +168,8 @@ def table(result: dict[str, Any]) -> str:
     lines = [f"{result['case']}: tp={result['tp']}, {result['runs']} steps; stock at {arms['stock']['of_bound']:.2f} of the lower bound"]
     for name, one in arms.items():
         if name != "stock":
-            lines.append(
-                f"    {name:<12}{one['ratio']:.3f}x  ({one['worst']:.2f}..{one['best']:.2f})  "
-                f"moves {one['moves']:.2f}  bound {one['of_bound']:.2f}"
-            )
+            spread = f"{one['worst']:.2f}..{one['best']:.2f}; mean {one['mean']:.3f} +- {one['error'] or 0:.3f}"
+            lines.append(f"    {name:<12}{one['ratio']:.3f}x  ({spread})  moves {one['moves']:.2f}  bound {one['of_bound']:.2f}")
     return "\n".join(lines)
 
 
@@ -196,7 +198,9 @@ def main(argv: list[str] | None = None) -> int:
                 bad.append(f"{case.name}, {name}: {one['ratio']:.3f}x, {one['moves']:.2f} moves")
         if args.json:
             args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps({"kind": "simulated", "cases": list(results.values())}, indent=1) + "\n")
+            order = [case.name for case in cases]
+            kept = sorted(results.values(), key=lambda one: order.index(one["case"]) if one["case"] in order else len(order))
+            args.json.write_text(json.dumps({"kind": "simulated", "cases": kept}, indent=1) + "\n")
     for line in bad:
         print("MISSED", line)
     return int(bool(bad))

@@ -1,8 +1,8 @@
 """Open-loop load on the router actor from processes of their own, each with a share of the trajectories, and what it took.
 
-Turns are due at random times (Poisson) whether the earlier ones are answered or not. A turn is what the client makes of it: `turn_started`,
-awaited with a deadline; `wait_for_turn` if it is held; and after a while `turn_finished` and `tool_started`, or `trajectory_ended`, by the
-client's own outbox. The seconds of acquire are from the call to the answer; how late the call was sent, because this process had no CPU, is
+Turns are due at random times (Poisson) whether the earlier ones are answered or not. A turn is what the client makes of it, with the
+client's own `Questions` and `Outbox`: where to go; `wait_for_turn` if it is held; and after a while `turn_finished` and `tool_started`, or
+`trajectory_ended`. The seconds of acquire are from the call to the answer; how late the call was sent, because this process had no CPU, is
 kept apart.
 """
 
@@ -22,7 +22,7 @@ from bench.router.alone import IN_FLIGHT
 from bench.router.crowd import Crowd, Life
 from verl_heddle.trajectory import ToolStart
 from verl_heddle.verl_plugin.calls import answer
-from verl_heddle.verl_plugin.outbox import Outbox
+from verl_heddle.verl_plugin.outbox import Outbox, Questions
 
 DEADLINE_S = 30.0
 """As `deadlines.router_s`; a turn that gets no answer ends the run."""
@@ -34,6 +34,8 @@ class Loaded(NamedTuple):
     acquire_s: np.ndarray
     late_s: np.ndarray
     held: int
+    calls: int
+    """With questions; a call may ask for several turns."""
     seconds: float
     """First due to last answer."""
     cpu_s: float
@@ -47,6 +49,8 @@ class Loader:
         self._crowd, self._rng = Crowd(name, live), Random(name)
         self._tasks: set[asyncio.Task[None]] = set()
         self._outbox = Outbox(lambda events: router.told.remote(events))
+        self._questions = Questions(self._put)
+        self._calls = 0
         self._held = 0
         self._seen: list[tuple[float, float]] = []
 
@@ -57,7 +61,7 @@ class Loader:
     async def load(self, rate: float, seconds: float, pause_s: float) -> Loaded:
         """So many turns a second, for so long, after a pause in which nothing is due; returns when all have been answered."""
         gc.collect()
-        self._seen, self._held = [], 0
+        self._seen, self._held, self._calls = [], 0, 0
         turn_s = IN_FLIGHT * self._live / rate
         await asyncio.sleep(pause_s)
         begun, cpu = time.monotonic(), time.process_time()
@@ -77,7 +81,7 @@ class Loader:
         while len(self._seen) < number:
             await asyncio.sleep(0.01)
         acquire, late = np.array(self._seen).T
-        return Loaded(acquire, late, self._held, time.monotonic() - begun, time.process_time() - cpu)
+        return Loaded(acquire, late, self._held, self._calls, time.monotonic() - begun, time.process_time() - cpu)
 
     async def drain(self) -> None:
         """Until no turn is open."""
@@ -92,7 +96,7 @@ class Loader:
     async def _turn(self, life: Life, due: float, turn_s: float) -> None:
         assert life.last is not None
         sent = time.monotonic()
-        decision = await answer(self._router.turn_started.remote(life.last, self._outbox.take()), DEADLINE_S)
+        decision = await self._questions.ask(life.last)
         self._seen.append((time.monotonic() - sent, sent - due))
         if decision.held:
             self._held += 1
@@ -109,6 +113,10 @@ class Loader:
         else:
             self._outbox.put("trajectory_ended", after)
             self._outbox.send()
+
+    async def _put(self, turns: list[Any]) -> Any:
+        self._calls += 1
+        return await answer(self._router.turns_started.remote(turns, self._outbox.take()), DEADLINE_S)
 
     async def _warm(self, order: Any, life: Life) -> None:
         if await answer(order, 10 * DEADLINE_S) is not None:

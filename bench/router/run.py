@@ -29,13 +29,12 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
+from bench.router import page
 from bench.router.alone import OPTIONS, Alone, resident_mib, rss_mib, shape, step_times
 from bench.router.load import Loader, cpu_s
 from verl_heddle.predict.predictor import Predictor
 
 RESULT = ROOT / "bench/results/cpu/router.json"
-README = Path(__file__).parent / "README.md"
-PICTURE = Path(__file__).parent / "curve.png"
 REPLICAS, LIVE = 64, 10_000
 RATES = (250, 500, 1000, 1500, 2000, 2500, 3000)
 TARGET_RATE, TARGET_S = 2000, 0.002
@@ -155,6 +154,7 @@ def _point(rate: float, told: list[Any], actor_cpu_s: float, actor_mib: float) -
         "answered_per_s": len(acquire) / wall,
         "acquire_ms": percentiles(acquire),
         "late_ms": percentiles(np.concatenate([one.late_s for one in told])),
+        "turns_per_call": len(acquire) / sum(one.calls for one in told),
         "held": sum(one.held for one in told),
         "actor_us_per_turn": 1e6 * actor_cpu_s / len(acquire),
         "actor_cpu_share": actor_cpu_s / (wall + PAUSE_S),
@@ -168,8 +168,8 @@ def text(point: dict[str, Any]) -> str:
     took = point["acquire_ms"]
     return (
         f"{point['rate']:5d}/s: answered {point['answered_per_s']:5.0f}/s, p50 {took['p50']:.2f} p99 {took['p99']:.2f} "
-        f"p99.9 {took['p999']:.2f} ms, sent late p99 {point['late_ms']['p99']:.1f} ms, actor {point['actor_us_per_turn']:.0f} us/turn "
-        f"({point['actor_cpu_share']:.0%} of a core), load {point['loaders_cpu_share']:.0%}"
+        f"p99.9 {took['p999']:.2f} ms, {point['turns_per_call']:.1f} turns a call, sent late p99 {point['late_ms']['p99']:.1f} ms, "
+        f"actor {point['actor_us_per_turn']:.0f} us/turn ({point['actor_cpu_share']:.0%} of a core), load {point['loaders_cpu_share']:.0%}"
     )
 
 
@@ -208,7 +208,10 @@ def main(argv: list[str] | None = None) -> int:
             found["curve"] = curve(name, args.rates, seconds, args.loaders)
         if not args.quick:
             args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(facts() | result, indent=1) + "\n")
+            result |= facts()
+            args.json.write_text(json.dumps(result, indent=1) + "\n")
+            if args.json == RESULT:
+                page.write(result)
     return 0
 
 

@@ -36,10 +36,11 @@ def test_units_do_not_matter_and_arms_swap(rows, scale):
 def test_what_a_step_has_in_common_cancels():
     rng = np.random.default_rng(0)
     steps = rng.lognormal(2, 1, size=30)  # prompts of very different length
-    together = paired_ratio([(1, steps, steps / 1.1 * rng.lognormal(0, 0.01, 30))])
+    together, again = (paired_ratio([(pair, steps, steps / 1.1 * rng.lognormal(0, 0.01, 30)) for pair in range(n)]) for n in (1, 2))
     apart = paired_ratio([(1, steps, rng.permutation(steps) / 1.1)])
     assert together.high - together.low < 0.1 * (apart.high - apart.low)
-    assert together.verdict == "faster" and apart.verdict == "unclear"
+    assert again.verdict == "faster" and apart.verdict == "unclear"
+    assert together.low > 1 and together.verdict == "unclear", "one pair does not show how much pairs differ"
 
 
 def test_one_step_of_one_pair_has_no_interval_and_nothing_has_no_ratio():

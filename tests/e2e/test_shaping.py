@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 
 import pytest
 from engines import prepared, runner
@@ -23,6 +23,10 @@ FIXED = [
     "heddle.shape.mixed_loss=1",
 ]
 """Spare samples from the first step on, no bound, the shortest are kept: as much is stopped as can be."""
+
+
+NEWS_S = 0.2
+"""Between a sample's end and the moment at which its siblings' next turns are limited by it."""
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +61,18 @@ def test_what_cannot_be_kept_is_stopped_in_the_engine(run):
     stopped = sum(metrics.get("heddle/outcomes/cancelled", 0) for metrics in run.steps.values())
     assert stopped > STEPS * PROMPTS * SPARE / 4
     assert all(metrics["heddle/engines/requests_left"] == 0 for metrics in run.steps.values())
-    lives = [item for item in read(run.trace) if not item.meta["validate"]]
-    groups = Counter((item.meta["uid"], item.meta["outcome"]) for item in lives)
-    for uid in {uid for uid, _ in groups}:
-        ended = sorted(item.output_tokens for item in lives if item.meta["uid"] == uid and item.meta["outcome"] == "finished")
-        halted = [item.output_tokens for item in lives if item.meta["uid"] == uid and item.meta["outcome"] == "cancelled"]
-        assert len(ended) >= SAMPLES
-        # Nobody went on past the longest that was kept but by the steps that the news took.
-        assert all(tokens <= ended[SAMPLES - 1] + 2 for tokens in halted), (ended, halted)
+    groups: dict[str, list] = defaultdict(list)
+    for item in read(run.trace):
+        if not item.meta["validate"]:
+            groups[item.meta["uid"]].append(item)
+    for items in groups.values():
+        assert sum(item.meta["kept"] for item in items) == SAMPLES
+        shortest = sorted((item for item in items if item.meta["outcome"] == "finished"), key=lambda item: item.output_tokens)[:SAMPLES]
+        enough, full_s = shortest[-1].output_tokens, max(item.meta["end_s"] for item in shortest)
+        for item in items:
+            last = item.steps[-1] if item.steps else None
+            if item.meta["outcome"] == "cancelled" and last is not None and item.meta["start_s"] + last.start_s > full_s + NEWS_S:
+                assert item.output_tokens <= enough, "a turn that begins when the group is full ends at the length of its n-th"
 
 
 def test_the_page_says_what_it_did_to_the_gradient(run):

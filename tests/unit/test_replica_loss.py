@@ -109,6 +109,8 @@ class Step:
             if decision.replica in self.fleet:
                 self.fleet.discard(decision.replica)
                 self.orchestrator.replicas_removed([decision.replica])
+                left = self.orchestrator._transfers
+                assert not [one for one in (*left._waiting.values(), *left._under_way.values()) if one.target == decision.replica]
             return
         self.completed[client.who.key, turn] += 1
         client.generated += tokens

@@ -42,8 +42,8 @@ class Ratio:
 
     @property
     def verdict(self) -> str:
-        """`faster`, `slower`, or `unclear` where the interval holds 1 or is not known."""
-        if self.low is None or self.high is None:
+        """`faster`, `slower`, or `unclear`: the interval holds 1 or is not known, or one pair does not show how much pairs differ."""
+        if self.low is None or self.high is None or len(self.by_pair) < 2:
             return "unclear"
         return "faster" if self.low > 1 else "slower" if self.high < 1 else "unclear"
 

@@ -17,6 +17,9 @@ ROUGH = 0.15
 WEAK_RANK = 0.3
 """Rank correlation below which a prediction orders trajectories little better than chance."""
 
+ONE_PAIR = "more pairs must tell whether that is chance"
+"""Of a difference among the steps of one pair."""
+
 MOSTLY = 0.5
 """Share of the last trajectory's time in tools from which on tools, not engines, set the pace."""
 
@@ -48,8 +51,12 @@ def not_helped(answer: Comparison) -> list[str]:
         found, name = arm.speedup, arm.arm.name
         if found is None or found.verdict == "faster":
             continue
-        verdict = "was slower than" if found.verdict == "slower" else "made no difference beyond chance to"
-        lines.append(f"{name} {verdict} {base.arm.name}: {interval(found)}.")
+        if found.verdict == "unclear" and _apart(found):
+            if found.value < 1:
+                lines.append(f"{name} took longer than {base.arm.name}: {interval(found)}; {ONE_PAIR}.")
+        else:
+            verdict = "was slower than" if found.verdict == "slower" else "made no difference beyond chance to"
+            lines.append(f"{name} {verdict} {base.arm.name}: {interval(found)}.")
         waited, tools = base.median("queue_share"), _tool_share(base)
         lever = "Tensor parallelism may be the larger lever: verl-heddle plan."
         if tools > MOSTLY:
@@ -106,6 +113,11 @@ def interval(found: Ratio) -> str:
     return f"{ratio(found.value)} (95 % interval {found.low:.2f} to {found.high:.2f}; {size})"
 
 
+def _apart(found: Ratio) -> bool:
+    """Whether the steps alone would tell the arms apart."""
+    return found.low is not None and found.high is not None and not found.low <= 1 <= found.high
+
+
 def _speed(arm: ArmResult, base: ArmResult) -> list[str]:
     name, found = arm.arm.name, arm.speedup
     whole = arm.step_ratio
@@ -113,7 +125,9 @@ def _speed(arm: ArmResult, base: ArmResult) -> list[str]:
         if whole is None:
             return []
         return [f"{name} has no trace; by verl's clock its whole training step runs at {interval(whole)} the speed of {base.arm.name}'s."]
-    verdict = {"faster": "faster", "slower": "slower", "unclear": "no difference beyond chance"}[found.verdict]
+    verdict = {"faster": "faster", "slower": "slower", "unclear": ONE_PAIR if _apart(found) else "no difference beyond chance"}[
+        found.verdict
+    ]
     lines = [f"{name}'s rollouts run at {interval(found)} the speed of {base.arm.name}'s: {verdict}."]
     if whole is not None:
         took, rollout = base.mean("step_s"), base.mean("makespan_s")

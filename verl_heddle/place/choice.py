@@ -31,7 +31,8 @@ def soonest(books: Books, rows: Floats, reading: Floats) -> int:
     """Number of the replica that is soonest empty with these curves as well, after `reading`, [replicas]."""
     least = books.drains() + reading
     first = int(least.argmin())
-    could: Ints = np.flatnonzero(least <= books.drains_with(rows, [first])[0] + reading[first])
+    bound = max(least[first], books.drains_with(rows, [first])[0] + reading[first])  # equal but for rounding where next to nothing is added
+    could: Ints = np.flatnonzero(least <= bound)
     if len(could) == 1:
         return int(could[0])
     return int(could[(books.drains_with(rows, could.tolist()) + reading[could]).argmin()])

@@ -1,10 +1,11 @@
 """The first placement of a whole batch that is known ahead: the best of three ways by the expected makespan of the fleet.
 
-Law: candidates are an even split (stock's rule, in the order given), longest-first list scheduling (each, by predicted length, to the
-replica that is then soonest empty), and `robust.plan` (contiguous groups, cuts at equal expected drain). Every replica first reads the
-prompts of its trajectories, a prompt that siblings share once. The expected makespan (`outlook`) decides; a later candidate has to be
+Law: candidates are an even split (which is what stock's rule makes of a batch), longest-first list scheduling (each, by predicted length,
+to the replica that is then soonest empty), and `robust.plan` (contiguous groups, cuts at equal expected drain). Every replica first reads
+the prompts of its trajectories, a prompt that siblings share once. The expected makespan (`outlook`) decides; a later candidate has to be
 better than an earlier one by `CLEARLY`, since the earlier is the safer: the plan wins where isolating long ones pays, the list where
-prompts are long and shared, the even split where little is known.
+prompts are long and shared. Where the even split does, the answer is none: stock's rule itself places, choice for choice, so that a
+planner who knows nothing is no other draw of luck.
 Source: Graham's rule (1969) with batching taken into account; `robust`. Cost: O(n * replicas * len(GRID)) for the list, so beyond `LISTED`
 trajectories it is left out.
 """
@@ -42,22 +43,21 @@ class Batch(NamedTuple):
     """Who shares a prompt."""
 
 
-def place_batch(books: Books, batch: Batch) -> list[int]:
-    """Number of the replica (in `books`, which are empty) for each trajectory."""
+def place_batch(books: Books, batch: Batch) -> list[int] | None:
+    """Number of the replica (in `books`, which are empty) for each trajectory; None: nothing is clearly better than stock's rule."""
     count, replicas = len(batch.groups), len(books.names)
     makers: list[Callable[[], list[int]]] = []
-    if len({one.tp for one in books.fleet.values()}) == 1:
-        makers.append(lambda: [number % replicas for number in range(count)])
     if count <= LISTED or books.tempos() is None:
         makers.append(lambda: _listed(books, batch))
     if books.tempos() is not None:
         makers.append(lambda: _planned(books, batch))
-    best: list[int] = []
-    forecast = inf
+    alike = len({one.tp for one in books.fleet.values()}) == 1
+    best: list[int] | None = None
+    forecast = _forecast(books, batch, [number % replicas for number in range(count)]) if alike else inf
     for make in makers:
         where = make()
         seconds = _forecast(books, batch, where)
-        if not best or seconds <= CLEARLY * forecast:
+        if seconds <= CLEARLY * forecast:
             best, forecast = where, seconds
     return best
 

@@ -1,9 +1,9 @@
 """Where a first turn goes, and whether a trajectory moves at the end of a turn: planned on what is left, again at every event.
 
 Law. Each replica has an expected drain time D (`books`, `outlook`), from everybody's remaining tokens as a distribution.
-- First turn: the replica with the smallest D after taking it, plus the prefill of its prompt where no sibling has left it in the cache: so
-  samples of one prompt stay together exactly as far as prefill weighs more than balance. A batch that is announced (`expect`) is placed
-  as a whole (`first`).
+- First turn: the replica with the smallest D after taking it, plus the prefill of its prompt where no sibling has left it in the cache, if
+  that is clearly sooner than where stock's rule would put it: so samples of one prompt stay together exactly as far as prefill weighs more
+  than balance. A batch that is announced (`expect`) is placed as a whole (`first`), by stock's rule if no plan is clearly better.
 - Turn end: the trajectory moves from h to the r that makes the expected makespan of the fleet smallest, if all of
       D_h >= `CRITICAL` * max D                            only replicas that the step waits for send
       D_r with it, and its prefill <= (1 - `MARGIN`) * D_h     not to change places with its like
@@ -35,7 +35,7 @@ from verl_heddle.place.books import Books
 from verl_heddle.place.choice import reading_s, soon, soonest
 from verl_heddle.place.cost import Floats
 from verl_heddle.place.decisions import Expected, Move
-from verl_heddle.place.first import Batch, place_batch
+from verl_heddle.place.first import CLEARLY, Batch, place_batch
 from verl_heddle.place.habits import Habits, Living
 from verl_heddle.place.outlook import curves
 from verl_heddle.place.pace import Latency
@@ -75,6 +75,8 @@ class _Live:
     target: str | None = None
     moves: int = 0
     started: bool = False
+    plain: bool = False
+    """Announced, and no plan for its batch was clearly better than stock's rule."""
 
 
 class Replanner:
@@ -167,11 +169,15 @@ class Replanner:
         self._tune()
         if not empty:  # the rest of a batch under way
             for item, one in sorted(zip(fresh, made, strict=True), key=lambda pair: -pair[1].left.median_tokens):
-                self._house(item.trajectory, one, "")
+                self._house(item.trajectory, one, item.trajectory.key)
             return
         rows, medians = np.stack([self._rows(one) for one in made]), np.array([one.left.median_tokens for one in made])
         reading = np.stack([self._reading(one.context) for one in made])
         where = place_batch(books, Batch(medians, rows, reading, [item.trajectory.uid for item in fresh]))
+        if where is None:
+            for one in made:
+                one.plain = True
+            return
         for item, one, row, number in zip(fresh, made, rows, where, strict=True):
             one.home = books.names[number]
             books.put(item.trajectory.key, one.home, row, item.trajectory.uid)
@@ -273,11 +279,14 @@ class Replanner:
         """Give a trajectory a home: it is new, or has lost its own."""
         assert self._books is not None
         rows = self._rows(one)
-        if self._audit.placing.pays:
-            one.home = self._books.names[soonest(self._books, rows, self._reading(one.context, self._books.homes_of(identity.uid)))]
-        else:
-            one.home, _ = self._stock.acquire(conversation)
-            self._stock.release(one.home)
+        one.home, _ = self._stock.acquire(conversation)
+        self._stock.release(one.home)
+        if self._audit.placing.pays and not one.plain:
+            reading = self._reading(one.context, self._books.homes_of(identity.uid))
+            best, there = soonest(self._books, rows, reading), self._books.index(one.home)
+            ours, stocks = self._books.drains_with(rows, [best, there]) + reading[[best, there]]
+            if ours <= CLEARLY * stocks:
+                one.home = self._books.names[best]
         self._books.put(identity.key, one.home, rows, identity.uid)
 
     def _move(self, end: TurnEnd, one: _Live, rows: Floats) -> Move | None:

@@ -1,8 +1,8 @@
 """The worker's end of a turn: ask the router, call the engine, time both, pre-warm where a trajectory moves, go on if either dies.
 
-One RPC to the router stands before each generation; what is told to it afterwards waits for no answer and mostly goes along with the next
-question (`outbox`), but for a task beside the tool call that waits for the router's order to pre-warm. A turn whose replica dies starts
-again elsewhere: its context is here.
+One question to the router stands before each generation; what is told to it afterwards waits for no answer and mostly goes along with the
+next question (`outbox`), but for a task beside the tool call that waits for the router's order to pre-warm. A turn whose replica dies
+starts again elsewhere: its context is here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from verl_heddle.traces.recorder import EngineTimes, Recorder
 from verl_heddle.trajectory import Decision, Reason, ToolStart, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
 from verl_heddle.verl_plugin.calls import ServerHandle, answer
 from verl_heddle.verl_plugin.live import CURRENT
-from verl_heddle.verl_plugin.outbox import Event, Outbox
+from verl_heddle.verl_plugin.outbox import Event, Outbox, Questions
 from verl_heddle.verl_plugin.replicas import FIELD
 from verl_heddle.verl_plugin.voice import say_once
 
@@ -66,7 +66,7 @@ class HeddleClient(LLMServerClient):
         self._servers = dict(servers)
         self._options = options
         self._local: GlobalRequestLoadBalancer | None = None
-        self._outbox = Outbox(self._send)
+        self._outbox, self._questions = Outbox(self._send), Questions(self._put)
         rollout = config.actor_rollout_ref.rollout
         self._priorities = rollout.name == "vllm" and rollout.get("scheduling_policy") == "priority"
         self._names = not rollout.get("full_determinism", False)  # then verl names requests itself, the same in every run
@@ -277,12 +277,17 @@ class HeddleClient(LLMServerClient):
 
     async def _ask(self, turn: TurnStart) -> Decision:
         deadline = self._options.deadlines.router_s
-        decision = await answer(self._load_balancer.turn_started.remote(turn, self._outbox.take()), deadline)
+        decision = await self._questions.ask(turn)
         if decision.replica not in self._servers:
             self._servers = await answer(self._load_balancer.handles.remote(), deadline)
         if decision.replica not in self._servers:
             raise LookupError(f"the router chose {decision.replica}, which it does not list")
         return decision
+
+    async def _put(self, turns: list[TurnStart]) -> list[Decision]:
+        asked = self._load_balancer.turns_started.remote(turns, self._outbox.take())
+        decisions: list[Decision] = await answer(asked, self._options.deadlines.router_s)
+        return decisions
 
     def _release_server(self, server_id: str, request_id: str | None = None) -> None:
         if self._local is not None:

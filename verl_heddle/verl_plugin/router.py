@@ -100,13 +100,21 @@ class HeddleRouter:
         except Exception as error:
             self._failed("step_times_known", error)
 
-    def turn_started(self, turn: TurnStart, told: Sequence[tuple[str, Any]] = ()) -> Decision:
-        """Where the turn goes, how urgently, and why. `told`: what the worker has had to tell before, as to `told`.
+    def turns_started(self, turns: Sequence[TurnStart], told: Sequence[tuple[str, Any]] = ()) -> list[Decision]:
+        """`turn_started` for several turns of one worker, in order. `told`: what the worker has had to tell before, as to `told`.
 
         Raises:
             RuntimeError: there is no server.
         """
         self.told(told)
+        return [self.turn_started(turn) for turn in turns]
+
+    def turn_started(self, turn: TurnStart) -> Decision:
+        """Where the turn goes, how urgently, and why.
+
+        Raises:
+            RuntimeError: there is no server.
+        """
         try:
             decision = self._orchestrator.turn_started(turn, time.monotonic())
             self._verls_rule.note(turn.conversation, decision.replica)
@@ -335,5 +343,5 @@ class HeddleRouter:
 
 RouterActor = ray.remote(max_restarts=3, max_concurrency=100_000, enable_task_events=False)(HeddleRouter)  # type: ignore[call-overload]
 """As verl gets it, with room for any number of held turns. A router whose process dies is started again with the same servers; the workers
-route alone until the manager, at the next step, finds it back. Three times, because a router that dies more often has a reason. Its calls are
-not listed among Ray's tasks: thousands a second would only keep Ray's control process busy."""
+route alone until the manager, at the next step, finds it back. Three times, because a router that dies more often has a reason. Its calls
+are not listed among Ray's tasks: thousands a second would only keep Ray's control process busy."""

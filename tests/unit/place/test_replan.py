@@ -13,6 +13,7 @@ from verl_heddle.fleet import Replica
 from verl_heddle.latency import LatencyModel
 from verl_heddle.place.audit import REST, Audit, Verdict
 from verl_heddle.place.books import Books
+from verl_heddle.place.choice import reading_s, soon, soonest
 from verl_heddle.place.decisions import Expected
 from verl_heddle.place.first import Batch, place_batch
 from verl_heddle.place.outlook import GRID, curves
@@ -151,7 +152,7 @@ def test_a_long_one_is_kept_away_from_the_crowd():
 
 def test_siblings_share_a_long_prompt_and_not_a_short_one():
     together, apart = Play(4), Play(4)
-    assert len({together.start(number, 200, prompt="long", context=60_000)[0] for number in range(3)}) == 1
+    assert len({together.start(number, 200, prompt="long", context=100_000)[0] for number in range(3)}) == 1
     assert len({apart.start(number, 2_000, prompt="short", context=100)[0] for number in range(3)}) == 3
 
 
@@ -336,28 +337,39 @@ def test_a_batch_keeps_siblings_together_where_prompts_are_long():
     books.tune(64, Habit())
     medians, groups = np.full(32, 300.0), [f"g{number // 4}" for number in range(32)]
     rows = curves(medians, 0.3, 40_960)
-    homes = {}
-    for seconds in (0.0, 5.0):
-        where = place_batch(books, Batch(medians, rows, np.full((32, 4), seconds), groups))
-        homes[seconds] = len(set(zip(groups, where, strict=True)))
-    assert homes[0.0] == 32 and homes[5.0] <= 12
+    assert place_batch(books, Batch(medians, rows, np.zeros((32, 4)), groups)) is None, "stock's rule"
+    where = place_batch(books, Batch(medians, rows, np.full((32, 4), 5.0), groups))
+    assert where is not None and len(set(zip(groups, where, strict=True))) <= 12
 
 
 @pytest.mark.parametrize(("scale", "sizes"), [(0.02, "unequal"), (0.9, "even")])
-def test_a_batch_is_planned_where_lengths_are_known_and_split_evenly_where_they_are_not(scale, sizes):
+def test_a_batch_is_planned_where_lengths_are_known_and_left_to_stocks_rule_where_they_are_not(scale, sizes):
     books = Books(LATENCY)
     for number in range(4):
         books.add(Replica(f"r{number}"))
     books.tune(200, Habit())
     medians = np.exp(np.random.default_rng(0).normal(8, 1 if scale < 0.5 else 0.05, 120))
     where = place_batch(books, apart(medians, scale, 4))
-    counts = np.bincount(where, minlength=4)
-    assert counts.sum() == 120
     if sizes == "even":
-        assert set(counts) == {30}
+        assert where is None
     else:
-        longest = where[int(medians.argmax())]
-        assert counts[longest] < 20 and counts.max() > 35
+        assert where is not None and len(where) == 120
+        counts = np.bincount(where, minlength=4)
+        assert counts[where[int(medians.argmax())]] < 20 and counts.max() > 35
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_who_knows_nothing_does_what_stock_does_choice_for_choice(ahead):
+    """First turns at least: the same replicas, drawn with the same random numbers."""
+    play, stock = Play(4), StickyLeastInflight(Random(0))
+    for number in range(4):
+        stock.add(f"r{number}")
+    same = left(2_000, 9.0)
+    if ahead:
+        play.planner.expect([Expected(identity(number), 100, same) for number in range(40)])
+    for number in range(40):
+        name = identity(number)
+        assert play.planner.acquire(TurnStart(name, name.key, 0, 100, 0), same)[0] == stock.acquire(name.key)[0]
 
 
 def test_a_batch_is_placed_on_unequal_replicas_too():
@@ -368,3 +380,25 @@ def test_a_batch_is_placed_on_unequal_replicas_too():
     medians = np.full(60, 4000.0)
     counts = np.bincount(place_batch(books, apart(medians, 0.4, 3)), minlength=3)
     assert counts.sum() == 60 and counts[0] < counts[1] <= counts[2]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.floats(1.0, 1e5), st.floats(0.02, 2.0)), max_size=40),
+    st.floats(1e-3, 1e5),
+    st.floats(0.02, 2.0),
+)
+@settings(max_examples=100, deadline=None)
+def test_bounds_find_what_asking_every_replica_finds(residents, tokens, scale):
+    """The choices of `choice` against all drain times; residents live on one or two kinds of replicas, some with short KV cache."""
+    books = Books(LATENCY)
+    for number in range(4):
+        books.add(Replica(f"r{number}", tp=1 + number % 2, kv_tokens=20_000 if number < 2 else None))
+    books.tune(64, Habit(turn_tokens=300.0, growth=1.5))
+    for number, (home, median, spread) in enumerate(residents):
+        books.put(str(number), f"r{home}", curves(median, spread))
+    rows, reading = curves(tokens, scale), reading_s(books, LATENCY, 5000, [1])
+    every = books.drains_with(rows, range(4)) + reading
+    assert every[soonest(books, rows, reading)] <= every.min() * (1 + 1e-9)
+    assert (books.drains_with(rows, range(4)) >= books.drains() * (1 - 1e-9)).all(), "one more makes nothing shorter"
+    order = [number for number in np.argsort(every, kind="stable") if number != 2 and every[number] <= 0.9 * every[2]]
+    assert soon(books, rows, reading, 2, 0.9 * every[2]).tolist() == order

@@ -1,0 +1,77 @@
+"""The README's table and picture, from the JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+README = Path(__file__).parent / "README.md"
+PICTURE = Path(__file__).parent / "curve.png"
+COLORS = {"stock": "#66707c", "default": "#2a5db0", "place": "#b8420f"}
+INK, GRID = "#1b2430", "#e3e7ec"
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+
+
+def write(result: dict[str, Any]) -> None:
+    """Both."""
+    text = README.read_text()
+    README.write_text(text[: text.index(BEGIN) + len(BEGIN)] + "\n" + "\n".join(_tables(result)) + "\n" + text[text.index(END) :])
+    if any("curve" in found for found in result["options"].values()):
+        _picture(result)
+
+
+def _tables(result: dict[str, Any]) -> list[str]:
+    lines = ["Alone, CPU of one core:", "", "| options | a turn, all its events | acquire p50 | p99 | p99.9 |", "|---|---|---|---|---|"]
+    for name, found in result["options"].items():
+        if "alone" in found:
+            took = found["alone"]["acquire_ms"]
+            lines.append(
+                f"| {name} | {found['alone']['us_per_turn']:.0f} us | {took['p50']:.2f} ms | {took['p99']:.2f} ms | {took['p999']:.2f} ms |"
+            )
+    for name, found in result["options"].items():
+        if "memory" in found:
+            rows = found["memory"]["mib"]
+            looks = [rows[0], rows[len(rows) // 4 - 1], rows[len(rows) // 2 - 1], rows[-1]]
+            told = ", ".join(f"{mib:.0f} MiB after {turns:,}" for turns, mib in looks)
+            lines += ["", f"Memory, {name}, {found['memory']['trajectories']:,} trajectories: {told} turns."]
+    lines += [
+        "",
+        "Through Ray:",
+        "",
+        "| options | offered turns/s | answered | p50 | p99 | p99.9 | turns per call | router CPU | its share of a core | load's |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, found in result["options"].items():
+        for point in found.get("curve", []):
+            took = point["acquire_ms"]
+            waits = " | ".join(f"{took[share]:.1f} ms" for share in ("p50", "p99", "p999"))
+            lines.append(
+                f"| {name} | {point['rate']} | {point['answered_per_s']:.0f} | {waits} | {point['turns_per_call']:.1f} "
+                f"| {point['actor_us_per_turn']:.0f} us | {point['actor_cpu_share']:.0%} | {point['loaders_cpu_share']:.0%} |"
+            )
+    return lines
+
+
+def _picture(result: dict[str, Any]) -> None:
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
+
+    rcParams.update({"font.size": 10, "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK})
+    figure = Figure(figsize=(7.5, 4.4), layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    for name, found in result["options"].items():
+        points = found.get("curve", [])
+        if points:
+            rates = [point["answered_per_s"] for point in points]
+            axes.plot(rates, [point["acquire_ms"]["p99"] for point in points], "o-", color=COLORS[name], label=f"{name}, p99")
+            axes.plot(rates, [point["acquire_ms"]["p50"] for point in points], "o:", color=COLORS[name], label=f"{name}, p50", markersize=3)
+    axes.axhline(2.0, color=INK, linewidth=0.8, linestyle="--")
+    axes.annotate("target at 2,000 turns/s", (0.02, 2.0), xycoords=("axes fraction", "data"), fontsize=8.5, va="bottom")
+    axes.set(yscale="log", xlabel="turns answered per second", ylabel="acquire, ms (from the call to the answer)")
+    axes.grid(color=GRID)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+    axes.set_title("Router actor, 64 replicas, 10,000 live trajectories; load and actor share two cores", fontsize=10, loc="left")
+    figure.savefig(PICTURE, dpi=120, metadata={"Software": None})

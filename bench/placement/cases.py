@@ -125,5 +125,7 @@ def _resampled(path: Path, number: int, where: Setting) -> Callable[[int], Draw]
 
 
 def select(cases: Sequence[Case], words: Sequence[str]) -> list[Case]:
-    """Those whose name contains one of the words; all without words."""
-    return [case for case in cases if not words or any(word in case.name for word in words)]
+    """Those whose name is one of the words, or contains one that is nobody's name; all without words."""
+    names = {case.name for case in cases}
+    parts = [word for word in words if word not in names]
+    return [case for case in cases if not words or case.name in words or any(part in case.name for part in parts)]

@@ -82,6 +82,17 @@ def test_the_judge(code, monkeypatch):
     assert bool(verdict.why) == (verdict.passed < 2)
 
 
+@pytest.mark.parametrize("text", ["é 𝄞 \u2028 \\ ' \" \t \0 \x7f", "\ud83d\ude00", "'''"])
+def test_any_text_reaches_the_program_and_comes_back(text):
+    """Code, input and output pass through literals that the judge and its harness write by hand."""
+    code = f"import sys\nsys.stdout.buffer.write({text!r}.encode('utf-8', 'surrogatepass'))\nprint(input())"
+    given = text.encode("utf-8", "replace").decode()
+    sent = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+    verdict = JUDGE.judge(code, [{"input": given, "output": sent + given}])
+    assert verdict == judge.Verdict(1, 1, "")
+    assert f"got {sent.strip()}" in JUDGE.judge(code, [{"input": given, "output": "other"}]).why
+
+
 def test_outputs_are_compared_as_contests_do():
     assert judge.same("1 2 \n3\n\n", "1 2\n3") and judge.same("", "\n") and not judge.same("1 2", "1  2") and not judge.same("12", "1\n2")
 
@@ -170,9 +181,12 @@ def test_prepare_writes_rows_that_the_tool_and_the_reward_can_read(tmp_path, cap
             json.loads(row["reward_model"]["ground_truth"]),
         )
         assert len(hidden) == 2 * len(shown) == 2 * row["extra_info"]["difficulty"]
-    with pytest.raises(SystemExit):
-        prepare.main(["--out", str(tmp_path), "--data", "apps"])
-    assert "apps" in capsys.readouterr().err
+    prepare.main(["--out", str(tmp_path), "--train-rows", "40", "--max-difficulty", "3"])
+    assert {row["extra_info"]["difficulty"] for row in pq.read_table(tmp_path / "train.parquet").to_pylist()} == {1, 2, 3}
+    for wrong, said in ((["--data", "apps"], "apps"), (["--max-difficulty", "9"], "at most 8"), (["--max-difficulty", "0"], "positive")):
+        with pytest.raises(SystemExit):
+            prepare.main(["--out", str(tmp_path), *wrong])
+        assert said in capsys.readouterr().err
 
 
 def test_rows_of_the_hub_are_converted():

@@ -223,6 +223,12 @@ def test_prepare_keeps_what_is_there_and_replaces_what_is_not_right(tmp_path, ca
     (tmp_path / "train.parquet").write_bytes(b"torn")
     prepare.main(arguments)
     assert pq.read_table(tmp_path / "train.parquet").to_pylist() == rows["train"]
+    prepare.main([*arguments, "--max-difficulty", "2"])
+    assert {row["extra_info"]["difficulty"] for row in pq.read_table(tmp_path / "train.parquet").to_pylist()} == {1, 2}
+    with pytest.raises(SystemExit):
+        prepare.main([*arguments, "--data", "gsm8k", "--max-difficulty", "2"])
+    prepare.main(arguments)
+    first = state(tmp_path)
     prepare.main([*arguments, "--train-rows", "50"])
     assert pq.read_table(tmp_path / "train.parquet").num_rows == 50 and state(tmp_path)["val.parquet"] == first["val.parquet"]
 

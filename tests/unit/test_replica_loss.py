@@ -1,7 +1,7 @@
 """A replica dies at any moment of a step: every trajectory completes, once, and nothing is left behind in the orchestrator.
 
 The clients do what `verl_plugin.client` does around each turn; the engines are fakes that generate at once or are dead. Real engines die in
-tests/faults/test_replica_death.py and bench/placement/kills.py.
+tests/faults/test_replica_death.py.
 """
 
 from __future__ import annotations

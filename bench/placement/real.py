@@ -53,6 +53,7 @@ SKEWED = replace(
 
 CALIBRATION_SEED = 1000
 ARMS = ("stock", "place")
+VERSUS = (("stock", "place"),)
 
 
 def items(seed: int, replicas: int) -> list[Trajectory]:
@@ -118,6 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one pair; nothing written")
     parser.add_argument("--pairs", type=int, default=5, help="pairs (5)")
+    parser.add_argument("--first", type=int, default=0, help="first seed (0); pairs of other seeds that are in the JSON stay")
     parser.add_argument("--replicas", type=int, default=2, choices=(2, 3), help="engines (2)")
     parser.add_argument("--model", type=Path, default=ROOT / "outputs/bench_model", help="folder of the random model, made if missing")
     parser.add_argument("--out", type=Path, default=RESULT, help="JSON to write; what is in it of other numbers of replicas stays")
@@ -127,19 +129,25 @@ def main(argv: list[str] | None = None) -> None:
     with Engines(arguments, cores=(0, 1) if args.replicas == 2 else (None, None, None)) as engines:
         bench = Bench(engines, args.replicas)
         bench.learn()
-        for seed in range(1 if args.quick else args.pairs):
+        for seed in range(args.first, args.first + (1 if args.quick else args.pairs)):
             rows.append(bench.pair(seed))
             print(json.dumps(rows[-1]), flush=True)
-    told = summary(rows, (("stock", "place"),))
-    tell(name, told)
-    if args.quick:
-        return
-    kept = json.loads(args.out.read_text()) if args.out.exists() else {"workloads": {}}
-    result = facts("engines on one core each" if args.replicas == 2 else "engines on any core", slots=SLOTS, per_replica=PER_REPLICA)
-    result["workloads"] = kept["workloads"] | {name: {"date": result["date"], "ratios": told, "pairs": rows}}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
-    if args.out == RESULT:
+            if not args.quick:
+                save(args.out, name, rows, args.replicas)
+    tell(name, summary(rows, VERSUS))
+
+
+def save(out: Path, name: str, rows: list[dict[str, Any]], replicas: int) -> None:
+    """After every pair, so that nothing is lost; on the page as well where it is the result."""
+    kept = json.loads(out.read_text()) if out.exists() else {"workloads": {}}
+    result = facts("engines on one core each" if replicas == 2 else "engines on any core", slots=SLOTS, per_replica=PER_REPLICA)
+    seeds = {row["seed"] for row in rows}
+    rows = [row for row in kept["workloads"].get(name, {"pairs": []})["pairs"] if row["seed"] not in seeds] + rows
+    told = {"date": result["date"], "ratios": summary(rows, VERSUS), "pairs": rows}
+    result["workloads"] = kept["workloads"] | {name: told}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    if out == RESULT:
         write_table(README, {name: one["ratios"] for name, one in result["workloads"].items()})
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 README = Path(__file__).parent / "README.md"
 PICTURE = Path(__file__).parent / "curve.png"
-COLORS = {"stock": "#66707c", "default": "#2a5db0", "place": "#b8420f"}
+COLORS = {"floor": "#9aa3ad", "stock": "#66707c", "default": "#2a5db0", "place": "#b8420f"}
 INK, GRID = "#1b2430", "#e3e7ec"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 

@@ -5,10 +5,10 @@
     python bench/router/run.py --part curve      # or alone, or memory; what is in the JSON and not measured again stays
     python bench/router/run.py --options default place
 
-Three parts. `alone`: the router's methods called in this process, without Ray: CPU per turn. `memory`: the same for a million turns.
-`curve`: the actor as verl gets it, in a Ray cluster on this machine, load from other processes (load.py), 10,000 trajectories under way on
-64 replicas (fakes: nothing runs on them). On a machine of two cores the load takes its share of the CPU from the actor; the CPU of both is
-in the table. Between the points of a curve the predictor is fitted as between steps; none runs during one.
+Three parts. `alone`: the router's methods called in this process, without Ray: CPU per turn. `memory`: the same for a million turns, the
+predictor fitted anew after every step. `curve`: the actor as verl gets it, in a Ray cluster on this machine, load from other processes
+(load.py), 10,000 trajectories under way on 64 replicas (fakes: nothing runs on them); `floor` is an actor that decides nothing. On
+a machine of two cores the load takes its share of the CPU from the actor; the CPU of both is in the table.
 """
 
 from __future__ import annotations
@@ -33,9 +33,13 @@ from bench.router import page
 from bench.router.alone import OPTIONS, Alone, resident_mib, rss_mib, shape, step_times
 from bench.router.load import Loader, cpu_s
 from verl_heddle.predict.predictor import Predictor
+from verl_heddle.trajectory import Decision, Reason
 
 RESULT = ROOT / "bench/results/cpu/router.json"
 REPLICAS, LIVE = 64, 10_000
+FLOOR = "floor"
+"""In place of an option: an actor that decides nothing."""
+
 RATES = (250, 500, 1000, 1500, 2000, 2500, 3000)
 TARGET_RATE, TARGET_S = 2000, 0.002
 POINT_S, WARM_S, PAUSE_S = 8.0, 2.0, 0.5
@@ -103,13 +107,16 @@ def curve(name: str, rates: list[int], seconds: float, loaders: int) -> list[dic
 
     from verl_heddle.verl_plugin.router import RouterActor
 
-    state = taught() if name != "stock" else None
+    state = taught() if name not in ("stock", FLOOR) else None
     ray.init(num_cpus=loaders + 1, include_dashboard=False, object_store_memory=100_000_000, log_to_driver=False)
     try:
-        handle = ray.remote(num_cpus=0)(Sink).remote()
-        router = RouterActor.options(max_restarts=0, num_cpus=0).remote({f"replica_{number}": handle for number in range(REPLICAS)}, {})
-        ray.get(router.configure.remote(OPTIONS[name](), **shape()), timeout=60)
-        ray.get(router.step_times_known.remote(step_times()), timeout=60)
+        if name == FLOOR:
+            router = ray.remote(max_concurrency=100_000, enable_task_events=False, num_cpus=0)(Floor).remote()
+        else:
+            handle = ray.remote(num_cpus=0)(Sink).remote()
+            router = RouterActor.options(max_restarts=0, num_cpus=0).remote({f"replica_{number}": handle for number in range(REPLICAS)}, {})
+            ray.get(router.configure.remote(OPTIONS[name](), **shape()), timeout=60)
+            ray.get(router.step_times_known.remote(step_times()), timeout=60)
         if state is not None:
             assert ray.get(router.learn_again.remote(state), timeout=60) is None
         process = ray.get(router.__ray_call__.remote(lambda _: os.getpid()), timeout=60)
@@ -143,6 +150,21 @@ class Sink:
 
     def heddle_priorities(self, table: dict[str, int]) -> int:
         return len(table)
+
+
+class Floor:
+    """An actor of the router's kind that decides nothing: what Ray takes."""
+
+    def turns_started(self, turns: list[Any], told: Any) -> list[Decision]:
+        return [Decision("replica_0", 0, Reason.STICKY)] * len(turns)
+
+    def told(self, events: Any) -> None: ...
+
+    def stats(self) -> dict[str, int]:
+        return {"moves": 0}
+
+    async def wait_for_turn(self, request: str) -> None:
+        """Makes it asynchronous, as the router is."""
 
 
 def _point(rate: float, told: list[Any], actor_cpu_s: float, actor_mib: float) -> dict[str, Any]:
@@ -187,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="option default, two rates, few turns; nothing written")
     parser.add_argument("--part", choices=("alone", "memory", "curve"), nargs="+", default=["alone", "memory", "curve"])
-    parser.add_argument("--options", choices=list(OPTIONS), nargs="+", default=list(OPTIONS), help="what is measured (all)")
+    parser.add_argument("--options", choices=[FLOOR, *OPTIONS], nargs="+", default=[FLOOR, *OPTIONS], help="what is measured (all)")
     parser.add_argument("--rates", type=int, nargs="+", default=list(RATES), help="turns a second")
     parser.add_argument("--turns", type=int, default=TURNS, help="of the memory part")
     parser.add_argument("--loaders", type=int, default=2, help="processes of load (2)")
@@ -199,10 +221,10 @@ def main(argv: list[str] | None = None) -> int:
     result = json.loads(args.json.read_text()) if args.json.exists() and not args.quick else {}
     for name in args.options:
         found = result.setdefault("options", {}).setdefault(name, {})
-        if "alone" in args.part:
+        if "alone" in args.part and name != FLOOR:
             found["alone"] = alone(name, 5_000)
             print(f"    {name}: alone {found['alone']['us_per_turn']:.0f} us/turn, acquire {found['alone']['acquire_ms']}", flush=True)
-        if "memory" in args.part:
+        if "memory" in args.part and name != FLOOR:
             found["memory"] = memory(name, args.turns)
         if "curve" in args.part:
             found["curve"] = curve(name, args.rates, seconds, args.loaders)

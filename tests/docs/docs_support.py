@@ -46,9 +46,13 @@ ROWS = (
     ),
     Row(
         "DAPO: group filtering and refill",
-        ACCEPTED,
-        "the replay buffer is configured as verl's own; **no training run yet**",
-        (f"{SAMPLER}::test_configured_like_verls_own", f"{SAMPLER}::test_dapo_without_a_metric_is_refused_as_by_verl"),
+        RUNS,
+        "training with filtering, refill and shaping; the replay buffer is configured as verl's own",
+        (
+            "tests/e2e/test_shaping.py::test_by_forecast_and_with_dapo_filtering",
+            f"{SAMPLER}::test_configured_like_verls_own",
+            f"{SAMPLER}::test_dapo_without_a_metric_is_refused_as_by_verl",
+        ),
         "algorithm.filter_groups.enable=true",
     ),
     Row(

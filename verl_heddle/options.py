@@ -59,7 +59,7 @@ class Admission:
 @dataclass
 class Place:
     """`heddle.place.*`: on which replica a trajectory runs, and whether it moves. Off: it pays where lengths are predicted well, or where
-    KV cache is short, and is luck elsewhere (`bench/placement`)."""
+    KV cache is short, and mostly does what verl does elsewhere (`bench/placement`)."""
 
     enable: bool = option(
         False,

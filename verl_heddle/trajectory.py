@@ -27,7 +27,7 @@ class Reason(StrEnum):
     """`rollout.full_determinism`: the replica the request id hashes to (verl's own rule)."""
 
     PLANNED = "planned"
-    """First turn, or its replica left: where the step is expected to end soonest."""
+    """First turn, or its replica left: where the step is expected to end clearly sooner, or else where verl's rule puts it."""
 
     MOVED = "moved"
     """Later turn, on a replica that is expected to end sooner than its own, by more than the move costs."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
+from ray.exceptions import ActorDiedError
 
 RETRY_S = 0.1
 """A `ray.cancel` within about 1 ms of the call can be lost; asked again at this interval it never was."""
@@ -114,3 +115,8 @@ class ServerHandle:
     async def _cancel(self, ref: Any) -> None:
         if not await cancel_until_settled(ref, self._cancel_s):
             self._lost()
+
+
+def of_a_dead_replica(error: Exception) -> bool:
+    """Whether the server is dead, or dies because its engine is (vLLM's `EngineDeadError`, which is not imported here: it is heavy)."""
+    return isinstance(error, ActorDiedError) or type(getattr(error, "cause", None)).__name__ == "EngineDeadError"

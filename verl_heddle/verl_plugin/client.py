@@ -22,7 +22,7 @@ from verl.workers.rollout.router import GlobalRequestLoadBalancer
 from verl_heddle.options import Options
 from verl_heddle.traces.recorder import EngineTimes, Recorder
 from verl_heddle.trajectory import Decision, Reason, ToolStart, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
-from verl_heddle.verl_plugin.calls import ServerHandle, answer
+from verl_heddle.verl_plugin.calls import ServerHandle, answer, of_a_dead_replica
 from verl_heddle.verl_plugin.live import CURRENT
 from verl_heddle.verl_plugin.outbox import Event, Outbox, Questions
 from verl_heddle.verl_plugin.replicas import FIELD
@@ -96,7 +96,7 @@ class HeddleClient(LLMServerClient):
                 return await self._turn(request_id, **kwargs)
             except (ActorDiedError, RayTaskError) as error:
                 decision = _CALL.get().decision
-                if decision is None or not _of_a_dead_replica(error):
+                if decision is None or not of_a_dead_replica(error):
                     raise
                 last = error
                 await self._replica_lost(decision.replica)
@@ -339,11 +339,6 @@ class HeddleClient(LLMServerClient):
         self._limits.pop(end.trajectory.key, None)
         self.tell("trajectory_ended", end)
         self._outbox.send()  # it may be the last of the step
-
-
-def _of_a_dead_replica(error: Exception) -> bool:
-    """Whether the server is dead, or dies because its engine is (vLLM's `EngineDeadError`, which is not imported here: it is heavy)."""
-    return isinstance(error, ActorDiedError) or type(getattr(error, "cause", None)).__name__ == "EngineDeadError"
 
 
 def _nobody(request_id: str) -> TrajectoryId:

@@ -19,10 +19,11 @@ from collections.abc import Awaitable
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, RayTaskError
 from verl.workers.rollout.replica import RolloutReplicaRegistry
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 
+from verl_heddle.verl_plugin.calls import of_a_dead_replica
 from verl_heddle.verl_plugin.request_life import RequestLives
 from verl_heddle.verl_plugin.voice import say_once
 
@@ -53,9 +54,7 @@ class HeddleHttpServer(vLLMHttpServer):
         try:
             output = await super().generate(prompt_ids, sampling_params, request_id, **kwargs)
         except Exception:
-            if getattr(self.engine, "errored", False):
-                say_once("the vLLM engine is dead, and its server goes with it")
-                asyncio.get_running_loop().call_later(LAST_WORDS_S, os._exit, 1)
+            self._engine_lives()
             raise
         finally:
             if self._lives is not None:
@@ -65,6 +64,18 @@ class HeddleHttpServer(vLLMHttpServer):
             told |= {"queue_s": life.queue_s, "preemptions": life.preemptions}
         output.extra_fields[FIELD] = told
         return output
+
+    def _engine_lives(self) -> bool:
+        """Whether the engine does; if not, the server is about to go too."""
+        if not getattr(self.engine, "errored", False):
+            return True
+        say_once("the vLLM engine is dead, and its server goes with it")
+        asyncio.get_running_loop().call_later(LAST_WORDS_S, os._exit, 1)
+        return False
+
+    async def heddle_alive(self) -> bool:
+        """Whether weights can be sent here. An engine that dies between requests is missed by nobody else."""
+        return self._engine_lives()
 
     async def heddle_kv_tokens(self) -> int | None:
         """Tokens the engine's KV cache holds; None if it does not say."""
@@ -133,7 +144,9 @@ class HeddleReplica(vLLMReplica):
     async def _unless_dead(self, call: Awaitable[Any]) -> Any:
         try:
             return await call
-        except ActorDiedError:
+        except (ActorDiedError, RayTaskError) as error:
+            if not of_a_dead_replica(error):
+                raise
             say_once(f"replica {self.replica_rank} is dead; the run goes on without it")
             return None
 

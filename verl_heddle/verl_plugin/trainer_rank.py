@@ -70,14 +70,16 @@ def _adapter() -> type:
 
 
 def _alive(name: str) -> bool:
-    """Whether the actor of this name answers. Not by its name alone: Ray remembers names, and finds the dead."""
+    """Whether the actor of this name answers, and its engine lives. Not by its name alone: Ray remembers names, and finds the dead."""
     try:
-        ray.get(ray.get_actor(name).__ray_ready__.remote(), timeout=PING_S)
+        server = ray.get_actor(name)
+        ask = server.heddle_alive if hasattr(server, "heddle_alive") else server.__ray_ready__
+        return ray.get(ask.remote(), timeout=PING_S) is not False
     except (ValueError, RayActorError):
         return False
     except GetTimeoutError:
         say_once(f"{name} has not answered for {PING_S:g} s; it is taken to be busy")
-    return True
+        return True
 
 
 def register() -> None:

@@ -72,7 +72,8 @@ def test_what_cannot_be_kept_is_stopped_in_the_engine(run):
         for item in items:
             last = item.steps[-1] if item.steps else None
             if item.meta["outcome"] == "cancelled" and last is not None and item.meta["start_s"] + last.start_s > full_s + NEWS_S:
-                assert item.output_tokens <= enough, "a turn that begins when the group is full ends at the length of its n-th"
+                # A tie goes to the lower number, so that one passes the n-th with a token more.
+                assert item.output_tokens <= enough + 1, "a turn that begins when the group is full ends at the length of its n-th"
 
 
 def test_the_page_says_what_it_did_to_the_gradient(run):

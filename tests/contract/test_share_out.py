@@ -121,3 +121,20 @@ def test_a_checkpoint_keeps_what_is_known_of_prompts(tmp_path, capsys):
         checkpoint._restore_shaping(again, str(path))
         assert "shaping starts without" in "".join(capsys.readouterr())
     assert again.shaper.state() == planner.shaper.state()
+
+
+def test_what_is_known_of_prompts_comes_back_where_nobody_predicts(tmp_path):
+    import json
+    from types import SimpleNamespace
+
+    from verl_heddle.options import Options
+    from verl_heddle.verl_plugin import checkpoint
+
+    planner, again = (Planner(Shape(enable=True), SIZE, 1000) for _ in range(2))
+    planner.step_ended(1, [], [Visit("p", True, False, ((100, False), (200, False)), (), 0)])
+    path = tmp_path / checkpoint.SHAPE_FILE
+    path.parent.mkdir()
+    path.write_text(json.dumps(planner.shaper.state()))
+    trainer = SimpleNamespace(resume_mode="resume_path", resume_from_path=str(tmp_path))
+    checkpoint.restore(SimpleNamespace(options=Options(), planner=again), SimpleNamespace(trainer=trainer))
+    assert again.shaper.state() == planner.shaper.state()

@@ -43,14 +43,14 @@ def restore(manager: Any, config: Any) -> None:
         folder = resumed_from(config.trainer)
         if folder is None or not manager.options.predict.checkpoint or manager.options.observe:
             return
+        if manager.planner is not None:  # shaping knows prompts also where nobody predicts
+            _restore_shaping(manager.planner, os.path.join(folder, SHAPE_FILE))
         path = os.path.join(folder, FILE)
         if not os.path.exists(path):
             say(f"no lengths were learnt in {folder}: predictions start cold")
             return
         with open(path, "rb") as file:
             state = file.read()
-        if manager.planner is not None:
-            _restore_shaping(manager.planner, os.path.join(folder, SHAPE_FILE))
         why_not = ray.get(manager.router.learn_again.remote(state), timeout=manager.options.deadlines.router_s)
         say(
             f"lengths learnt until {os.path.basename(folder)} are back" if why_not is None else f"{path}: {why_not}: predictions start cold"

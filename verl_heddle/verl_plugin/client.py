@@ -202,6 +202,8 @@ class HeddleClient(LLMServerClient):
                 call = calls.pop(name)
                 if call.recorder is not None and call.recorder.counter is not None and call.turn is not None:
                     call.recorder.counter(call.turn.generated_tokens + tokens)
+            if not calls:
+                return
             await asyncio.sleep(LIMIT_RETRY_S)
 
     def _limited(self, sampling_params: dict[str, Any], turn: TurnStart, limit: int) -> dict[str, Any]:

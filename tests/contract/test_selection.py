@@ -79,9 +79,9 @@ def test_exactly_n_rows_and_those_of_the_rule(prompts, longest, patience):
         worker = Play()
         rule = Rule(SIZE, longest, patience)
         results = await asyncio.gather(*(worker.prompt(f"u{n}", samples, rule) for n, samples in enumerate(prompts)))
-        assert not worker.engine.serves and not worker.selection._lives
+        assert not worker.engine.serves and all(one.task.done() for one in worker.selection._samples.values())
         visits = worker.selection.take()
-        assert len(visits) == len(prompts) and not worker.selection._uids and not worker.selection.take()
+        assert len(visits) == len(prompts) and not worker.selection._samples and not worker.selection.take()
         for number, (samples, told) in enumerate(zip(prompts, results, strict=True)):
             wanted = choose(rule, [Sample(n, tokens, fate) for n, (tokens, fate, _) in enumerate(samples)])
             assert sorted(worker.written) == sorted(set(worker.written))
@@ -121,7 +121,7 @@ def test_cancelled_from_outside_and_missed_or_not():
         running = asyncio.create_task(worker.prompt("u", [(30, Fate.VALID, 1)] * samples, Rule(SIZE, 0, 0.0)))
         while not worker.engine.serves:
             await asyncio.sleep(0)
-        worker.selection._lives["u_0"].cancel()
+        worker.selection._samples["u_0"].task.cancel()
         told = await asyncio.wait_for(running, 5)
         assert len(worker.written) == min(SIZE, samples - 1)
         return [type(one) for one in told]

@@ -89,10 +89,6 @@ class Groups:
         self._open: dict[str, _Open] = {}
         self._of: dict[str, tuple[_Open, int]] = {}
 
-    def __contains__(self, key: str) -> bool:
-        """Whether this is a sample of a group not yet taken."""
-        return key in self._of
-
     def opened(self, uid: str, prompt: str, share: Share, keys: Sequence[str], law: Law | None = None) -> None:
         """A group starts. `law`: of its lengths, where its kept samples are to be weighted.
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from verl.utils import tensordict_utils as tu
@@ -73,6 +74,19 @@ class Planner:
         return self.shaper.step_ended(step, visits)
 
 
+@dataclass(slots=True)
+class _Sample:
+    """One that may still be asked about: its group is not yet taken."""
+
+    uid: str
+    kept: asyncio.Future[bool]
+    """Whether its row is to be written, once that is certain."""
+    tokens: int = 0
+    task: asyncio.Task[Any] | None = None
+    stopped: bool = False
+    """Told to."""
+
+
 class Selection:
     """A worker's half.
 
@@ -85,19 +99,12 @@ class Selection:
     def __init__(self, size: int, limit: Callable[[dict[str, int]], None], cancel_s: float) -> None:
         self._groups = Groups(size)
         self._limit, self._cancel_s = limit, cancel_s
-        self._uids: dict[str, str] = {}
-        """Of every sample whose group is not yet taken."""
-        self._keys: dict[str, list[str]] = {}
-        self._tokens: dict[str, int] = {}
-        self._lives: dict[str, asyncio.Task[Any]] = {}
-        self._kept: dict[str, asyncio.Future[bool]] = {}
-        self._gone: set[str] = set()
-        """Told to stop."""
+        self._samples: dict[str, _Sample] = {}
         self._full: dict[str, asyncio.Future[bool]] = {}
         """By uid: whether the group, now closed, has its n rows."""
 
     def __contains__(self, key: str) -> bool:
-        return key in self._uids
+        return key in self._samples
 
     def opened(self, uid: str, prompt: str, share: Share) -> None:
         """A prompt's samples are about to start."""
@@ -105,9 +112,7 @@ class Selection:
         self._groups.opened(uid, prompt, share, keys)
         loop = asyncio.get_running_loop()
         self._full[uid] = loop.create_future()
-        self._keys[uid] = keys
-        for key in keys:
-            self._uids[key], self._tokens[key], self._kept[key] = uid, 0, loop.create_future()
+        self._samples.update((key, _Sample(uid, loop.create_future())) for key in keys)
 
     async def live(self, key: str, life: Coroutine[Any, Any, Any]) -> Any:
         """Run a sample's agent loop to its end. None if it was stopped, or failed and is not missed.
@@ -115,68 +120,63 @@ class Selection:
         Raises:
             Exception: what it failed with, where its group is short of rows.
         """
-        task = self._lives[key] = asyncio.create_task(life)
+        one = self._samples[key]
+        one.task = asyncio.create_task(life)
         try:
-            return await task
+            return await one.task
         except (Exception, asyncio.CancelledError) as error:
-            if not task.done():
-                raise  # not the sample was cancelled, but who waits for it
-            if not self._stopped(key):
-                if await self._missed(key):
+            if not one.stopped:
+                if await self._missed(key, one):
                     raise
                 say_once(f"a sample was lost ({type(error).__name__}: {error}); its group is full without it")
             return None
         finally:
-            del self._lives[key]
-            if self._stopped(key):  # the group is not published while an engine still works on it
+            if one.stopped:  # the group is not published while an engine still works on it
                 await cancellations_settled(self._cancel_s)
-                self._groups.stopped(key, self._tokens.get(key, 0))
+                self._groups.stopped(key, one.tokens)
 
     def generated(self, key: str, tokens: int) -> None:
         """A sample has generated so many tokens in all its turns so far. May cancel the task that calls."""
-        if key in self._uids:
-            self._tokens[key] = tokens
-            self._obey(key, self._groups.progress(key, tokens))
+        if key in self._samples:
+            self._samples[key].tokens = tokens
+            self._obey(self._samples[key], self._groups.progress(key, tokens))
 
     async def is_kept(self, key: str, tokens: int, truncated: bool, reward: float | None) -> bool:
         """A sample has ended, its reward is in: waits until it is certain whether its row is to be written.
 
         Siblings decide, each of which ends by its own limits; no other process is waited for.
         """
-        if not self._kept[key].done():
-            self._tokens[key] = tokens
-            self._obey(key, self._groups.finished(key, tokens, Fate.CUT if truncated else Fate.VALID, reward))
-        return await self._kept[key]
+        one = self._samples[key]
+        if not one.kept.done():
+            one.tokens = tokens
+            self._obey(one, self._groups.finished(key, tokens, Fate.CUT if truncated else Fate.VALID, reward))
+        return await one.kept
 
     def take(self) -> list[Visit]:
         """The groups that are closed, forgotten here."""
-        for uid in [uid for uid, full in self._full.items() if full.done()]:
-            del self._full[uid]
-            for key in self._keys.pop(uid):
-                del self._uids[key], self._tokens[key], self._kept[key]
-                self._gone.discard(key)
+        self._full = {uid: full for uid, full in self._full.items() if not full.done()}
+        self._samples = {key: one for key, one in self._samples.items() if one.uid in self._full}
         return self._groups.take(forget=False)
 
-    async def _missed(self, key: str) -> bool:
+    async def _missed(self, key: str, one: _Sample) -> bool:
         """A sample is lost: whether its group is short of rows, once that is known. True if it was lost after it had been counted on."""
-        if self._kept[key].done():
+        if one.kept.done():
             return True
-        self._obey(key, self._groups.finished(key, self._tokens[key], Fate.USELESS))
-        return not await self._full[self._uids[key]]
+        full = self._full[one.uid]
+        self._obey(one, self._groups.finished(key, one.tokens, Fate.USELESS))
+        return not await full
 
-    def _stopped(self, key: str) -> bool:
-        return key in self._gone
-
-    def _obey(self, of: str, verdict: Verdict) -> None:
+    def _obey(self, of: _Sample, verdict: Verdict) -> None:
         for key in verdict.stop:
-            self._gone.add(key)
-            if key in self._lives:
-                self._lives[key].cancel()
+            one = self._samples[key]
+            one.stopped = True
+            if one.task is not None:
+                one.task.cancel()
         for key in verdict.keep:
-            self._kept[key].set_result(True)
+            self._samples[key].kept.set_result(True)
         for key in verdict.drop + verdict.stop:
-            self._kept[key].set_result(False)
+            self._samples[key].kept.set_result(False)
         if verdict.limits:
             self._limit(verdict.limits)
         if verdict.closed:
-            self._full[self._uids[of]].set_result(not verdict.short)
+            self._full[of.uid].set_result(not verdict.short)

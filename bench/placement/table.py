@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from bench.marked import fill
+
 RESULT = ROOT / "bench/results/simulated/placement.json"
 README = Path(__file__).parent / "README.md"
-BEGIN, END = "<!-- simulated: begin -->", "<!-- simulated: end -->"
 PLANS = ("plan 1", "plan 0.95", "plan 0.83", "plan 0.71", "plan 0.57", "plan 0")
 OTHERS = ("learned", "online 1", "online 0.71", "online 0", "liar", "point 1", "point 0.71", "point 0", "slime")
 HONEST = (*PLANS, "learned", "online 1", "online 0.71", "online 0")
@@ -54,8 +58,7 @@ def lines(cases: list[dict[str, Any]]) -> list[str]:
 
 def write(readme: Path = README) -> None:
     """Into the page, between its marks."""
-    text, cases = readme.read_text(), json.loads(RESULT.read_text())["cases"]
-    readme.write_text(text[: text.index(BEGIN) + len(BEGIN)] + "\n" + "\n".join(lines(cases)) + "\n" + text[text.index(END) :])
+    fill(readme, "simulated", "\n".join(lines(json.loads(RESULT.read_text())["cases"])))
 
 
 if __name__ == "__main__":

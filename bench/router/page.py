@@ -5,17 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from bench.marked import fill
+
 README = Path(__file__).parent / "README.md"
 PICTURE = Path(__file__).parent / "curve.png"
 COLORS = {"floor": "#9aa3ad", "stock": "#66707c", "default": "#2a5db0", "place": "#b8420f"}
 INK, GRID = "#1b2430", "#e3e7ec"
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
 def write(result: dict[str, Any]) -> None:
     """Both."""
-    text = README.read_text()
-    README.write_text(text[: text.index(BEGIN) + len(BEGIN)] + "\n" + "\n".join(_tables(result)) + "\n" + text[text.index(END) :])
+    fill(README, "measured", "\n".join(_tables(result)))
     if any("curve" in found for found in result["options"].values()):
         _picture(result)
 

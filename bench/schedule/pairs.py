@@ -16,6 +16,7 @@ from statistics import mean, median
 from typing import Any
 
 from bench.fidelity.disturbance import Mark
+from bench.marked import fill
 from verl_heddle.trajectory import Trajectory
 
 DISTURBED, ATTEMPTS = 0.10, 3
@@ -83,9 +84,7 @@ def write_table(readme: Path, workloads: Mapping[str, Mapping[str, Any]]) -> Non
         for ratio, one in told.items():
             shown = " ".join(f"{value:.2f}" for value in one["pairs"])
             lines.append(f"| {name} | {ratio} | {one['median']:.2f} | {shown} | {one['forecast_median']:.2f} |")
-    text = readme.read_text()
-    begin, end = "<!-- real: begin -->", "<!-- real: end -->"
-    readme.write_text(text[: text.index(begin) + len(begin)] + "\n" + "\n".join(lines) + "\n" + text[text.index(end) :])
+    fill(readme, "real", "\n".join(lines))
 
 
 def facts(where: str, **more: Any) -> dict[str, Any]:

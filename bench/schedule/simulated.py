@@ -28,6 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench" / "regimes")]
 
 from cells import GPU, GPUS, SLOTS, Cell, _draw
 
+from bench.marked import fill
 from verl_heddle.options import Options, Preempt
 from verl_heddle.orchestrator import Orchestrator
 from verl_heddle.report.draws import Draw, recorded
@@ -163,9 +164,7 @@ def store(rows: Sequence[dict[str, Any]]) -> None:
     """Write JSON and table."""
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(json.dumps({"kind": "simulated", "rows": rows}, indent=1) + "\n")
-    text = README.read_text()
-    begin, end = "<!-- simulated: begin -->", "<!-- simulated: end -->"
-    README.write_text(text[: text.index(begin) + len(begin)] + "\n" + table(rows) + "\n" + text[text.index(end) :])
+    fill(README, "simulated", table(rows))
 
 
 if __name__ == "__main__":

@@ -6,20 +6,10 @@ import pytest
 
 pytest.importorskip("verl")
 
-from verl.utils import tensordict_utils as tu
+from verl_batches import BareWorker, batch
 
 from verl_heddle.trajectory import TrajectoryId
-from verl_heddle.verl_plugin import agent_loop
 from verl_heddle.verl_plugin.prompts import first_turns, prompt_digest
-
-
-def batch(prompts, validate=False, **more):
-    raw = [[{"role": "user", "content": text}] for text in prompts]
-    made = tu.get_tensordict({"uid": [f"u{n}" for n in range(len(prompts))], "raw_prompt": raw, "index": list(range(len(prompts))), **more})
-    tu.assign_non_tensor_data(made, "global_steps", 7)
-    if validate:
-        tu.assign_non_tensor_data(made, "validate", True)
-    return made, raw
 
 
 @pytest.mark.parametrize("validate", [False, True])
@@ -38,21 +28,7 @@ def test_the_same_names_as_the_workers_give(monkeypatch):
 
     started = []
 
-    class Worker(agent_loop.HeddleWorker):
-        def __init__(self):
-            from omegaconf import OmegaConf
-
-            sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": -1}
-            rollout = {
-                "n": 3,
-                "calculate_log_probs": False,
-                "val_kwargs": {"n": 1, **sampling},
-                "agent": {"default_agent_loop": "x"},
-                **sampling,
-            }
-            self.config = OmegaConf.create({"actor_rollout_ref": {"rollout": rollout}})
-            self.background_tasks = set()
-
+    class Worker(BareWorker):
         async def _run_agent_loop(self, sampling_params, trajectory, **kwargs):
             who = (prompt_digest(kwargs["raw_prompt"]), str(kwargs["uid"]), int(kwargs["session_id"]))
             started.append(TrajectoryId(*who, int(trajectory["step"]), bool(trajectory["validate"])))
@@ -65,7 +41,7 @@ def test_the_same_names_as_the_workers_give(monkeypatch):
     announced = first_turns(made, samples=3, validation_samples=1)
 
     async def play():
-        worker = Worker()
+        worker = Worker(3)
         await worker.generate_sequences(made)
         await asyncio.gather(*worker.background_tasks)
 

@@ -8,13 +8,12 @@ import pytest
 
 pytest.importorskip("verl")
 
-from verl.utils import tensordict_utils as tu
+from verl_batches import BareWorker, batch
 
 from verl_heddle.fleet import Replica
 from verl_heddle.latency import LatencyModel
 from verl_heddle.options import Shape
 from verl_heddle.shape.groups import Visit
-from verl_heddle.verl_plugin.agent_loop import HeddleWorker
 from verl_heddle.verl_plugin.prompts import first_turns, prompt_digest
 from verl_heddle.verl_plugin.shaping import SHARE, Planner
 
@@ -22,25 +21,13 @@ SIZE = 3
 LOOSE = {"length_bias": 1.0, "prompt_bias": 1.0, "mixed_loss": 1.0}
 
 
-def batch(prompts, **more):
-    raw = [[{"role": "user", "content": text}] for text in prompts]
-    made = tu.get_tensordict({"uid": [f"u{n}" for n in range(len(prompts))], "raw_prompt": raw, "index": list(range(len(prompts))), **more})
-    tu.assign_non_tensor_data(made, "global_steps", 7)
-    return made
-
-
 def started(made, workers=1):
     """(uid, samples started, share) of each prompt: verl's chunks and verl's worker, its agent loops left out."""
     found = {}
 
-    class Worker(HeddleWorker):
+    class Worker(BareWorker):
         def __init__(self):
-            from omegaconf import OmegaConf
-
-            sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": -1}
-            more = {"n": SIZE, "calculate_log_probs": False, "val_kwargs": {"n": 1, **sampling}, "agent": {"default_agent_loop": "x"}}
-            self.config = OmegaConf.create({"actor_rollout_ref": {"rollout": {**more, **sampling}}})
-            self.background_tasks = set()
+            super().__init__(SIZE)
             self._selection = self
 
         def opened(self, uid, prompt, share):
@@ -70,7 +57,7 @@ def no_queue(monkeypatch):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_every_prompt_gets_its_samples(workers):
-    given = batch(["one", "two", "three", "four"], __rollout_n__=[3, 2, 3, 3])
+    given, _ = batch(["one", "two", "three", "four"], __rollout_n__=[3, 2, 3, 3])
     made = Planner(Shape(enable=True, spare=1, uniform=True, **LOOSE), SIZE, 1000).share_out(given, [])
     assert SHARE not in given and len(first_turns(made, SIZE, 1)) == 4 + 2 + 4 + 4
     found = started(made, workers)
@@ -82,7 +69,7 @@ def test_every_prompt_gets_its_samples(workers):
 def test_nothing_is_given_before_anything_is_known_and_more_to_the_long_tails_after():
     planner, prompts = Planner(Shape(enable=True, **LOOSE), 8, 40_000), [f"p{n}" for n in range(8)]
     replicas = [Replica("a"), Replica("b")]
-    first = planner.share_out(batch(prompts), replicas)
+    first = planner.share_out(batch(prompts)[0], replicas)
     assert {share.samples for share in first[SHARE]} == {8}
     visits = []
     for number, prompt in enumerate(prompts):
@@ -91,15 +78,14 @@ def test_nothing_is_given_before_anything_is_known_and_more_to_the_long_tails_af
         visits.append(Visit(digest, True, False, tuple((tokens, False) for tokens in lengths), (), 0))
     planner.step_ended(1, [], visits)
     planner.latency = LatencyModel.affine(0.02, 0.00002)
-    second = planner.share_out(batch(prompts), replicas)
+    second = planner.share_out(batch(prompts)[0], replicas)
     samples = [share.samples for share in second[SHARE]]
     assert samples[0] == max(samples) > 8 and sum(samples[1:]) < 7 * 12
-    assert planner.share_out(batch(prompts), []) is not second
+    assert planner.share_out(batch(prompts)[0], []) is not second
 
 
 def test_a_validation_is_left_alone():
-    given = batch(["one"])
-    tu.assign_non_tensor_data(given, "validate", True)
+    given, _ = batch(["one"], validate=True)
     assert Planner(Shape(enable=True, spare=1, **LOOSE), SIZE, 1000).share_out(given, []) is given
 
 

@@ -8,12 +8,17 @@ nobody has run says so.
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from bench.marked import filled  # noqa: E402
+
 README = ROOT / "README.md"
 SIZES = ROOT / "recipes" / "config" / "README.md"
 
@@ -125,12 +130,7 @@ TABLES = {README: ("tested", support), SIZES: ("sizes", sizes)}
 def written(page: Path) -> str:
     """The page with its table in it as it must be."""
     name, table = TABLES[page]
-    begin, end = (f"<!-- {name}: {word} -->" for word in ("begin", "end"))
-    head, found, rest = page.read_text().partition(begin)
-    _, ended, tail = rest.partition(end)
-    if not found or not ended:
-        raise ValueError(f"{page} has no place for the table {name!r}: {begin} ... {end}")
-    return f"{head}{begin}\n{table()}\n{end}{tail}"
+    return filled(page, name, table())
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def step_metrics(trajectories: Sequence[Trajectory], replicas: Sequence[str] = (
         "wait_share": sum(item.meta.get("wait_s", 0.0) for item in trajectories) / (makespan * len(trajectories)),
         "accounted_share_worst": min((accounted(item) for item in trajectories if item.meta["outcome"] == "finished"), default=1.0),
         "preemptions": sum(turn.preemptions or 0 for turn in turns),
-        "moves": _moves(trajectories),
+        "moves": moves(trajectories),
     }
     served: dict[str, list[tuple[float, float]]] = {name: [] for name in replicas}
     for item in trajectories:
@@ -128,10 +128,10 @@ def step_metrics(trajectories: Sequence[Trajectory], replicas: Sequence[str] = (
     return metrics
 
 
-def _moves(trajectories: Iterable[Trajectory]) -> int:
+def moves(trajectories: Iterable[Trajectory]) -> int:
     """Turns that ran on another replica than the turn before."""
-    moves = 0
+    count = 0
     for item in trajectories:
         homes = [turn.replica for turn in item.steps]
-        moves += sum(a != b for a, b in pairwise(homes))
-    return moves
+        count += sum(a != b for a, b in pairwise(homes))
+    return count

@@ -1,6 +1,7 @@
 """The recipe's tool, and at two moments of the run the death of the router. verl loads it as its tool file, in the agent-loop worker.
 
-Training step 2: the router's process is killed as if by the kernel, so Ray starts it again. Step 4: the actor is killed for good.
+Training step 2: the router's process is killed as if by the kernel, so Ray starts it again. Step 3 lasts until it answers: steps are
+shorter here than what it imports. Step 4: the actor is killed for good.
 """
 
 import asyncio
@@ -8,6 +9,7 @@ import gc
 import importlib.util
 import os
 import signal
+import time
 from pathlib import Path
 
 import ray
@@ -16,7 +18,9 @@ from verl.tools.function_tool import FUNCTION_TOOL_REGISTRY
 from verl_heddle.verl_plugin.client import HeddleClient
 from verl_heddle.verl_plugin.live import CURRENT
 
-PROCESS_DIES, ACTOR_DIES = 2, 4
+PROCESS_DIES, COMES_BACK, ACTOR_DIES = 2, 3, 4
+BACK_S = 240
+"""Within a tool call's deadline (heddle.tools.call_s)."""
 _done: set[int] = set()
 
 _spec = importlib.util.spec_from_file_location("recipe_tools", Path(__file__).parents[2] / "recipes/math/tools.py")
@@ -27,6 +31,8 @@ _simplify = _tool.fn
 
 def _strike(step: int) -> None:
     router = next(o for o in gc.get_objects() if isinstance(o, HeddleClient))._load_balancer
+    if step == COMES_BACK:
+        return _wait_for(router)
     if step == PROCESS_DIES:
         os.kill(ray.get(router.__ray_call__.remote(lambda self: os.getpid())), signal.SIGKILL)
     else:
@@ -34,10 +40,20 @@ def _strike(step: int) -> None:
     print(f"ROUTER KILLED in step {step}", flush=True)
 
 
+def _wait_for(router) -> None:
+    last = time.monotonic() + BACK_S
+    while time.monotonic() < last:
+        try:
+            ray.get(router.handles.remote(), timeout=BACK_S)
+            return
+        except ray.exceptions.RayActorError:  # Ray is still starting it
+            time.sleep(0.5)
+
+
 async def simplify(expression: str) -> str:
     recorder = CURRENT.get()
     step = recorder.id.step
-    if step in (PROCESS_DIES, ACTOR_DIES) and step not in _done and len(recorder.turns) >= 2:
+    if step in (PROCESS_DIES, COMES_BACK, ACTOR_DIES) and step not in _done and len(recorder.turns) >= 2:
         _done.add(step)
         await asyncio.to_thread(_strike, step)
     return await _simplify(expression)

@@ -75,6 +75,34 @@ class Place:
 
 
 @dataclass
+class Layout:
+    """`heddle.layout.*`: rollout replicas of several tensor-parallel degrees on the trainer's GPUs, and another cut of the GPUs from one
+    step to the next. Needs rollout.tensor_model_parallel_size=1, which the cut replaces."""
+
+    enable: bool = option(False, "Cut the GPUs into replicas by layout.fixed, layout.schedule, or by plan; off: verl's equal replicas.")
+    fixed: list[int] = field(
+        default_factory=list,
+        metadata={"help": "Degrees in the order of the GPUs, for the whole run: [4,2,1,1]. Empty: planned, unless there is a schedule."},
+    )
+    schedule: Any = field(
+        default=None,
+        metadata={"help": "Degrees by the training step from which they hold, {1: [1,1,1,1], 50: [2,1,1]}; null: none. Goes before fixed."},
+    )
+    times: str = option(
+        "",
+        "For the plan: model and GPU whose shipped step times hold for degrees that have not run yet, as in verl-heddle plan: "
+        "qwen3-14b/h200.",
+    )
+    margin: float = option(1.03, "For the plan: how many times shorter a step has to be expected under another layout.")
+    horizon_steps: int = option(10, "For the plan: steps over which a change has to earn what it costs.")
+    engines: int = option(
+        2,
+        "Engines a GPU holds at most, the one in use and others that sleep, each of which keeps some memory; beyond that the one out of "
+        "use for longest is shut down, and launched again when it is wanted.",
+    )
+
+
+@dataclass
 class Shape:
     """`heddle.shape.*`: spare samples per prompt; a group ends with its n-th usable one, and what it cannot keep is stopped."""
 
@@ -163,6 +191,7 @@ class Options:
     preempt: Preempt = field(default_factory=Preempt)
     admission: Admission = field(default_factory=Admission)
     place: Place = field(default_factory=Place)
+    layout: Layout = field(default_factory=Layout)
     shape: Shape = field(default_factory=Shape)
     tools: Tools = field(default_factory=Tools)
     trace: Trace = field(default_factory=Trace)
@@ -205,6 +234,16 @@ def check(options: Options) -> list[str]:
         problems.append(f"heddle.admission.hold_s must be positive seconds, got {options.admission.hold_s}")
     if options.place.transport not in TRANSPORTS:
         problems.append(f"heddle.place.transport must be one of {', '.join(TRANSPORTS)}, got {options.place.transport}")
+    if not options.layout.margin >= 1:
+        problems.append(f"heddle.layout.margin must be at least 1, got {options.layout.margin}")
+    for name in ("horizon_steps", "engines"):
+        if getattr(options.layout, name) < 1:
+            problems.append(f"heddle.layout.{name} must be at least 1, got {getattr(options.layout, name)}")
+    if not _is_schedule(options.layout.schedule):
+        problems.append(
+            f"heddle.layout.schedule must map training steps, from 1, to lists of degrees, as {{1: [1,1], 5: [2]}}, "
+            f"got {options.layout.schedule!r}"
+        )
     if not 0.005 <= options.poll_interval_s <= 60:
         problems.append(f"heddle.poll_interval_s must lie between 0.005 and 60 seconds, got {options.poll_interval_s}")
     for item in fields(options.deadlines):
@@ -219,3 +258,11 @@ def check(options: Options) -> list[str]:
     if options.trace.enable and not options.trace.dir:
         problems.append("heddle.trace.dir is empty: name a folder, or set heddle.trace.enable=false")
     return problems
+
+
+def _is_schedule(given: Any) -> bool:
+    if given is None:
+        return True
+    if not isinstance(given, dict) or not all(isinstance(step, int) and step >= 1 for step in given):
+        return False
+    return all(isinstance(layout, list) and all(isinstance(tp, int) for tp in layout) for layout in given.values())

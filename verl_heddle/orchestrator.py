@@ -98,8 +98,9 @@ class Orchestrator:
         """Forget where conversations live (verl's `clear_sticky_cache`); returns how many there were."""
         return self._placement.forget()
 
-    def step_times_known(self, latency: Latency) -> None:
-        """The times of the model on these replicas have been learnt, or learnt anew: placement is planned with them from now on."""
+    def step_times_known(self, latency: Latency | None) -> None:
+        """The times of the model on these replicas have been learnt, or learnt anew: placement is planned with them from now on. None: they
+        are not known any more."""
         if self._plans:
             self._placement.learn(latency)
 

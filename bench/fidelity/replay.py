@@ -25,7 +25,7 @@ from verl_heddle.traces.recorder import Recorder
 from verl_heddle.trajectory import Outcome, Trajectory, TrajectoryEnd, TrajectoryId, TurnStart
 from verl_heddle.verl_plugin.client import HeddleClient
 from verl_heddle.verl_plugin.live import CURRENT
-from verl_heddle.verl_plugin.router import HeddleRouter
+from verl_heddle.verl_plugin.router import HeddleRouter, alike
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {
@@ -124,7 +124,7 @@ class Engines:
             step_times: what the router is told of the engines, to plan placement with, and then the batch ahead, as a run's manager does.
         """
         ray.get([server.prepare.remote(slots, order) for server in self.servers.values()], timeout=60)
-        ray.get(self.router.configure.remote(options, tp=1, slots=slots, deterministic=False), timeout=60)
+        ray.get(self.router.configure.remote(options, False, alike(self.servers, slots=slots)), timeout=60)
         ray.get([self.router.trajectory_ended.remote(end) for end in history], timeout=60)
         if step_times is not None:
             ray.get(self.router.step_times_known.remote(step_times), timeout=60)

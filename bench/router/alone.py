@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from bench.router.crowd import CAP_TOKENS, Crowd
 from verl_heddle.options import Options, Place
 from verl_heddle.report.setting import setting
 from verl_heddle.trajectory import ToolStart
-from verl_heddle.verl_plugin.router import HeddleRouter
+from verl_heddle.verl_plugin.router import HeddleRouter, alike
 
 SLOTS = 64
 """Of a replica; with `admission.per_slot` 4 room for four times as many turns as 10,000 trajectories have in flight on 64 replicas."""
@@ -39,9 +39,10 @@ def resident_mib(process: int | str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
 
 
-def shape(slots: int = SLOTS) -> dict[str, Any]:
+def shape(servers: Mapping[str, Any], slots: int = SLOTS) -> dict[str, Any]:
     """Arguments of `configure` besides the options: 8B on one H200 each, KV cache as verl's default leaves it."""
-    return {"tp": 1, "slots": slots, "deterministic": False, "cap_tokens": CAP_TOKENS, "kv_tokens": step_times().kv_tokens(1)}
+    fleet = alike(servers, slots=slots, kv_tokens=step_times().kv_tokens(1))
+    return {"deterministic": False, "fleet": fleet, "cap_tokens": CAP_TOKENS}
 
 
 def step_times() -> Any:
@@ -61,7 +62,7 @@ class Handle:
 def router(name: str, replicas: int) -> HeddleRouter:
     """The product's router with fake servers."""
     made = HeddleRouter({f"replica_{number}": Handle() for number in range(replicas)}, {})
-    made.configure(OPTIONS[name](), **shape())
+    made.configure(OPTIONS[name](), **shape(made.handles()))
     made.step_times_known(step_times())
     return made
 

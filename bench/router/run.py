@@ -114,8 +114,9 @@ def curve(name: str, rates: list[int], seconds: float, loaders: int) -> list[dic
             router = ray.remote(max_concurrency=100_000, enable_task_events=False, num_cpus=0)(Floor).remote()
         else:
             handle = ray.remote(num_cpus=0)(Sink).remote()
-            router = RouterActor.options(max_restarts=0, num_cpus=0).remote({f"replica_{number}": handle for number in range(REPLICAS)}, {})
-            ray.get(router.configure.remote(OPTIONS[name](), **shape()), timeout=60)
+            servers = {f"replica_{number}": handle for number in range(REPLICAS)}
+            router = RouterActor.options(max_restarts=0, num_cpus=0).remote(servers, {})
+            ray.get(router.configure.remote(OPTIONS[name](), **shape(servers)), timeout=60)
             ray.get(router.step_times_known.remote(step_times()), timeout=60)
         if state is not None:
             assert ray.get(router.learn_again.remote(state), timeout=60) is None

@@ -15,7 +15,7 @@ from verl_heddle.latency.model import LatencyModel
 from verl_heddle.options import Admission, Options, Place
 from verl_heddle.place.sticky import CACHE_SIZE, StickyLeastInflight
 from verl_heddle.trajectory import Outcome, Reason, ToolStart, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
-from verl_heddle.verl_plugin.router import HeddleRouter
+from verl_heddle.verl_plugin.router import HeddleRouter, alike
 
 EVENTS = st.lists(st.tuples(st.sampled_from("aaaaarrrARc"), st.integers(0, 11)), max_size=200)
 
@@ -60,7 +60,8 @@ def turn(sample: int, number: int = 0) -> TurnStart:
 
 def test_the_router_serves_trajectories_and_verls_own_clients():
     router = HeddleRouter({"s0": "h0", "s1": "h1", None: None}, {"router_class": "x"})
-    assert router.configure(Options(), tp=2, slots=8, deterministic=False) == {"s0": "h0", "s1": "h1"}
+    router.configure(Options(), False, alike({"s0": "h0", "s1": "h1"}, tp=2, slots=8))
+    assert router.handles() == {"s0": "h0", "s1": "h1"}
     decision = router.turn_started(turn(0))
     assert decision.reason is Reason.LEAST_INFLIGHT
     server, handle = router.acquire_server("somebody")
@@ -79,7 +80,7 @@ def test_the_router_serves_trajectories_and_verls_own_clients():
 
 def test_what_is_told_along_with_a_question_comes_before_it():
     router = HeddleRouter({"s0": "h0"}, {})
-    router.configure(Options(admission=Admission(per_slot=1.0)), tp=1, slots=1, deterministic=False)
+    router.configure(Options(admission=Admission(per_slot=1.0)), False, alike({"s0": "h0"}, slots=1))
     first = router.turn_started(turn(0))
     end = TurnEnd(turn(0).trajectory, "c0", first.replica, 0, 5)
     second, third = router.turns_started([turn(1), turn(2)], [("turn_finished", end), ("remove_servers", ["s0"])])
@@ -123,7 +124,7 @@ def test_an_empty_pool_is_verls_own_error():
 def test_a_held_turn_waits_in_the_router_until_another_leaves():
     async def play():
         router = HeddleRouter({"s0": "h0"})
-        router.configure(Options(admission=Admission(per_slot=1.0, hold_s=0.2)), tp=1, slots=1, deterministic=False)
+        router.configure(Options(admission=Admission(per_slot=1.0, hold_s=0.2)), False, alike({"s0": "h0"}, slots=1))
         first, second, third = (router.turn_started(turn(sample)) for sample in range(3))
         assert (first.held, second.held, third.held) == (False, True, True)
         waits = [asyncio.ensure_future(router.wait_for_turn(turn(sample).request)) for sample in (1, 2)]
@@ -157,14 +158,14 @@ def test_between_steps_it_fits_and_what_it_learnt_can_be_kept():
 
     async def play():
         router = HeddleRouter({"s0": "h0"})
-        router.configure(Options(), tp=1, slots=64, deterministic=False, cap_tokens=5000)
+        router.configure(Options(), False, alike({"s0": "h0"}, slots=64), 5000)
         await live(router, 0)
         await router.step_ended(0)
         await asyncio.wait_for(router._fit, 60)
         await asyncio.sleep(0)
         assert router.stats()["fit_rows"] >= 200
         again = HeddleRouter({"s0": "h0"})
-        again.configure(Options(), tp=1, slots=64, deterministic=False, cap_tokens=5000)
+        again.configure(Options(), False, alike({"s0": "h0"}, slots=64), 5000)
         assert again.learn_again(b"nonsense") == "not a stored predictor"
         assert again.learn_again(router.learnt()) is None
         who = TrajectoryId("p39", "1:p39", 0, 1)
@@ -183,9 +184,8 @@ STEP_TIMES = LatencyModel.affine(0.01, 0.001, prefill_per_token_s=1e-4)
 
 def planner(servers: int = 3, **place) -> HeddleRouter:
     router = HeddleRouter({f"s{number}": Engine() for number in range(servers)})
-    router.configure(
-        Options(place=Place(**{"enable": True} | place)), tp=1, slots=64, deterministic=False, cap_tokens=20_000, kv_tokens=1_000_000
-    )
+    fleet = alike(router.handles(), slots=64, kv_tokens=1_000_000)
+    router.configure(Options(place=Place(**{"enable": True} | place)), False, fleet, 20_000)
     router.step_times_known(STEP_TIMES)
     return router
 
@@ -257,7 +257,7 @@ def test_a_lost_replica_is_dropped_once_and_its_trajectories_go_elsewhere(capsys
         assert router.stats()["replicas_lost"] == 1 and router.get_all_servers() == ["s0", "s2"]
         assert router.get_total_inflight() == len(batch)
         assert capsys.readouterr().err.count("s1 died") == 1
-        router.configure(Options(), tp=1, slots=64, deterministic=False, lost=["s0"])
+        router.configure(Options(), False, alike({"s2": router.handles()["s2"]}, slots=64))
         assert router.get_all_servers() == ["s2"]
 
     asyncio.run(play())

@@ -19,7 +19,7 @@ from verl_heddle.traces.recorder import Recorder
 from verl_heddle.trajectory import Outcome, Reason, TrajectoryEnd, TrajectoryId
 from verl_heddle.verl_plugin.client import HeddleClient
 from verl_heddle.verl_plugin.live import CURRENT
-from verl_heddle.verl_plugin.router import HeddleRouter
+from verl_heddle.verl_plugin.router import HeddleRouter, alike
 
 pytestmark = pytest.mark.e2e
 
@@ -44,7 +44,7 @@ def server(workspace):
 @pytest.fixture
 def router(server):
     actor = ray.remote(HeddleRouter).remote({"s0": server}, {})
-    ray.get(actor.configure.remote(OPTIONS, tp=1, slots=SLOTS, deterministic=False), timeout=60)
+    ray.get(actor.configure.remote(OPTIONS, False, alike({"s0": server}, slots=SLOTS)), timeout=60)
     return actor
 
 

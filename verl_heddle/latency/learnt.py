@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from verl_heddle.latency.calibrate import calibrate
 from verl_heddle.latency.model import LatencyModel
@@ -16,20 +17,29 @@ WORST_ERROR = 0.5
 """Median error of a turn's time above which a plan made with it is no better than none; seen: 0.02 on a GPU, 0.05 to 0.2 on a CPU."""
 
 
-def step_times(records: Sequence[Trajectory], tp: int) -> LatencyModel:
-    """The latency model of replicas of one degree, from what trajectories recorded live tell of their turns.
+def step_times(records: Sequence[Trajectory], tps: Mapping[str, int] | int, known: LatencyModel | None = None) -> LatencyModel:
+    """The latency model of the replicas, from what trajectories recorded live tell of their turns.
+
+    Args:
+        tps: tensor-parallel degree by replica, or one for all; turns on other replicas are not looked at.
+        known: where the times of degrees come from that are not among them.
 
     Raises:
-        ValueError: there are too few usable turns, or the model explains them badly.
+        ValueError: of some degree there are too few usable turns, or the model explains them badly.
     """
     turns = Counter(turn.replica for record in records for turn in record.steps if turn.replica is not None)
-    chosen: set[str] = set()
+    degrees = dict.fromkeys(turns, tps) if isinstance(tps, int) else {name: tps[name] for name in turns if name in tps}
+    chosen: dict[str, int] = {}
     for replica, _ in turns.most_common():
-        if sum(turns[name] for name in chosen) < ENOUGH_TURNS:
-            chosen.add(replica)
+        if replica in degrees and sum(turns[name] for name, tp in chosen.items() if tp == degrees[replica]) < ENOUGH_TURNS:
+            chosen[replica] = degrees[replica]
     told = [record for record in records if any(turn.replica in chosen for turn in record.steps)]
-    model = calibrate(told, tp, name="learnt from this run")
-    fit = model.engines[tp].fit
-    if fit is None or not fit.median_error <= WORST_ERROR:
-        raise ValueError(f"turns take {'?' if fit is None else format(fit.median_error, '.0%')} more or less than the model of them says")
+    if not isinstance(tps, int):  # a trajectory that moved has turns elsewhere
+        told = [replace(one, steps=tuple(turn for turn in one.steps if turn.replica in chosen)) for one in told]
+    model = calibrate(told, tps if isinstance(tps, int) else chosen, base=known, name="learnt from this run")
+    for tp in set(chosen.values()):
+        fit = model.engines[tp].fit
+        if fit is None or not fit.median_error <= WORST_ERROR:
+            error = "?" if fit is None else f"{fit.median_error:.0%}"
+            raise ValueError(f"turns take {error} more or less than the model of them says")
     return model

@@ -141,8 +141,15 @@ class Replanner:
         if self._books is not None:
             self._books.remove(name)
 
-    def learn(self, latency: Latency) -> None:
-        """Plan with these times from now on, or from when nobody is under way; without effect if `deterministic`."""
+    def learn(self, latency: Latency | None) -> None:
+        """Plan with these times from now on, or from when nobody is under way; without effect if `deterministic`. None: the times of this
+        fleet are not known any more, verl's rule decides at once."""
+        if latency is None:
+            self._next = None
+            for key in list(self._live):
+                self.abandon(key)
+            self._latency = self._books = None
+            return
         if self._live or self._deterministic:
             self._next = None if self._deterministic else latency
             return

@@ -147,3 +147,7 @@ class HeddleWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignore[misc,
     async def router_is_back(self) -> None:
         """The manager has heard from the router."""
         self.llm_client.router_is_back()
+
+    async def servers_are(self, servers: dict[str, Any]) -> None:
+        """The manager has taken up another layout."""
+        self.llm_client.servers_are(servers)

@@ -305,6 +305,12 @@ class HeddleClient(LLMServerClient):
         """Trust the router again (told by the manager once it has answered)."""
         self._local = None
 
+    def servers_are(self, servers: dict[str, Any]) -> None:
+        """These and no others (told by the manager, between steps)."""
+        self._servers = servers
+        if self._local is not None:
+            self._local = GlobalRequestLoadBalancer(servers)
+
     def _cancel_lost(self) -> None:
         self.counts["cancel_lost"] += 1
         say_once(f"a cancelled request was still running after {self._options.deadlines.cancel_s:g} s (heddle.deadlines.cancel_s)")

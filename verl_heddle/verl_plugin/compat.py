@@ -180,6 +180,18 @@ def _trainer_rank() -> None:
         raise KeyError("('vllm', 'async') in verl's registry of rollout adapters")
 
 
+def _layout() -> None:
+    takes("verl.workers.rollout.replica:RolloutReplica.init_hybrid", "worker_group")
+    replica = f"{SERVER}:vLLMReplica"
+    takes(f"{replica}.__init__", "replica_rank", "config", "model_config", "gpus_per_node")
+    has(replica, "launch_servers", "sleep", "resume_generation", "release_kv_cache")
+    has("verl.checkpoint_engine.base:CheckpointEngineManager", "sleep_replicas", "update_weights")
+    source = inspect.getsource(_attribute("verl.workers.rollout.vllm_rollout:ServerAdapter.__init__"))
+    missing = [word for word in ("-replica-{self.replica_rank}-rank-", "self.rollout_rank", "self._has_server") if word not in source]
+    if missing:
+        raise AttributeError(f"verl's rollout adapter has no {', '.join(missing)}")
+
+
 def _trainer() -> None:
     _attribute("verl.trainer.ppo.v1:get_trainer_cls")("sync")
 
@@ -197,6 +209,7 @@ SEAMS = (
     Seam("checkpoint callback by config key", "lengths are learnt anew after a resume", _checkpoint, needed=False),
     Seam("vLLM scheduler class", "no preemption on arrival, vLLM's own priority order", _scheduler, needed=False),
     Seam("trainer's rollout adapter by registry", "a replica that dies ends the run", _trainer_rank, needed=False),
+    Seam("replicas that stand for GPUs", "heddle.layout does not work", _layout, needed=False),
     Seam("tools of verl's tool agent", "tool time shows as time between turns", _tools, needed=False),
 )
 

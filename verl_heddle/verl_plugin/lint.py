@@ -5,6 +5,7 @@ Reads the composed config only; imports neither verl nor ray, so that it answers
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from verl_heddle.layout.feasible import problems as layout_problems
 from verl_heddle.options import Options, check
 from verl_heddle.shape.settings import check as shape_problems
 from verl_heddle.verl_plugin.settings import options_of
@@ -97,10 +99,50 @@ def _verl(config: DictConfig, options: Options) -> list[str]:
             problems.append(
                 "heddle.shape.corrected=true works in simulation only: verl has no place for a sample's weight; set it to false"
             )
+    if options.layout.enable:
+        problems += _layout(config, options)
     folder = str(_get(config, "heddle.trace.dir"))
     if options.trace.enable and not _writable(folder):
         problems.append(f"heddle.trace.dir={folder} cannot be written: name another folder, or set heddle.trace.enable=false")
     return problems
+
+
+def _layout(config: DictConfig, options: Options) -> list[str]:
+    """Why the GPUs cannot be cut as asked."""
+    rollout = "actor_rollout_ref.rollout"
+    if options.observe:
+        return ["heddle.observe=true lets verl make the replicas: set heddle.layout.enable=false, or drop observe"]
+    problems = []
+    for name in ("tensor_model_parallel_size", "data_parallel_size", "pipeline_model_parallel_size"):
+        if _get(config, f"{rollout}.{name}") != 1:
+            now = _get(config, f"{rollout}.{name}")
+            problems.append(f"heddle.layout.enable=true needs {rollout}.{name}=1, but it is {now}: set it to 1")
+    for name in ("disaggregation.enabled", "prometheus.enable"):
+        if _get(config, f"{rollout}.{name}"):
+            problems.append(f"heddle.layout.enable=true does not go with {rollout}.{name}=true: set one of them to false")
+    if not _get(config, f"{rollout}.engine_kwargs.vllm.additional_config.heddle_layout"):
+        problems.append(
+            f"{rollout}.engine_kwargs.vllm.additional_config is not heddle's, so heddle.layout.enable=true would be without effect: "
+            "add heddle_layout to it as configs/plugin/heddle.yaml has it, or set heddle.layout.enable=false"
+        )
+    per_node, nodes = int(_get(config, "trainer.n_gpus_per_node") or 1), int(_get(config, "trainer.nnodes") or 1)
+    heads, kv_heads = _heads(str(_get(config, "actor_rollout_ref.model.path")))
+    given = {"heddle.layout.fixed": options.layout.fixed} if options.layout.fixed else {}
+    given |= {f"heddle.layout.schedule[{step}]": layout for step, layout in (options.layout.schedule or {}).items()}
+    for key, layout in given.items():
+        problems += [f"{key}: {text}" for text in layout_problems(layout, per_node * nodes, per_node, heads, kv_heads)]
+    return problems
+
+
+def _heads(model: str) -> tuple[int | None, int | None]:
+    """Attention heads and KV heads of a model in a folder; None where that cannot be told."""
+    try:
+        with open(os.path.join(model, "config.json"), encoding="utf-8") as file:
+            told = json.load(file)
+        heads = told.get("num_attention_heads")
+        return heads, told.get("num_key_value_heads", heads)
+    except (OSError, ValueError):
+        return None, None
 
 
 def _weakened(config: DictConfig, options: Options) -> list[str]:
@@ -129,6 +171,8 @@ def _weakened(config: DictConfig, options: Options) -> list[str]:
         warnings.append(f"{rollout}.engine_kwargs.vllm.scheduler_cls is not heddle's: no preemption on arrival")
     if options.shape.enable and not options.observe and scheduler != SCHEDULER:
         warnings.append(f"{rollout}.engine_kwargs.vllm.scheduler_cls is not heddle's: samples of no more use run to their turn's end")
+    if options.layout.enable and not options.place.enable:
+        warnings.append("heddle.layout.enable=true without heddle.place.enable=true: verl's rule places, as if replicas were alike")
     if not str(_get(config, f"{rollout}.router_config_path")).endswith("verl_plugin/router.yaml"):
         warnings.append(f"{rollout}.router_config_path is not heddle's: heddle does nothing")
     if _get(config, f"{rollout}.disable_log_stats"):

@@ -16,7 +16,7 @@ from verl_heddle.fleet import Replica
 from verl_heddle.latency.model import LatencyModel
 from verl_heddle.shape.groups import Visit
 from verl_heddle.trajectory import Trajectory
-from verl_heddle.verl_plugin import checkpoint
+from verl_heddle.verl_plugin import checkpoint, layouts
 from verl_heddle.verl_plugin.agent_loop import HeddleWorker
 from verl_heddle.verl_plugin.client import HeddleClient
 from verl_heddle.verl_plugin.prompts import first_turns
@@ -39,18 +39,16 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
         self.options = options_of(config)
         self.router = llm_client._load_balancer
         rollout = config.actor_rollout_ref.rollout
-        self._shape = {
-            "tp": int(rollout.tensor_model_parallel_size),
-            "slots": int(rollout.max_num_seqs),
-            "deterministic": bool(rollout.get("full_determinism", False)),
-            "cap_tokens": int(rollout.response_length),
-        }
+        self._deterministic = bool(rollout.get("full_determinism", False))
+        self._cap_tokens = int(rollout.response_length)
+        self.fleet: dict[str, Replica] = {}
         self.servers: dict[str, Any] = {}
+        """Actor handles of `fleet`, by name; the client's own table."""
         self._configure_router(self.options.deadlines.start_s)  # its process imports verl first
         self._samples = (int(rollout.n), int(rollout.val_kwargs.n))
-        self._step_times = StepTimes(self._shape["tp"])
+        self._step_times = StepTimes()
         shapes = self.options.shape.enable and not self.options.observe
-        self.planner = Planner(self.options.shape, self._samples[0], self._shape["cap_tokens"]) if shapes else None
+        self.planner = Planner(self.options.shape, self._samples[0], self._cap_tokens) if shapes else None
         """Of shaping; None when it is off."""
         self._visits: list[Visit] = []
         checkpoint.restore(self, config)
@@ -59,6 +57,10 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
         self._plans = not self.options.observe and self.options.place.enable and len(self.servers) > 1
         self._router_lost = False
         self._silent = 0
+        self.layouts = layouts.LAYOUTS
+        """None: verl's own replicas."""
+        if self.layouts is not None:
+            self.layouts.changed = self._relaid
 
     @classmethod
     @auto_await
@@ -78,11 +80,13 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
 
     def generate_sequences(self, prompts: Any) -> None:
         """Dispatch a batch; see `AgentLoopManagerTQ.generate_sequences`."""
+        if self.layouts is not None and not self.layouts.sound():
+            self.layouts.fall_back(prompts.meta_info.get("global_steps"))
         if self._router_lost:
             self._try_router()
         if self.planner is not None:
             try:
-                prompts = self.planner.share_out(prompts, self._replicas)
+                prompts = self.planner.share_out(prompts, list(self.fleet.values()))
             except Exception as error:
                 say_once(f"prompts are sampled plainly ({type(error).__name__}: {error})")
         if self._plans:
@@ -116,7 +120,10 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
     def step_ended(self, step: int, records: list[Trajectory]) -> dict[str, float]:
         """Tell the router that the batch of a training step is complete; returns its counts since the start of the run."""
         if self._plans or self.planner is not None:
-            self._step_times.learn(records, self._step_times_known)
+            degrees = {name: replica.tp for name, replica in self.fleet.items()}
+            self._step_times.learn(records, degrees, self._step_times_known)
+        if self.layouts is not None:
+            self.layouts.wanted = self._next_layout(step, records)
         try:
             return ray.get(self.router.step_ended.remote(step), timeout=self.options.deadlines.router_s)
         except Exception:
@@ -134,10 +141,6 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
         if self._plans:
             self.router.step_times_known.remote(latency)
 
-    @property
-    def _replicas(self) -> list[Replica]:
-        return [Replica(name, self._shape["tp"], self._shape["slots"], self._kv_tokens) for name in self.servers]
-
     def engine_counts(self) -> Counter[str]:
         """What the engines' schedulers have counted since they started, all together, and the `requests` in them; a silent engine counts
         nothing."""
@@ -149,25 +152,50 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
                 counts = ray.get(ref, timeout=self.options.deadlines.collect_s)
                 total.update({name: count for name, count in counts.items() if name.startswith((*SINCE_START, "requests"))})
             except ActorDiedError:  # perhaps nobody had a request there
-                del self.servers[refs[ref]]
+                del self.servers[refs[ref]], self.fleet[refs[ref]]
                 self.router.replica_lost.remote(refs[ref])
             except Exception as error:
                 say_once(f"an engine does not tell its counts ({type(error).__name__}: {error})")
         return total
 
     def _configure_router(self, deadline_s: float) -> None:
-        """Give the router the user's options and what the engines are like; servers that have died are told to it, if it has forgotten."""
-        servers = ray.get(self.router.handles.remote(), timeout=deadline_s)
-        held = {name: server.heddle_kv_tokens.remote() for name, server in servers.items()}
-        kv_tokens, lost = [], []
-        for name, ref in held.items():
+        """Give the router the user's options and what the engines are like."""
+        servers = self.servers or ray.get(self.router.handles.remote(), timeout=deadline_s)
+        self._know(servers, deadline_s)
+        ray.get(self.router.configure.remote(self.options, self._deterministic, self._told_fleet, self._cap_tokens), timeout=deadline_s)
+
+    @property
+    def _told_fleet(self) -> dict[str, tuple[Replica, Any]]:
+        return {name: (replica, self.servers[name]) for name, replica in self.fleet.items()}
+
+    def _know(self, servers: dict[str, Any], deadline_s: float) -> None:
+        """Ask these servers what they are; those that have died are left out."""
+        asked = {name: server.heddle_facts.remote() for name, server in servers.items()}
+        fleet = {}
+        for name, ref in asked.items():
             try:
-                kv_tokens.append(ray.get(ref, timeout=deadline_s) or 0)
+                facts = ray.get(ref, timeout=deadline_s)
+                fleet[name] = Replica(name, facts["tp"], facts["slots"], facts.get("kv_tokens"))
             except ActorDiedError:
-                lost.append(name)
-        self._kv_tokens = min(kv_tokens, default=0) or None
-        configured = self.router.configure.remote(self.options, **self._shape, kv_tokens=self._kv_tokens, lost=lost)
-        self.servers = ray.get(configured, timeout=deadline_s)
+                say_once(f"replica {name} has died; the run goes on without it")
+        self.fleet = fleet
+        found = {name: servers[name] for name in fleet}
+        self.servers.clear()
+        self.servers.update(found)
+
+    def _relaid(self, servers: dict[str, Any]) -> None:
+        """Another layout has been taken up, between steps."""
+        deadline_s = self.options.deadlines.collect_s
+        self._know(servers, deadline_s)
+        try:
+            ray.get(self.router.fleet_is.remote(self._told_fleet), timeout=self.options.deadlines.router_s)
+        except Exception:
+            self._router_lost = True
+        ray.get([worker.servers_are.remote(self.servers) for worker in self.agent_loop_workers], timeout=deadline_s)
+
+    def _next_layout(self, step: int, records: list[Trajectory]) -> tuple[int, ...] | None:
+        """For the step after this one; None: the layout stays."""
+        return layouts.scheduled(self.options.layout.schedule or {}, step + 1)
 
     def _try_router(self) -> None:
         """Between steps, see whether Ray has restarted the router; if so, set it up and send the workers back to it."""

@@ -77,14 +77,15 @@ class HeddleHttpServer(vLLMHttpServer):
         """Whether weights can be sent here. An engine that dies between requests is missed by nobody else."""
         return self._engine_lives()
 
-    async def heddle_kv_tokens(self) -> int | None:
-        """Tokens the engine's KV cache holds; None if it does not say."""
+    async def heddle_facts(self) -> dict[str, int | None]:
+        """What the engine is: `tp`, `slots`, and `kv_tokens`, which its KV cache holds (None if it does not say)."""
+        facts: dict[str, int | None] = {"tp": int(self.config.tensor_model_parallel_size), "slots": int(self.config.max_num_seqs)}
         try:
             cache = self.engine.vllm_config.cache_config
-            return cache.num_gpu_blocks * cache.block_size if cache.num_gpu_blocks else None
+            facts["kv_tokens"] = cache.num_gpu_blocks * cache.block_size if cache.num_gpu_blocks else None
         except Exception as error:
             say_once(f"the engine does not tell its KV capacity ({type(error).__name__}: {error}); placement takes it for unlimited")
-            return None
+        return facts
 
     async def heddle_priorities(self, table: dict[str, int]) -> int:
         """Give open requests new priorities by the id the client gave; returns how many there still were. 0 without our scheduler."""
@@ -151,6 +152,15 @@ class HeddleReplica(vLLMReplica):
             return None
 
 
+def make(replica_rank: int, config: Any, model_config: Any, *args: Any, **kwargs: Any) -> HeddleReplica:
+    """What verl calls as the replica's class: one of ours, under a layout (`heddle.layout`) one that stands for a GPU."""
+    from verl_heddle.verl_plugin import layouts
+
+    others = kwargs.get("is_reward_model") or kwargs.get("is_teacher_model")
+    cls = HeddleReplica if others or layouts.settings(config) is None else layouts.Home
+    return cls(replica_rank, config, model_config, *args, **kwargs)
+
+
 def register() -> None:
-    """Make `rollout.name=vllm` mean `HeddleReplica` in this process."""
-    RolloutReplicaRegistry.register("vllm", lambda: HeddleReplica)
+    """Make `rollout.name=vllm` mean ours in this process."""
+    RolloutReplicaRegistry.register("vllm", lambda: make)

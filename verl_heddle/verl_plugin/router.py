@@ -13,7 +13,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -34,6 +35,11 @@ TOLD = ("turn_finished", "turn_withdrawn", "tool_started", "transferred", "traje
 """What may come by `told`."""
 
 
+def alike(servers: Mapping[str, Any], tp: int = 1, slots: int = 256, kv_tokens: int | None = None) -> dict[str, tuple[Replica, Any]]:
+    """A fleet of equal replicas, as `HeddleRouter.configure` takes it."""
+    return {name: (Replica(name, tp, slots, kv_tokens), handle) for name, handle in servers.items()}
+
+
 class HeddleRouter:
     """One per run; Ray serialises its calls.
 
@@ -45,7 +51,9 @@ class HeddleRouter:
     def __init__(self, servers: dict[str, Any], yaml_config: dict | None = None) -> None:
         self._servers: dict[str, Any] = {}
         self._options = Options()
-        self._shape: dict[str, Any] = {}
+        self._fleet: dict[str, Replica] = {}
+        """What is known of the servers; one that somebody else adds is taken to be like the others."""
+        self._latency: LatencyModel | None = None
         self._cap_tokens: int | None = None
         self._orchestrator = Orchestrator(self._options)
         self._verls_rule = StickyLeastInflight(Random())
@@ -62,28 +70,34 @@ class HeddleRouter:
         self.add_servers({name: handle for name, handle in servers.items() if name is not None})
 
     def configure(
-        self,
-        options: Options,
-        tp: int,
-        slots: int,
-        deterministic: bool,
-        cap_tokens: int | None = None,
-        kv_tokens: int | None = None,
-        lost: Sequence[str] = (),
-    ) -> dict[str, Any]:
-        """Start over with the user's options; returns server id -> actor handle. Called before the first turn, and after a restart.
-
-        `lost`: servers that have died since verl made the list.
+        self, options: Options, deterministic: bool, fleet: dict[str, tuple[Replica, Any]], cap_tokens: int | None = None
+    ) -> None:
+        """Start over with the user's options and with these replicas and actor handles, by server id. Called before the first turn, and
+        after a restart.
         """
-        self._options = options
-        self._shape = {"tp": tp, "slots": slots, "kv_tokens": kv_tokens}
-        self._cap_tokens = cap_tokens
-        for name in lost:
-            self._servers.pop(name, None)
-            self._verls_rule.remove(name)
+        self._options, self._cap_tokens = options, cap_tokens
         self._orchestrator = Orchestrator(options, deterministic, cap_tokens)
-        self._orchestrator.replicas_added(Replica(name, **self._shape) for name in self._servers)
-        return dict(self._servers)
+        self._fleet = {}
+        self.fleet_is(fleet)
+
+    def fleet_is(self, fleet: dict[str, tuple[Replica, Any]]) -> None:
+        """These replicas, with their actor handles, and no others; by server id. Between steps."""
+        self.remove_servers([name for name in {**self._servers, **self._fleet} if name not in fleet])
+        fresh = {name: both for name, both in fleet.items() if name not in self._fleet}
+        self._fleet = {name: replica for name, (replica, _) in fleet.items()}
+        if not self._knows_the_fleet():
+            self._tell_times(None)
+        self.add_servers({name: handle for name, (_, handle) in fresh.items()})
+        self._tell_times(self._latency)
+
+    def _knows_the_fleet(self) -> bool:
+        return self._latency is not None and all(replica.tp in self._latency.tps for replica in self._fleet.values())
+
+    def _tell_times(self, latency: LatencyModel | None) -> None:
+        try:
+            self._orchestrator.step_times_known(latency if self._knows_the_fleet() else None)
+        except Exception as error:
+            self._failed("step_times_known", error)
 
     def handles(self) -> dict[str, Any]:
         """Server id -> actor handle."""
@@ -94,11 +108,9 @@ class HeddleRouter:
         self._tell("batch_expected", batch)
 
     def step_times_known(self, latency: LatencyModel) -> None:
-        """How long the engines take, learnt from the run itself."""
-        try:
-            self._orchestrator.step_times_known(latency)
-        except Exception as error:
-            self._failed("step_times_known", error)
+        """How long the engines take, learnt from the run itself; of use once every degree in the fleet is known."""
+        self._latency = latency
+        self._tell_times(latency)
 
     def turns_started(self, turns: Sequence[TurnStart], told: Sequence[tuple[str, Any]] = ()) -> list[Decision]:
         """`turn_started` for several turns of one worker, in order. `told`: what the worker has had to tell before, as to `told`.
@@ -301,12 +313,17 @@ class HeddleRouter:
         self._servers.update(servers)
         for name in servers:
             self._verls_rule.add(name)
-        self._orchestrator.replicas_added(Replica(name, **self._shape) for name in servers)
+        for name in servers:
+            if name not in self._fleet:
+                like = next(iter(self._fleet.values()), Replica(name))
+                self._fleet[name] = replace(like, name=name)
+        self._orchestrator.replicas_added(self._fleet[name] for name in servers)
 
     def remove_servers(self, server_ids: list[str]) -> None:
         """Replicas left."""
         for name in server_ids:
             self._servers.pop(name, None)
+            self._fleet.pop(name, None)
             self._verls_rule.remove(name)
         self._orchestrator.replicas_removed(server_ids)
         for key in self._orders.waiting:

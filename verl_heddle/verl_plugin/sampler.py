@@ -63,6 +63,7 @@ class _Watch:
         metrics = step_metrics(train, list(manager.servers)) | prediction_quality(train) if train else {}
         router = manager.step_ended(global_step, train)
         metrics |= {f"shape/{name}": value for name, value in manager.shaped(global_step, train).items()}
+        metrics |= self._layout(manager)
         for name in ("fit_s", "fit_rows"):
             if name in router:
                 metrics[f"predict/{name}"] = router.pop(name)
@@ -86,6 +87,15 @@ class _Watch:
         metrics |= {f"fallbacks/{name}": count for name, count in news.items()}
         return {PREFIX + name: float(value) for name, value in metrics.items()}
 
+    def _layout(self, manager: Any) -> dict[str, float]:
+        """Of the step that is over, and what the change before it took; empty without `heddle.layout`."""
+        if manager.layouts is None:
+            return {}
+        degrees = manager.layouts.layout
+        now = {"replicas": len(degrees), "largest_tp": max(degrees), "smallest_tp": min(degrees), "static": manager.layouts.static}
+        news = self._news("layout", Counter(manager.layouts.counts))
+        return {f"layout/{name}": float(value) for name, value in {**now, **news}.items()}
+
     def _news(self, source: str, counts: Counter[str]) -> Counter[str]:
         """What has been counted since the last step, by name; a source that started over counts from 0."""
         before, self._before[source] = self._before.get(source, Counter()), counts.copy()
@@ -99,6 +109,7 @@ class _Watch:
             "slots": int(rollout.max_num_seqs),
             "replicas": len(manager.servers),
             "order": str(rollout.get("scheduling_policy", "fcfs")),
+            **({} if manager.layouts is None else {"layout": list(manager.layouts.layout)}),
         }
 
     def _failed(self, what: str, error: Exception) -> None:

@@ -62,6 +62,9 @@ def banner(config: DictConfig) -> str:
             parts.append("priority: off")
         if options.priority.enable or options.place.enable:
             parts.append(f"prediction: {'trees on ' if options.predict.trees else ''}prompt history and siblings")
+        if options.layout.enable:
+            fixed = "-".join(map(str, options.layout.fixed))
+            parts.append(f"layout: {'by schedule' if options.layout.schedule else fixed or 'planned from step 2'}")
         if options.shape.enable:
             spare = "as many as pay" if options.shape.spare is None else f"{options.shape.spare:g} a prompt"
             parts.append(f"shaping: spare samples, {spare}, at most {options.shape.most:g}n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from verl_heddle.latency.learnt import step_times
@@ -15,18 +15,19 @@ from verl_heddle.verl_plugin.voice import say_once
 class StepTimes:
     """One thread at a time; a step that ends while it works is left out."""
 
-    def __init__(self, tp: int) -> None:
-        self._tp = tp
+    def __init__(self) -> None:
+        self._known: LatencyModel | None = None
         self._thread: threading.Thread | None = None
 
-    def learn(self, records: list[Trajectory], tell: Callable[[LatencyModel], Any]) -> None:
-        """Begin to fit; `tell` gets the model, if there is one."""
+    def learn(self, records: list[Trajectory], degrees: Mapping[str, int], tell: Callable[[LatencyModel], Any]) -> None:
+        """Begin to fit; `tell` gets the model, if there is one. `degrees`: by replica; what was learnt of others stays."""
         if self._thread is None or not self._thread.is_alive():
-            self._thread = threading.Thread(target=self._run, args=(records, tell), name="heddle-step-times", daemon=True)
+            self._thread = threading.Thread(target=self._run, args=(records, degrees, tell), name="heddle-step-times", daemon=True)
             self._thread.start()
 
-    def _run(self, records: list[Trajectory], tell: Callable[[LatencyModel], Any]) -> None:
+    def _run(self, records: list[Trajectory], degrees: Mapping[str, int], tell: Callable[[LatencyModel], Any]) -> None:
         try:
-            tell(step_times(records, self._tp))
+            self._known = step_times(records, degrees, self._known)
+            tell(self._known)
         except Exception as error:
             say_once(f"placement goes by verl's rule until the engines' step times are known: {error}")

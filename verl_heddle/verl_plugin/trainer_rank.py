@@ -1,18 +1,21 @@
-"""What a trainer rank does differently: it goes on when the rollout replica it feeds has died.
+"""What a trainer rank does differently: it goes on when the rollout replica it feeds has died, and it feeds the one it is told to.
 
 verl imports this module in every process that builds the model's config (`actor_rollout_ref.model.external_lib`, set by the flag), which
 is before the trainer looks up its rollout adapter. verl's adapter would wait for a dead server's acknowledgement for ever; ours takes the
 weights, which every rank must gather together, and lets them go.
+
+verl's rank feeds replica `rank // tp`, for ever. Under a layout (`layouts`) it is told between steps which engine it feeds, and as which of
+the engine's ranks; every rank sends whole tensors, of which its engine's worker takes its shard, so nothing else changes.
 """
 
 from __future__ import annotations
 
 import asyncio
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from verl.workers.rollout import base
 
 from verl_heddle.verl_plugin.voice import say_once
@@ -21,6 +24,23 @@ NAME = f"{__name__}.ServerAdapter"
 
 PING_S = 60.0
 """A live server answers in milliseconds between steps; one under a debugger may not."""
+
+
+class Seat(NamedTuple):
+    """`engine`: its `replica_rank`; `rank`: of the engine's workers, the one on this GPU."""
+
+    engine: int
+    rank: int
+
+
+SEAT: Seat | None = None
+"""None: where verl's arithmetic puts this process."""
+
+
+def sit(worker: Any, engine: int, rank: int) -> None:
+    """Called in the trainer rank's process by `layouts`; takes effect with the next weight update."""
+    global SEAT
+    SEAT = Seat(engine, rank)
 
 
 def __getattr__(name: str) -> Any:
@@ -37,10 +57,19 @@ def _adapter() -> type:
         """verl's adapter, for a server that may be gone."""
 
         _gone = _seen = False
+        _seat: Seat | None = None
 
         async def resume(self, tags: list[str]) -> None:
-            if not await self._lost():
+            if await self._lost():
+                return
+            try:
                 await super().resume(tags)
+            except (RayError, RuntimeError) as error:
+                if SEAT is None:
+                    raise
+                say_once(f"engine {self.replica_rank} does not wake ({type(error).__name__}: {error}); it is shut down")
+                ray.kill(self.server_handle)
+                self._gone = True
 
         async def release(self) -> None:
             if not await self._lost():
@@ -58,6 +87,7 @@ def _adapter() -> type:
 
         async def _lost(self) -> bool:
             """Whether the replica's server is dead; once it is, it stays so. Asked by all ranks of the replica, since all send to it."""
+            self._sit_down()
             if self._gone or self._pd_role is not None:
                 return self._gone
             alive = await asyncio.to_thread(_alive, f"{self._get_server_name_prefix()}server_{self.replica_rank}_0")
@@ -65,6 +95,16 @@ def _adapter() -> type:
             if self._gone:
                 say_once(f"replica {self.replica_rank} is gone: it gets no weights any more")
             return self._gone
+
+        def _sit_down(self) -> None:
+            """Feed the engine this rank is told to, by the names that verl gives to engines."""
+            if SEAT is None or self._seat == SEAT:
+                return
+            self._seat, (self.replica_rank, self.rollout_rank) = SEAT, SEAT
+            job = self.zmq_handle.rsplit("-replica-", 1)[0]
+            self.zmq_handle = f"{job}-replica-{self.replica_rank}-rank-{self.rollout_rank}.sock"
+            self.node_rank, self._has_server, self.server_handle = 0, self.rollout_rank == 0, None
+            self._gone, self._seen = False, True  # it has been launched, so that one that is not there has died
 
     return HeddleServerAdapter
 

@@ -1,0 +1,257 @@
+"""Replicas of several tensor-parallel degrees on verl's hybrid GPUs, and another cut of the GPUs from one step to the next.
+
+verl makes one replica per GPU (`rollout.tensor_model_parallel_size=1`) and keeps that list for the whole run. Under a layout these replicas
+are `Home`s: the engines are launched beside them, one per span of GPUs, and the home on which an engine of the layout begins speaks for it
+(its `servers` are the engine's), while the others have none and do nothing. So verl's trainer, its weight update and its sleeping go on as
+they are. Who feeds which engine is told to the trainer's ranks (`trainer_rank.sit`), who may be asked to the router.
+
+A layout changes between steps, when verl has put every replica to sleep and before it sends weights: the last home to fall asleep makes the
+change. Engines that are not in the layout stay asleep, at most `heddle.layout.engines` on a GPU; beyond that the one out of use for longest
+is shut down, and launched again when it is wanted. An engine that cannot be launched leaves the layout as it was; one that dies before the
+step is replaced by verl's own cut, one replica per GPU, which then stays (`fall_back`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from itertools import accumulate
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+from verl.workers.rollout.replica import RolloutMode
+
+from verl_heddle.verl_plugin import trainer_rank
+from verl_heddle.verl_plugin.replicas import HeddleReplica
+from verl_heddle.verl_plugin.voice import say
+
+LAUNCH_S = 1800.0
+"""For an engine to come up: big weights from a slow disk take many minutes."""
+
+SEAT_S, PING_S = 120.0, 60.0
+"""For a trainer's rank to hear where it sits, it may be busy saving; for an engine to answer."""
+
+Span = tuple[int, int]
+"""First GPU, degree."""
+
+LAYOUTS: Layouts | None = None
+"""Of this process, the task runner's; None: every replica is verl's."""
+
+
+def spans(layout: Sequence[int]) -> list[Span]:
+    """Where the replicas of a layout stand, GPU after GPU."""
+    return list(zip(accumulate(layout, initial=0), layout, strict=False))
+
+
+def settings(rollout: Any) -> dict[str, Any] | None:
+    """`heddle.layout` as the flag hands it on inside the rollout's config; None if it is off."""
+    vllm = ((rollout.get("engine_kwargs") or {}).get("vllm")) or {}
+    found = (vllm.get("additional_config") or {}).get("heddle_layout") or {}
+    if not found.get("enable"):
+        return None
+    return {**found, "schedule": {int(step): list(layout) for step, layout in (found.get("schedule") or {}).items()}}
+
+
+def first_layout(fixed: Sequence[int], schedule: dict[int, Sequence[int]], gpus: int) -> tuple[int, ...]:
+    """What a run starts with: verl's own cut, unless it is told otherwise."""
+    return scheduled(schedule, 1) or tuple(fixed) or (1,) * gpus
+
+
+def scheduled(schedule: dict[int, Sequence[int]], step: int) -> tuple[int, ...] | None:
+    """The layout that the schedule wants for a step."""
+    begun = [start for start in schedule if start <= step]
+    return tuple(schedule[max(begun)]) if begun else None
+
+
+class Home(HeddleReplica):
+    """verl's replica for one GPU. Its `servers` are those of the engine that begins there, or none."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        global LAYOUTS
+        super().__init__(*args, **kwargs)
+        if LAYOUTS is None:
+            LAYOUTS = Layouts()
+        LAYOUTS.homes.append(self)
+
+    async def init_hybrid(self, worker_group: Any) -> None:
+        assert LAYOUTS is not None
+        self.rollout_mode = RolloutMode.HYBRID
+        await LAYOUTS.open(self, worker_group)
+
+    async def sleep(self) -> None:
+        assert LAYOUTS is not None
+        if self.servers:
+            await super().sleep()
+        await LAYOUTS.fell_asleep()
+
+    async def resume_generation(self) -> None:
+        if self.servers:
+            await super().resume_generation()
+
+    async def release_kv_cache(self) -> None:
+        if self.servers:
+            await super().release_kv_cache()
+
+
+class Layouts:
+    """The engines of a run; see the module."""
+
+    def __init__(self) -> None:
+        self.homes: list[Home] = []
+        self.layout: tuple[int, ...] = ()
+        self.wanted: tuple[int, ...] | None = None
+        """The next layout, if it is another one."""
+        self.static = False
+        """An engine failed: verl's own cut from now on."""
+        self.changed: Callable[[dict[str, Any]], None] | None = None
+        """Told the servers of a new layout, by name."""
+        self.counts: dict[str, float] = {"switches": 0, "launches": 0, "shut_down": 0, "failures": 0, "launch_s": 0.0, "switch_s": 0.0}
+        """Since the start of the run."""
+        self._workers: list[Any] = []
+        self._group: Any = None
+        self._engines: dict[Span, HeddleReplica] = {}
+        """In the order of their last use."""
+        self._most = 1
+        self._asleep = 0
+
+    async def open(self, home: Home, group: Any) -> None:
+        """verl starts its replicas, all together: each home launches the engine that begins there."""
+        if not self.layout:
+            given = settings(home.config) or {}
+            self._most = int(given.get("engines") or 1)
+            self._group, self._workers = group, list(group.workers)
+            layout = first_layout(given.get("fixed") or (), given.get("schedule") or {}, len(self._workers))
+            if sum(layout) != len(self._workers) or len(self.homes) != len(self._workers):
+                raise ValueError(f"layout {list(layout)} for {len(self._workers)} GPUs and {len(self.homes)} replicas of verl's")
+            self.layout = layout
+        own = next((span for span in spans(self.layout) if span[0] == home.replica_rank), None)
+        if own is not None:
+            await self._launch(own)
+            await self._seat([own])
+            self._point([own])
+
+    def servers(self) -> dict[str, Any]:
+        """Of the layout, by name."""
+        return {self._engines[span]._server_address: self._engines[span]._server_handle for span in spans(self.layout)}
+
+    async def fell_asleep(self) -> None:
+        """A home sleeps. The last one of them makes the change that is due."""
+        self._asleep += 1
+        if self._asleep == len(self.homes):
+            self._asleep = 0
+            if self.wanted is not None and self.wanted != self.layout and not self.static:
+                await self._change(self.wanted)
+            self.wanted = None
+
+    async def _change(self, layout: tuple[int, ...]) -> None:
+        began = time.monotonic()
+        fresh = [span for span in spans(layout) if span not in self._engines]
+        try:
+            self._make_room(spans(layout))
+            launched = time.monotonic()
+            results = await asyncio.gather(*(self._launch(span) for span in fresh), return_exceptions=True)
+            if (failed := next((result for result in results if isinstance(result, BaseException)), None)) is not None:
+                raise failed
+            await asyncio.gather(*(self._engines[span].sleep() for span in fresh))
+            self.counts["launch_s"] += time.monotonic() - launched
+        except Exception as error:
+            self.counts["failures"] += 1
+            self.static = True
+            self._shut_down(span for span in fresh if span in self._engines)
+            say(f"layout {list(layout)} cannot be had ({type(error).__name__}: {error}); it stays at {list(self.layout)}")
+            return
+        await self._take_up(layout)
+        self.counts["switches"] += 1
+        self.counts["switch_s"] += time.monotonic() - began
+        say(f"layout {list(layout)} ({len(fresh)} engines launched, {time.monotonic() - began:.1f} s)")
+
+    async def _take_up(self, layout: tuple[int, ...]) -> None:
+        wanted = spans(layout)
+        await self._seat(wanted)
+        self.layout = layout
+        self._point(wanted)
+        for span in wanted:
+            self._engines[span] = self._engines.pop(span)
+        if self.changed is not None:
+            self.changed(self.servers())
+
+    async def _launch(self, span: Span) -> None:
+        start, tp = span
+        home = self.homes[start]
+        engine = HeddleReplica(
+            replica_rank=start + len(self._workers) * (tp - 1),  # its actor and its sockets are named by it; at tp=1 they are verl's own
+            config=replace(home.config, tensor_model_parallel_size=tp),
+            model_config=home.model_config,
+            gpus_per_node=home.gpus_per_node,
+        )
+        engine.rollout_mode = RolloutMode.HYBRID
+        engine.workers = self._workers[start : start + tp]
+        self._engines[span] = engine
+        self.counts["launches"] += 1
+        await asyncio.wait_for(engine.launch_servers(), LAUNCH_S)
+
+    async def _seat(self, wanted: Iterable[Span]) -> None:
+        told = [
+            self._workers[start + rank].__ray_call__.remote(trainer_rank.sit, self._engines[start, tp].replica_rank, rank)
+            for start, tp in wanted
+            for rank in range(tp)
+        ]
+        await asyncio.wait_for(asyncio.gather(*told), SEAT_S)
+
+    def _point(self, wanted: Iterable[Span]) -> None:
+        """Let the homes speak for these engines. The silent ones have the address too: verl lists each replica's."""
+        for start, tp in wanted:
+            engine = self._engines[start, tp]
+            for home in self.homes[start : start + tp]:
+                home._server_address, home._server_handle, home.servers = engine._server_address, engine._server_handle, []
+            self.homes[start].servers, self.homes[start].workers = engine.servers, engine.workers
+
+    def _make_room(self, wanted: Sequence[Span]) -> None:
+        """Shut down what has been out of use for longest, so that no GPU holds more than its engines."""
+        for gpu in range(len(self._workers)):
+            held = [span for span in {**self._engines, **dict.fromkeys(wanted)} if span[0] <= gpu < span[0] + span[1]]
+            idle = [span for span in held if span not in wanted and span in self._engines and span not in spans(self.layout)]
+            now = [span for span in held if span in spans(self.layout) and span not in wanted]
+            excess = len(held) - self._most
+            self._shut_down((idle + now)[: max(0, excess)])
+
+    def _shut_down(self, those: Iterable[Span]) -> None:
+        for span in list(those):
+            self.counts["shut_down"] += 1
+            for server in self._engines.pop(span).servers:
+                ray.kill(server)
+
+    # --- when an engine of the layout has died before the step began ------------------------------------------------------
+
+    def sound(self) -> bool:
+        """Whether every engine of the layout answers."""
+        asked = [handle.heddle_alive.remote() for handle in self.servers().values()]
+        ready, _ = ray.wait(asked, num_returns=len(asked), timeout=PING_S)
+        try:
+            return all(ray.get(one) for one in ready)  # one that is busy counts as alive
+        except RayActorError:
+            return False
+
+    def fall_back(self, global_steps: int | None) -> None:
+        """verl's own cut, for the rest of the run, with the weights of this step."""
+        layout = (1,) * len(self._workers)
+        self.static = True
+        if self.layout == layout:
+            return  # the router goes on with those that live
+        self.counts["failures"] += 1
+        say(f"an engine of the layout {list(self.layout)} has died; one replica per GPU from now on")
+        asyncio.run(self._fall_back(layout))
+        ray.get(self._group.update_weights(global_steps=global_steps, mode="naive"), timeout=LAUNCH_S)
+
+    async def _fall_back(self, layout: tuple[int, ...]) -> None:
+        old = [self._engines[span] for span in spans(self.layout) if span not in spans(layout)]
+        await asyncio.gather(*(engine.sleep() for engine in old))
+        missing = [span for span in spans(layout) if span not in self._engines]
+        kept = [span for span in spans(self.layout) if span in spans(layout)]
+        await asyncio.gather(*(self._engines[span].sleep() for span in kept))
+        await asyncio.gather(*(self._launch(span) for span in missing))
+        await asyncio.gather(*(self._engines[span].sleep() for span in missing))
+        await self._take_up(layout)

@@ -90,11 +90,10 @@ class Layout:
     )
     times: str = option(
         "",
-        "For the plan: model and GPU whose shipped step times hold for degrees that have not run yet, as in verl-heddle plan: "
-        "qwen3-14b/h200.",
+        "For the plan: model and GPU whose shipped step times to plan with, as verl-heddle plan names them: qwen3-14b/h200.",
     )
-    margin: float = option(1.03, "For the plan: how many times shorter a step has to be expected under another layout.")
-    horizon_steps: int = option(10, "For the plan: steps over which a change has to earn what it costs.")
+    margin: float = option(0.05, "For the plan: share of the step's expected seconds that another layout has to save.")
+    horizon_steps: int = option(8, "For the plan: steps over which a change has to earn what it costs.")
     engines: int = option(
         2,
         "Engines a GPU holds at most, the one in use and others that sleep, each of which keeps some memory; beyond that the one out of "
@@ -234,8 +233,8 @@ def check(options: Options) -> list[str]:
         problems.append(f"heddle.admission.hold_s must be positive seconds, got {options.admission.hold_s}")
     if options.place.transport not in TRANSPORTS:
         problems.append(f"heddle.place.transport must be one of {', '.join(TRANSPORTS)}, got {options.place.transport}")
-    if not options.layout.margin >= 1:
-        problems.append(f"heddle.layout.margin must be at least 1, got {options.layout.margin}")
+    if not 0 <= options.layout.margin < 1:
+        problems.append(f"heddle.layout.margin must be a share, 0 to below 1, got {options.layout.margin}")
     for name in ("horizon_steps", "engines"):
         if getattr(options.layout, name) < 1:
             problems.append(f"heddle.layout.{name} must be at least 1, got {getattr(options.layout, name)}")

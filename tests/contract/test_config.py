@@ -87,6 +87,47 @@ def test_what_weakens_heddle_is_a_warning(override, word):
     assert [f.fatal for f in findings] == [False] and word in findings[0].text
 
 
+LAYOUT = [
+    "+plugin=heddle",
+    "heddle.layout.enable=true",
+    "heddle.place.enable=true",
+    "actor_rollout_ref.rollout.tensor_model_parallel_size=1",
+]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "word"),
+    [
+        (["heddle.layout.fixed=[4,2,1]"], "takes 7 GPUs, there are 8"),
+        (["heddle.layout.fixed=[8,0]"], "degree 0"),
+        (["heddle.layout.fixed=[6,2]"], "tp=6 does not divide the model's 4 attention heads"),
+        (["heddle.layout.fixed=[2,1,1]", "trainer.n_gpus_per_node=2"], "takes 4 GPUs, there are 2"),
+        (["heddle.layout.fixed=[1,2,1]", "trainer.n_gpus_per_node=2", "trainer.nnodes=2"], "across nodes"),
+        (["heddle.layout.schedule={1: [8], 5: [4,4,4]}"], "schedule[5]"),
+        (["heddle.layout.schedule={0: [8]}"], "from 1"),
+        (["heddle.layout.schedule=[8]"], "must map"),
+        (["heddle.layout.engines=0"], "engines"),
+        (["heddle.layout.margin=2"], "margin"),
+        ([], "qwen3-14b/h200"),
+        (["heddle.layout.times=gpt-9/h200"], "gpt-9"),
+        (["heddle.layout.fixed=[4,4]", "heddle.observe=true"], "observe"),
+        (["heddle.layout.fixed=[4,4]", "actor_rollout_ref.rollout.tensor_model_parallel_size=2"], "set it to 1"),
+        (["heddle.layout.fixed=[4,4]", "actor_rollout_ref.rollout.engine_kwargs.vllm.additional_config=null"], "without effect"),
+    ],
+)
+def test_layouts_that_cannot_be_are_refused_with_the_reason(overrides, word, tmp_path):
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 4, "num_key_value_heads": 4}')
+    findings = lint.lint(compose([*BASE, *LAYOUT, f"actor_rollout_ref.model.path={tmp_path}", *overrides]))
+    assert [f for f in findings if f.fatal and word in f.text], [f.text for f in findings]
+
+
+def test_layouts_that_can_be_are_not():
+    for good in ("heddle.layout.fixed=[4,2,1,1]", "heddle.layout.schedule={1: [8], 5: [4,4]}", "heddle.layout.times=qwen3-8b/h200"):
+        assert lint.lint(compose([*BASE, *LAYOUT, good])) == []
+    words = [*LAYOUT[:2], LAYOUT[3], "heddle.layout.fixed=[8]"]
+    assert [f.fatal for f in lint.lint(compose([*BASE, *words]))] == [False], "without placement: a warning"
+
+
 def test_arguments_of_a_command_line():
     command = ["python", "-W", "ignore", "-m", "verl.trainer.main_ppo", "a.b=1", "+plugin=heddle", "~c"]
     assert arguments_of(command) == ["a.b=1", "+plugin=heddle", "~c"]
@@ -105,6 +146,11 @@ BAD = {
     "asynchronous trainer": ["trainer.v1.trainer_mode=separate_async"],
     "another engine": ["actor_rollout_ref.rollout.name=sglang"],
     "priority without the policy": ["actor_rollout_ref.rollout.scheduling_policy=fcfs"],
+    "layout over the GPUs": [
+        "heddle.layout.fixed=[64]",
+        "heddle.layout.enable=true",
+        "actor_rollout_ref.rollout.tensor_model_parallel_size=1",
+    ],
     "trace folder is a file": ["heddle.trace.dir=/dev/null/x"],
     "misspelt flag": ["+plugin=hedle"],
 }

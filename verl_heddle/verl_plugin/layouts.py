@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -25,14 +26,15 @@ from ray.exceptions import RayActorError
 from verl.workers.rollout.replica import RolloutMode
 
 from verl_heddle.verl_plugin import trainer_rank
+from verl_heddle.verl_plugin.layout_choice import first
 from verl_heddle.verl_plugin.replicas import HeddleReplica
 from verl_heddle.verl_plugin.voice import say
 
 LAUNCH_S = 1800.0
 """For an engine to come up: big weights from a slow disk take many minutes."""
 
-SEAT_S, PING_S = 120.0, 60.0
-"""For a trainer's rank to hear where it sits, it may be busy saving; for an engine to answer."""
+SEAT_S, PING_S, END_S = 120.0, 60.0, 60.0
+"""For a trainer's rank to hear where it sits, it may be busy saving; for an engine to answer; to end."""
 
 Span = tuple[int, int]
 """First GPU, degree."""
@@ -55,15 +57,13 @@ def settings(rollout: Any) -> dict[str, Any] | None:
     return {**found, "schedule": {int(step): list(layout) for step, layout in (found.get("schedule") or {}).items()}}
 
 
-def first_layout(fixed: Sequence[int], schedule: dict[int, Sequence[int]], gpus: int) -> tuple[int, ...]:
-    """What a run starts with: verl's own cut, unless it is told otherwise."""
-    return scheduled(schedule, 1) or tuple(fixed) or (1,) * gpus
-
-
-def scheduled(schedule: dict[int, Sequence[int]], step: int) -> tuple[int, ...] | None:
-    """The layout that the schedule wants for a step."""
-    begun = [start for start in schedule if start <= step]
-    return tuple(schedule[max(begun)]) if begun else None
+async def end(server: Any) -> None:
+    """Shut a server down, and wait until Ray knows: its memory and its name are free then."""
+    with suppress(Exception):
+        await asyncio.wait_for(server.heddle_shut_down.remote(), END_S)
+    ray.kill(server)
+    with suppress(Exception):
+        await asyncio.wait_for(server.__ray_ready__.remote(), END_S)
 
 
 class Home(HeddleReplica):
@@ -123,7 +123,7 @@ class Layouts:
             given = settings(home.config) or {}
             self._most = int(given.get("engines") or 1)
             self._group, self._workers = group, list(group.workers)
-            layout = first_layout(given.get("fixed") or (), given.get("schedule") or {}, len(self._workers))
+            layout = first(given, len(self._workers), home.gpus_per_node, float(home.config.gpu_memory_utilization))
             if sum(layout) != len(self._workers) or len(self.homes) != len(self._workers):
                 raise ValueError(f"layout {list(layout)} for {len(self._workers)} GPUs and {len(self.homes)} replicas of verl's")
             self.layout = layout
@@ -132,6 +132,16 @@ class Layouts:
             await self._launch(own)
             await self._seat([own])
             self._point([own])
+
+    @property
+    def gpus(self) -> int:
+        """Of the rollout."""
+        return len(self._workers)
+
+    @property
+    def reshard_s(self) -> float | None:
+        """What a change has taken in the mean; None: there has been none."""
+        return self.counts["switch_s"] / self.counts["switches"] if self.counts["switches"] else None
 
     def servers(self) -> dict[str, Any]:
         """Of the layout, by name."""
@@ -149,24 +159,31 @@ class Layouts:
     async def _change(self, layout: tuple[int, ...]) -> None:
         began = time.monotonic()
         fresh = [span for span in spans(layout) if span not in self._engines]
+        await self._make_room(spans(layout))
         try:
-            self._make_room(spans(layout))
-            launched = time.monotonic()
-            results = await asyncio.gather(*(self._launch(span) for span in fresh), return_exceptions=True)
-            if (failed := next((result for result in results if isinstance(result, BaseException)), None)) is not None:
-                raise failed
-            await asyncio.gather(*(self._engines[span].sleep() for span in fresh))
-            self.counts["launch_s"] += time.monotonic() - launched
+            await self._start(fresh)
         except Exception as error:
             self.counts["failures"] += 1
             self.static = True
-            self._shut_down(span for span in fresh if span in self._engines)
+            await self._shut_down([span for span in fresh if span in self._engines])
             say(f"layout {list(layout)} cannot be had ({type(error).__name__}: {error}); it stays at {list(self.layout)}")
+            if gone := [span for span in spans(self.layout) if span not in self._engines]:
+                await self._start(gone)
+                await self._take_up(self.layout)
             return
         await self._take_up(layout)
         self.counts["switches"] += 1
         self.counts["switch_s"] += time.monotonic() - began
         say(f"layout {list(layout)} ({len(fresh)} engines launched, {time.monotonic() - began:.1f} s)")
+
+    async def _start(self, fresh: Sequence[Span]) -> None:
+        """Launch engines, while all others sleep, and put them to sleep as well."""
+        began = time.monotonic()
+        results = await asyncio.gather(*(self._launch(span) for span in fresh), return_exceptions=True)
+        self.counts["launch_s"] += time.monotonic() - began
+        if (failed := next((result for result in results if isinstance(result, BaseException)), None)) is not None:
+            raise failed
+        await asyncio.gather(*(self._engines[span].sleep() for span in fresh))
 
     async def _take_up(self, layout: tuple[int, ...]) -> None:
         wanted = spans(layout)
@@ -209,20 +226,21 @@ class Layouts:
                 home._server_address, home._server_handle, home.servers = engine._server_address, engine._server_handle, []
             self.homes[start].servers, self.homes[start].workers = engine.servers, engine.workers
 
-    def _make_room(self, wanted: Sequence[Span]) -> None:
+    async def _make_room(self, wanted: Sequence[Span]) -> None:
         """Shut down what has been out of use for longest, so that no GPU holds more than its engines."""
+        doomed: dict[Span, None] = {}
         for gpu in range(len(self._workers)):
             held = [span for span in {**self._engines, **dict.fromkeys(wanted)} if span[0] <= gpu < span[0] + span[1]]
             idle = [span for span in held if span not in wanted and span in self._engines and span not in spans(self.layout)]
             now = [span for span in held if span in spans(self.layout) and span not in wanted]
             excess = len(held) - self._most
-            self._shut_down((idle + now)[: max(0, excess)])
+            doomed |= dict.fromkeys((idle + now)[: max(0, excess)])
+        await self._shut_down(doomed)
 
-    def _shut_down(self, those: Iterable[Span]) -> None:
-        for span in list(those):
-            self.counts["shut_down"] += 1
-            for server in self._engines.pop(span).servers:
-                ray.kill(server)
+    async def _shut_down(self, those: Iterable[Span]) -> None:
+        engines = [self._engines.pop(span) for span in those]
+        self.counts["shut_down"] += len(engines)
+        await asyncio.gather(*(end(server) for engine in engines for server in engine.servers))
 
     # --- when an engine of the layout has died before the step began ------------------------------------------------------
 
@@ -247,11 +265,6 @@ class Layouts:
         ray.get(self._group.update_weights(global_steps=global_steps, mode="naive"), timeout=LAUNCH_S)
 
     async def _fall_back(self, layout: tuple[int, ...]) -> None:
-        old = [self._engines[span] for span in spans(self.layout) if span not in spans(layout)]
-        await asyncio.gather(*(engine.sleep() for engine in old))
-        missing = [span for span in spans(layout) if span not in self._engines]
-        kept = [span for span in spans(self.layout) if span in spans(layout)]
-        await asyncio.gather(*(self._engines[span].sleep() for span in kept))
-        await asyncio.gather(*(self._launch(span) for span in missing))
-        await asyncio.gather(*(self._engines[span].sleep() for span in missing))
+        await asyncio.gather(*(self._engines[span].sleep() for span in spans(self.layout)))
+        await self._start([span for span in spans(layout) if span not in self._engines])
         await self._take_up(layout)

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from verl_heddle.layout.feasible import problems as layout_problems
 from verl_heddle.options import Options, check
 from verl_heddle.shape.settings import check as shape_problems
+from verl_heddle.verl_plugin.layout_choice import times
 from verl_heddle.verl_plugin.settings import options_of
 
 GATE = "verl_heddle.verl_plugin.gate"
@@ -126,15 +127,20 @@ def _layout(config: DictConfig, options: Options) -> list[str]:
             "add heddle_layout to it as configs/plugin/heddle.yaml has it, or set heddle.layout.enable=false"
         )
     per_node, nodes = int(_get(config, "trainer.n_gpus_per_node") or 1), int(_get(config, "trainer.nnodes") or 1)
-    heads, kv_heads = _heads(str(_get(config, "actor_rollout_ref.model.path")))
+    heads, kv_heads = model_heads(str(_get(config, "actor_rollout_ref.model.path")))
     given = {"heddle.layout.fixed": options.layout.fixed} if options.layout.fixed else {}
     given |= {f"heddle.layout.schedule[{step}]": layout for step, layout in (options.layout.schedule or {}).items()}
+    if not given:
+        try:
+            times(options.layout.times)
+        except ValueError as error:
+            problems.append(f"heddle.layout.times: {error}; or name the degrees yourself, as heddle.layout.fixed=[2,1,1]")
     for key, layout in given.items():
         problems += [f"{key}: {text}" for text in layout_problems(layout, per_node * nodes, per_node, heads, kv_heads)]
     return problems
 
 
-def _heads(model: str) -> tuple[int | None, int | None]:
+def model_heads(model: str) -> tuple[int | None, int | None]:
     """Attention heads and KV heads of a model in a folder; None where that cannot be told."""
     try:
         with open(os.path.join(model, "config.json"), encoding="utf-8") as file:

@@ -19,6 +19,8 @@ from verl_heddle.trajectory import Trajectory
 from verl_heddle.verl_plugin import checkpoint, layouts
 from verl_heddle.verl_plugin.agent_loop import HeddleWorker
 from verl_heddle.verl_plugin.client import HeddleClient
+from verl_heddle.verl_plugin.layout_choice import Chooser
+from verl_heddle.verl_plugin.lint import model_heads
 from verl_heddle.verl_plugin.prompts import first_turns
 from verl_heddle.verl_plugin.settings import options_of
 from verl_heddle.verl_plugin.shaping import Planner
@@ -61,6 +63,8 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
         """None: verl's own replicas."""
         if self.layouts is not None:
             self.layouts.changed = self._relaid
+            heads = model_heads(str(config.actor_rollout_ref.model.path))
+            self.chooser = Chooser(self.options.layout, rollout, self.layouts.gpus, int(config.trainer.n_gpus_per_node), *heads)
 
     @classmethod
     @auto_await
@@ -123,7 +127,7 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
             degrees = {name: replica.tp for name, replica in self.fleet.items()}
             self._step_times.learn(records, degrees, self._step_times_known)
         if self.layouts is not None:
-            self.layouts.wanted = self._next_layout(step, records)
+            self.layouts.wanted = self.chooser.next(step + 1, records, self.layouts.layout, self.layouts.reshard_s)
         try:
             return ray.get(self.router.step_ended.remote(step), timeout=self.options.deadlines.router_s)
         except Exception:
@@ -192,10 +196,6 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
         except Exception:
             self._router_lost = True
         ray.get([worker.servers_are.remote(self.servers) for worker in self.agent_loop_workers], timeout=deadline_s)
-
-    def _next_layout(self, step: int, records: list[Trajectory]) -> tuple[int, ...] | None:
-        """For the step after this one; None: the layout stays."""
-        return layouts.scheduled(self.options.layout.schedule or {}, step + 1)
 
     def _try_router(self) -> None:
         """Between steps, see whether Ray has restarted the router; if so, set it up and send the workers back to it."""

@@ -94,7 +94,7 @@ class _Watch:
         degrees = manager.layouts.layout
         now = {"replicas": len(degrees), "largest_tp": max(degrees), "smallest_tp": min(degrees), "static": manager.layouts.static}
         news = self._news("layout", Counter(manager.layouts.counts))
-        return {f"layout/{name}": float(value) for name, value in {**now, **news}.items()}
+        return {f"layout/{name}": float(value) for name, value in {**now, **news, **manager.chooser.metrics}.items()}
 
     def _news(self, source: str, counts: Counter[str]) -> Counter[str]:
         """What has been counted since the last step, by name; a source that started over counts from 0."""

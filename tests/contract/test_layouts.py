@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from verl_heddle.trajectory import Trajectory, Turn
 from verl_heddle.verl_plugin import layout_choice, layouts, trainer_rank
 from verl_heddle.verl_plugin.layouts import Home, Layouts, spans
 
@@ -233,3 +234,31 @@ def test_a_home_overrides_what_needs_a_first_server():
 
     asks = {name for name, one in vars(vLLMReplica).items() if inspect.isfunction(one) and "self.servers[0]" in inspect.getsource(one)}
     assert asks - {"launch_servers"} <= set(vars(Home))
+
+
+def test_the_plan_follows_the_lengths_and_says_why(capsys):
+    """One long trajectory beside a crowd, foreseen: mixed degrees. All alike: nothing to mix. An odd table: the layout stays."""
+    from omegaconf import OmegaConf
+
+    from verl_heddle.options import Layout
+
+    rollout = OmegaConf.create({"response_length": 40960, "prompt_length": 2048, "gpu_memory_utilization": 0.8, "max_num_seqs": 256})
+    chooser = layout_choice.Chooser(Layout(enable=True, times="qwen3-14b/h200"), rollout, 8, 8, 40, 8)
+
+    def records(lengths):
+        return [
+            Trajectory(
+                "verl", "w", f"p{i}", 0, 100, (Turn(0, tokens, gen_s=1.0, predicted_remaining=float(tokens)),), meta={"outcome": "finished"}
+            )
+            for i, tokens in enumerate(lengths)
+        ]
+
+    skewed = chooser.next(2, records([40_000] * 2 + [1000] * 800), (1,) * 8, 5.0)
+    assert sum(skewed) == 8 and max(skewed) > 1
+    assert chooser.metrics["gain_s"] > 0 and chooser.metrics["forecast_s"] < chooser.metrics["current_s"]
+    assert sum(value for name, value in chooser.metrics.items() if name.startswith("reason/")) == 1
+    assert "s a step expected" in capsys.readouterr().err
+    assert chooser.next(3, records([40_000] * 2 + [1000] * 800), skewed, 5.0) == skewed, "the same again: it stays"
+    assert chooser.next(4, [], skewed, None) is None
+    told = layout_choice.Chooser(Layout(enable=True, schedule={2: [4, 4]}), rollout, 8, 8, 40, 8)
+    assert told.next(2, [], (1,) * 8, None) == (4, 4) and told.metrics == {}

@@ -1,14 +1,19 @@
 """Arms side by side, and what is called a difference."""
 
+from dataclasses import replace
+
 import pytest
 from report_cases import small
 
 from verl_heddle.report.advice import advise, told, why
+from verl_heddle.report.document import document, schema
 from verl_heddle.report.draws import generated
 from verl_heddle.report.explain import explain
+from verl_heddle.report.mixed import mixed_layout
 from verl_heddle.report.setting import setting
 from verl_heddle.report.study import ARMS, loses, median_by, ranking, study, wins
 from verl_heddle.report.text import assumptions, plan_report, report
+from verl_heddle.report.words import mixture
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +99,37 @@ def test_plan_tries_more_slots_where_turns_wait():
     assert [trial.name for trial in advice.trials] == ["max_num_seqs"]
     assert "actor_rollout_ref.rollout.max_num_seqs=4" in advice.overrides
     assert any("max_num_seqs=4 instead of 2" in line for line in told(answer, advice))
+
+
+def test_plan_mixes_degrees_only_where_that_wins_in_every_draw(monkeypatch):
+    monkeypatch.setattr("verl_heddle.report.study.mixed_layout", lambda setting, source: (2, 1, 1))
+    answer = ranking(setting("qwen3-8b", "h200", 4), generated("search", 4, 4, [0, 1]), 1)
+    mixed = answer.rows["heddle_mixed"]
+    assert (mixed.layout, mixed.degrees, mixed.where) == ((2, 1, 1), "2+1+1", "on 2+1+1")
+    advice = advise(answer, 1)
+    assert not advice.row.layout and any(line.startswith("Do not mix degrees: 2+1+1") for line in told(answer, advice))
+
+    def faster(factors):
+        best = min(row.typical.makespan_s for row in answer.rows.values())
+        runs = tuple(replace(run, makespan_s=best * factor) for run, factor in zip(mixed.runs, factors, strict=True))
+        return replace(answer, rows=dict(answer.rows) | {"heddle_mixed": replace(mixed, runs=runs)})
+
+    assert not advise(faster([0.1, 10.0]), 1).row.layout
+    better = faster([0.1, 0.1])
+    advice = advise(better, 1)
+    assert advice.row.layout == (2, 1, 1) and advice.heddle
+    assert advice.overrides == ["heddle.layout.fixed=[2,1,1]", "heddle.place.enable=true", "+plugin=heddle"]
+    sentences = told(better, advice)
+    assert any(line.startswith("Mix degrees, 2+1+1: ") and "heddle.layout.enable=true" in line for line in sentences)
+    assert "'heddle.layout.fixed=[2,1,1]'" in plan_report(better, advice, sentences)
+    arm = next(one for one in document(better, sentences, advice)["arms"] if one["name"] == "heddle_mixed")
+    assert arm["layout"] == [2, 1, 1]
+    pytest.importorskip("jsonschema").Draft202012Validator(schema()).validate(document(answer, sentences, advise(answer, 1)))
+
+
+def test_the_mixed_layout_comes_from_history_and_fills_the_gpus():
+    for model, gpus in (("qwen3-8b", 16), ("qwen3-30b-a3b", 8)):
+        layout = mixed_layout(setting(model, "h200", gpus), generated("search", 2 * gpus, 16, [0]))
+        assert not layout or (sum(layout) == gpus and len(set(layout)) > 1 and list(layout) == sorted(layout, reverse=True))
+    assert mixed_layout(setting("qwen3-8b", "h200", 1), generated("search", 2, 4, [0])) == ()
+    assert mixture([1, 1, 4, 2]) == "4+2+1+1" and mixture([1] * 12 + [8, 8]) == "2x8+12x1"

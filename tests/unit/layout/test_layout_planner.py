@@ -8,15 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layout_cases import DENSE, HABIT, SPARSE, best_cut, layouts, site, sized, tempos
 
+from verl_heddle.latency import LatencyModel
 from verl_heddle.layout.feasible import problems
 from verl_heddle.layout.planner import LayoutReason, choose
-from verl_heddle.layout.price import coming, even_s, grouped_s, priced
+from verl_heddle.layout.price import coming, grouped_s, priced
 from verl_heddle.place.outlook import drain_s
 from verl_heddle.place.robust import plan
 
 STEP = coming(np.exp(np.random.default_rng(0).normal(8, 1, 60)), 0.2, 40_960)
-TAIL = coming([40_000.0] + [400.0] * 400, 0.05, 40_960)
-"""One long trajectory and a crowd: mixed degrees by construction."""
+TAIL = coming([40_000.0] + [2000.0] * 500, 0.02, 40_960)
+"""One long trajectory and a crowd: mixed degrees by construction, with degrees of falling efficiency."""
+
+WASTEFUL = LatencyModel.affine(0.01, 0.0005, tps=(1, 2, 4, 8), speedup={2: 1.5, 4: 2.6, 8: 3.0}, weight_load_s=2.0)
 
 steps = st.builds(
     coming,
@@ -85,18 +88,18 @@ def test_what_is_returned_can_be_and_stays(step, seed, shape, margin, horizon, c
 
 
 def test_a_long_tail_gets_mixed_degrees_where_it_pays():
-    where = site(gpus=8)
+    where = site(WASTEFUL, 8, slots=1024)
     choice = choose(TAIL, where, HABIT, (1,) * 8, reshard_s=10.0)
     assert choice.reason is LayoutReason.MIXED and max(choice.layout) > min(choice.layout)
-    times = tempos(DENSE, (1, 2, 4, 8), 401)
-    uniform = min(even_s(TAIL, tp, 8 // tp, times) for tp in times)
+    times = {tp: where.tempo(tp, 501, HABIT) for tp in (1, 2, 4, 8)}
+    uniform = min(priced(TAIL, (tp,) * (8 // tp), times).seconds for tp in times)
     assert choice.forecast_s < 0.98 * uniform
     again = choose(TAIL, where, HABIT, choice.layout, reshard_s=10.0)
     assert again.reason is LayoutReason.NO_BETTER and again.layout == choice.layout and not again.changes
 
 
 def test_staying_says_why():
-    where, here = site(gpus=8), (1,) * 8
+    where, here = site(WASTEFUL, 8), (1,) * 8
     free = choose(TAIL, where, HABIT, here, reshard_s=0.0)
     assert choose(TAIL, where, HABIT, here, reshard_s=free.gain_s * 4 + 1, horizon=4).reason is LayoutReason.BELOW_COST
     assert choose(TAIL, where, HABIT, here, reshard_s=0.0, horizon=0).reason is LayoutReason.BELOW_COST

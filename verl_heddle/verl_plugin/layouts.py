@@ -253,7 +253,7 @@ class Layouts:
         except RayActorError:
             return False
 
-    def fall_back(self, global_steps: int | None) -> None:
+    def fall_back(self, global_steps: int) -> None:
         """verl's own cut, for the rest of the run, with the weights of this step."""
         layout = (1,) * len(self._workers)
         self.static = True

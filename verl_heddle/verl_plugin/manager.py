@@ -21,7 +21,7 @@ from verl_heddle.verl_plugin.agent_loop import HeddleWorker
 from verl_heddle.verl_plugin.client import HeddleClient
 from verl_heddle.verl_plugin.layout_choice import Chooser
 from verl_heddle.verl_plugin.lint import model_heads
-from verl_heddle.verl_plugin.prompts import first_turns
+from verl_heddle.verl_plugin.prompts import first_turns, weights_of
 from verl_heddle.verl_plugin.settings import options_of
 from verl_heddle.verl_plugin.shaping import Planner
 from verl_heddle.verl_plugin.step_times import StepTimes
@@ -59,6 +59,7 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
         self._plans = not self.options.observe and self.options.place.enable and len(self.servers) > 1
         self._router_lost = False
         self._silent = 0
+        self._weights = -1
         self.layouts = layouts.LAYOUTS
         """None: verl's own replicas."""
         if self.layouts is not None:
@@ -84,8 +85,10 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
 
     def generate_sequences(self, prompts: Any) -> None:
         """Dispatch a batch; see `AgentLoopManagerTQ.generate_sequences`."""
-        if self.layouts is not None and not self.layouts.sound():
-            self.layouts.fall_back(prompts.meta_info.get("global_steps"))
+        if self.layouts is not None and (weights := weights_of(prompts)) != self._weights:
+            self._weights = weights  # the engines have just got them, and nobody is at work
+            if not self.layouts.sound():
+                self.layouts.fall_back(weights)
         if self._router_lost:
             self._try_router()
         if self.planner is not None:

@@ -21,6 +21,12 @@ def validates(prompts: Any) -> bool:
     return bool(prompts["validate"]) if "validate" in prompts else False
 
 
+def weights_of(prompts: Any) -> int:
+    """After which training step the weights were made that a batch is sampled with."""
+    step = int(prompts["global_steps"])
+    return step if validates(prompts) else step - 1
+
+
 def own_count(prompts: Any, row: int) -> int | None:
     """How often a prompt is to be sampled where it says so itself."""
     own = prompts[OWN_COUNT][row] if OWN_COUNT in prompts else None

@@ -13,11 +13,8 @@ from verl_heddle.fleet import Replica
 from verl_heddle.latency import LatencyModel
 from verl_heddle.place.audit import REST, Audit, Verdict
 from verl_heddle.place.books import Books
-from verl_heddle.place.choice import reading_s, soon, soonest
 from verl_heddle.place.decisions import Expected
-from verl_heddle.place.first import Batch, place_batch
-from verl_heddle.place.outlook import GRID, curves
-from verl_heddle.place.pace import Habit
+from verl_heddle.place.outlook import GRID
 from verl_heddle.place.replan import MOST_MOVES, Replanner
 from verl_heddle.place.sticky import StickyLeastInflight
 from verl_heddle.place.trust import FEWEST, Trust
@@ -130,6 +127,17 @@ def test_without_times_or_with_determinism_the_choices_are_verls(more):
             assert play.start(number, 10.0 ** rng.randrange(5)) == stock.acquire(identity(number).key)
             inside.add(number)
         assert play.planner.inflight == stock.inflight
+
+
+def test_when_times_are_not_known_any_more_verls_rule_decides_at_once_and_until_they_are():
+    play = Play(2)
+    play.start(0)
+    play.planner.learn(None)
+    assert not play.planner.plans and play.start(1)[1] is Reason.LEAST_INFLIGHT
+    for number in (0, 1):
+        play.finish(number)
+    play.planner.learn(LATENCY)
+    assert play.planner.plans and play.start(2)[1] is Reason.PLANNED
 
 
 def test_an_empty_fleet_speaks_verls_words():
@@ -312,52 +320,6 @@ def test_simulated_step_is_deterministic_faster_with_an_oracle_and_moves_little(
     assert not policy.planner._live and set(policy.planner.inflight.values()) == {0}
 
 
-def test_books_know_who_is_where():
-    books = Books(LATENCY)
-    for name in ("a", "b"):
-        books.add(Replica(name))
-    rows = curves(1000.0, 0.3)
-    books.put("k", "a", rows, "g")
-    assert books.homes_of("g") == [0] and books.drains()[0] > 0 == books.drains()[1]
-    books.put("k", "b", rows)
-    assert books.homes_of("g") == [1] and books.drains()[1] > 0 == books.drains()[0]
-    books.remove("b")
-    assert not books.residents and books.names == ["a"]
-
-
-def apart(medians, scale: float, replicas: int) -> Batch:
-    """A batch without prompts."""
-    return Batch(medians, curves(medians, scale, 40_960), np.zeros((len(medians), replicas)), [str(i) for i in range(len(medians))])
-
-
-def test_a_batch_keeps_siblings_together_where_prompts_are_long():
-    books = Books(LATENCY)
-    for number in range(4):
-        books.add(Replica(f"r{number}"))
-    books.tune(64, Habit())
-    medians, groups = np.full(32, 300.0), [f"g{number // 4}" for number in range(32)]
-    rows = curves(medians, 0.3, 40_960)
-    assert place_batch(books, Batch(medians, rows, np.zeros((32, 4)), groups)) is None, "stock's rule"
-    where = place_batch(books, Batch(medians, rows, np.full((32, 4), 5.0), groups))
-    assert where is not None and len(set(zip(groups, where, strict=True))) <= 12
-
-
-@pytest.mark.parametrize(("scale", "sizes"), [(0.02, "unequal"), (0.9, "even")])
-def test_a_batch_is_planned_where_lengths_are_known_and_left_to_stocks_rule_where_they_are_not(scale, sizes):
-    books = Books(LATENCY)
-    for number in range(4):
-        books.add(Replica(f"r{number}"))
-    books.tune(200, Habit())
-    medians = np.exp(np.random.default_rng(0).normal(8, 1 if scale < 0.5 else 0.05, 120))
-    where = place_batch(books, apart(medians, scale, 4))
-    if sizes == "even":
-        assert where is None
-    else:
-        assert where is not None and len(where) == 120
-        counts = np.bincount(where, minlength=4)
-        assert counts[where[int(medians.argmax())]] < 20 and counts.max() > 35
-
-
 @pytest.mark.parametrize("ahead", [True, False])
 def test_who_knows_nothing_does_what_stock_does_choice_for_choice(ahead):
     """First turns at least: the same replicas, drawn with the same random numbers."""
@@ -370,35 +332,3 @@ def test_who_knows_nothing_does_what_stock_does_choice_for_choice(ahead):
     for number in range(40):
         name = identity(number)
         assert play.planner.acquire(TurnStart(name, name.key, 0, 100, 0), same)[0] == stock.acquire(name.key)[0]
-
-
-def test_a_batch_is_placed_on_unequal_replicas_too():
-    books = Books(LATENCY)
-    for number, (tp, slots) in enumerate([(1, 8), (1, 256), (2, 256)]):
-        books.add(Replica(f"r{number}", tp, slots))
-    books.tune(100, Habit())
-    medians = np.full(60, 4000.0)
-    counts = np.bincount(place_batch(books, apart(medians, 0.4, 3)), minlength=3)
-    assert counts.sum() == 60 and counts[0] < counts[1] <= counts[2]
-
-
-@given(
-    st.lists(st.tuples(st.integers(0, 3), st.floats(1.0, 1e5), st.floats(0.02, 2.0)), max_size=40),
-    st.floats(1e-3, 1e5),
-    st.floats(0.02, 2.0),
-)
-@settings(max_examples=100, deadline=None)
-def test_bounds_find_what_asking_every_replica_finds(residents, tokens, scale):
-    """The choices of `choice` against all drain times; residents live on one or two kinds of replicas, some with short KV cache."""
-    books = Books(LATENCY)
-    for number in range(4):
-        books.add(Replica(f"r{number}", tp=1 + number % 2, kv_tokens=20_000 if number < 2 else None))
-    books.tune(64, Habit(turn_tokens=300.0, growth=1.5))
-    for number, (home, median, spread) in enumerate(residents):
-        books.put(str(number), f"r{home}", curves(median, spread))
-    rows, reading = curves(tokens, scale), reading_s(books, LATENCY, 5000, [1])
-    every = books.drains_with(rows, range(4)) + reading
-    assert every[soonest(books, rows, reading)] <= every.min() * (1 + 1e-9)
-    assert (books.drains_with(rows, range(4)) >= books.drains() * (1 - 1e-9)).all(), "one more makes nothing shorter"
-    order = [number for number in np.argsort(every, kind="stable") if number != 2 and every[number] <= 0.9 * every[2]]
-    assert soon(books, rows, reading, 2, 0.9 * every[2]).tolist() == order

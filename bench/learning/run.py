@@ -14,6 +14,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections import Counter, defaultdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -25,7 +26,8 @@ from verl_heddle.compare.campaign import numbers
 from verl_heddle.compare.launch import METRICS
 
 RESULT, PICTURE = ROOT / "bench/results/cpu/learning.json", ROOT / "bench/learning/curves.png"
-EVERY = 10
+EVERY, SAMPLES = 10, 4
+"""Steps between validations; the recipe's samples per prompt."""
 LOOSE = "heddle.shape.enable=true heddle.shape.length_bias=1 heddle.shape.prompt_bias=1 heddle.shape.mixed_loss=1"
 ARMS = {
     "shortest": f"{LOOSE} heddle.shape.spare=2 heddle.shape.uniform=true heddle.shape.longest=0",
@@ -72,13 +74,28 @@ def _validation(row: dict[str, float]) -> float | None:
     return fmean(found) if found else None
 
 
+def exactness(folder: Path, logged: dict[int, dict[str, float]], samples: int) -> dict[str, int]:
+    """Of one run: groups trained on, those without exactly n rows or with a row twice, and requests left in engines after steps."""
+    groups = wrong = 0
+    for path in (folder / "rollouts").glob("*.jsonl"):
+        keys = [json.loads(line)["uid"] for line in path.read_text().splitlines()]
+        counts = Counter(key.split("_")[0] for key in keys)
+        groups += len(counts)
+        wrong += sum(count != samples for count in counts.values()) + len(keys) - len(set(keys))
+    left = sum(int(row.get("heddle/engines/requests_left", 0)) for row in logged.values())
+    return {"groups": groups, "wrong_groups": wrong, "requests_left": left}
+
+
 def gathered(out: Path) -> dict[str, Any]:
     """Every finished run's curves by arm and pair, and the table."""
     told = json.loads((out / "compare.json").read_text())
     curves: dict[str, dict[str, dict[str, list[float]]]] = {}
+    exact: dict[str, Counter[str]] = defaultdict(Counter)
     for run in told["runs"]:
         if run["state"] == "finished":
-            curves.setdefault(run["arm"], {})[str(run["pair"])] = learnt(numbers(out / run["folder"] / METRICS))
+            logged = numbers(out / run["folder"] / METRICS)
+            curves.setdefault(run["arm"], {})[str(run["pair"])] = learnt(logged)
+            exact[run["arm"]].update(exactness(out / run["folder"], logged, SAMPLES))
     rows = {}
     for arm, runs in curves.items():
         ends = [fmean(curve["validation"][-2:]) for curve in runs.values()]
@@ -91,6 +108,7 @@ def gathered(out: Path) -> dict[str, Any]:
             "response_tokens_end": fmean(fmean(curve["response_tokens"][-10:]) for curve in runs.values()),
             "wall_s": fmean(sum(curve["step_s"]) for curve in runs.values()),
             "rollout_s": fmean(sum(curve["rollout_s"]) for curve in runs.values()),
+            **exact[arm],
         }
     return {"command": told.get("command"), "arms": ARMS, "rows": rows, "curves": curves}
 

@@ -99,6 +99,7 @@ def test_a_full_disk_costs_the_trace_not_the_metrics(monkeypatch, tmp_path, caps
 
     class Manager:
         servers = ("r0",)
+        layouts = None
         config = OmegaConf.create(
             {"actor_rollout_ref": {"rollout": {"tensor_model_parallel_size": 2, "max_num_seqs": 8, "scheduling_policy": "priority"}}}
         )

@@ -85,7 +85,13 @@ ROWS = (
     Row("TensorRT-LLM", REFUSED, "as SGLang", ("tests/contract/test_config.py",), "actor_rollout_ref.rollout.name=trtllm"),
     Row("several replicas", RUNS, "2 on one machine", ("tests/faults/test_router_death.py",)),
     Row("CPU, `+machine=cpu`", RUNS, "every test with engines", (TRAINING, "tests/e2e/test_coding.py", "tests/e2e/test_compare.py")),
-    Row("NVIDIA GPUs, tensor parallelism above 1, several nodes", UNTRIED, "nothing is known that stands in the way"),
+    Row(
+        "replicas of mixed tensor parallelism, changed between steps",
+        RUNS,
+        "[1,1,1], [2,1] and back, on a CPU; every shard compared with the trainer's weights",
+        ("tests/e2e/test_layouts.py::test_after_every_update_each_engine_holds_the_trainers_weights",),
+    ),
+    Row("NVIDIA GPUs, several nodes", UNTRIED, "nothing is known that stands in the way"),
     Row("Python 3.12", UNTRIED, "tests run on 3.11; set-up and metadata accept 3.12"),
 )
 

@@ -23,6 +23,7 @@ REPLICAS = {1: 3, 2: 3, 3: 2, 4: 2, 5: 3, 6: 3, 7: 2, 8: 3}
 PARAMETERS = 17
 """Of the tiny model as vLLM stacks them, in each worker."""
 VLLMS_OWN = r"psm_\w+|.*-cpushm_\d+"
+"""verl's runs end with vLLM's processes being killed, stock or not, which leaves their message queues: up to three for a worker."""
 PAIR = 3
 """Replica rank of the engine of two: it begins on GPU 0 of 3."""
 
@@ -100,7 +101,5 @@ def test_engines_are_launched_once_and_nothing_is_left_behind(run, before):
     assert launches == {1: 3, 2: 0, 3: 1, 4: 0, 5: 0, 6: 0, 7: 0, 8: 0}
     processes, memory = ours()
     assert not processes - before[0]
-    left = [name for name in memory - before[1] if not re.fullmatch(VLLMS_OWN, name)]
-    assert not left and len(memory - before[1]) <= 2 * 5 + 1, (
-        "verl ends vLLM's processes in a way that leaves their message queues, as ever"
-    )
+    left = memory - before[1]
+    assert all(re.fullmatch(VLLMS_OWN, name) for name in left) and len(left) <= 3 * 5, left

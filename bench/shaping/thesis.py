@@ -40,7 +40,7 @@ sys.path.insert(0, str(ROOT))
 from bench.shaping.arms import FREE
 from bench.shaping.cases import Pool, pooled
 from verl_heddle.options import Shape
-from verl_heddle.place.outlook import GRID, clock, curves, laws, log_ended
+from verl_heddle.place.outlook import GRID, clock, curves, late_s, laws, log_ended
 from verl_heddle.place.pace import Tempo, habit_of
 from verl_heddle.place.robust import RobustPlan
 from verl_heddle.place.robust import plan as robust_plan
@@ -178,7 +178,7 @@ def expected_s(found: RobustPlan, rows: np.ndarray, tempos: dict[int, Tempo]) ->
     """Expected makespan of the fleet: the mean of the slowest replica, which is more than the slowest mean (`place.outlook`)."""
     both = [laws(rows[list(group)].sum(axis=0), tempos[tp]) for group, tp in zip(found.groups, found.layout, strict=True) if group]
     reached, ended = (np.stack(part) for part in zip(*both, strict=True))
-    times = clock(reached, ended)
+    times = clock(float(late_s(reached, ended).max()))
     total = sum(log_ended(times, one, other) for one, other in zip(reached, ended, strict=True))
     return float(-np.expm1(total).sum() * times[1])
 

@@ -118,9 +118,15 @@ def test_plan_mixes_degrees_only_where_that_wins_in_every_draw(monkeypatch):
     better = faster([0.1, 0.1])
     advice = advise(better, 1)
     assert advice.row.layout == (2, 1, 1) and advice.heddle
-    assert advice.overrides == ["heddle.layout.fixed=[2,1,1]", "heddle.place.enable=true", "+plugin=heddle"]
+    assert advice.overrides == [
+        "actor_rollout_ref.rollout.tensor_model_parallel_size=1",
+        "heddle.place.enable=true",
+        "heddle.layout.enable=true",
+        "heddle.layout.fixed=[2,1,1]",
+        "+plugin=heddle",
+    ]
     sentences = told(better, advice)
-    assert any(line.startswith("Mix degrees, 2+1+1: ") and "heddle.layout.enable=true" in line for line in sentences)
+    assert any(line.startswith("Mix degrees, 2+1+1: ") and "heddle.layout.times=qwen3-8b/h200" in line for line in sentences)
     assert "'heddle.layout.fixed=[2,1,1]'" in plan_report(better, advice, sentences)
     arm = next(one for one in document(better, sentences, advice)["arms"] if one["name"] == "heddle_mixed")
     assert arm["layout"] == [2, 1, 1]

@@ -17,8 +17,8 @@ examples:
   for your own run, recorded by +plugin=observe, against the tp you use now
       verl-heddle plan --trace checkpoints/p/e/heddle/trace.jsonl --model qwen3-14b --gpus 64 --tp 2 --slots 256
 
-Every fixed degree that holds the model is simulated under stock verl and under heddle. A change is advised only where it is
-faster in every draw.
+Every fixed degree that holds the model is simulated under stock verl and under heddle, and heddle on mixed degrees as well, where a
+mix is forecast to be better than one degree for all. A change is advised only where it is faster in every draw.
 """
 
 
@@ -27,7 +27,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "plan",
         help="which tensor parallelism and settings to use, with the overrides to paste",
-        description="Rank every fixed tensor-parallel degree under stock verl and heddle, and print what to add to your verl command.",
+        description="Rank tensor-parallel degrees, fixed under stock verl and heddle, and mixed under heddle; print what to add to your "
+        "verl command.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

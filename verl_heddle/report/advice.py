@@ -1,7 +1,8 @@
 """Which tensor-parallel degree and settings to use, from a `study.ranking`: the answer of `verl-heddle plan`.
 
 The user's own degree stays unless another one is faster in every draw and by enough (`study.wins`); heddle is recommended on the same
-terms. Where turns wait in the chosen arm, more slots or more KV memory are tried as well.
+terms, and so are mixed degrees, against the fastest row of one degree. Where turns wait in the chosen arm, more slots or more KV memory
+are tried as well.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from statistics import median_low
 from verl_heddle.report.explain import cause, crowded, gain, situation
 from verl_heddle.report.pool import Pool
 from verl_heddle.report.setting import Setting
-from verl_heddle.report.study import Answer, Row, loses, wins
+from verl_heddle.report.study import MIXED, Answer, Row, loses, wins
 from verl_heddle.report.words import percent, ratio, seconds
 
 WAITS = 0.05
@@ -46,13 +47,20 @@ class Advice:
     @property
     def settings(self) -> dict[str, str]:
         """verl's keys and values."""
-        chosen = {f"{ROLLOUT}.tensor_model_parallel_size": str(self.row.tp)}
+        if self.row.layout:
+            degrees = f"[{','.join(map(str, self.row.layout))}]"
+            chosen = {f"{ROLLOUT}.tensor_model_parallel_size": "1", "heddle.place.enable": "true"}  # what a layout needs
+            chosen |= {"heddle.layout.enable": "true", "heddle.layout.fixed": degrees}
+        else:
+            chosen = {f"{ROLLOUT}.tensor_model_parallel_size": str(self.row.tp)}
         return chosen | {f"{ROLLOUT}.{trial.name}": trial.value for trial in self.trials if trial.safe and wins(trial.ratios)}
 
     @property
     def overrides(self) -> list[str]:
         """To paste behind a verl command."""
-        return [*(f"{key}={value}" for key, value in self.settings.items()), f"+plugin={'heddle' if self.heddle else 'observe'}"]
+        settings = [f"{key}={value}" for key, value in self.settings.items()]
+        plugin = f"+plugin={'heddle' if self.heddle else 'observe'}"
+        return [*settings, plugin]
 
 
 def advise(answer: Answer, jobs: int | None = None) -> Advice:
@@ -64,13 +72,31 @@ def advise(answer: Answer, jobs: int | None = None) -> Advice:
         stock = next(row for row in stocks if row.tp == answer.setting.tp)
     best = min(heddles.values(), key=lambda row: (row.typical.makespan_s, row.tp))
     chosen, heddle = (best, True) if wins(best.ratios(stock)) else (stock, False)
+    mixed = answer.rows.get(MIXED)
+    if mixed is not None and wins(mixed.ratios(_fastest(answer))):
+        chosen, heddle = mixed, True
     return Advice(chosen, heddle, tuple(_trials(answer, chosen, jobs)))
+
+
+def _fastest(answer: Answer) -> Row:
+    """The best of the rows with one degree, whatever their rule."""
+    fixed = [row for row in answer.rows.values() if not row.layout]
+    return min(fixed, key=lambda row: row.typical.makespan_s)
 
 
 def told(answer: Answer, advice: Advice) -> list[str]:
     """The advice in plain sentences, reasons first."""
     row, tp = advice.row, answer.setting.tp
     lines = [situation(answer), cause(answer)]
+    if row.layout:
+        best = _fastest(answer)
+        lines.append(
+            f"Mix degrees, {row.degrees}: {gain(row.speedups)} as fast as stock at tp={tp}, {gain(row.ratios(best))} as fast as the best "
+            f"fixed degree ({best.rule}, tp={best.tp}), {percent(row.bound_fraction)} of the bound. With "
+            f"heddle.layout.times={answer.setting.model.replace(' on ', '/').lower()} instead of heddle.layout.fixed the plugin chooses "
+            "anew between steps."
+        )
+        return lines + [_trial_told(trial, answer.setting) for trial in advice.trials]
     if row.tp != tp:
         lines.append(f"Use tp={row.tp}: {gain(row.speedups)} as fast as stock at tp={tp}, {percent(row.bound_fraction)} of the bound.")
     else:
@@ -84,7 +110,19 @@ def told(answer: Answer, advice: Advice) -> list[str]:
         lines.append(
             f"heddle's priorities {verdict} at tp={row.tp}: {gain(ratios)}. +plugin=observe keeps verl's decisions and shows the step."
         )
+    lines += _mixed_told(answer)
     return lines + [_trial_told(trial, answer.setting) for trial in advice.trials]
+
+
+def _mixed_told(answer: Answer) -> list[str]:
+    """Why degrees are not mixed."""
+    mixed = answer.rows.get(MIXED)
+    if mixed is None:
+        return ["Do not mix degrees: one for all is forecast to be as good."] if len(answer.setting.bound_tps) > 1 else []
+    best = _fastest(answer)
+    ratios = mixed.ratios(best)
+    verdict = "loses" if loses(ratios) else "makes no difference beyond chance"
+    return [f"Do not mix degrees: {mixed.degrees} {verdict} against the best fixed one ({best.rule}, tp={best.tp}): {gain(ratios)}."]
 
 
 def why(row: Row) -> str:
@@ -92,7 +130,7 @@ def why(row: Row) -> str:
     last = row.typical.last
     own = max(0.0, last.alone_s - last.tail["tool_s"] - last.tail["other_s"])
     parts = {
-        f"its own tokens at tp={row.tp}": own,
+        f"its own tokens at tp={row.tp}" if not row.layout else "its own tokens": own,
         "sharing a replica": last.shared_s,
         "waiting": last.tail["queue_s"],
         "tools": last.tail["tool_s"],

@@ -82,6 +82,7 @@ def arm(row: Row) -> dict[str, Any]:
         "title": row.title,
         "rule": row.rule,
         "tp": row.tp,
+        **({"layout": list(row.layout)} if row.layout else {}),
         "speedup": row.speedup,
         "speedup_range": [min(row.speedups), max(row.speedups)],
         "bound_fraction": row.bound_fraction,

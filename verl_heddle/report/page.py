@@ -6,6 +6,7 @@ The look is in `page.html.j2`; this file computes what it shows. Names out of tr
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ def page(answer: Answer, sentences: Sequence[str], shown: Sequence[Scene], shell
         subtitle=f"One step of rollouts with {setting.model.rsplit(' on ', 1)[0]}, simulated: {_size(answer)}.",
         tiles=_tiles(answer, advice),
         sentences=sentences,
-        overrides="" if advice is None else "\n".join(advice.overrides),
+        overrides="" if advice is None else "\n".join(map(quote, advice.overrides)),
         rows=[_row(row, answer) for row in answer.rows.values() if advice is None or row.name != "stock"],
         ranges="In brackets: lowest and highest over the draws." if len(answer.source.draws) > 1 else "",
         scenes=list(_scenes(shown)),
@@ -76,7 +77,7 @@ def _tiles(answer: Answer, advice: Advice | None) -> list[dict[str, str]]:
         best = advice.row
     base = stock.typical.makespan_s
     stays = (best.rule, best.tp) == (stock.rule, stock.tp)
-    note = "stock as it is: nothing gains 2 %" if stays else f"{best.title}, tp={best.tp}: {ratio(best.speedup)}"
+    note = "stock as it is: nothing gains 2 %" if stays else f"{best.title}, {best.where}: {ratio(best.speedup)}"
     idle, share = percent(stock.typical.idle_share), percent(answer.bound_s / base)
     shortest_s = seconds(best.typical.makespan_s)
     tiles = (
@@ -96,7 +97,7 @@ def _row(row: Row, answer: Answer) -> dict[str, Any]:
     return {
         "title": row.title,
         "name": row.name,
-        "tp": row.tp,
+        "tp": row.degrees,
         "width": round(100 * run.makespan_s / widest, 2),
         "bound": round(min(99.5, 100 * low / widest), 2),
         "parts": [{"kind": key.removesuffix("_s"), "width": round(100 * value / total, 3)} for key, value in run.tail.items()],

@@ -35,6 +35,8 @@ class Rule:
     learns: bool = False
     knows: bool = False
     preempts: bool = False
+    mixed: bool = False
+    """On `Setting.mixed`, where there is one, instead of one degree for all."""
 
 
 RULES: Mapping[str, Rule] = {
@@ -52,6 +54,14 @@ RULES: Mapping[str, Rule] = {
         "priority",
         learns=True,
         preempts=True,
+    ),
+    "heddle_mixed": Rule(
+        "heddle on mixed degrees, placing",
+        lambda seed: Orchestrator(Options(seed=seed, place=Place(enable=True))),
+        "priority",
+        learns=True,
+        preempts=True,
+        mixed=True,
     ),
     "lpt_oracle": Rule("oracle: longest first, true lengths", order="priority", knows=True),
 }
@@ -105,7 +115,8 @@ def play(name: str, tp: int, setting: Setting, draw: Draw) -> list[Result]:
         ValueError: what `simulate` does not take.
     """
     rule = RULES[name]
-    fleet, engine = setting.fleet(tp), setting.engine(rule.order)
+    fleet = setting.mixed_fleet() if rule.mixed and setting.mixed else setting.fleet(tp)
+    engine = setting.engine(rule.order)
     if rule.preempts:
         rule_of = Preempt()
         engine = replace(engine, preempt_margin=rule_of.margin, preempt_limit=rule_of.max_preemptions, ageing_per_s=rule_of.ageing_per_s)

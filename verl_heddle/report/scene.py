@@ -25,11 +25,11 @@ class Scene:
     @property
     def title(self) -> str:
         """For example "stock verl, tp=1"."""
-        return f"{RULES[self.row.rule].title}, tp={self.row.tp}"
+        return f"{RULES[self.row.rule].title}, {self.row.where}"
 
     @property
     def idle_share(self) -> float:
-        """Share of its makespan in which a replica had nothing to do, mean over GPUs (all replicas are alike)."""
+        """Share of its makespan in which a replica had nothing to do, mean over replicas."""
         return max(0.0, float(self.result.summary()["idle_share"]))
 
 

@@ -42,6 +42,8 @@ class Setting:
     slots: int = DEFAULT_SLOTS
     utilization: float = UTILIZATION
     overhead_s: float = 0.0
+    mixed: tuple[int, ...] = ()
+    """Degrees of a mixed layout that is asked about beside the fixed degrees, most GPUs first; none: not asked."""
 
     @property
     def model(self) -> str:
@@ -66,6 +68,10 @@ class Setting:
     def fleet(self, tp: int) -> list[Replica]:
         """All GPUs cut into replicas of one degree."""
         return make_fleet(self.gpus, tp, self.latency, self.slots, self.kv_tokens)
+
+    def mixed_fleet(self) -> list[Replica]:
+        """All GPUs cut as `mixed` says."""
+        return make_fleet(self.gpus, self.mixed, self.latency, self.slots, self.kv_tokens)
 
     def engine(self, order: Literal["fcfs", "priority"]) -> EngineOptions:
         """vLLM's settings; with more slots than verl's token budget the budget grows to it, since vLLM refuses less."""

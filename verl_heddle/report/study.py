@@ -8,15 +8,17 @@ sign in every draw and its median is at least `WORTH`; everything else is called
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import median_low
 from typing import TypeVar
 
 from verl_heddle.report.draws import Source
+from verl_heddle.report.mixed import mixed_layout
 from verl_heddle.report.play import RULES, Run
 from verl_heddle.report.pool import Pool, Progress, Wanted
 from verl_heddle.report.setting import Setting
+from verl_heddle.report.words import mixture
 from verl_heddle.simulate import Bound
 
 T = TypeVar("T")
@@ -24,7 +26,9 @@ T = TypeVar("T")
 WORTH = 1.02
 """Smallest ratio of makespans called a difference: 2 %, about what other tie-breaks of the router move a large step by."""
 
-PEERS = tuple(name for name in RULES if name not in ("stock", "heddle", "heddle_place", "lpt_oracle"))
+MIXED = "heddle_mixed"
+
+PEERS = tuple(name for name in RULES if name not in ("stock", "heddle", "heddle_place", "heddle_mixed", "lpt_oracle"))
 
 ARMS = ("stock", "stock_best_tp", *PEERS, "heddle", "heddle_place", "heddle_best_tp", "lpt_oracle")
 """Every arm of `study`, in the order of a table."""
@@ -41,6 +45,18 @@ class Row:
     runs: tuple[Run, ...]
     bounds_s: tuple[float, ...]
     stock: tuple[Run, ...]
+    layout: tuple[int, ...] = ()
+    """Of mixed degrees; `tp` is then the highest."""
+
+    @property
+    def degrees(self) -> str:
+        """As "4", or "4+2+1+1", or "2x8+12x4" of a mixed layout."""
+        return mixture(self.layout) if self.layout else str(self.tp)
+
+    @property
+    def where(self) -> str:
+        """As "tp=4", or "on 4+2+1+1"."""
+        return f"on {self.degrees}" if self.layout else f"tp={self.tp}"
 
     @cached_property
     def typical(self) -> Run:
@@ -149,17 +165,21 @@ def study(setting: Setting, source: Source, arms: Sequence[str], jobs: int | Non
 
 
 def ranking(setting: Setting, source: Source, jobs: int | None = None, progress: Progress | None = None) -> Answer:
-    """Simulate stock and heddle at every degree that works; rows `stock`, then `stock_tp<n>` and `heddle_tp<n>`, fastest first.
+    """Simulate stock and heddle at every degree that works, and heddle on the best mixed layout; rows `stock`, then `stock_tp<n>`,
+    `heddle_tp<n>` and `heddle_mixed`, fastest first.
 
     Raises:
         ValueError: a replica of the user's degree does not hold the longest turn.
     """
     wanted: list[Wanted] = [(rule, tp) for rule in ("stock", "heddle") for tp in _able(setting, source)]
+    setting = replace(setting, mixed=mixed_layout(setting, source))
+    if setting.mixed:
+        wanted.append((MIXED, max(setting.mixed)))
     with Pool(setting, source.draws, len(wanted) + 1, jobs, progress) as pool:
         bounds, runs = pool.bounds(), pool.runs(wanted)
     order = sorted(wanted, key=lambda arm: (_median_s(runs[arm]), wanted.index(arm)))  # of equals stock, then the smaller degree
-    at = {"stock": ("stock", setting.tp)} | {f"{rule}_tp{tp}": (rule, tp) for rule, tp in order}
-    return Answer(setting, source, _rows(at, runs, bounds, setting.tp), bounds)
+    at = {"stock": ("stock", setting.tp)} | {rule if rule == MIXED else f"{rule}_tp{tp}": (rule, tp) for rule, tp in order}
+    return Answer(setting, source, _rows(at, runs, bounds, setting.tp, setting.mixed), bounds)
 
 
 def _able(setting: Setting, source: Source) -> tuple[int, ...]:
@@ -171,11 +191,24 @@ def _median_s(runs: Sequence[Run]) -> float:
 
 
 def _rows(
-    at: Mapping[str, Wanted], runs: Mapping[Wanted, tuple[Run, ...]], bounds: tuple[tuple[Bound, ...], ...], tp: int
+    at: Mapping[str, Wanted],
+    runs: Mapping[Wanted, tuple[Run, ...]],
+    bounds: tuple[tuple[Bound, ...], ...],
+    tp: int,
+    mixed: tuple[int, ...] = (),
 ) -> dict[str, Row]:
     lows = tuple(sum(one.makespan_s for one in steps) / len(steps) for steps in bounds)
     titles = {"stock_best_tp": "stock verl at its best fixed tp", "heddle_best_tp": "heddle at stock's best tp"}
     return {
-        name: Row(name, titles.get(name, RULES[rule].title), rule, degree, runs[rule, degree], lows, runs["stock", tp])
+        name: Row(
+            name,
+            titles.get(name, RULES[rule].title),
+            rule,
+            degree,
+            runs[rule, degree],
+            lows,
+            runs["stock", tp],
+            mixed if rule == MIXED else (),
+        )
         for name, (rule, degree) in at.items()
     }

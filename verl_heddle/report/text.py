@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from shlex import quote
 
 from verl_heddle.report.advice import Advice, forecast, why
 from verl_heddle.report.study import Answer, Row
@@ -84,7 +85,7 @@ def plan_report(answer: Answer, advice: Advice, sentences: Sequence[str]) -> str
     """Everything `verl-heddle plan` prints: the ranking, the reasons, the overrides."""
     ranked = [row for name, row in answer.rows.items() if name != "stock"]
     columns: list[tuple[str, Callable[[Row], str]]] = [
-        ("tp", lambda row: str(row.tp)),
+        ("tp", lambda row: row.degrees),
         ("rule", lambda row: row.rule + (" (now)" if (row.rule, row.tp) == ("stock", answer.setting.tp) else "")),
         ("makespan s", _makespans),
         ("against now", lambda row: spread(row.speedups, row.speedup, "{:.2f}x")),
@@ -92,7 +93,7 @@ def plan_report(answer: Answer, advice: Advice, sentences: Sequence[str]) -> str
         ("of bound", lambda row: f"{100 * row.bound_fraction:.0f} %"),
         ("what the last trajectory did most", why),
     ]
-    block = " \\\n  ".join(advice.overrides)
+    block = " \\\n  ".join(map(quote, advice.overrides))
     parts = [
         "\n".join(assumptions(answer)),
         _aligned(ranked, columns, left=("tp", "rule", columns[-1][0])),

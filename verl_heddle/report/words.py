@@ -40,6 +40,14 @@ def spread(values: Sequence[float], middle: float, form: str = "{:.2f}") -> str:
     return form.format(middle) if low == high else f"{form.format(middle)} ({low}..{high})"
 
 
+def mixture(layout: Sequence[int]) -> str:
+    """Degrees of a layout, large ones first: "4+2+1+1", from five replicas on "2x8+12x4" for two of 8 and twelve of 4."""
+    falling = sorted(layout, reverse=True)
+    if len(falling) <= 4:
+        return "+".join(map(str, falling))
+    return "+".join(f"{falling.count(tp)}x{tp}" for tp in dict.fromkeys(falling))
+
+
 def listed(items: Sequence[str]) -> str:
     """As "a", "a and b", "a, b and c"."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"

@@ -7,6 +7,7 @@ it has not tried. Its trajectories are those of the step that is over, its cost 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 from verl_heddle import latency
@@ -52,7 +53,9 @@ def first(given: Mapping[str, Any], gpus: int, gpus_per_node: int, utilization: 
             tp for tp in degrees(gpus_per_node, latency=times(given["times"]), gpu_memory_utilization=utilization) if gpus % tp == 0
         )
     if not able:
-        raise ValueError(f"no degree within a node of {gpus_per_node} GPUs holds {given['times']} in {utilization:g} of the memory")
+        raise ValueError(
+            f"no degree within a node of {gpus_per_node} GPUs holds {given['times']} in {utilization:g} of the memory (rollout.gpu_memory_utilization)"
+        )
     return (min(able),) * (gpus // min(able))
 
 
@@ -92,7 +95,8 @@ class Chooser:
         except Exception as error:
             say_once(f"the layout stays, planning failed ({type(error).__name__}: {error})")
             return None
-        self.metrics = {"forecast_s": choice.forecast_s, "current_s": choice.current_s, "gain_s": choice.gain_s, "cost_s": choice.cost_s}
+        told = {"forecast_s": choice.forecast_s, "current_s": choice.current_s, "gain_s": choice.gain_s, "cost_s": choice.cost_s}
+        self.metrics = {name: value for name, value in told.items() if isfinite(value)}
         self.metrics |= {f"reason/{reason}": float(reason is choice.reason) for reason in LayoutReason}
         if choice.changes:
             expected_s = f"{choice.forecast_s:.1f} s a step expected, {choice.current_s:.1f} s under {list(current)}"

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from verl_heddle.layout.feasible import problems as layout_problems
 from verl_heddle.options import Options, check
 from verl_heddle.shape.settings import check as shape_problems
-from verl_heddle.verl_plugin.layout_choice import times
+from verl_heddle.verl_plugin.layout_choice import first, times
 from verl_heddle.verl_plugin.settings import options_of
 
 GATE = "verl_heddle.verl_plugin.gate"
@@ -133,6 +133,7 @@ def _layout(config: DictConfig, options: Options) -> list[str]:
     if not given:
         try:
             times(options.layout.times)
+            first({"times": options.layout.times}, per_node * nodes, per_node, float(_get(config, f"{rollout}.gpu_memory_utilization")))
         except ValueError as error:
             problems.append(f"heddle.layout.times: {error}; or name the degrees yourself, as heddle.layout.fixed=[2,1,1]")
     for key, layout in given.items():

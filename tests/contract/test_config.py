@@ -110,7 +110,7 @@ LAYOUT = [
         (["heddle.layout.margin=2"], "margin"),
         ([], "qwen3-14b/h200"),
         (["heddle.layout.times=gpt-9/h200"], "gpt-9"),
-        (["heddle.layout.times=qwen3-8b/h200", "actor_rollout_ref.rollout.gpu_memory_utilization=0.1"], "in 0.1 of the memory"),
+        (["heddle.layout.times=qwen3-8b/h200", "actor_rollout_ref.rollout.gpu_memory_utilization=0.02"], "in 0.02 of the memory"),
         (["heddle.layout.fixed=[4,4]", "heddle.observe=true"], "observe"),
         (["heddle.layout.fixed=[4,4]", "actor_rollout_ref.rollout.tensor_model_parallel_size=2"], "set it to 1"),
         (["heddle.layout.fixed=[4,4]", "actor_rollout_ref.rollout.engine_kwargs.vllm.additional_config=null"], "without effect"),

@@ -53,9 +53,8 @@ def first(given: Mapping[str, Any], gpus: int, gpus_per_node: int, utilization: 
             tp for tp in degrees(gpus_per_node, latency=times(given["times"]), gpu_memory_utilization=utilization) if gpus % tp == 0
         )
     if not able:
-        raise ValueError(
-            f"no degree within a node of {gpus_per_node} GPUs holds {given['times']} in {utilization:g} of the memory (rollout.gpu_memory_utilization)"
-        )
+        share = f"{utilization:g} of the memory (rollout.gpu_memory_utilization)"
+        raise ValueError(f"no degree within a node of {gpus_per_node} GPUs holds {given['times']} in {share}")
     return (min(able),) * (gpus // min(able))
 
 

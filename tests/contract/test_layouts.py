@@ -161,6 +161,7 @@ def test_an_engine_that_sleeps_is_used_again():
 def test_with_room_for_one_engine_a_change_is_a_relaunch():
     async def play():
         made, _ = await opened(1)
+        assert made.reshard_s is not None and not made.counts["switches"], "what launching took"
         made.wanted = (2, 1, 1)
         await night(made)
         assert (made.counts["launches"], made.counts["shut_down"]) == (5, 2) and made.reshard_s is not None

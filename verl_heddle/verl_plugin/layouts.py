@@ -116,6 +116,7 @@ class Layouts:
         """In the order of their last use."""
         self._most = 1
         self._asleep = 0
+        self._launch_s: float | None = None
 
     async def open(self, home: Home, group: Any) -> None:
         """verl starts its replicas, all together: each home launches the engine that begins there."""
@@ -129,7 +130,9 @@ class Layouts:
             self.layout = layout
         own = next((span for span in spans(self.layout) if span[0] == home.replica_rank), None)
         if own is not None:
+            began = time.monotonic()
             await self._launch(own)
+            self._launch_s = max(self._launch_s or 0.0, time.monotonic() - began)
             await self._seat([own])
             self._point([own])
 
@@ -140,8 +143,8 @@ class Layouts:
 
     @property
     def reshard_s(self) -> float | None:
-        """What a change has taken in the mean; None: there has been none."""
-        return self.counts["switch_s"] / self.counts["switches"] if self.counts["switches"] else None
+        """What a change takes: the mean of those there have been, before the first one what launching an engine took; None: not known."""
+        return self.counts["switch_s"] / self.counts["switches"] if self.counts["switches"] else self._launch_s
 
     def servers(self) -> dict[str, Any]:
         """Of the layout, by name."""

@@ -80,7 +80,7 @@ def test_after_every_update_each_engine_holds_the_trainers_weights(run):
     engines = {step: sorted((line["engine"], line["tp"]) for line in told if line["step"] == step) for step in range(STEPS)}
     ones, mixed = [(0, 1), (1, 1), (2, 1)], [(2, 1), (PAIR, 2)]
     want = {step: ones if REPLICAS[step + 1] == 3 else mixed for step in range(STEPS)}
-    want[KILL_AFTER] = sorted(mixed + ones)  # once as planned, then for verl's own cut
+    want[KILL_AFTER] = sorted(mixed + ones)  # once as planned, then for the first layout
     assert engines == want
 
 
@@ -90,9 +90,9 @@ def test_the_policy_is_the_same_at_every_degree(run):
     assert max(means) < 0.01, means
 
 
-def test_an_engine_that_dies_before_its_step_is_replaced_by_verls_own_cut(run):
+def test_where_an_engine_dies_before_its_step_the_first_layout_takes_over(run):
     assert f"ENGINE KILLED after the weights of step {KILL_AFTER}" in run.log
-    assert [line for line in run.said if "an engine of the layout [2, 1] has died; one replica per GPU from now on" in line]
+    assert [line for line in run.said if "an engine of the layout [2, 1] has died; the layout is [1, 1, 1] from now on" in line]
     assert run.steps[8]["heddle/layout/static"] == 1 and run.steps[8]["heddle/layout/failures"] == 1
 
 

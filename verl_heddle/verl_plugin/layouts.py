@@ -7,8 +7,8 @@ they are. Who feeds which engine is told to the trainer's ranks (`trainer_rank.s
 
 A layout changes between steps, when verl has put every replica to sleep and before it sends weights: the last home to fall asleep makes the
 change. Engines that are not in the layout stay asleep, at most `heddle.layout.engines` on a GPU; beyond that the one out of use for longest
-is shut down, and launched again when it is wanted. An engine that cannot be launched leaves the layout as it was; one that dies before the
-step is replaced by verl's own cut, one replica per GPU, which then stays (`fall_back`).
+is shut down, and launched again when it is wanted. An engine that cannot be launched leaves the layout as it was; where one dies, the run's
+first layout takes over before the next rollout, and stays (`repair`).
 """
 
 from __future__ import annotations
@@ -28,10 +28,13 @@ from verl.workers.rollout.replica import RolloutMode
 from verl_heddle.verl_plugin import trainer_rank
 from verl_heddle.verl_plugin.layout_choice import first
 from verl_heddle.verl_plugin.replicas import HeddleReplica
-from verl_heddle.verl_plugin.voice import say
+from verl_heddle.verl_plugin.voice import say, say_once
 
 LAUNCH_S = 1800.0
 """For an engine to come up: big weights from a slow disk take many minutes."""
+
+MOST_REPAIRS = 3
+"""Engines that die again and again have a reason, and launching takes minutes."""
 
 SEAT_S, PING_S, END_S = 120.0, 60.0, 60.0
 """For a trainer's rank to hear where it sits, it may be busy saving; for an engine to answer; to end."""
@@ -105,7 +108,7 @@ class Layouts:
         self.wanted: tuple[int, ...] | None = None
         """The next layout, if it is another one."""
         self.static = False
-        """An engine failed: verl's own cut from now on."""
+        """An engine failed: no more changes."""
         self.changed: Callable[[dict[str, Any]], None] | None = None
         """Told the servers of a new layout, by name."""
         self.counts: dict[str, float] = {"switches": 0, "launches": 0, "shut_down": 0, "failures": 0, "launch_s": 0.0, "switch_s": 0.0}
@@ -117,6 +120,8 @@ class Layouts:
         self._most = 1
         self._asleep = 0
         self._launch_s: float | None = None
+        self._first: tuple[int, ...] = ()
+        self._repairs = 0
 
     async def open(self, home: Home, group: Any) -> None:
         """verl starts its replicas, all together: each home launches the engine that begins there."""
@@ -127,7 +132,7 @@ class Layouts:
             layout = first(given, len(self._workers), home.gpus_per_node, float(home.config.gpu_memory_utilization))
             if sum(layout) != len(self._workers) or len(self.homes) != len(self._workers):
                 raise ValueError(f"layout {list(layout)} for {len(self._workers)} GPUs and {len(self.homes)} replicas of verl's")
-            self.layout = layout
+            self.layout = self._first = layout
         own = next((span for span in spans(self.layout) if span[0] == home.replica_rank), None)
         if own is not None:
             began = time.monotonic()
@@ -247,27 +252,45 @@ class Layouts:
 
     # --- when an engine of the layout has died before the step began ------------------------------------------------------
 
-    def sound(self) -> bool:
-        """Whether every engine of the layout answers."""
-        asked = [handle.heddle_alive.remote() for handle in self.servers().values()]
-        ready, _ = ray.wait(asked, num_returns=len(asked), timeout=PING_S)
-        try:
-            return all(ray.get(one) for one in ready)  # one that is busy counts as alive
-        except RayActorError:
-            return False
+    def repair(self, global_steps: int) -> None:
+        """If an engine of the layout is dead: the run's first layout, launched anew where it has to be, with the weights of this step.
 
-    def fall_back(self, global_steps: int) -> None:
-        """verl's own cut, for the rest of the run, with the weights of this step."""
-        layout = (1,) * len(self._workers)
-        self.static = True
-        if self.layout == layout:
-            return  # the router goes on with those that live
+        It then stays. What cannot be repaired, or was too often, is left to the replicas that live.
+        """
+        dead = self._dead()
+        if not dead:
+            return
         self.counts["failures"] += 1
-        say(f"an engine of the layout {list(self.layout)} has died; one replica per GPU from now on")
-        asyncio.run(self._fall_back(layout))
+        self.static = True
+        if self._repairs == MOST_REPAIRS:
+            return say_once(f"engines have died in {MOST_REPAIRS + 1} steps; the run goes on with those that live")
+        self._repairs += 1
+        say(f"an engine of the layout {list(self.layout)} has died; the layout is {list(self._first)} from now on")
+        before = dict(self._engines)
+        try:
+            asyncio.run(self._start_over(dead))
+        except Exception as error:
+            self._engines = before
+            return say(f"that failed ({type(error).__name__}: {error}); the run goes on with the engines that live")
         ray.get(self._group.update_weights(global_steps=global_steps, mode="naive"), timeout=LAUNCH_S)
 
-    async def _fall_back(self, layout: tuple[int, ...]) -> None:
-        await asyncio.gather(*(self._engines[span].sleep() for span in spans(self.layout)))
-        await self._start([span for span in spans(layout) if span not in self._engines])
-        await self._take_up(layout)
+    def _dead(self) -> list[Span]:
+        """Engines of the layout that are; one that is busy counts as alive."""
+        asked = {self._engines[span]._server_handle.heddle_alive.remote(): span for span in spans(self.layout)}
+        ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=PING_S)
+        dead = []
+        for one in ready:
+            try:
+                alive = ray.get(one, timeout=PING_S)
+            except RayActorError:
+                alive = False
+            if not alive:
+                dead.append(asked[one])
+        return dead
+
+    async def _start_over(self, dead: Sequence[Span]) -> None:
+        await asyncio.gather(*(self._engines[span].sleep() for span in spans(self.layout) if span not in dead))
+        for span in dead:
+            await asyncio.gather(*(end(server) for server in self._engines.pop(span).servers))
+        await self._start([span for span in spans(self._first) if span not in self._engines])
+        await self._take_up(self._first)

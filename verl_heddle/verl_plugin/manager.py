@@ -87,8 +87,7 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
         """Dispatch a batch; see `AgentLoopManagerTQ.generate_sequences`."""
         if self.layouts is not None and (weights := weights_of(prompts)) != self._weights:
             self._weights = weights  # the engines have just got them, and nobody is at work
-            if not self.layouts.sound():
-                self.layouts.fall_back(weights)
+            self.layouts.repair(weights)
         if self._router_lost:
             self._try_router()
         if self.planner is not None:

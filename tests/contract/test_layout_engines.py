@@ -169,22 +169,49 @@ def test_with_room_for_one_engine_a_change_is_a_relaunch():
     asyncio.run(play())
 
 
-def test_verls_own_cut_takes_over_with_the_weights_of_the_step():
-    class Updating(Group):
-        def update_weights(self, global_steps, mode):
-            self.sent = (global_steps, mode)
-            return []
+class Updating(Group):
+    sent = ()
 
+    def update_weights(self, global_steps, mode):
+        self.sent = (*self.sent, (global_steps, mode))
+        return []
+
+
+def test_the_first_layout_takes_over_with_the_weights_of_the_step(monkeypatch):
     made, group = asyncio.run(opened(2))
     made._group = Updating()
     made.wanted = (2, 1, 1)
     asyncio.run(night(made))
-    made.fall_back(7)
+    dead = []
+    monkeypatch.setattr(made, "_dead", lambda: dead)
+    made.repair(6)
+    assert made._group.sent == () and made.layout == (2, 1, 1) and not made.static, "nobody is dead"
+    dead = [(0, 2)]
+    made.repair(7)
     check(made, group, 2)
-    assert made.layout == (1,) * GPUS and made.static and made._group.sent == (7, "naive")
+    assert made.layout == (1,) * GPUS and made.static and made._group.sent == ((7, "naive"),)
     made.wanted = (4,)
     asyncio.run(night(made))
     assert made.layout == (1,) * GPUS, "for the rest of the run"
+    before = made._engines[2, 1]
+    dead = [(2, 1)]
+    made.repair(8)
+    check(made, group, 2)
+    assert made._engines[2, 1] is not before and before.ended, "an engine of that layout is launched anew"
+    made.repair(9)
+    made.repair(10)
+    assert len(made._group.sent) == layouts.MOST_REPAIRS and made.counts["failures"] == layouts.MOST_REPAIRS + 1
+
+
+def test_what_cannot_be_repaired_is_left_to_those_that_live(monkeypatch, capsys):
+    made, _ = asyncio.run(opened(2))
+    made._group = Updating()
+    monkeypatch.setattr(FakeEngine, "failing", (1,))
+    monkeypatch.setattr(made, "_dead", lambda: [(1, 1)])
+    before = dict(made._engines)
+    made.repair(3)
+    assert made._engines == before and made._group.sent == () and len(made.servers()) == GPUS
+    assert "goes on with the engines that live" in capsys.readouterr().err
 
 
 def test_schedules_and_first_layouts():

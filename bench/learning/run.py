@@ -30,8 +30,8 @@ RESULT, PICTURE = ROOT / "bench/results/cpu/learning.json", ROOT / "bench/learni
 EVERY, SAMPLES = 10, 4
 """Steps between validations; the recipe's samples per prompt."""
 TASK = {"MODEL_STEPS": "500", "TRAIN_ROWS": "64", "VAL_ROWS": "128"}
-"""For the recipe: a policy that knows its task badly, so that there is something to learn (recipes/math/README.md), and enough other tasks to
-tell by: with the recipe's 16 a validation differs from the next by 0.1 without any learning."""
+"""For the recipe: a policy that knows its task badly, so that there is something to learn (recipes/math/README.md), and enough other tasks
+to tell by: with the recipe's 16 a validation differs from the next by 0.1 without any learning."""
 LOOSE = "heddle.shape.enable=true heddle.shape.length_bias=1 heddle.shape.prompt_bias=1 heddle.shape.mixed_loss=1"
 ARMS = {
     "shortest": f"{LOOSE} heddle.shape.spare=2 heddle.shape.uniform=true heddle.shape.longest=0",

@@ -39,8 +39,9 @@ sys.path.insert(0, str(ROOT))
 
 from bench.shaping.arms import FREE
 from bench.shaping.cases import Pool, pooled
+from verl_heddle.layout.price import Coming, grouped_s
 from verl_heddle.options import Shape
-from verl_heddle.place.outlook import GRID, clock, curves, late_s, laws, log_ended
+from verl_heddle.place.outlook import GRID, curves
 from verl_heddle.place.pace import Tempo, habit_of
 from verl_heddle.place.robust import RobustPlan
 from verl_heddle.place.robust import plan as robust_plan
@@ -142,7 +143,8 @@ class Step:
         stacked, middle = np.stack(rows), np.array(medians)
         ways = [robust_plan(middle, stacked, tempos, layout=[tp] * (GPUS // tp)) for tp in tempos]
         ways.append(robust_plan(middle, stacked, tempos, gpus=GPUS))
-        found = min(ways, key=lambda way: expected_s(way, stacked, tempos))
+        step = Coming(middle, stacked)
+        found = min(ways, key=lambda way: grouped_s(step, way, tempos))
         fleet = make_fleet(GPUS, found.layout, self.where.latency, self.where.slots, self.where.kv_tokens)
         return self._run(batch, fleet, self._selects(Planned(_homes(found, batch, fleet)), plan, batch))
 
@@ -172,15 +174,6 @@ class Step:
 
     def _run(self, batch: Sequence[Trajectory], fleet: Any, policy: Any) -> Result:
         return simulate(batch, fleet, self.where.latency, policy, engine=self.where.engine("fcfs"))
-
-
-def expected_s(found: RobustPlan, rows: np.ndarray, tempos: dict[int, Tempo]) -> float:
-    """Expected makespan of the fleet: the mean of the slowest replica, which is more than the slowest mean (`place.outlook`)."""
-    both = [laws(rows[list(group)].sum(axis=0), tempos[tp]) for group, tp in zip(found.groups, found.layout, strict=True) if group]
-    reached, ended = (np.stack(part) for part in zip(*both, strict=True))
-    times = clock(float(late_s(reached, ended).max()))
-    total = sum(log_ended(times, one, other) for one, other in zip(reached, ended, strict=True))
-    return float(-np.expm1(total).sum() * times[1])
 
 
 def _homes(found: RobustPlan, batch: Sequence[Trajectory], fleet: Sequence[Any]) -> dict[str, str]:

@@ -10,6 +10,7 @@ import pytest
 from verl_heddle.latency import LatencyModel, Memory, calibrate
 from verl_heddle.latency.batches import Work, batch_history
 from verl_heddle.latency.calibrate import MIN_TURNS
+from verl_heddle.latency.learnt import step_times
 from verl_heddle.trajectory import Trajectory, Turn
 
 GPU_LIKE = LatencyModel.affine(5e-3, 1e-4, 2e-8, prefill_per_token_s=2e-5, prefill_base_s=5e-3)
@@ -148,3 +149,16 @@ def test_batch_history_counts_by_steps():
     assert history.prefilled_tokens.tolist() == [2.0, 1.0]
     # First half alone with 100..150 tokens, second half with its own 150..200 and the other's 300..350.
     assert history.total_context[0] == pytest.approx((125 + 175 + 325) / 2)
+
+
+def test_a_run_under_way_learns_every_degree_in_its_fleet_and_keeps_what_it_knew():
+    fast = LatencyModel.affine(2.5e-3, 5e-5, 1e-8, prefill_per_token_s=1e-5, prefill_base_s=2.5e-3)
+    slow, quick = recorded(GPU_LIKE, replica="a"), recorded(fast, replica="b", seed=1)
+    both = step_times([*slow, *quick], {"a": 1, "b": 2})
+    assert distance(both, GPU_LIKE) < 0.05 and both.tps == (1, 2)
+    assert both.decode_s(2, 8, 1000) == pytest.approx(fast.decode_s(1, 8, 1000), rel=0.05)
+    later = step_times([*slow, *quick], {"a": 1}, both)
+    assert later.tps == (1, 2), "turns on a replica that is not of the fleet are not looked at, its degree is not forgotten"
+    assert later.decode_s(2, 8, 1000) == both.decode_s(2, 8, 1000)
+    with pytest.raises(ValueError, match="turns"):
+        step_times([*slow, *quick[:2]], {"a": 1, "b": 2})

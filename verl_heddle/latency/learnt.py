@@ -17,26 +17,23 @@ WORST_ERROR = 0.5
 """Median error of a turn's time above which a plan made with it is no better than none; seen: 0.02 on a GPU, 0.05 to 0.2 on a CPU."""
 
 
-def step_times(records: Sequence[Trajectory], tps: Mapping[str, int] | int, known: LatencyModel | None = None) -> LatencyModel:
+def step_times(records: Sequence[Trajectory], tps: Mapping[str, int], known: LatencyModel | None = None) -> LatencyModel:
     """The latency model of the replicas, from what trajectories recorded live tell of their turns.
 
     Args:
-        tps: tensor-parallel degree by replica, or one for all; turns on other replicas are not looked at.
+        tps: tensor-parallel degree by replica; turns on other replicas are not looked at.
         known: where the times of degrees come from that are not among them.
 
     Raises:
         ValueError: of some degree there are too few usable turns, or the model explains them badly.
     """
-    turns = Counter(turn.replica for record in records for turn in record.steps if turn.replica is not None)
-    degrees = dict.fromkeys(turns, tps) if isinstance(tps, int) else {name: tps[name] for name in turns if name in tps}
+    turns = Counter(turn.replica for record in records for turn in record.steps if turn.replica in tps)
     chosen: dict[str, int] = {}
     for replica, _ in turns.most_common():
-        if replica in degrees and sum(turns[name] for name, tp in chosen.items() if tp == degrees[replica]) < ENOUGH_TURNS:
-            chosen[replica] = degrees[replica]
-    told = [record for record in records if any(turn.replica in chosen for turn in record.steps)]
-    if not isinstance(tps, int):  # a trajectory that moved has turns elsewhere
-        told = [replace(one, steps=tuple(turn for turn in one.steps if turn.replica in chosen)) for one in told]
-    model = calibrate(told, tps if isinstance(tps, int) else chosen, base=known, name="learnt from this run")
+        if replica is not None and sum(turns[name] for name, tp in chosen.items() if tp == tps[replica]) < ENOUGH_TURNS:
+            chosen[replica] = tps[replica]
+    told = [replace(one, steps=tuple(turn for turn in one.steps if turn.replica in chosen)) for one in records]
+    model = calibrate(told, chosen, base=known, name="learnt from this run")
     for tp in set(chosen.values()):
         fit = model.engines[tp].fit
         if fit is None or not fit.median_error <= WORST_ERROR:

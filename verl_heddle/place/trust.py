@@ -13,11 +13,11 @@ word. Invariant: scale never shrinks. Source: regression to the mean, as a check
 from __future__ import annotations
 
 from collections import deque
-from math import exp, log, pi, sqrt
+from math import exp, log, sqrt
 
 import numpy as np
 
-from verl_heddle.predict.quantities import ODDS_UPPER, Estimate
+from verl_heddle.predict.quantities import LOGISTIC, ODDS_UPPER, Estimate
 
 MEMORY = 2048
 """Trajectories; a few steps of a usual batch, so that a predictor that improves is believed soon."""
@@ -27,9 +27,6 @@ FEWEST = 64
 
 MOST = 4.0
 """A predictor that errs more than so many times what it claims is caught by the slope."""
-
-LOGISTIC = sqrt(3) / pi
-"""Scale of a logistic distribution of standard deviation 1."""
 
 
 class Trust:

@@ -18,16 +18,13 @@ sums that `live` keeps; vectorised. Everything is (QUANTITIES, n).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import exp, log, log1p, pi, sqrt
+from math import exp, log, log1p, sqrt
 from typing import NamedTuple
 
 import numpy as np
 
 from verl_heddle.predict.pool import Pool
-from verl_heddle.predict.quantities import FLOOR, ODDS_UPPER, TOKENS, UPPER, Floats
-
-LOGISTIC = sqrt(3) / pi
-"""Scale of a logistic distribution of standard deviation 1."""
+from verl_heddle.predict.quantities import FLOOR, LOGISTIC, ODDS_UPPER, TOKENS, UPPER, Floats
 
 FAR = 40.0
 """Scales beyond which the logistic tail is an exponential to the last digit; keeps exp inside floats."""

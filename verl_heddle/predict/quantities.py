@@ -6,7 +6,7 @@ lengths are spread over decades and a factor of two is as wrong for a short traj
 
 from __future__ import annotations
 
-from math import log
+from math import log, pi, sqrt
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +22,9 @@ FLOOR = np.array([1.0, 1.0, 0.01])
 
 UPPER = 0.9
 """The upper quantile. The tail is what makes a step long; beyond 0.9 a group of 16 holds too few samples to calibrate it."""
+
+LOGISTIC = sqrt(3) / pi
+"""Scale of a logistic distribution of standard deviation 1."""
 
 ODDS_UPPER = log(UPPER / (1 - UPPER))
 """Distance between the median and the upper quantile of a standard logistic distribution."""

@@ -58,9 +58,7 @@ class Advice:
     @property
     def overrides(self) -> list[str]:
         """To paste behind a verl command."""
-        settings = [f"{key}={value}" for key, value in self.settings.items()]
-        plugin = f"+plugin={'heddle' if self.heddle else 'observe'}"
-        return [*settings, plugin]
+        return [*(f"{key}={value}" for key, value in self.settings.items()), f"+plugin={'heddle' if self.heddle else 'observe'}"]
 
 
 def advise(answer: Answer, jobs: int | None = None) -> Advice:

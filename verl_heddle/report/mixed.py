@@ -7,18 +7,16 @@ spread is that within prompts; with no history all are alike. One layout is take
 from __future__ import annotations
 
 from collections import defaultdict
-from math import exp, inf, log, pi, sqrt
+from math import exp, inf, log, sqrt
 from statistics import fmean
 
 from verl_heddle.layout.feasible import packed
 from verl_heddle.layout.price import Site, coming, free
 from verl_heddle.place.pace import habit_of
+from verl_heddle.predict.quantities import LOGISTIC
 from verl_heddle.report.draws import Source
 from verl_heddle.report.setting import Setting
 from verl_heddle.simulate.workload import most_kv
-
-LOGISTIC = sqrt(3) / pi
-"""Scale of a logistic distribution of standard deviation 1."""
 
 NODE = 8
 """GPUs of a node, as everywhere in the latency tables."""

@@ -39,6 +39,14 @@ class Rule:
     """On `Setting.mixed`, where there is one, instead of one degree for all."""
 
 
+PLACING = Rule(
+    "heddle with heddle.place.enable",
+    lambda seed: Orchestrator(Options(seed=seed, place=Place(enable=True))),
+    "priority",
+    learns=True,
+    preempts=True,
+)
+
 RULES: Mapping[str, Rule] = {
     "stock": Rule("stock verl", Stock),
     "round_robin": Rule("round-robin", RoundRobin),
@@ -48,21 +56,8 @@ RULES: Mapping[str, Rule] = {
     "affinity_margin": Rule("affinity margin 2 (verl #7435)", AffinityMargin),
     "plas": Rule("PLAS: least served first (Autellix)", Plas, "priority"),
     "heddle": Rule("heddle, as released", lambda seed: Orchestrator(Options(seed=seed)), "priority", learns=True, preempts=True),
-    "heddle_place": Rule(
-        "heddle with heddle.place.enable",
-        lambda seed: Orchestrator(Options(seed=seed, place=Place(enable=True))),
-        "priority",
-        learns=True,
-        preempts=True,
-    ),
-    "heddle_mixed": Rule(
-        "heddle on mixed degrees, placing",
-        lambda seed: Orchestrator(Options(seed=seed, place=Place(enable=True))),
-        "priority",
-        learns=True,
-        preempts=True,
-        mixed=True,
-    ),
+    "heddle_place": PLACING,
+    "heddle_mixed": replace(PLACING, title="heddle on mixed degrees, placing", mixed=True),
     "lpt_oracle": Rule("oracle: longest first, true lengths", order="priority", knows=True),
 }
 

@@ -28,7 +28,7 @@ WORTH = 1.02
 
 MIXED = "heddle_mixed"
 
-PEERS = tuple(name for name in RULES if name not in ("stock", "heddle", "heddle_place", "heddle_mixed", "lpt_oracle"))
+PEERS = tuple(name for name in RULES if name not in ("stock", "heddle", "heddle_place", MIXED, "lpt_oracle"))
 
 ARMS = ("stock", "stock_best_tp", *PEERS, "heddle", "heddle_place", "heddle_best_tp", "lpt_oracle")
 """Every arm of `study`, in the order of a table."""

@@ -197,7 +197,8 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
             ray.get(self.router.fleet_is.remote(self._told_fleet), timeout=self.options.deadlines.router_s)
         except Exception:
             self._router_lost = True
-        ray.get([worker.servers_are.remote(self.servers) for worker in self.agent_loop_workers], timeout=deadline_s)
+        told = [worker.servers_are.remote(self.servers) for worker in self.agent_loop_workers]
+        ray.wait(told, num_returns=len(told), timeout=deadline_s)  # a worker that is silent asks the router again
 
     def _try_router(self) -> None:
         """Between steps, see whether Ray has restarted the router; if so, set it up and send the workers back to it."""

@@ -77,7 +77,7 @@ class HeddleRouter:
         """
         self._options, self._cap_tokens = options, cap_tokens
         self._orchestrator = Orchestrator(options, deterministic, cap_tokens)
-        self._fleet = {}
+        self._fleet, self._latency = {}, None
         self.fleet_is(fleet)
 
     def fleet_is(self, fleet: dict[str, tuple[Replica, Any]]) -> None:
@@ -85,17 +85,15 @@ class HeddleRouter:
         self.remove_servers([name for name in {**self._servers, **self._fleet} if name not in fleet])
         fresh = {name: both for name, both in fleet.items() if name not in self._fleet}
         self._fleet = {name: replica for name, (replica, _) in fleet.items()}
-        if not self._knows_the_fleet():
-            self._tell_times(None)
+        self._tell_times()  # before replicas of a degree join of which nothing is known
         self.add_servers({name: handle for name, (_, handle) in fresh.items()})
-        self._tell_times(self._latency)
 
-    def _knows_the_fleet(self) -> bool:
-        return self._latency is not None and all(replica.tp in self._latency.tps for replica in self._fleet.values())
-
-    def _tell_times(self, latency: LatencyModel | None) -> None:
+    def _tell_times(self) -> None:
+        """What is known of the engines, if it is of all degrees in the fleet."""
+        latency = self._latency
+        known = latency is not None and all(replica.tp in latency.tps for replica in self._fleet.values())
         try:
-            self._orchestrator.step_times_known(latency if self._knows_the_fleet() else None)
+            self._orchestrator.step_times_known(latency if known else None)
         except Exception as error:
             self._failed("step_times_known", error)
 
@@ -110,7 +108,7 @@ class HeddleRouter:
     def step_times_known(self, latency: LatencyModel) -> None:
         """How long the engines take, learnt from the run itself; of use once every degree in the fleet is known."""
         self._latency = latency
-        self._tell_times(latency)
+        self._tell_times()
 
     def turns_started(self, turns: Sequence[TurnStart], told: Sequence[tuple[str, Any]] = ()) -> list[Decision]:
         """`turn_started` for several turns of one worker, in order. `told`: what the worker has had to tell before, as to `told`.
@@ -313,7 +311,6 @@ class HeddleRouter:
         self._servers.update(servers)
         for name in servers:
             self._verls_rule.add(name)
-        for name in servers:
             if name not in self._fleet:
                 like = next(iter(self._fleet.values()), Replica(name))
                 self._fleet[name] = replace(like, name=name)

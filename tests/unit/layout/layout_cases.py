@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache
-from itertools import combinations_with_replacement
 
 import numpy as np
 
@@ -35,13 +34,6 @@ def site(latency: LatencyModel = DENSE, gpus: int = 4, gpus_per_node: int = 8, *
 
 def tempos(latency: LatencyModel, tps: Sequence[int], most: int) -> dict[int, Tempo]:
     return {tp: site(latency).tempo(tp, most, HABIT) for tp in tps}
-
-
-def layouts(tps: Sequence[int], gpus: int) -> list[tuple[int, ...]]:
-    """Every multiset of degrees that takes exactly the GPUs."""
-    return [
-        one for size in range(1, gpus + 1) for one in combinations_with_replacement(sorted(tps, reverse=True), size) if sum(one) == gpus
-    ]
 
 
 def best_cut(step: Coming, layout: Sequence[int], times: Mapping[int, Tempo]) -> float:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layout_cases import DENSE, HABIT, SPARSE, best_cut, layouts, site, sized, tempos
+from layout_cases import DENSE, HABIT, SPARSE, best_cut, site, sized, tempos
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+
+from bench.layout.exhaustive import layouts
 from verl_heddle.latency import LatencyModel
 from verl_heddle.layout.feasible import problems
 from verl_heddle.layout.planner import LayoutReason, choose

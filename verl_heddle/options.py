@@ -136,7 +136,9 @@ class Shape:
     )
     rest_steps: int = option(20, "Steps of plain sampling after a bound was crossed; then shaping is tried again.")
     control_every: int = option(0, "Every so many-th prompt of a step is sampled plainly, to compare with; 0: none.")
-    corrected: bool = option(False, "Weight each kept sample for the selection. In simulation only: verl has no place for such weights.")
+    corrected: bool = option(
+        False, "Weight each kept sample's advantage for the selection; with `algorithm.adv_estimator=heddle_grpo` in place of `grpo`."
+    )
 
 
 @dataclass

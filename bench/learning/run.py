@@ -1,11 +1,11 @@
 """Does shaping teach as well as plain sampling, and sooner? The math recipe on the CPU, arms in pairs with the same seeds.
 
-    python bench/learning/run.py --out outputs/learning             # 3 seeds x 5 arms x 60 steps; hours; goes on where it stopped
+    python bench/learning/run.py --out outputs/learning             # 3 seeds x 6 arms x 40 steps; two hours on 2 cores; goes on where it stopped
     python bench/learning/run.py --out outputs/learning --report-only
 
 Runs `verl-heddle compare` and reads what verl logged. What a policy has learnt is told by *validation*, every `EVERY` steps, without
-shaping and on other tasks: the training reward of a shaped arm is that of the samples it kept. `wall_s` is verl's own clock over all steps,
-`rollout_s` the sum of the makespans. Writes bench/results/cpu/learning.json and bench/learning/curves.png.
+shaping, on other tasks, sampled as in training: the training reward of a shaped arm is that of the samples it kept, and GRPO improves the
+samples, not the one greedy answer. `wall_s` is verl's own clock over all steps, `rollout_s` the sum of the makespans. Writes bench/results/cpu/learning.json and bench/learning/curves.png.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -32,40 +33,58 @@ EVERY, SAMPLES = 10, 4
 TASK = {"MODEL_STEPS": "500", "TRAIN_ROWS": "64", "VAL_ROWS": "128"}
 """For the recipe: a policy that knows its task badly, so that there is something to learn (recipes/math/README.md), and enough other tasks
 to tell by: with the recipe's 16 a validation differs from the next by 0.1 without any learning."""
+WATCH = [
+    f"trainer.test_freq={EVERY}",
+    "trainer.val_before_train=true",
+    "actor_rollout_ref.rollout.val_kwargs.do_sample=true",
+    "actor_rollout_ref.rollout.val_kwargs.temperature=1.0",
+    "actor_rollout_ref.rollout.val_kwargs.top_p=1.0",
+]
+"""For every arm: see the module."""
 LOOSE = "heddle.shape.enable=true heddle.shape.length_bias=1 heddle.shape.prompt_bias=1 heddle.shape.mixed_loss=1"
+DUAL_END = f"{LOOSE} heddle.shape.spare=2 heddle.shape.uniform=true heddle.shape.longest=1 heddle.shape.patience=inf"
 ARMS = {
     "shortest": f"{LOOSE} heddle.shape.spare=2 heddle.shape.uniform=true heddle.shape.longest=0",
-    "dual_end": f"{LOOSE} heddle.shape.spare=2 heddle.shape.uniform=true heddle.shape.longest=1 heddle.shape.patience=inf",
+    "dual_end": DUAL_END,
     "adaptive": "heddle.shape.enable=true heddle.shape.spare=2",
+    "corrected": f"{DUAL_END} heddle.shape.corrected=true algorithm.adv_estimator=heddle_grpo",
 }
-"""Beside stock and heddle (scheduling only). `adaptive` has the bounds on, as a user gets them. The corrected mode does not run on verl."""
+"""Beside stock and heddle (scheduling only). `adaptive` has the bounds on, as a user gets them."""
 WORDS = {
     "stock": "stock verl",
     "heddle": "scheduling only",
     "shortest": "shortest n of n + 2",
     "dual_end": "dual-end, n of n + 2",
     "adaptive": "dual-end, adaptive",
+    "corrected": "dual-end, corrected",
 }
-COLORS = {"stock": "#1b2430", "heddle": "#2a5db0", "shortest": "#b8420f", "dual_end": "#8a6d1a", "adaptive": "#0d8a6a"}
+COLORS = {
+    "stock": "#1b2430",
+    "heddle": "#2a5db0",
+    "shortest": "#b8420f",
+    "dual_end": "#8a6d1a",
+    "adaptive": "#0d8a6a",
+    "corrected": "#b55fc9",
+}
 """Of `WORDS`; lightness apart for every kind of colour vision."""
 
 
 def compare(out: Path, seeds: int, steps: int, more: list[str]) -> None:
     """Run, or go on."""
     arms = [part for name, overrides in ARMS.items() for part in ("--arm", f"{name}: {overrides}")]
-    watch = [f"trainer.test_freq={EVERY}", "trainer.val_before_train=true"]
     program = Path(sys.executable).with_name("verl-heddle")
     what = ["compare", "--recipe", "math", "--out", str(out), "--pairs", str(seeds), "--steps", str(steps), "--no-wandb"]
-    subprocess.run([str(program), *what, *arms, "--", *watch, *more], check=True, cwd=ROOT, env=os.environ | TASK)
+    subprocess.run([str(program), *what, *arms, "--", *WATCH, *more], check=True, cwd=ROOT, env=os.environ | TASK)
 
 
-def learnt(logged: dict[int, dict[str, float]]) -> dict[str, list[float]]:
+def learnt(metrics: Path) -> dict[str, list[float]]:
     """Curves of one run: validation by step, and by step reward, response length, seconds of the step and of its rollout."""
+    logged = numbers(metrics)
     steps = sorted(step for step in logged if "critic/score/mean" in logged[step])
-    checked = sorted(step for step in logged if _validation(logged[step]) is not None)
+    checked = dict(_validations(metrics))
     return {
         "validation_step": [float(step) for step in checked],
-        "validation": [_validation(logged[step]) or 0.0 for step in checked],
+        "validation": list(checked.values()),
         "reward": [logged[step]["critic/score/mean"] for step in steps],
         "response_tokens": [logged[step]["response_length/mean"] for step in steps],
         "step_s": [logged[step]["timing_s/step"] for step in steps],
@@ -73,9 +92,13 @@ def learnt(logged: dict[int, dict[str, float]]) -> dict[str, list[float]]:
     }
 
 
-def _validation(row: dict[str, float]) -> float | None:
-    found = [value for name, value in row.items() if name.startswith("val-core/") and "/mean@" in name]
-    return fmean(found) if found else None
+def _validations(metrics: Path) -> Iterator[tuple[int, float]]:
+    """(step, reward); step 0 is before training, which `numbers` leaves out."""
+    for line in metrics.read_text().splitlines():
+        row = json.loads(line)
+        found = [value for name, value in row["data"].items() if name.startswith("val-core/") and "/mean@" in name]
+        if found:
+            yield row["step"], fmean(found)
 
 
 def exactness(folder: Path, logged: dict[int, dict[str, float]], samples: int) -> dict[str, int]:
@@ -97,9 +120,9 @@ def gathered(out: Path) -> dict[str, Any]:
     exact: dict[str, Counter[str]] = defaultdict(Counter)
     for run in told["runs"]:
         if run["state"] == "finished":
-            logged = numbers(out / run["folder"] / METRICS)
-            curves.setdefault(run["arm"], {})[str(run["pair"])] = learnt(logged)
-            exact[run["arm"]].update(exactness(out / run["folder"], logged, SAMPLES))
+            metrics = out / run["folder"] / METRICS
+            curves.setdefault(run["arm"], {})[str(run["pair"])] = learnt(metrics)
+            exact[run["arm"]].update(exactness(out / run["folder"], numbers(metrics), SAMPLES))
     rows = {}
     for arm, runs in curves.items():
         ends = [fmean(curve["validation"][-2:]) for curve in runs.values()]
@@ -160,7 +183,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("outputs/learning"), help="folder of the comparison")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--report-only", action="store_true", help="run nothing, read what is there")
     parser.add_argument("--json", type=Path, default=RESULT)
     parser.add_argument("--png", type=Path, default=PICTURE)

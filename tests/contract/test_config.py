@@ -87,6 +87,13 @@ def test_what_weakens_heddle_is_a_warning(override, word):
     assert [f.fatal for f in findings] == [False] and word in findings[0].text
 
 
+def test_weights_need_an_estimator_that_takes_them():
+    shaped = [*BASE, "+plugin=heddle", "actor_rollout_ref.rollout.n=4", "heddle.shape.enable=true", "heddle.shape.corrected=true"]
+    findings = lint.lint(compose([*shaped, "algorithm.adv_estimator=grpo"]))
+    assert [f.fatal for f in findings] == [True] and "set algorithm.adv_estimator=heddle_grpo" in findings[0].text
+    assert lint.lint(compose([*shaped, "algorithm.adv_estimator=heddle_grpo"])) == []
+
+
 LAYOUT = [
     "+plugin=heddle",
     "heddle.layout.enable=true",

@@ -14,11 +14,19 @@ from verl_heddle.fleet import Replica
 from verl_heddle.latency import LatencyModel
 from verl_heddle.options import Shape
 from verl_heddle.shape.groups import Visit
+from verl_heddle.shape.plan import plain
+from verl_heddle.shape.settings import ShapeReason
 from verl_heddle.verl_plugin.prompts import first_turns, prompt_digest
 from verl_heddle.verl_plugin.shaping import SHARE, Planner
 
 SIZE = 3
 LOOSE = {"length_bias": 1.0, "prompt_bias": 1.0, "mixed_loss": 1.0}
+
+
+def visit(prompt, *lengths):
+    """A group of which all samples ended and nothing is trained on."""
+    share = plain(len(lengths), None, ShapeReason.NO_FORECAST)
+    return Visit("uid", prompt, share, True, tuple((tokens, False) for tokens in lengths), (), 0)
 
 
 def started(made, workers=1):
@@ -75,7 +83,7 @@ def test_nothing_is_given_before_anything_is_known_and_more_to_the_long_tails_af
     for number, prompt in enumerate(prompts):
         lengths = [200] * 7 + [220] if number else [200, 200, 210, 220, 230, 240, 6000, 30_000]
         digest = prompt_digest([{"role": "user", "content": prompt}])
-        visits.append(Visit(digest, True, False, tuple((tokens, False) for tokens in lengths), (), 0))
+        visits.append(visit(digest, *lengths))
     planner.step_ended(1, [], visits)
     planner.latency = LatencyModel.affine(0.02, 0.00002)
     second = planner.share_out(batch(prompts)[0], replicas)
@@ -96,7 +104,7 @@ def test_a_checkpoint_keeps_what_is_known_of_prompts(tmp_path, capsys):
     from verl_heddle.verl_plugin import checkpoint
 
     planner = Planner(Shape(enable=True), SIZE, 1000)
-    planner.step_ended(1, [], [Visit("p", True, False, ((100, False), (200, False)), (), 0)])
+    planner.step_ended(1, [], [visit("p", 100, 200)])
     path = tmp_path / "shape.json"
     path.write_text(json.dumps(planner.shaper.state()))
     again = Planner(Shape(enable=True), SIZE, 1000)
@@ -117,7 +125,7 @@ def test_what_is_known_of_prompts_comes_back_where_nobody_predicts(tmp_path):
     from verl_heddle.verl_plugin import checkpoint
 
     planner, again = (Planner(Shape(enable=True), SIZE, 1000) for _ in range(2))
-    planner.step_ended(1, [], [Visit("p", True, False, ((100, False), (200, False)), (), 0)])
+    planner.step_ended(1, [], [visit("p", 100, 200)])
     path = tmp_path / checkpoint.SHAPE_FILE
     path.parent.mkdir()
     path.write_text(json.dumps(planner.shaper.state()))

@@ -17,7 +17,6 @@ A `Verdict` says what has changed:
     keep      samples that are certainly kept: their rows may be written; told once each, n per group in the end unless it is `short`
     drop      samples that ended and are certainly not kept; told once each
     closed    nobody of the group runs any more: keep and drop are complete
-    weights   with `closed`, if a law was given: importance weight of each kept sample, mean 1
 
 What the caller owes: `finished` with `Fate.VALID` only for a sample whose row can be written (its reward is in, or cannot fail), since
 others are stopped on the strength of it; `CUT` for one that a limit on tokens or turns ended, `USELESS` for a failure, a lost reward, an
@@ -33,11 +32,9 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import NamedTuple
 
-from verl_heddle.shape.censored import Law
 from verl_heddle.shape.honesty import Row
 from verl_heddle.shape.plan import Share
 from verl_heddle.shape.select import Fate, Group, Sample, Standing
-from verl_heddle.shape.weights import weights
 
 
 class Verdict(NamedTuple):
@@ -49,7 +46,6 @@ class Verdict(NamedTuple):
     drop: tuple[str, ...] = ()
     closed: bool = False
     short: bool = False
-    weights: dict[str, float] = {}
 
 
 NOTHING = Verdict()
@@ -57,14 +53,20 @@ NOTHING = Verdict()
 
 class Visit(NamedTuple):
     """What became of a group. `seen`: (tokens, censored) of every sample started; `rows`: those that ended and can be trained on, none
-    if it was given up; `selected`: spare samples were started."""
+    if it was given up."""
 
+    uid: str
     prompt: str
+    share: Share
     closed: bool
-    selected: bool
     seen: tuple[tuple[int, bool], ...]
     rows: tuple[Row, ...]
     stopped_tokens: int
+
+    @property
+    def selected(self) -> bool:
+        """Spare samples were started."""
+        return self.share.samples > self.share.rule.size
 
 
 @dataclass(slots=True)
@@ -72,12 +74,10 @@ class _Open:
     prompt: str
     share: Share
     keys: Sequence[str]
-    law: Law | None
     group: Group
     rewards: dict[int, float | None] = field(default_factory=dict)
     told: set[int] = field(default_factory=set)
     limits: dict[int, int] = field(default_factory=dict)
-    weights: dict[str, float] = field(default_factory=dict)
     closed: bool = False
 
 
@@ -89,15 +89,15 @@ class Groups:
         self._open: dict[str, _Open] = {}
         self._of: dict[str, tuple[_Open, int]] = {}
 
-    def opened(self, uid: str, prompt: str, share: Share, keys: Sequence[str], law: Law | None = None) -> None:
-        """A group starts. `law`: of its lengths, where its kept samples are to be weighted.
+    def opened(self, uid: str, prompt: str, share: Share, keys: Sequence[str]) -> None:
+        """A group starts.
 
         Raises:
             ValueError: not one key per sample, or a group that is open already.
         """
         if len(set(keys)) != share.samples or uid in self._open:
             raise ValueError(f"group {uid}: {len(keys)} keys for {share.samples} samples, or opened twice")
-        one = _Open(prompt, share, tuple(keys), law, Group(share.rule, share.samples))
+        one = _Open(prompt, share, tuple(keys), Group(share.rule, share.samples))
         self._open[uid] = one
         self._of.update((key, (one, number)) for number, key in enumerate(keys))
 
@@ -137,7 +137,7 @@ class Groups:
             del self._open[uid]
             for key in one.keys:
                 self._of.pop(key, None)
-        return [_visit(one) for one in over.values()]
+        return [_visit(uid, one) for uid, one in over.items()]
 
     def _verdict(self, one: _Open) -> Verdict:
         group, names = one.group, one.keys
@@ -157,13 +157,10 @@ class Groups:
                 tuple(names[number] for number in gone), {names[number]: tokens for number, tokens in limits.items()}, keep, drop
             )
         kept = group.kept()
-        if one.law is not None and one.share.samples > self._size:
-            values = weights(one.share.rule, one.share.samples, one.law, [group.ended[number].tokens for number in kept])
-            one.weights = {names[number]: value for number, value in zip(kept, values, strict=True)}
-        return Verdict(tuple(names[number] for number in gone), {}, keep, drop, True, len(kept) < self._size, one.weights)
+        return Verdict(tuple(names[number] for number in gone), {}, keep, drop, True, len(kept) < self._size)
 
 
-def _visit(one: _Open) -> Visit:
+def _visit(uid: str, one: _Open) -> Visit:
     group = one.group
     ended = [(sample.tokens, sample.fate is not Fate.VALID) for sample in group.ended.values()]
     seen = ended + [(tokens, True) for tokens in (*group.stopped.values(), *group.running.values())]
@@ -172,6 +169,5 @@ def _visit(one: _Open) -> Visit:
         kept = set(group.kept())
         for number, sample in group.ended.items():
             if sample.fate is Fate.VALID or number in kept:
-                rows.append(Row(sample.tokens, one.rewards.get(number), number in kept, one.weights.get(one.keys[number], 1.0)))
-    selected = one.share.samples > one.share.rule.size
-    return Visit(one.prompt, one.closed, selected, tuple(seen), tuple(rows), sum(group.stopped.values()))
+                rows.append(Row(sample.tokens, one.rewards.get(number), number in kept))
+    return Visit(uid, one.prompt, one.share, one.closed, tuple(seen), tuple(rows), sum(group.stopped.values()))

@@ -4,6 +4,7 @@
     plan = shaper.plan(step, prompts, fleet)             before a step: samples and rule per prompt; `fleet` from `fleet_of`, or None
     ...                                                  the step: `groups.Groups`, one or many, open the groups and decide on samples
     shaper.step_ended(step, visits)                      `Groups.take` of all of them -> metrics of the step for `heddle/shape/*`
+    shaper.weights(uid, tokens)                          corrected mode, after that: what each kept sample of a group stands for
     shaper.state() / shaper.restore(state)               JSON values, for the checkpoint
 
 Memory is the statistics. Cost: one plan per step (`plan`), one fit per group.
@@ -23,10 +24,11 @@ from verl_heddle.place.pace import Habit, Latency, Tempo
 from verl_heddle.shape.budget import Fleet
 from verl_heddle.shape.censored import Law, Prior, fit
 from verl_heddle.shape.groups import Visit
-from verl_heddle.shape.honesty import Account, Guard, chance_of_mixed, is_mixed
+from verl_heddle.shape.honesty import Account, Guard, Row, chance_of_mixed, is_mixed
 from verl_heddle.shape.plan import Share, StepPlan, plain, plan
 from verl_heddle.shape.settings import ShapeReason, check
 from verl_heddle.shape.spread import Spreads
+from verl_heddle.shape.weights import weights
 
 FORMAT = 1
 """Version of `state`; others are refused."""
@@ -60,10 +62,8 @@ class Shaper:
         """What is known of prompts' lengths."""
         self._guard = Guard(settings)
         self._last: StepPlan | None = None
-
-    def law(self, prompt: str) -> Law | None:
-        """What the kept of this prompt are weighted by; None without the corrected mode."""
-        return self.spreads.law(prompt) if self._settings.corrected else None
+        self._weighed: dict[str, tuple[Share, Law]] = {}
+        """By uid: the groups of the last step that were selected from, in the corrected mode."""
 
     def plan(self, step: int, prompts: Sequence[str], fleet: Fleet | None, laws: Sequence[Law] | None = None) -> StepPlan:
         """Samples and rule of each prompt. `laws`: better ones than the prompts' own statistics, where somebody has them."""
@@ -86,14 +86,17 @@ class Shaper:
     def step_ended(self, step: int, visits: Sequence[Visit]) -> dict[str, float]:
         """Close the books: judge the bounds, teach the statistics; returns metrics without prefix."""
         account = Account()
+        self._weighed.clear()
         for visit in visits:
             account.stopped(visit.stopped_tokens)
+            mean = self._mean(visit)
+            self.spreads.observe(visit.prompt, visit.seen)
             if visit.closed:
-                account.add(visit.rows, self.size, self._mean(visit))
+                if self._settings.corrected and visit.selected:
+                    self._weighed[visit.uid] = visit.share, self.spreads.law(visit.prompt)
+                account.add(self._with_weights(visit), self.size, mean)
                 self._mourn(visit)
         crossed = self._guard.step_ended(step, account)
-        for visit in visits:
-            self.spreads.observe(visit.prompt, visit.seen)
         told = account.metrics()
         if self._last is not None:
             told |= {f"prompts/{reason}": float(count) for reason, count in self._last.counts.items()}
@@ -107,6 +110,16 @@ class Shaper:
             told[f"crossed/{crossed}"] = 1.0
         self._last = None
         return told
+
+    def weights(self, uid: str, tokens: Sequence[int]) -> list[float]:
+        """Weights, mean 1, of samples of these many generated tokens that were kept of a group of the last step; ones where nothing was
+        selected, or without the corrected mode.
+
+        The law is the prompt's with this visit in it: at first visits that leaves a quarter to a half of what the bias would be with the
+        pool's law, at later ones it makes no difference (bench/shaping/correction.py).
+        """
+        share, law = self._weighed.get(uid, (None, None))
+        return [1.0] * len(tokens) if share is None or law is None else weights(share.rule, share.samples, law, tokens)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: statistics and guard, as JSON values."""
@@ -135,6 +148,11 @@ class Shaper:
             return None
         law = self.spreads.law(visit.prompt)
         return fit(visit.seen, Prior(law.mean, law.spread**2, 0.0, 1.0))[0]
+
+    def _with_weights(self, visit: Visit) -> list[Row]:
+        kept = [row for row in visit.rows if row.kept]
+        values = iter(self.weights(visit.uid, [row.tokens for row in kept]))
+        return [row._replace(weight=next(values)) if row.kept else row for row in visit.rows]
 
     def _mourn(self, visit: Visit) -> None:
         """Remember a prompt whose mix of outcomes was lost by selection."""

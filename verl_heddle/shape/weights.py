@@ -28,6 +28,9 @@ from verl_heddle.shape.select import Rule
 MOST = 5.0
 """Largest ratio of two weights in a group: with n = 8 one sample of weight 5 among ones leaves an effective size of 4.5."""
 
+EPSILON = 1e-6
+"""verl's, beside a deviation."""
+
 
 def chance(rule: Rule, samples: int, shorter: float, within: float) -> float:
     """pi: `shorter` = F(x), `within` = F(w) (below F(x): x is out of patience), in 0 to 1."""
@@ -52,6 +55,23 @@ def weights(rule: Rule, samples: int, law: Law, kept_tokens: Sequence[int]) -> l
     inverse = [top / max(one, top / MOST) for one in chances]
     mean = sum(inverse) / max(1, len(inverse))
     return [one / mean for one in inverse]
+
+
+def advantages(rewards: Sequence[float], given: Sequence[float], by_deviation: bool) -> list[float]:
+    """GRPO's, of a group whose samples stand for `given` (mean 1): w_i (r_i - m), m the weighted mean, so that they still sum to 0.
+
+    `by_deviation`: over the weighted standard deviation (Bessel's n - 1 becomes sum w - sum w^2 / sum w). Equal weights give verl's
+    `compute_grpo_outcome_advantage` exactly, also for a group of one, whose baseline is 0.
+    """
+    if len(rewards) == 1:
+        return [rewards[0] * given[0]]
+    whole = sum(given)
+    mean = sum(w * r for w, r in zip(given, rewards, strict=True)) / whole
+    scale = 1.0
+    if by_deviation:
+        freedom = whole - sum(w * w for w in given) / whole
+        scale = sqrt(sum(w * (r - mean) ** 2 for w, r in zip(given, rewards, strict=True)) / freedom) + EPSILON
+    return [w * (r - mean) / scale for w, r in zip(given, rewards, strict=True)]
 
 
 def effective_size(given: Sequence[float]) -> float:

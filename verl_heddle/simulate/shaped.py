@@ -47,7 +47,7 @@ class Shaped:
             keys[item.prompt_id].append(key)
             self._of[key] = item
         for prompt, share in zip(prompts, plan.shares, strict=True):
-            self.groups.opened(f"{step}:{prompt}", prompt, share, keys[prompt], shaper.law(prompt))
+            self.groups.opened(f"{step}:{prompt}", prompt, share, keys[prompt])
         for name in ("tool_started", "admitted", "reprioritised"):
             if hasattr(inner, name):
                 setattr(self, name, getattr(inner, name))

@@ -43,6 +43,7 @@ def active() -> bool:
 
 
 def _activate() -> None:
+    importlib.import_module("verl_heddle.verl_plugin.advantage")  # its name in verl's registry is wanted without heddle, too
     from verl_heddle.verl_plugin import compat
 
     compat.require()

@@ -17,7 +17,7 @@ from verl_heddle.layout.feasible import problems as layout_problems
 from verl_heddle.options import Options, check
 from verl_heddle.shape.settings import check as shape_problems
 from verl_heddle.verl_plugin.layout_choice import first, times
-from verl_heddle.verl_plugin.settings import options_of
+from verl_heddle.verl_plugin.settings import ADVANTAGES, options_of
 
 GATE = "verl_heddle.verl_plugin.gate"
 TRAINER_RANK = "verl_heddle.verl_plugin.trainer_rank"
@@ -96,9 +96,11 @@ def _verl(config: DictConfig, options: Options) -> list[str]:
         problems.append("heddle.preempt.enable=true needs heddle.priority.enable=true: set both, or heddle.preempt.enable=false")
     if options.shape.enable and not options.observe:
         problems += shape_problems(options.shape, int(_get(config, f"{rollout}.n") or 1))
-        if options.shape.corrected:
+        estimator = _get(config, "algorithm.adv_estimator")
+        if options.shape.corrected and estimator != ADVANTAGES:
             problems.append(
-                "heddle.shape.corrected=true works in simulation only: verl has no place for a sample's weight; set it to false"
+                f"heddle.shape.corrected=true weights advantages, but algorithm.adv_estimator={estimator} takes no weights: "
+                f"set algorithm.adv_estimator={ADVANTAGES} (verl's grpo, weighted), or heddle.shape.corrected=false"
             )
     if options.layout.enable:
         problems += _layout(config, options)

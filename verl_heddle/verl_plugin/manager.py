@@ -16,7 +16,7 @@ from verl_heddle.fleet import Replica
 from verl_heddle.latency.model import LatencyModel
 from verl_heddle.shape.groups import Visit
 from verl_heddle.trajectory import Trajectory
-from verl_heddle.verl_plugin import checkpoint, layouts
+from verl_heddle.verl_plugin import advantage, checkpoint, layouts
 from verl_heddle.verl_plugin.agent_loop import HeddleWorker
 from verl_heddle.verl_plugin.client import HeddleClient
 from verl_heddle.verl_plugin.layout_choice import Chooser
@@ -52,6 +52,7 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
         shapes = self.options.shape.enable and not self.options.observe
         self.planner = Planner(self.options.shape, self._samples[0], self._cap_tokens) if shapes else None
         """Of shaping; None when it is off."""
+        advantage.SHAPER = None if self.planner is None else self.planner.shaper
         self._visits: list[Visit] = []
         checkpoint.restore(self, config)
         super().__init__(config, HeddleClient(config, self.router, self.servers, self.options), *args, **kwargs)

@@ -9,6 +9,9 @@ from omegaconf import OmegaConf
 
 from verl_heddle.options import Options
 
+ADVANTAGES = "heddle_grpo"
+"""verl's grpo with weights (`advantage`), as `algorithm.adv_estimator` names it."""
+
 PACKAGE = Path(__file__).parent.parent
 """The installed package, on this node."""
 

@@ -15,7 +15,7 @@ from verl_heddle.shape.censored import Law
 from verl_heddle.shape.honesty import Account, Guard, Row, chance_of_mixed, expected_bias
 from verl_heddle.shape.select import Rule, Sample, choose
 from verl_heddle.shape.settings import ShapeReason
-from verl_heddle.shape.weights import MOST, chance, effective_size, weights
+from verl_heddle.shape.weights import MOST, advantages, chance, effective_size, weights
 
 LAW = Law(7.0, 0.5)
 
@@ -71,6 +71,25 @@ def test_weights_have_mean_one_and_a_bounded_ratio(tokens, samples, longest, pat
     assert fmean(given_out) == pytest.approx(1.0) and min(given_out) > 0
     assert max(given_out) / min(given_out) <= MOST * (1 + 1e-9)
     assert effective_size(given_out) * (1 + 1e-9) >= 1.0 and effective_size(given_out) <= len(tokens) * (1 + 1e-9)
+
+
+@given(st.lists(st.tuples(st.floats(-5, 5), st.floats(0.2, 5)), min_size=1, max_size=16), st.booleans())
+def test_weighted_advantages_are_those_of_the_samples_stood_for(group, by_deviation):
+    rewards, given_out = zip(*group, strict=True)
+    mean = fmean(given_out)
+    found = advantages(rewards, [one / mean for one in given_out], by_deviation)
+    if len(group) > 1:
+        assert sum(found) == pytest.approx(0, abs=1e-6 if not by_deviation else 1e-3)
+        larger = advantages([reward + 3 for reward in rewards], [one / mean for one in given_out], by_deviation)
+        assert larger == pytest.approx(found, abs=1e-3), "a reward for everybody teaches nothing"
+    else:
+        assert found == list(rewards)
+
+
+def test_a_weight_of_two_pulls_like_two_samples():
+    twice = advantages([1.0, 0.0, 0.0], [1.5, 0.75, 0.75], False)
+    four = advantages([1.0, 1.0, 0.0, 0.0], [1.0] * 4, False)
+    assert twice == pytest.approx([1.5 * (four[0]), 0.75 * four[2], 0.75 * four[3]])
 
 
 def test_plain_sampling_has_equal_weights():

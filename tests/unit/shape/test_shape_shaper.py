@@ -120,15 +120,23 @@ def test_a_step_from_plan_to_metrics():
     assert 0 < second["stopped_tokens"] < 0.5 and second["ess"] == 1.0
 
 
-def test_corrected_mode_gives_weights_when_the_group_is_closed():
-    shaper = Shaper(Shape(corrected=True), 2)
+@pytest.mark.parametrize("corrected", [True, False])
+def test_corrected_mode_weights_the_kept_of_the_groups_of_a_step(corrected):
+    shaper = Shaper(Shape(corrected=corrected), 2)
     under_way = Groups(2)
-    under_way.opened("u", "p", shared(4, 2, 1), keys("u", 4), shaper.law("p"))
-    for number, tokens in enumerate([900, 500, 1500]):
-        assert under_way.finished(f"u_{number}", tokens).weights == {}
-    verdict = under_way.finished("u_3", 700)
-    assert verdict.closed and set(verdict.weights) == {"u_1", "u_2"}
-    assert sum(verdict.weights.values()) == pytest.approx(2) and shaper.step_ended(0, under_way.take())["ess"] < 1.0
+    under_way.opened("u", "p", shared(4, 2, 1), keys("u", 4))
+    under_way.opened("plain", "q", shared(2), keys("plain", 2))
+    for number, tokens in enumerate([900, 300, 1000, 850]):
+        under_way.finished(f"u_{number}", tokens, Fate.VALID, 1.0)
+    for number, tokens in enumerate([900, 500]):
+        under_way.finished(f"plain_{number}", tokens, Fate.VALID, 1.0)
+    told = shaper.step_ended(0, under_way.take())
+    short, long = shaper.weights("u", [300, 1000])
+    assert short + long == pytest.approx(2) and (short < 1 < long if corrected else short == long == 1.0)
+    assert shaper.weights("plain", [500, 900]) == shaper.weights("nobody", [500, 900]) == [1.0, 1.0]
+    assert told["ess"] == pytest.approx(4 / (short**2 + long**2) / 2)
+    shaper.step_ended(1, [])
+    assert shaper.weights("u", [300, 1000]) == [1.0, 1.0], "the next step has other groups"
 
 
 def test_a_run_whose_selection_loses_the_mix_rests():

@@ -1,8 +1,9 @@
 """What selection does to what a group teaches, and what importance weights leave of it. Pure computation.
 
-    python bench/shaping/correction.py --json FILE        # half a minute on one core
+    python bench/shaping/correction.py --json FILE        # three minutes on one core
 
-Groups of 8 from m samples, log-logistic lengths of spread 0.5 (of the log). Reward of a sample of standardised log length z:
+Groups of 8 from m samples, log-logistic lengths of spread 0.5 (of the log), prompts 0.7 apart. Reward of a sample of standardised log
+length z:
 
     short   right with chance 1 / (1 + exp(z))        shorter is likelier right: DARTS's pattern I
     long    right with chance 1 / (1 + exp(-z))       pattern II
@@ -10,8 +11,9 @@ Groups of 8 from m samples, log-logistic lengths of spread 0.5 (of the log). Rew
 
 Told per rule, raw and with `shape.weights`: bias of the mean reward, bias of the mean log length over its spread, and how the gradient's
 pull on length comes out: mean over groups of sum_i w_i A_i z_i / n with A the group's advantage (weighted mean and deviation), over that
-of plain sampling (1: the same pull; for `none`, where it is 0 under plain sampling, the value itself). `learnt`: weights from a law
-fitted to one earlier visit of 12 samples in place of the true one. ESS: effective sample size over n.
+of plain sampling (1: the same pull; for `none`, where it is 0 under plain sampling, the value itself). In place of the true law `learnt`
+has what `shape.spread` knows after one earlier visit of as many samples and this one, `first` after this one alone; what was stopped
+counts as longer. ESS: effective sample size over n.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from math import exp, inf, log, pi, sqrt
+from math import exp, inf, pi, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +31,21 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from verl_heddle.shape.censored import Law, Prior, fit
+from verl_heddle.shape.censored import Law
 from verl_heddle.shape.select import Rule, Sample, choose
+from verl_heddle.shape.spread import Spreads
 from verl_heddle.shape.weights import effective_size, weights
 
 SIZE, GROUPS, LAW = 8, 4000, Law(7.0, 0.5)
+BETWEEN, POOL = 0.7, 400
+"""Spread between prompts; visits of other prompts that the pool has seen."""
 RULES = {
     "plain": (8, 8, inf),
     "7:1 of 10": (10, 1, inf),
     "7:1 of 12": (12, 1, inf),
     "7:1 of 16": (16, 1, inf),
     "4:4 of 12": (12, 4, inf),
-    "7:1 of 12, patience 1.5 medians": (12, 1, 1.5 * exp(LAW.mean)),
+    "7:1 of 12, patience 1.5 medians": (12, 1, 1.5),
     "8:0 of 10": (10, 0, inf),
     "8:0 of 12": (12, 0, inf),
     "8:0 of 16": (16, 0, inf),
@@ -52,34 +57,45 @@ REWARDS: dict[str, Callable[[float], float]] = {
 }
 
 
-def measure(samples: int, rule: Rule, reward: Callable[[float], float], mode: str) -> dict[str, float]:
-    """Means over `GROUPS` groups."""
+def lengths(rng: np.random.Generator, mean: float, samples: int) -> np.ndarray:
+    """Tokens of a prompt's samples."""
+    uniform = np.clip(rng.random(samples), 1e-6, 1 - 1e-6)
+    return np.maximum(1, np.exp(mean + LAW.spread * sqrt(3) / pi * np.log(uniform / (1 - uniform)))).astype(int)
+
+
+def measure(samples: int, shape: tuple[int, float], reward: Callable[[float], float], mode: str) -> dict[str, float]:
+    """Means over `GROUPS` groups. `shape`: long slots, and patience in medians of the prompt."""
     rng = np.random.default_rng(11)
-    scale = LAW.spread * sqrt(3) / pi
-    rewards, lengths, pulls, sizes = [], [], [], []
-    for _ in range(GROUPS):
-        uniform = np.clip(rng.random(samples), 1e-6, 1 - 1e-6)
-        tokens = np.maximum(1, np.exp(LAW.mean + scale * np.log(uniform / (1 - uniform)))).astype(int)
-        law = LAW
-        if mode == "learnt":
-            other = np.clip(rng.random(12), 1e-6, 1 - 1e-6)
-            seen = [(max(1.0, exp(LAW.mean + scale * log(u / (1 - u)))), False) for u in other]
-            mean, variance = fit(seen, Prior(LAW.mean, LAW.spread**2, 0.4, 4.0))
-            law = Law(mean, sqrt(variance))
-        z = (np.log(tokens) - LAW.mean) / LAW.spread
+    rewards, logs, pulls, sizes = [], [], [], []
+    known = Spreads()
+    for number in range(POOL):
+        known.observe(f"other {number}", [(int(one), False) for one in lengths(rng, rng.normal(LAW.mean, BETWEEN), SIZE)])
+    for number in range(GROUPS):
+        mean = rng.normal(LAW.mean, BETWEEN)
+        rule = Rule(SIZE, shape[0], shape[1] * exp(mean))
+        tokens, earlier = lengths(rng, mean, samples), lengths(rng, mean, samples)
+        z = (np.log(tokens) - mean) / LAW.spread
         right = rng.random(samples) < [reward(float(min(8.0, max(-8.0, one)))) for one in z]
-        kept = choose(rule, [Sample(number, int(one)) for number, one in enumerate(tokens)])
+        kept = choose(rule, [Sample(place, int(one)) for place, one in enumerate(tokens)])
+        law = Law(mean, LAW.spread)
+        if mode in ("learnt", "first"):
+            if mode == "learnt":
+                known.observe(f"prompt {number}", [(int(one), False) for one in earlier])
+            stop = max(int(tokens[one]) for one in kept)
+            stop = max(stop, rule.patience_tokens) if rule.longest else stop
+            known.observe(f"prompt {number}", [(int(min(one, stop)), bool(one > stop)) for one in tokens])
+            law = known.law(f"prompt {number}")
         w = np.array([1.0] * SIZE if mode == "raw" else weights(rule, samples, law, [int(tokens[i]) for i in kept]))
         r, x = right[kept].astype(float), z[kept]
         mean_r = np.average(r, weights=w)
         deviation = sqrt(max(0.0, np.average((r - mean_r) ** 2, weights=w)))
         rewards.append(mean_r)
-        lengths.append(np.average(x, weights=w))
+        logs.append(np.average(x, weights=w))
         pulls.append(float((w * (r - mean_r) * x).mean() / deviation) if deviation > 0 else 0.0)
         sizes.append(effective_size(w.tolist()) / SIZE)
     return {
         "reward": float(np.mean(rewards)),
-        "length": float(np.mean(lengths)),
+        "length": float(np.mean(logs)),
         "pull": float(np.mean(pulls)),
         "ess": float(np.mean(sizes)),
     }
@@ -91,11 +107,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     rows: list[dict[str, Any]] = []
     for pattern, reward in REWARDS.items():
-        plain = measure(SIZE, Rule(SIZE, SIZE), reward, "raw")
+        plain = measure(SIZE, (SIZE, inf), reward, "raw")
         for name, (samples, longest, patience) in RULES.items():
             row: dict[str, Any] = {"pattern": pattern, "rule": name}
-            for mode in ("raw", "true", "learnt"):
-                found = measure(samples, Rule(SIZE, longest, patience), reward, mode)
+            for mode in ("raw", "true", "learnt", "first"):
+                found = measure(samples, (longest, patience), reward, mode)
                 pull = found["pull"] / plain["pull"] if pattern != "none" else found["pull"]
                 row[mode] = {"reward": found["reward"] - plain["reward"], "length": found["length"], "pull": pull, "ess": found["ess"]}
             rows.append(row)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,19 @@ COLUMNS = {
     "auto, no guard": "auto, no guard",
     "auto, unseen allowed": "auto, prompts unseen and allowed",
 }
-PARTS = ("even shaping", "planning", "even both", "shaping", "both, last", "both", "planning, true", "tokens of both")
+PARTS = (
+    "even shaping",
+    "even 24",
+    "planning",
+    "even both",
+    "even both 24",
+    "shaping",
+    "both, last",
+    "both",
+    "planning, true",
+    "tokens of both",
+)
+PLUGIN = ("heddle", "heddle, shaping", "placing", "placing, shaping", "mixed", "mixed, shaping")
 
 
 def row(cells: list[str]) -> str:
@@ -69,25 +82,28 @@ def kept(cases: list[dict[str, Any]]) -> list[str]:
     return grid(head, body)
 
 
-def thesis(rows: list[dict[str, Any]]) -> list[str]:
-    """Parts alone and together, over stock at its best degree."""
+def thesis(rows: list[dict[str, Any]], columns: Sequence[str]) -> list[str]:
+    """Alone and together, over stock at its best degree."""
     body = []
     for one in sorted(rows, key=lambda x: (x["turns"], x["tools_s"], x["model"] != "Qwen3-8B", x["per_gpu"])):
         told = one["over_best_stock"]
         usual = next(value for name, value in told.items() if name.startswith("stock"))
         name = f"{one['model']}, {one['per_gpu']} per GPU" + (", tools" if one["tools_s"] else ", one turn" if one["turns"] == 1 else "")
-        cells = [f"{told[part]['median']:.2f}" for part in PARTS]
+        cells = [f"{told[part]['median']:.2f}" for part in columns]
         body.append([name, f"{one['usual_tp']} / {one['best_tp']}", f"{usual['median']:.2f}", *cells, str(one["seeds"])])
-    return grid(["regime", "usual / best tp", "stock, usual", *PARTS, "seeds"], body)
+    return grid(["regime", "usual / best tp", "stock, usual", *columns, "seeds"], body)
 
 
 def correction(rows: list[dict[str, Any]]) -> list[str]:
     """Bias raw and corrected."""
     body = []
     for one in rows:
-        cells = [f"{one[m]['reward']:+.3f} / {one[m]['length']:+.2f} / {one[m]['pull']:.2f}" for m in ("raw", "true", "learnt")]
-        body.append([one["pattern"], one["rule"], *cells, f"{one['true']['ess']:.2f}"])
-    return grid(["longer is", "rule", "raw: reward / length / pull", "weights, true law", "weights, learnt law", "ESS"], body)
+        cells = [f"{one[m]['reward']:+.3f} / {one[m]['length']:+.2f} / {one[m]['pull']:.2f}" for m in ("raw", "true", "learnt", "first")]
+        body.append([one["pattern"], one["rule"], *cells, f"{one['learnt']['ess']:.2f}"])
+    return grid(
+        ["longer is", "rule", "raw: reward / length / pull", "weights, true law", "weights, learnt law", "weights, first visit", "ESS"],
+        body,
+    )
 
 
 def main() -> None:
@@ -95,7 +111,16 @@ def main() -> None:
     cases = document["cases"]
     lines = ["### Speed", "", *speeds(cases), "", "### What is kept", "", *kept(cases)]
     if document.get("thesis"):
-        lines += ["", "### The thesis", "", *thesis(document["thesis"])]
+        lines += [
+            "",
+            "### The thesis",
+            "",
+            *thesis(document["thesis"], PARTS),
+            "",
+            "### The plugin",
+            "",
+            *thesis(document["thesis"], PLUGIN),
+        ]
     if document.get("correction"):
         lines += ["", "### Bias and its correction", "", *correction(document["correction"])]
     readme = HERE / "README.md"

@@ -1,22 +1,31 @@
 """The thesis: prediction knows the prompt, shaping removes what prediction cannot know, and each is worth little without the other. All
 simulated.
 
-    python bench/shaping/thesis.py --json FILE             # about 15 minutes on one core; --quick for one regime and seed
+    python bench/shaping/thesis.py --json FILE             # about half an hour on one core; --quick for one regime and seed
 
 Per regime, over stock verl at the usual degree and at its best fixed degree (every degree is simulated, the best taken by the median):
 
     even shaping     20 of 16 samples for every prompt, shortest-only, at stock's best degree, verl's placement: knows no prompt
+    even 24          the same with 24
     shaping          the budget's plan at stock's best degree, verl's placement: knows which prompts are long
     planning         layout and placement of `place.robust` from the same statistics of prompts, no spare samples
     even both        even shaping, and a plan that knows that a group ends with its n-th sample: rows of `shape.outlook`
+    even both 24     the same with 24
     both             the budget's plan, and such a plan
     both, last       the same, but the plan prices a group by its last sample, as without shaping
     planning, true   the plan is told the true lengths: what prediction could gain without shaping
 
+and the plugin itself (`Orchestrator`: its predictor, priorities, preemption; taught by the same earlier epoch), each also with the budget's
+shaping:
+
+    heddle           as released, at stock's best degree
+    placing          with `heddle.place.enable`: placement planned, re-planned, moved
+    mixed            the same on the layout of `place.robust`, where it is another one
+
 Statistics (`shape.spread`) come from one earlier epoch of the same prompts: 16 other samples each. That is what the plugin knows at a
-step's start. The layout is the better of all fixed ones and the robust plan's, by the expected makespan. Placement is decided once, by
-plan, and kept; nothing is re-planned or moved, and priorities are off, so these are the parts, not the plugin. Regimes: many turns with
-and without tools and single turns, group of 16, 70 % of the variance of log length between prompts.
+step's start. The layout is the better of all fixed ones and the robust plan's, by the expected makespan. In the parts placement is decided
+once, by plan, and kept; nothing is re-planned or moved, and priorities are off. The plugin's own re-planner takes no account of shaping.
+Regimes: many turns with and without tools and single turns, group of 16, 70 % of the variance of log length between prompts.
 """
 
 from __future__ import annotations
@@ -40,11 +49,14 @@ sys.path.insert(0, str(ROOT))
 from bench.shaping.arms import FREE
 from bench.shaping.cases import Pool, pooled
 from verl_heddle.layout.price import Coming, grouped_s
-from verl_heddle.options import Shape
+from verl_heddle.options import Options, Place, Shape
+from verl_heddle.orchestrator import Orchestrator
 from verl_heddle.place.outlook import GRID, curves
 from verl_heddle.place.pace import Tempo, habit_of
 from verl_heddle.place.robust import RobustPlan
 from verl_heddle.place.robust import plan as robust_plan
+from verl_heddle.report.draws import Draw
+from verl_heddle.report.play import preempting, teach
 from verl_heddle.report.setting import Setting, setting
 from verl_heddle.shape.outlook import live
 from verl_heddle.shape.plan import StepPlan, plain
@@ -108,7 +120,8 @@ class Step:
         for prompt, items in before.items():
             self.shaper.spreads.observe(prompt, [(item.output_tokens, bool(item.meta.get("truncated"))) for item in items])
         self.laws = [self.shaper.spreads.law(prompt) for prompt in self.prompts]
-        self.habit = habit_of([item for items in before.values() for item in items])
+        self.before = tuple(item for items in before.values() for item in items)
+        self.habit = habit_of(self.before)
         self.none = StepPlan(tuple(plain(SIZE, CAP, ShapeReason.NO_GAIN) for _ in self.prompts))
         self.stock_batch = started(self.none, self.prompts, self.pool)
 
@@ -126,9 +139,9 @@ class Step:
         fleet = fleet_of(self.where.latency, self.where.fleet(tp), self.habit, 2 * SIZE * len(self.prompts))
         return self.shaper.plan(0, self.prompts, fleet)
 
-    def even_plan(self) -> StepPlan:
-        """A quarter more of every prompt."""
-        settings = Shape(spare=SIZE // 4, uniform=True, longest=0, **FREE)
+    def even_plan(self, spare: int) -> StepPlan:
+        """So many more of every prompt."""
+        settings = Shape(spare=spare, uniform=True, longest=0, **FREE)
         return Shaper(settings, SIZE, CAP).plan(0, self.prompts, None)
 
     def shaping(self, plan: StepPlan, tp: int) -> Result:
@@ -139,14 +152,32 @@ class Step:
     def planning(self, plan: StepPlan, rows: Sequence[np.ndarray], medians: Sequence[float]) -> Result:
         """Mixed degrees and placement from rows per trajectory; selection as the plan says."""
         batch = started(plan, self.prompts, self.pool)
-        tempos = {tp: Tempo(self.where.latency, self._replica(tp), GRID, float(len(batch)), self.habit) for tp in self.able()}
+        found = self._robust(rows, medians)
+        fleet = make_fleet(GPUS, found.layout, self.where.latency, self.where.slots, self.where.kv_tokens)
+        return self._run(batch, fleet, self._selects(Planned(_homes(found, batch, fleet)), plan, batch))
+
+    def plugin(self, plan: StepPlan, place: bool, layout: Sequence[int]) -> Result:
+        """The plugin itself on such a fleet, selecting as the plan says."""
+        batch = started(plan, self.prompts, self.pool)
+        fleet = make_fleet(GPUS, layout, self.where.latency, self.where.slots, self.where.kv_tokens)
+        inner = Orchestrator(Options(seed=self.seed, place=Place(enable=place)))
+        teach(inner, Draw(self.seed, (tuple(batch),), (self.before,)))
+        inner.step_times_known(self.where.latency)
+        policy = self._selects(inner, plan, batch, step=1)
+        return simulate(batch, fleet, self.where.latency, policy, engine=preempting(self.where), step=1)
+
+    def layout(self, plan: StepPlan) -> list[int]:
+        """Degrees of the layout that the robust plan would choose, knowing that groups end with their n-th sample."""
+        return list(self._robust(*self.rows(plan, True)).layout)
+
+    def _robust(self, rows: Sequence[np.ndarray], medians: Sequence[float]) -> RobustPlan:
+        """The best of all fixed layouts and the free one."""
+        tempos = {tp: Tempo(self.where.latency, self._replica(tp), GRID, float(len(rows)), self.habit) for tp in self.able()}
         stacked, middle = np.stack(rows), np.array(medians)
         ways = [robust_plan(middle, stacked, tempos, layout=[tp] * (GPUS // tp)) for tp in tempos]
         ways.append(robust_plan(middle, stacked, tempos, gpus=GPUS))
         step = Coming(middle, stacked)
-        found = min(ways, key=lambda way: grouped_s(step, way, tempos))
-        fleet = make_fleet(GPUS, found.layout, self.where.latency, self.where.slots, self.where.kv_tokens)
-        return self._run(batch, fleet, self._selects(Planned(_homes(found, batch, fleet)), plan, batch))
+        return min(ways, key=lambda way: grouped_s(step, way, tempos))
 
     def rows(self, plan: StepPlan, ends_with_nth: bool) -> tuple[list[np.ndarray], list[float]]:
         """Each trajectory's share of its group's rows, and its predicted median."""
@@ -169,8 +200,8 @@ class Step:
     def _replica(self, tp: int) -> Any:
         return self.where.fleet(tp)[0]
 
-    def _selects(self, inner: Any, plan: StepPlan, batch: Sequence[Trajectory]) -> Shaped:
-        return Shaped(inner, Shaper(Shape(mixed_loss=1.0), SIZE, CAP), plan, self.prompts, batch)
+    def _selects(self, inner: Any, plan: StepPlan, batch: Sequence[Trajectory], step: int = 0) -> Shaped:
+        return Shaped(inner, Shaper(Shape(mixed_loss=1.0), SIZE, CAP), plan, self.prompts, batch, step)
 
     def _run(self, batch: Sequence[Trajectory], fleet: Any, policy: Any) -> Result:
         return simulate(batch, fleet, self.where.latency, policy, engine=self.where.engine("fcfs"))
@@ -193,16 +224,27 @@ def measure(model: str, per_gpu: int, turns: int, tools: float, seeds: int) -> d
     bounds, spares = [], []
     for number, step in enumerate(steps):
         base = stocks[best][number]
-        plan, even = step.shaped_plan(best), step.even_plan()
+        plan, even, more = step.shaped_plan(best), step.even_plan(SIZE // 4), step.even_plan(SIZE // 2)
+        one = [best] * (GPUS // best)
         made = {
             "even shaping": step.shaping(even, best),
+            "even 24": step.shaping(more, best),
             "shaping": step.shaping(plan, best),
             "planning": step.planning(step.none, *step.rows(step.none, False)),
             "even both": step.planning(even, *step.rows(even, True)),
+            "even both 24": step.planning(more, *step.rows(more, True)),
             "both": step.planning(plan, *step.rows(plan, True)),
             "both, last": step.planning(plan, *step.rows(plan, False)),
             "planning, true": step.planning(step.none, *step.known()),
+            "heddle": step.plugin(step.none, False, one),
+            "placing": step.plugin(step.none, True, one),
+            "heddle, shaping": step.plugin(plan, False, one),
+            "placing, shaping": step.plugin(plan, True, one),
         }
+        for name, shares in (("mixed", step.none), ("mixed, shaping", plan)):
+            layout = step.layout(shares)
+            same = made["placing" if shares is step.none else "placing, shaping"]
+            made[name] = same if layout == one else step.plugin(shares, True, layout)
         for name, result in made.items():
             rows.setdefault(name, []).append(base / result.makespan_s)
         rows.setdefault("tokens of both", []).append(made["both"].tokens / sum(item.output_tokens for item in step.stock_batch))

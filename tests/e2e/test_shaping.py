@@ -101,19 +101,21 @@ def test_validation_is_not_shaped_and_prompts_are_remembered(run, start):
     assert len(state["spreads"]["prompts"]) == PROMPTS
 
 
-def test_by_forecast_and_with_dapo_filtering(start):
-    """The default budget, which knows nothing in the first step; groups of equal reward are sampled anew."""
+def test_by_forecast_corrected_and_with_dapo_filtering(start):
+    """The default budget, which knows nothing in the first step; groups of equal reward are sampled anew; advantages are weighted."""
     dapo = [
         "algorithm.filter_groups.enable=true",
         "algorithm.filter_groups.metric=reward",
         "algorithm.filter_groups.max_inflight_gen_batches=2",
     ]
     forecast = ["heddle.shape.enable=true", "heddle.shape.unseen=true", "data.train_batch_size=8"]
-    run = start("dapo", "+plugin=heddle", *forecast, *dapo, "actor_rollout_ref.actor.ppo_mini_batch_size=8", steps=3)
+    corrected = ["heddle.shape.corrected=true", "algorithm.adv_estimator=heddle_grpo"]
+    run = start("dapo", "+plugin=heddle", *forecast, *corrected, *dapo, "actor_rollout_ref.actor.ppo_mini_batch_size=8", steps=3)
     assert run.code == 0, run.log[-3000:]
     for step, metrics in run.steps.items():
         keys = rows(run, step)
         assert len(set(keys)) == len(keys) == 8 * SAMPLES
         assert set(Counter(key.split("_")[0] for key in keys).values()) == {SAMPLES}
         assert metrics["heddle/shape/short"] == 0 and metrics["actor/grad_norm"] > 0, "no group of one reward is left"
+        assert 0 < metrics.get("heddle/shape/ess", 1.0) <= 1.0
     assert run.steps[1]["heddle/shape/spare"] == 0

@@ -17,7 +17,7 @@ from verl_heddle.orchestrator import Orchestrator
 from verl_heddle.predict.recall import recall
 from verl_heddle.report.draws import Draw, Step
 from verl_heddle.report.setting import Setting
-from verl_heddle.simulate import Bound, Policy, Result, lower_bound, simulate
+from verl_heddle.simulate import Bound, EngineOptions, Policy, Result, lower_bound, simulate
 from verl_heddle.simulate.baselines import AffinityMargin, DualThreshold, LptOracle, Plas, RoundRobin, Slime, Stock, VerlStar
 from verl_heddle.trajectory import Decision, Prewarm, ToolStart, Trajectory, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
 
@@ -111,10 +111,7 @@ def play(name: str, tp: int, setting: Setting, draw: Draw) -> list[Result]:
     """
     rule = RULES[name]
     fleet = setting.mixed_fleet() if rule.mixed and setting.mixed else setting.fleet(tp)
-    engine = setting.engine(rule.order)
-    if rule.preempts:
-        rule_of = Preempt()
-        engine = replace(engine, preempt_margin=rule_of.margin, preempt_limit=rule_of.max_preemptions, ageing_per_s=rule_of.ageing_per_s)
+    engine = preempting(setting) if rule.preempts else setting.engine(rule.order)
     policy = rule.make(draw.seed) if rule.make else None
     dealt = halves(draw.steps) if draw.crossed else []
     if rule.learns and isinstance(policy, Orchestrator):
@@ -127,6 +124,13 @@ def play(name: str, tp: int, setting: Setting, draw: Draw) -> list[Result]:
             decider = CrossFitted(policy, dealt[number])
         results.append(simulate(step, fleet, setting.latency, decider, engine=engine, step=len(draw.before) + number))
     return results
+
+
+def preempting(setting: Setting) -> EngineOptions:
+    """Engines with heddle's scheduler, as released."""
+    rule = Preempt()
+    engine = setting.engine("priority")
+    return replace(engine, preempt_margin=rule.margin, preempt_limit=rule.max_preemptions, ageing_per_s=rule.ageing_per_s)
 
 
 def teach(policy: Orchestrator, draw: Draw) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from math import inf
-from typing import Any
+from typing import Any, NamedTuple
 
 from verl_heddle.fleet import Replica
 from verl_heddle.options import Shape
@@ -32,6 +32,14 @@ from verl_heddle.shape.weights import weights
 
 FORMAT = 1
 """Version of `state`; others are refused."""
+
+
+class _Selected(NamedTuple):
+    """A group that was selected from, its prompt's law with this visit in it, and the step."""
+
+    step: int
+    share: Share
+    law: Law
 
 
 def fleet_of(latency: Latency, replicas: Sequence[Replica], habit: Habit, samples: int) -> Fleet:
@@ -62,8 +70,8 @@ class Shaper:
         """What is known of prompts' lengths."""
         self._guard = Guard(settings)
         self._last: StepPlan | None = None
-        self._weighed: dict[str, tuple[Share, Law]] = {}
-        """By uid: the groups of the last step that were selected from, in the corrected mode."""
+        self._selected: dict[str, _Selected] = {}
+        """By uid, in the corrected mode: groups of this step and, as a buffer may hand them out late, of the one before."""
 
     def plan(self, step: int, prompts: Sequence[str], fleet: Fleet | None, laws: Sequence[Law] | None = None) -> StepPlan:
         """Samples and rule of each prompt. `laws`: better ones than the prompts' own statistics, where somebody has them."""
@@ -86,14 +94,14 @@ class Shaper:
     def step_ended(self, step: int, visits: Sequence[Visit]) -> dict[str, float]:
         """Close the books: judge the bounds, teach the statistics; returns metrics without prefix."""
         account = Account()
-        self._weighed.clear()
+        self._selected = {uid: one for uid, one in self._selected.items() if one.step >= step - 1}
         for visit in visits:
             account.stopped(visit.stopped_tokens)
             mean = self._mean(visit)
             self.spreads.observe(visit.prompt, visit.seen)
             if visit.closed:
                 if self._settings.corrected and visit.selected:
-                    self._weighed[visit.uid] = visit.share, self.spreads.law(visit.prompt)
+                    self._selected[visit.uid] = _Selected(step, visit.share, self.spreads.law(visit.prompt))
                 account.add(self._with_weights(visit), self.size, mean)
                 self._mourn(visit)
         crossed = self._guard.step_ended(step, account)
@@ -112,14 +120,14 @@ class Shaper:
         return told
 
     def weights(self, uid: str, tokens: Sequence[int]) -> list[float]:
-        """Weights, mean 1, of samples of these many generated tokens that were kept of a group of the last step; ones where nothing was
+        """Weights, mean 1, of samples of these many generated tokens that were kept of a group of this step; ones where nothing was
         selected, or without the corrected mode.
 
-        The law is the prompt's with this visit in it: at first visits that leaves a quarter to a half of what the bias would be with the
-        pool's law, at later ones it makes no difference (bench/shaping/correction.py).
+        The law is the prompt's with this visit in it. At a first visit there is nothing else but the pool's, which is as far from the
+        prompt as prompts are from each other; at later ones it makes no difference.
         """
-        share, law = self._weighed.get(uid, (None, None))
-        return [1.0] * len(tokens) if share is None or law is None else weights(share.rule, share.samples, law, tokens)
+        of = self._selected.get(uid)
+        return [1.0] * len(tokens) if of is None else weights(of.share.rule, of.share.samples, of.law, tokens)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: statistics and guard, as JSON values."""

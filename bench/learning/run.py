@@ -26,6 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from bench.marked import fill
 from verl_heddle.compare.campaign import numbers
 from verl_heddle.compare.launch import METRICS
 from verl_heddle.compare.ledger import Ledger
@@ -238,7 +239,10 @@ def main() -> None:
     answer = gathered(args.out, args.timed_from)
     args.json.write_text(json.dumps(answer, indent=1) + "\n")
     draw(answer, args.png)
-    print(table(answer))
+    lines = table(answer)
+    if args.json == RESULT:
+        fill(ROOT / "bench/learning/README.md", "arms", lines)
+    print(lines)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+from bench.marked import fill
+
 RESULT = HERE.parent / "results" / "simulated" / "shaping.json"
-BEGIN, END = "<!-- tables: written by table.py -->", "<!-- end of tables -->"
 
 COLUMNS = {
     "uniform 8:0": "uniform 1.25n, 8:0",
@@ -25,16 +29,18 @@ COLUMNS = {
     "auto, unseen allowed": "auto, prompts unseen and allowed",
 }
 PARTS = (
+    "planning",
     "even shaping",
     "even 24",
-    "planning",
     "even both",
     "even both 24",
     "shaping",
     "both, last",
     "both",
     "planning, true",
-    "tokens of both",
+    "tokens of even shaping",
+    "tokens of even 24",
+    "tokens of shaping",
 )
 PLUGIN = ("heddle", "heddle, shaping", "placing", "placing, shaping", "mixed", "mixed, shaping")
 
@@ -89,7 +95,7 @@ def thesis(rows: list[dict[str, Any]], columns: Sequence[str]) -> list[str]:
         told = one["over_best_stock"]
         usual = next(value for name, value in told.items() if name.startswith("stock"))
         name = f"{one['model']}, {one['per_gpu']} per GPU" + (", tools" if one["tools_s"] else ", one turn" if one["turns"] == 1 else "")
-        cells = [f"{told[part]['median']:.2f}" for part in columns]
+        cells = [f"{told[part]['median']:.2f}" if part in told else "" for part in columns]
         body.append([name, f"{one['usual_tp']} / {one['best_tp']}", f"{usual['median']:.2f}", *cells, str(one["seeds"])])
     return grid(["regime", "usual / best tp", "stock, usual", *columns, "seeds"], body)
 
@@ -123,10 +129,7 @@ def main() -> None:
         ]
     if document.get("correction"):
         lines += ["", "### Bias and its correction", "", *correction(document["correction"])]
-    readme = HERE / "README.md"
-    text = readme.read_text()
-    before, rest = text.split(BEGIN)
-    readme.write_text(f"{before}{BEGIN}\n\n" + "\n".join(lines) + f"\n\n{END}{rest.split(END)[1]}")
+    fill(HERE / "README.md", "tables", "\n".join(lines))
 
 
 if __name__ == "__main__":

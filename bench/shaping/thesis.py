@@ -247,7 +247,9 @@ def measure(model: str, per_gpu: int, turns: int, tools: float, seeds: int) -> d
             made[name] = same if layout == one else step.plugin(shares, True, layout)
         for name, result in made.items():
             rows.setdefault(name, []).append(base / result.makespan_s)
-        rows.setdefault("tokens of both", []).append(made["both"].tokens / sum(item.output_tokens for item in step.stock_batch))
+        plain = sum(item.output_tokens for item in step.stock_batch)
+        for name in ("even shaping", "even 24", "shaping"):
+            rows.setdefault(f"tokens of {name}", []).append(made[name].tokens / plain)
         bounds.append(lower_bound(step.stock_batch, GPUS, where.latency, able, slots=512, kv_tokens=where.kv_tokens).makespan_s / base)
         spares.append(sum(share.samples - SIZE for share in plan.shares) / len(plan.shares))
     about = {"model": model, "per_gpu": per_gpu, "turns": turns, "tools_s": tools, "best_tp": best, "usual_tp": usual, "seeds": seeds}

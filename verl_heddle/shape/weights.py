@@ -20,8 +20,9 @@ per sample, plain floats.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import comb, exp, inf, log, pi, sqrt
+from math import comb, exp, inf, log, sqrt
 
+from verl_heddle.predict.quantities import LOGISTIC
 from verl_heddle.shape.censored import Law
 from verl_heddle.shape.select import Rule
 
@@ -84,7 +85,7 @@ def _share(law: Law, tokens: float) -> float:
     """F: log-logistic, as `shape.outlook` has it."""
     if tokens <= 0 or tokens == inf:
         return float(tokens > 0)
-    score = (log(tokens) - law.mean) / (law.spread * sqrt(3) / pi)
+    score = (log(tokens) - law.mean) / (law.spread * LOGISTIC)
     return 1.0 / (1.0 + exp(min(40.0, max(-40.0, -score))))
 
 

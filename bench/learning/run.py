@@ -151,7 +151,14 @@ def gathered(out: Path, timed_from: int) -> dict[str, Any]:
             rows[arm][f"{what[:-2]}_ratio"] = median(sum(curves["stock"][pair][what]) / sum(runs[pair][what]) for pair in timed)
             rows[arm][what] = fmean(sum(runs[pair][what]) for pair in timed)
         rows[arm]["timed_pairs"] = len(timed)
-    about = {"command": plan.command, "steps": plan.steps, "always": WATCH, "task": TASK, "arms": ARMS, "timed_from": timed_from}
+    about = {
+        "recipe": plan.recipe,
+        "steps": plan.steps,
+        "always": WATCH,
+        "task": TASK,
+        "arms": ARMS,
+        "timed_from": timed_from,
+    }
     return about | {"rows": rows, "curves": curves}
 
 
@@ -205,8 +212,8 @@ def draw(answer: dict[str, Any], path: Path) -> None:
             axes.plot(range(SMOOTH, len(smooth) + SMOOTH), smooth, lw=1.8, **style)
     by_step.set(xlabel="step", ylabel="reward", title="validation, sampled, unshaped: mean of the seeds, and each")
     by_time.set(xlabel="seconds in steps (verl's clock)", ylabel="reward", title="the same over time, runs on a quiet machine")
-    reward.set(xlabel="step", ylabel="reward", title=f"reward of what was trained on, mean of {SMOOTH} steps and the seeds")
-    tokens.set(xlabel="step", ylabel="tokens", title=f"response length of what was trained on, mean of {SMOOTH} steps and the seeds")
+    reward.set(xlabel="step", ylabel="reward", title=f"what was trained on, mean of {SMOOTH} steps and the seeds: reward")
+    tokens.set(xlabel="step", ylabel="tokens", title="its response length")
     by_step.legend(frameon=False, fontsize=9)
     for axes in (by_step, by_time, reward, tokens):
         axes.spines[["top", "right"]].set_visible(False)

@@ -54,7 +54,7 @@ ROWS = (
         RUNS,
         "training with filtering, refill and shaping; the replay buffer is configured as verl's own",
         (
-            "tests/e2e/test_shaping.py::test_by_forecast_and_with_dapo_filtering",
+            "tests/e2e/test_shaping.py::test_by_forecast_corrected_and_with_dapo_filtering",
             f"{SAMPLER}::test_configured_like_verls_own",
             f"{SAMPLER}::test_dapo_without_a_metric_is_refused_as_by_verl",
         ),

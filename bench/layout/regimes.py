@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from bench.layout.world import HABIT, MODELS, PROMPT, USUAL, Groups, World, drawn, told_layout
+from bench.layout.world import HABIT, MODELS, PROMPT, USUAL, Groups, World, drawn
 from verl_heddle.layout.planner import choose
 from verl_heddle.layout.price import free
 from verl_heddle.place.cost import Floats
+from verl_heddle.report.words import mixture
 
 SIGMA = 0.9
 QUALITIES = (1.0, 0.71)
@@ -56,7 +57,7 @@ def cell(model: str, gpus: int, per_gpu: int, seeds: Sequence[int]) -> dict[str,
             found["tail"].append(_tail_gain(world, truth, layout, groups))
             layouts.append(layout)
         told = {name: median(values) for name, values in found.items()}
-        told["layout"] = told_layout(layouts[0])
+        told["layout"] = mixture(layouts[0])
         row[f"q{quality:g}"] = told
     return row
 

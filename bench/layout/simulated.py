@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from bench.layout.world import MODELS, USUAL, told_layout
+from bench.layout.world import MODELS, USUAL
 from verl_heddle.layout.planner import choose
 from verl_heddle.layout.price import Site, coming
 from verl_heddle.place.pace import habit_of
 from verl_heddle.place.replan import Replanner
 from verl_heddle.report.draws import generated
 from verl_heddle.report.setting import Setting, setting
+from verl_heddle.report.words import mixture
 from verl_heddle.simulate import lower_bound, make_fleet, simulate
 from verl_heddle.simulate.baselines import Stock
 from verl_heddle.simulate.foresight import Foresight
@@ -47,7 +48,7 @@ def cell(model: str, workload: str, per_gpu: int, seed: int = 0) -> dict[str, An
     row |= {"usual_over_best": seconds[usual] / seconds[best], "best_bound": bound / seconds[best]}
     for quality in QUALITIES:
         took, layout, reason = _planned(where, step, before, quality, seed)
-        row[f"q{quality:g}"] = {"planner": seconds[best] / took, "bound": bound / took, "layout": told_layout(layout), "reason": reason}
+        row[f"q{quality:g}"] = {"planner": seconds[best] / took, "bound": bound / took, "layout": mixture(layout), "reason": reason}
     return row
 
 
@@ -62,11 +63,11 @@ def _planned(
         known.append(seer.predict(identity.key))
     habit = habit_of(before)
     assert habit is not None
-    cap = max(item.output_tokens for item in before)
+    cap = None if quality == 1 else max(item.output_tokens for item in before)
     site = Site(where.latency, GPUS, NODE, SLOTS, UTILIZATION, longest_context=most_kv(step))
-    told = coming([one.median_tokens for one in known], [one.scale for one in known], np.inf if quality == 1 else cap)
+    told = coming([one.median_tokens for one in known], [one.scale for one in known], np.inf if cap is None else cap)
     chosen = choose(told, site, habit, (where.tp,) * (GPUS // where.tp), reshard_s=0.0, margin=0.0)
-    policy = Planned(Replanner(where.latency, Random(seed)), Foresight(step, quality, seed))
+    policy = Planned(Replanner(where.latency, Random(seed), cap_tokens=cap), Foresight(step, quality, seed))
     fleet = make_fleet(GPUS, chosen.layout, where.latency, SLOTS, where.kv_tokens)
     policy.replicas_added(fleet)
     policy.announce(step)

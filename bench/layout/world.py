@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import log, pi, sqrt
+from math import log, sqrt
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from verl_heddle.latency import load
 from verl_heddle.layout.price import Coming, Site, coming, priced
 from verl_heddle.place.cost import Cost, Degree, Floats, price, work
 from verl_heddle.place.pace import Habit, Tempo, degree
+from verl_heddle.predict.quantities import LOGISTIC
 
 GPU, NODE, SLOTS, UTILIZATION = "H200", 8, 512, 0.8
 MODELS = ("Qwen3-8B", "Qwen3-14B", "Qwen3-32B", "Qwen3-30B-A3B")
@@ -92,11 +93,6 @@ class World:
         return max(float(tokens.max()) * alone, float(tokens.sum()) * cheap / self.gpus)
 
 
-def told_layout(layout: Sequence[int]) -> str:
-    """As "4x8 + 2x4": how many replicas of which degree."""
-    return " + ".join(f"{sum(one == tp for one in layout)}x{tp}" for tp in sorted(set(layout), reverse=True))
-
-
 def drawn(count: int, quality: float, sigma: float, seed: int) -> tuple[Floats, Coming]:
     """True tokens, and what is predicted."""
     rng = np.random.default_rng(seed)
@@ -105,4 +101,4 @@ def drawn(count: int, quality: float, sigma: float, seed: int) -> tuple[Floats, 
     truth = np.minimum(MEDIAN * np.exp(sigma * z), CAP)
     if quality == 1:
         said = truth
-    return truth, coming(said, sigma * sqrt(1 - quality**2) * sqrt(3) / pi, CAP if quality < 1 else np.inf)
+    return truth, coming(said, sigma * sqrt(1 - quality**2) * LOGISTIC, CAP if quality < 1 else np.inf)

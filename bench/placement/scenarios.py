@@ -15,7 +15,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from math import log, pi, sqrt
+from math import log, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from verl_heddle.place.exact import cover_free
 from verl_heddle.place.outlook import GRID, curves
 from verl_heddle.place.pace import Habit, Tempo, degree
 from verl_heddle.place.robust import TOLERANCE, plan
+from verl_heddle.predict.quantities import LOGISTIC
 
 TRAJECTORIES, REPLICAS, SIGMA, MEDIAN, CAP = 640, 8, 0.9, 5000.0, 40_960
 QUALITIES = (1.0, 0.83, 0.57, 0.0)
@@ -46,7 +47,7 @@ def draw(seed: int, quality: float) -> tuple[Floats, Floats, float]:
     rng = np.random.default_rng(seed)
     z, noise = rng.normal(size=(2, TRAJECTORIES))
     said = np.exp(log(MEDIAN) + quality * SIGMA * (quality * z + sqrt(1 - quality**2) * noise))
-    return np.minimum(MEDIAN * np.exp(SIGMA * z), CAP), said, max(0.02, SIGMA * sqrt(1 - quality**2) * sqrt(3) / pi)
+    return np.minimum(MEDIAN * np.exp(SIGMA * z), CAP), said, max(0.02, SIGMA * sqrt(1 - quality**2) * LOGISTIC)
 
 
 def sampled(medians: Floats, scale: float, count: int, rng: np.random.Generator) -> Floats:

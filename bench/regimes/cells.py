@@ -12,7 +12,7 @@ from verl_heddle.latency import LatencyModel
 from verl_heddle.report.draws import Draw, Source
 from verl_heddle.report.setting import UTILIZATION, Setting, setting
 from verl_heddle.report.study import Answer, study
-from verl_heddle.traces import Tool, generate, split_variance
+from verl_heddle.traces import CODING, Tool, generate, split_variance
 from verl_heddle.traces.workloads import BETWEEN_SHARE
 from verl_heddle.trajectory import Trajectory
 
@@ -107,7 +107,8 @@ def _draw(cell: Cell, where: Setting, seed: int) -> Draw:
     )
     both = _with_tools(both, cell, where.latency, where.tp)
     now = tuple(item for item in both if int(item.trial) < SAMPLES)
-    return Draw(seed, (now,), (tuple(item for item in both if int(item.trial) >= SAMPLES),))
+    before = tuple(item for item in both if int(item.trial) >= SAMPLES)
+    return Draw(seed, (now,), (before,), cap_tokens=CODING.cap_tokens)
 
 
 def _with_tools(items: Sequence[Trajectory], cell: Cell, latency: LatencyModel, tp: int) -> list[Trajectory]:

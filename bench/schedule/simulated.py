@@ -72,7 +72,7 @@ class TrueOrder(Stock):
 
 def learned(draw: Draw) -> Policy:
     """heddle, taught one epoch; a trace's trajectories are never predicted from themselves."""
-    policy = Orchestrator(Options(seed=draw.seed))
+    policy = Orchestrator(Options(seed=draw.seed), cap_tokens=draw.cap_tokens)
     teach(policy, draw)
     return CrossFitted(policy, halves(draw.steps)[0]) if draw.crossed else policy
 

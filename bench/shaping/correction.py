@@ -22,7 +22,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from math import exp, inf, pi, sqrt
+from math import exp, inf, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from verl_heddle.predict.quantities import LOGISTIC
 from verl_heddle.shape.censored import Law
 from verl_heddle.shape.select import Rule, Sample, choose
 from verl_heddle.shape.spread import Spreads
@@ -60,7 +61,7 @@ REWARDS: dict[str, Callable[[float], float]] = {
 def lengths(rng: np.random.Generator, mean: float, samples: int) -> np.ndarray:
     """Tokens of a prompt's samples."""
     uniform = np.clip(rng.random(samples), 1e-6, 1 - 1e-6)
-    return np.maximum(1, np.exp(mean + LAW.spread * sqrt(3) / pi * np.log(uniform / (1 - uniform)))).astype(int)
+    return np.maximum(1, np.exp(mean + LAW.spread * LOGISTIC * np.log(uniform / (1 - uniform)))).astype(int)
 
 
 def measure(samples: int, shape: tuple[int, float], reward: Callable[[float], float], mode: str) -> dict[str, float]:

@@ -8,7 +8,7 @@ Per regime, over stock verl at the usual degree and at its best fixed degree (ev
     even shaping     20 of 16 samples for every prompt, shortest-only, at stock's best degree, verl's placement: knows no prompt
     even 24          the same with 24
     shaping          the budget's plan at stock's best degree, verl's placement: knows which prompts are long
-    planning         layout and placement of `place.robust` from the same statistics of prompts, no spare samples
+    planning         layout and placement of `layout.price` from the same statistics of prompts, no spare samples
     even both        even shaping, and a plan that knows that a group ends with its n-th sample: rows of `shape.outlook`
     even both 24     the same with 24
     both             the budget's plan, and such a plan
@@ -20,11 +20,12 @@ shaping:
 
     heddle           as released, at stock's best degree
     placing          with `heddle.place.enable`: placement planned, re-planned, moved
-    mixed            the same on the layout of `place.robust`, where it is another one
+    mixed            the same on the layout of `layout.price`, where it is another one
 
 Statistics (`shape.spread`) come from one earlier epoch of the same prompts: 16 other samples each. That is what the plugin knows at a
-step's start. The layout is the better of all fixed ones and the robust plan's, by the expected makespan. In the parts placement is decided
-once, by plan, and kept; nothing is re-planned or moved, and priorities are off. The plugin's own re-planner takes no account of shaping.
+step's start. The layout is the best of all fixed ones, each planned or split evenly (which is stock's rule), and the robust plan's, by
+the expected makespan. In the parts placement is decided once and kept; nothing is re-planned or moved, and priorities are off. The plugin's
+own re-planner takes no account of shaping.
 Regimes: many turns with and without tools and single turns, group of 16, 70 % of the variance of log length between prompts.
 """
 
@@ -48,13 +49,11 @@ sys.path.insert(0, str(ROOT))
 
 from bench.shaping.arms import FREE
 from bench.shaping.cases import Pool, pooled
-from verl_heddle.layout.price import Coming, grouped_s
+from verl_heddle.layout.price import Coming, Priced, free, priced
 from verl_heddle.options import Options, Place, Shape
 from verl_heddle.orchestrator import Orchestrator
 from verl_heddle.place.outlook import GRID, curves
 from verl_heddle.place.pace import Tempo, habit_of
-from verl_heddle.place.robust import RobustPlan
-from verl_heddle.place.robust import plan as robust_plan
 from verl_heddle.report.draws import Draw
 from verl_heddle.report.play import preempting, teach
 from verl_heddle.report.setting import Setting, setting
@@ -152,15 +151,16 @@ class Step:
     def planning(self, plan: StepPlan, rows: Sequence[np.ndarray], medians: Sequence[float]) -> Result:
         """Mixed degrees and placement from rows per trajectory; selection as the plan says."""
         batch = started(plan, self.prompts, self.pool)
-        found = self._robust(rows, medians)
+        found = self._best(rows, medians)
         fleet = make_fleet(GPUS, found.layout, self.where.latency, self.where.slots, self.where.kv_tokens)
-        return self._run(batch, fleet, self._selects(Planned(_homes(found, batch, fleet)), plan, batch))
+        inner = Planned(_homes(found, batch, fleet)) if found.groups else Stock(self.seed)
+        return self._run(batch, fleet, self._selects(inner, plan, batch))
 
     def plugin(self, plan: StepPlan, place: bool, layout: Sequence[int]) -> Result:
         """The plugin itself on such a fleet, selecting as the plan says."""
         batch = started(plan, self.prompts, self.pool)
         fleet = make_fleet(GPUS, layout, self.where.latency, self.where.slots, self.where.kv_tokens)
-        inner = Orchestrator(Options(seed=self.seed, place=Place(enable=place)))
+        inner = Orchestrator(Options(seed=self.seed, place=Place(enable=place)), cap_tokens=CAP)
         teach(inner, Draw(self.seed, (tuple(batch),), (self.before,)))
         inner.step_times_known(self.where.latency)
         policy = self._selects(inner, plan, batch, step=1)
@@ -168,16 +168,14 @@ class Step:
 
     def layout(self, plan: StepPlan) -> list[int]:
         """Degrees of the layout that the robust plan would choose, knowing that groups end with their n-th sample."""
-        return list(self._robust(*self.rows(plan, True)).layout)
+        return list(self._best(*self.rows(plan, True)).layout)
 
-    def _robust(self, rows: Sequence[np.ndarray], medians: Sequence[float]) -> RobustPlan:
-        """The best of all fixed layouts and the free one."""
+    def _best(self, rows: Sequence[np.ndarray], medians: Sequence[float]) -> Priced:
+        """The best of all fixed layouts, planned or split evenly, and the free one."""
         tempos = {tp: Tempo(self.where.latency, self._replica(tp), GRID, float(len(rows)), self.habit) for tp in self.able()}
-        stacked, middle = np.stack(rows), np.array(medians)
-        ways = [robust_plan(middle, stacked, tempos, layout=[tp] * (GPUS // tp)) for tp in tempos]
-        ways.append(robust_plan(middle, stacked, tempos, gpus=GPUS))
-        step = Coming(middle, stacked)
-        return min(ways, key=lambda way: grouped_s(step, way, tempos))
+        step = Coming(np.array(medians), np.stack(rows))
+        ways = [priced(step, [tp] * (GPUS // tp), tempos) for tp in tempos]
+        return min([*ways, free(step, GPUS, tempos)], key=lambda way: way.seconds)
 
     def rows(self, plan: StepPlan, ends_with_nth: bool) -> tuple[list[np.ndarray], list[float]]:
         """Each trajectory's share of its group's rows, and its predicted median."""
@@ -207,7 +205,7 @@ class Step:
         return simulate(batch, fleet, self.where.latency, policy, engine=self.where.engine("fcfs"))
 
 
-def _homes(found: RobustPlan, batch: Sequence[Trajectory], fleet: Sequence[Any]) -> dict[str, str]:
+def _homes(found: Priced, batch: Sequence[Trajectory], fleet: Sequence[Any]) -> dict[str, str]:
     keys = [f"0:{item.prompt_id}_{item.trial}" for item in batch]
     return {keys[member]: fleet[number].name for number, group in enumerate(found.groups) for member in group}
 

@@ -33,6 +33,13 @@ def test_recorded_steps_validation_and_unknown_lengths(tmp_path):
     assert source.draws[0].crossed and source.draws[0].before == source.draws[0].steps
 
 
+@pytest.mark.parametrize(("cut", "cap"), [(False, None), (True, 70)])
+def test_the_cap_is_what_a_workload_says_and_what_a_trace_shows(tmp_path, cut, cap):
+    assert generated("math", 2, 2, [0], cap_tokens=900).draws[0].cap_tokens == 900
+    path = trace(tmp_path, [lived("p", 0, (50, 20), truncated=cut), lived("p", 1, (30,))])
+    assert recorded(path, [0]).draws[0].cap_tokens == cap
+
+
 def test_seeds_of_a_trace_permute_whole_prompts(tmp_path):
     path = trace(tmp_path, [lived(f"p{k}", s, (10 + k,)) for k in range(20) for s in range(3)])
     first, second = recorded(path, [0, 1]).draws

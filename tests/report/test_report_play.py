@@ -11,6 +11,7 @@ from verl_heddle.report.draws import Draw, generated, recorded
 from verl_heddle.report.play import RULES, CrossFitted, bound, measured, play, teach
 from verl_heddle.report.setting import setting
 from verl_heddle.simulate import PRIORITY, simulate
+from verl_heddle.traces import SEARCH
 from verl_heddle.trajectory import TrajectoryId, TurnStart
 
 WHERE = setting("qwen3-8b", "h200", 4, slots=8)
@@ -44,6 +45,21 @@ def test_teaching_equals_an_epoch_simulated():
         turn = TurnStart(TrajectoryId(item.prompt_id, "x", item.trial, 9), f"{item.prompt_id}{item.trial}", 0, 10, 0)
         one, other = (policy.turn_started(turn, 0.0).predicted_remaining for policy in (told, lived_through))
         assert one == pytest.approx(other, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["heddle", "heddle_place"])
+def test_heddle_knows_the_cap_as_in_the_cluster(name, monkeypatch):
+    caps = []
+
+    class Told(Orchestrator):
+        def __init__(self, options, cap_tokens=None):
+            caps.append(cap_tokens)
+            super().__init__(options, cap_tokens=cap_tokens)
+
+    monkeypatch.setattr("verl_heddle.report.play.Orchestrator", Told)
+    for parameters in ({}, {"cap_tokens": 3000}):
+        play(name, 1, WHERE, generated("search", 2, 2, [0], **parameters).draws[0])
+    assert caps == [SEARCH.cap_tokens, 3000]
 
 
 def test_a_trace_never_predicts_a_trajectory_from_itself(tmp_path):

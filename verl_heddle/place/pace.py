@@ -6,11 +6,14 @@ one of them takes
     tau(k) = step + tool_s        d = k * step / tau(k)
     step = [decode_s(tp, b, c) + b * read / turn_tokens] * max(1, d / room)        b = min(d, room)
     read = seconds to prefill a turn's new input, and in a share `lost` of the turns the whole context again
-    lost = (k - held) / (k - b) within 0 and 1
+    lost = (k - held) / (k - d) within 0 and 1
 
 by fixed-point iteration. held = contexts that fit the KV cache; room = the most that decode at once, the lesser of slots and `held`: beyond
-it trajectories take turns, and the prefix of one that waits is evicted by those that run (least recently used first), which makes a crowd
-far dearer than its decoding. tool_s = seconds in tools per generated token, which no neighbour slows down.
+it trajectories take turns. A prefix is evicted least recently used first. If it lives for A seconds, waiting takes W and tools are
+exponential with mean T, then lambda * E[min(W + tool, A)] = held - b prefixes of those that do not run are kept, lambda * (W + T) = k - b,
+and the share P(W + tool > A) that comes back too late is `lost`. Without tools everybody waits equally long, and one context too many
+makes all of them read theirs again: a crowd is far dearer than its decoding. tool_s = seconds in tools per generated token, which no
+neighbour slows down.
 Invariant: tau is non-decreasing in k. Source: the cost model of `simulate/engine.py` and its prefix cache, averaged.
 Cost: `ROUNDS` vectorised calls of the latency model.
 """
@@ -91,7 +94,7 @@ def pace(latency: Latency, replica: Replica, together: Floats, context_tokens: F
 
     def step(wanting: Floats) -> Floats:
         batch = np.clip(wanting, 1.0, room)
-        lost = np.clip((count - held) / np.maximum(count - batch, 1e-9), 0.0, 1.0)
+        lost = np.clip((count - held) / np.maximum(count - wanting, 1e-9), 0.0, 1.0)
         reading = batch * (fresh + lost * (again - fresh)) / habit.turn_tokens
         seconds = (latency.decode_s(tp, batch, context) + reading) * np.maximum(1.0, wanting / room)
         return np.asarray(seconds, dtype=np.float64)

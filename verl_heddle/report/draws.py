@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
-from verl_heddle.traces import TraceError, generate, read, replayable
+from verl_heddle.traces import WORKLOADS, TraceError, generate, read, replayable
 from verl_heddle.trajectory import Trajectory
 
 Step = tuple[Trajectory, ...]
@@ -35,6 +35,8 @@ class Draw:
     steps: tuple[Step, ...]
     before: tuple[Step, ...] = ()
     crossed: bool = False
+    cap_tokens: int | None = None
+    """verl's `response_length`, which heddle is told; of a trace the most that is in it, if any of it was cut; None: not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +56,12 @@ def generated(workload: str, prompts: int, samples: int, seeds: Sequence[int], c
         TraceError: unknown workload, or a number out of range.
     """
     draws = []
+    cap = parameters.get("cap_tokens", WORKLOADS[workload].cap_tokens) if workload in WORKLOADS else None
     for seed in seeds:
         both = generate(workload, prompts, samples if cold else 2 * samples, seed=seed, **parameters)
         now = tuple(item for item in both if int(item.trial) < samples)
         seen = tuple(item for item in both if int(item.trial) >= samples)
-        draws.append(Draw(seed, (now,), (seen,) if seen else ()))
+        draws.append(Draw(seed, (now,), (seen,) if seen else (), cap_tokens=cap))
     about = {"workload": workload, "trace": None, "steps": 1, "prompts": prompts, "samples": samples}
     history = "none (first epoch)" if cold else "one epoch: other samples of the same prompts"
     return Source(f"{workload} (synthetic)", tuple(draws), about | {"history": history})
@@ -106,7 +109,9 @@ def recorded(
     latest = {number: runs[max(runs)] for number, runs in by_step.items()}
     left["of earlier runs of the same step"] = sum(sum(map(len, runs.values())) - len(latest[number]) for number, runs in by_step.items())
     steps = tuple(_limited(latest[number], prompts, samples) for number in sorted(latest, key=lambda key: -1 if key is None else key))
-    draws = [_shuffled(steps, seed, cold) for seed in seeds]
+    work = [item for one in steps for item in one]
+    cap = max(item.output_tokens for item in work) if any(item.meta.get("truncated") for item in work) else None
+    draws = [replace(_shuffled(steps, seed, cold), cap_tokens=cap) for seed in seeds]
     groups = [len({item.prompt_id for item in one}) for one in steps]
     about = {
         "workload": steps[0][0].workload,

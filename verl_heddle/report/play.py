@@ -27,25 +27,19 @@ TAIL = ("queue_s", "prefill_s", "generate_s", "tool_s", "other_s")
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A policy by name. `learns`: it is shown the epoch before. `knows`: it is told the true lengths. `preempts`: on arrival."""
+    """A policy by name. `knows`: it is told the true lengths."""
 
     title: str
     make: Callable[[int], Policy] | None = None
     order: Literal["fcfs", "priority"] = "fcfs"
-    learns: bool = False
+    options: Options | None = None
+    """heddle with these: it is shown the epoch before, and its engines preempt on arrival."""
     knows: bool = False
-    preempts: bool = False
     mixed: bool = False
     """On `Setting.mixed`, where there is one, instead of one degree for all."""
 
 
-PLACING = Rule(
-    "heddle with heddle.place.enable",
-    lambda seed: Orchestrator(Options(seed=seed, place=Place(enable=True))),
-    "priority",
-    learns=True,
-    preempts=True,
-)
+PLACING = Rule("heddle with heddle.place.enable", options=Options(place=Place(enable=True)))
 
 RULES: Mapping[str, Rule] = {
     "stock": Rule("stock verl", Stock),
@@ -55,7 +49,7 @@ RULES: Mapping[str, Rule] = {
     "dual_threshold": Rule("SGLang dual threshold (verl #6533)", DualThreshold),
     "affinity_margin": Rule("affinity margin 2 (verl #7435)", AffinityMargin),
     "plas": Rule("PLAS: least served first (Autellix)", Plas, "priority"),
-    "heddle": Rule("heddle, as released", lambda seed: Orchestrator(Options(seed=seed)), "priority", learns=True, preempts=True),
+    "heddle": Rule("heddle, as released", options=Options()),
     "heddle_place": PLACING,
     "heddle_mixed": replace(PLACING, title="heddle on mixed degrees, placing", mixed=True),
     "lpt_oracle": Rule("oracle: longest first, true lengths", order="priority", knows=True),
@@ -111,10 +105,11 @@ def play(name: str, tp: int, setting: Setting, draw: Draw) -> list[Result]:
     """
     rule = RULES[name]
     fleet = setting.mixed_fleet() if rule.mixed and setting.mixed else setting.fleet(tp)
-    engine = preempting(setting) if rule.preempts else setting.engine(rule.order)
+    engine = preempting(setting) if rule.options else setting.engine(rule.order)
     policy = rule.make(draw.seed) if rule.make else None
     dealt = halves(draw.steps) if draw.crossed else []
-    if rule.learns and isinstance(policy, Orchestrator):
+    if rule.options:
+        policy = Orchestrator(replace(rule.options, seed=draw.seed), cap_tokens=draw.cap_tokens)
         teach(policy, draw)
         policy.step_times_known(setting.latency)
     results = []

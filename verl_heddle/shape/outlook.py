@@ -24,6 +24,7 @@ import numpy as np
 
 from verl_heddle.place.cost import Floats
 from verl_heddle.place.outlook import GRID, SURE, WEIGHTS
+from verl_heddle.predict.quantities import LOGISTIC
 from verl_heddle.shape.censored import Law
 
 NODES = 5
@@ -47,7 +48,7 @@ def live(laws: Sequence[Law], size: int, most: int, patience: float = 0.0, cap_t
     spread = np.array([law.spread for law in laws])[:, None, None]
     doubt = np.array([law.doubt for law in laws])[:, None, None]
     with np.errstate(divide="ignore"):
-        score = (np.log(GRID) - mean - doubt * _POINTS[:, None]) / (spread * sqrt(3) / pi)
+        score = (np.log(GRID) - mean - doubt * _POINTS[:, None]) / (spread * LOGISTIC)
     beyond = np.where(cap_tokens > GRID, 1.0 / (1.0 + np.exp(np.clip(score, -40.0, 40.0))), 0.0)
     ended = 1.0 - beyond
     waits = patience > GRID

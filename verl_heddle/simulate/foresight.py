@@ -10,11 +10,11 @@ in proportion to tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import exp, log, log1p, pi, sqrt
+from math import exp, log, log1p, sqrt
 
 import numpy as np
 
-from verl_heddle.predict.quantities import UPPER, Estimate
+from verl_heddle.predict.quantities import LOGISTIC, UPPER, Estimate
 from verl_heddle.trajectory import Trajectory, TrajectoryEnd, TurnEnd, TurnStart
 
 LEAST_SCALE = 0.01
@@ -41,7 +41,7 @@ class Foresight:
         signal = quality * (tokens - mean) / spread + sqrt(1 - quality**2) * np.random.default_rng(seed).normal(size=len(tokens))
         says = np.exp(mean + claims * spread * signal).tolist()
         self._median = {(item.prompt_id, item.trial): one for item, one in zip(trajectories, says, strict=True)}
-        self._scale = max(LEAST_SCALE, spread * sqrt(1 - claims**2) * sqrt(3) / pi)
+        self._scale = max(LEAST_SCALE, spread * sqrt(1 - claims**2) * LOGISTIC)
         self._sure = sure
         self._tool_s = sum(item.tool_s for item in trajectories) / sum(item.output_tokens for item in trajectories)
         self._turn = sum(item.output_tokens for item in trajectories) / max(1, sum(len(item.steps) for item in trajectories))

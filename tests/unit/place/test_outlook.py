@@ -14,6 +14,9 @@ from verl_heddle.place.cost import Cost, price, work
 from verl_heddle.place.outlook import GRID, curves, drain_s
 from verl_heddle.place.pace import Habit, Tempo, degree, pace
 from verl_heddle.place.robust import plan
+from verl_heddle.simulate import EngineOptions, simulate
+from verl_heddle.simulate.baselines import Stock
+from verl_heddle.trajectory import Trajectory, Turn
 
 AFFINE = LatencyModel.affine(0.01, 0.0005, prefill_per_token_s=1e-5, tps=(1, 2), speedup={2: 1.6})
 ALONE = Habit(1000.0, 1.0, 500.0, 0.0)
@@ -49,6 +52,20 @@ def test_a_crowd_beyond_the_kv_cache_reads_its_contexts_again():
     again_s = 1000 * 1e-5 / 500  # a context per turn of 500 tokens
     assert tight[1] == pytest.approx(2 * (0.01 + 50 * (0.0005 + again_s)), rel=0.02)
     assert tight[1] > roomy[0] and tight[0] == pytest.approx(0.01 + 50 * 0.0005, rel=1e-3)
+
+
+@pytest.mark.parametrize("slots", [8, 64])
+@pytest.mark.parametrize("crowd", [15, 19, 22, 30])
+def test_a_crowd_is_as_slow_as_in_the_simulated_engine(crowd, slots):
+    """20 long contexts fit; the contexts grow little, so the crowd is in one state from the first turn to the last."""
+    replica, prompt, turns, output = Replica("r", 1, slots, 84_000), 4000, 8, 50
+    items = [Trajectory("s", "w", f"p{i}", 0, prompt, (Turn(0, output),) * turns) for i in range(crowd)]
+    model = LatencyModel.affine(0.01, 0.0005, prefill_per_token_s=1e-5)
+    made = simulate(items, [replica], model, Stock(0), engine=EngineOptions(block_tokens=1)).makespan_s
+    habit = Habit(prompt + turns * output / 2, 1.0, output, 0.0)
+    first_s = crowd * prompt * 1e-5
+    per_token = float(pace(model, replica, np.array([float(crowd)]), habit.context_tokens, habit)[0])
+    assert first_s + per_token * turns * output == pytest.approx(made, rel=0.1)
 
 
 @pytest.mark.parametrize("scale", [0.05, 0.3, 0.6])

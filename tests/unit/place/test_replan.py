@@ -14,7 +14,9 @@ from verl_heddle.latency import LatencyModel
 from verl_heddle.place.audit import REST, Audit, Verdict
 from verl_heddle.place.books import Books
 from verl_heddle.place.decisions import Expected
-from verl_heddle.place.outlook import GRID
+from verl_heddle.place.first import Batch, place_batch
+from verl_heddle.place.outlook import GRID, curves
+from verl_heddle.place.pace import Habit
 from verl_heddle.place.replan import MOST_MOVES, Replanner
 from verl_heddle.place.sticky import StickyLeastInflight
 from verl_heddle.place.trust import FEWEST, Trust
@@ -205,6 +207,20 @@ def test_an_announced_batch_is_placed_longest_first():
     play.planner.expect([Expected(identity(number), 100, left(one)) for number, one in tokens.items()])
     homes = {number: play.start(number, one)[0] for number, one in tokens.items()}
     assert homes[2] != homes[3] and homes[0] != homes[1]
+
+
+@pytest.mark.parametrize("by_sample", [False, True])
+def test_the_order_of_a_batch_does_not_make_stock_look_bad(by_sample):
+    """Two prompts, long and short, on two replicas: dealt by turns, sample by sample, each replica would get one prompt whole."""
+    numbers = np.arange(80)
+    prompts = numbers % 2 if by_sample else numbers // 40
+    books = Books(LATENCY)
+    for name in ("a", "b"):
+        books.add(Replica(name))
+    books.tune(80, Habit())
+    medians = np.where(prompts == 0, 20_000.0, 2_000.0)
+    batch = Batch(medians, curves(medians, 0.5, 40_960), np.zeros((80, 2)), [str(one) for one in prompts])
+    assert place_batch(books, batch) is None
 
 
 def test_what_was_forgotten_is_placed_anew():

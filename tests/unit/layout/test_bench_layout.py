@@ -11,7 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from bench.layout import exhaustive, regimes
-from bench.layout.world import World, drawn, told_layout
+from bench.layout.world import World, drawn
 
 
 @pytest.fixture(scope="module")
@@ -46,4 +46,3 @@ def test_a_tail_that_is_too_slow_alone_gains_by_regrouping():
 def test_drawn_predictions_have_the_quality_they_claim():
     truth, step = drawn(4000, 0.71, 0.9, 0)
     assert np.corrcoef(np.log(truth), np.log(step.medians))[0, 1] == pytest.approx(0.71, abs=0.03)
-    assert told_layout((4, 1, 1)) == "1x4 + 2x1"

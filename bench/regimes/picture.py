@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 RATIOS = (
     ("stock_over_bound", "stock verl, usual tp\nmakespan / lower bound", "magma_r", LogNorm(1.0, 5.0)),
     ("best_over_bound", "stock verl, best fixed tp\nmakespan / lower bound", "magma_r", LogNorm(1.0, 5.0)),
-    ("heddle_best_speedup", "heddle, same tp\nspeedup over the row above", "RdBu", TwoSlopeNorm(1.0, 0.85, 1.15)),
+    ("heddle_best_speedup", "heddle, same tp\nspeedup over the row above", "RdBu", TwoSlopeNorm(1.0, 0.8, 1.6)),
 )
 """Key, label, colour map (even in lightness, or red-blue; both survive colour blindness), scale."""
 
@@ -51,7 +51,7 @@ def heat_maps(result: dict[str, Any], path: Path) -> None:
                 spine.set_visible(False)
         bar = figure.colorbar(image, ax=panels[row, :].tolist(), shrink=0.8, pad=0.01)
         bar.outline.set_visible(False)
-        marks = [1, 1.5, 2, 3, 4, 5] if key != "heddle_best_speedup" else [0.85, 0.9, 0.95, 1, 1.05, 1.1, 1.15]
+        marks = [1, 1.5, 2, 3, 4, 5] if key != "heddle_best_speedup" else [0.8, 0.9, 1, 1.2, 1.4, 1.6]
         bar.set_ticks(marks, labels=[f"{mark:g}x" for mark in marks])
         bar.ax.minorticks_off()
     figure.suptitle(

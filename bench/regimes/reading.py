@@ -75,19 +75,23 @@ def _left(cells: Sequence[Cell]) -> str:
 
 def _heddle(cells: Sequence[Cell]) -> str:
     idle = [c["heddle_best_speedup"] for c in cells if c["queue_share"] < WAITED]
-    waiting = sorted(c["heddle_best_speedup"] for c in cells if c["queue_share"] >= WAITED)
     text = (
         f"**heddle only orders waiting turns, so it needs turns that wait.** In {len(idle)} of {len(cells)} cells they hardly "
         f"do at the usual degree, and at stock's best degree it gives {min(idle):.2f} to {max(idle):.2f}. "
     )
+    waiting = [c for c in cells if c["queue_share"] >= WAITED]
     if not waiting:
         return text
-    gain, loss = sum(x >= SAME for x in waiting), sum(x <= 1 / SAME for x in waiting)
+    parts = []
+    for share in sorted({c["tool_share"] for c in waiting}):
+        made = sorted(c["heddle_best_speedup"] for c in waiting if c["tool_share"] == share)
+        parts.append(f"{made[len(made) // 2]:.2f} at the median, {made[0]:.2f} to {made[-1]:.2f}, with {share:.0%} tool time")
+    speeds = [c["heddle_best_speedup"] for c in waiting]
+    gain, loss = sum(x >= SAME for x in speeds), sum(x <= 1 / SAME for x in speeds)
     return text + (
-        f"In the other {len(waiting)} its speedup over stock at the same degree is {waiting[len(waiting) // 2]:.2f} at the median, "
-        f"{waiting[0]:.2f} to {waiting[-1]:.2f}: 2 % faster or more in {gain}, 2 % slower or more in {loss}. Most of these cells are one "
-        "draw; a few percent either way is chance. Nearly all of the distance to the bound is still there: that takes placement, layout "
-        "and shaping."
+        f"In the other {len(waiting)} its speedup over stock at the same degree is {'; '.join(parts)}: 2 % faster or more in {gain}, 2 % "
+        f"slower or more in {loss}. Most of these cells are one draw; a few percent either way is chance. The rest of the "
+        "distance to the bound takes placement, layout and shaping."
     )
 
 

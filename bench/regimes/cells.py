@@ -64,7 +64,7 @@ def cells() -> Iterator[Cell]:
 def measure(cell: Cell) -> dict[str, Any]:
     """Simulate a cell; JSON-ready. Ratios are medians over the draws, times those of the draw with stock's median makespan."""
     where = setting(cell.model, GPU, GPUS, None, SLOTS, cell.utilization)
-    draws = tuple(_draw(cell, where, seed) for seed in range(DRAWS[cell.concurrency]))
+    draws = tuple(draw(cell, where, seed) for seed in range(DRAWS[cell.concurrency]))
     about = {"steps": 1}
     answer = study(where, Source("map", draws, about), ("stock_best_tp", "heddle", "heddle_best_tp"), jobs=1)
     rows = answer.rows
@@ -91,7 +91,7 @@ def measure(cell: Cell) -> dict[str, Any]:
     }
 
 
-def _draw(cell: Cell, where: Setting, seed: int) -> Draw:
+def draw(cell: Cell, where: Setting, seed: int) -> Draw:
     """The step, and as many other samples of the same prompts as the epoch before."""
     number = cell.concurrency * GPUS
     both = generate(

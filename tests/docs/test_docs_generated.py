@@ -80,6 +80,14 @@ def test_the_numbers_of_the_readme_are_the_benches():
     few = [cell for cell in regimes["cells"] if cell["concurrency"] <= 16 and cell["utilization"] == 0.5]
     assert range_of([cell[key] for cell in few for key in ("heddle_speedup", "heddle_best_speedup")]) == (1.0, 1.0)
     assert told("few trajectories") == (1.0, round(max(cell["best_speedup"] for cell in few), 1))
+    many = [cell for cell in regimes["cells"] if cell["concurrency"] >= 128 and cell["utilization"] == 0.5]
+    plain, tools = (
+        [cell[key] for cell in many if bool(cell["tool_share"]) is slow for key in ("heddle_speedup", "heddle_best_speedup")]
+        for slow in (False, True)
+    )
+    ranges = [f"{low:.2f}x to {high:.2f}x" for low, high in map(range_of, (plain, tools))]
+    assert f"the map's are {ranges[0]} without tools, and {ranges[1]} with, a third of them below 1" in " ".join(text.split())
+    assert 0.28 < sum(value < 0.995 for value in tools) / len(tools) < 0.38
     made = {row["name"]: row["speedup"]["heddle"] for row in schedule["rows"] if row["kind"] == "generated"}
     real = {row["name"]: row["speedup"]["heddle"] for row in schedule["rows"] if row["kind"] != "generated"}
     assert told("many (128, 256)") == range_of([value for name, value in made.items() if "tools 0%" in name])

@@ -2,7 +2,7 @@
 
 from verl_heddle.traces.describe import summary
 from verl_heddle.traces.generate import generate
-from verl_heddle.traces.io import read, trace_files, write
+from verl_heddle.traces.io import read, segment, segments, trace_files, write
 from verl_heddle.traces.replay import episodes, replayable
 from verl_heddle.traces.schema import PSEUDO_TOOLS, TraceError, decode, encode, from_dict, to_dict
 from verl_heddle.traces.workloads import CODING, MATH, SEARCH, WORKLOADS, Tool, Workload, split_variance
@@ -23,6 +23,8 @@ __all__ = [
     "generate",
     "read",
     "replayable",
+    "segment",
+    "segments",
     "split_variance",
     "summary",
     "to_dict",

@@ -2,12 +2,16 @@
 
 A trace file is JSON Lines, plain or gzip, told apart by its first bytes. Reading holds one line at a time, so memory is bounded by
 `schema.MAX_LINE_BYTES` whatever the file is. Whatever is wrong with a file ends in one `TraceError` of one line.
+
+A run that writes long rotates: `trace.jsonl` is the live file, `trace.0001.jsonl.gz`, `trace.0002.jsonl.gz`, ... beside it are its closed
+segments, oldest first (`segments`). The name of the live file stands for the whole trace.
 """
 
 from __future__ import annotations
 
 import gzip
 import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
@@ -24,9 +28,33 @@ SUFFIXES = (".jsonl", ".jsonl.gz")
 
 _GZIP_MAGIC = b"\x1f\x8b"  # RFC 1952
 
+_SEGMENT = re.compile(r"(?P<trace>.+)\.(?P<number>\d{4,9})\.jsonl\.gz")
+
+
+def segment(path: str | os.PathLike[str], number: int) -> Path:
+    """Name of the closed segment `number` (from 1) of the trace whose live file is `path`: `trace.jsonl` gives `trace.0001.jsonl.gz`."""
+    path = Path(path)
+    return path.with_name(f"{path.name.removesuffix('.jsonl')}.{number:04d}.jsonl.gz")
+
+
+def segments(path: str | os.PathLike[str]) -> list[Path]:
+    """The closed segments of the trace whose live file is `path`, oldest first; none for a name that does not end in `.jsonl`.
+
+    The live file itself is not among them, and need not exist: between two segments it may not have been begun.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    path = Path(path)
+    if path.suffix != ".jsonl" or not path.parent.is_dir():
+        return []
+    found = ((_SEGMENT.fullmatch(file.name), file) for file in path.parent.iterdir())
+    mine = [(int(match["number"]), file) for match, file in found if match and match["trace"] == path.stem and file.is_file()]
+    return [file for _, file in sorted(mine)]
+
 
 def read(path: str | os.PathLike[str]) -> Iterator[Trajectory]:
-    """The trajectories of a trace file, or of all trace files of a directory by name.
+    """The trajectories of a trace file, its closed segments first, or of all trace files of a directory by name.
 
     A faulty file yields the trajectories before the fault and then raises. Blank lines are passed over.
 
@@ -38,7 +66,10 @@ def read(path: str | os.PathLike[str]) -> Iterator[Trajectory]:
 
 
 def trace_files(path: str | os.PathLike[str]) -> list[Path]:
-    """The files that `read` reads: `path` itself, or those of a directory ending in `SUFFIXES`, sorted by name.
+    """The files that `read` reads: `segments` of `path` and `path` itself, or those of a directory ending in `SUFFIXES`.
+
+    A directory's traces are sorted by name, the segments of each before its live file. A live file that is not there is left out where
+    there are segments, and stands for the same name with `.gz` where there are none.
 
     Raises:
         TraceError: if there is none.
@@ -47,14 +78,25 @@ def trace_files(path: str | os.PathLike[str]) -> list[Path]:
     try:
         if path.is_dir():
             inside = (file for file in path.iterdir() if file.name.endswith(SUFFIXES) and not file.name.startswith(".") and file.is_file())
-            if files := sorted(inside):
+            if files := sorted(inside, key=_order):
                 return files
             raise TraceError("no trace files in this directory", allowed=f"files ending in {' or '.join(SUFFIXES)}", file=str(path))
-        if path.exists():
-            return [path]
+        live = [path] if path.exists() else []
+        if files := segments(path) + live:
+            return files
+        if path.suffix == ".jsonl" and (packed := path.with_name(f"{path.name}.gz")).is_file():
+            return [packed]
     except OSError as error:
         raise _failed("read", path, error) from error
     raise TraceError("no such file", allowed="a trace file or a directory of them", file=str(path))
+
+
+def _order(file: Path) -> tuple[str, float, str]:
+    """Sorts by trace, a trace's segments by number, its live file last."""
+    match = _SEGMENT.fullmatch(file.name)
+    if match:
+        return match["trace"], int(match["number"]), file.name
+    return re.sub(r"\.jsonl(\.gz)?$", "", file.name), float("inf"), file.name
 
 
 def write(path: str | os.PathLike[str], trajectories: Iterable[Trajectory]) -> int:

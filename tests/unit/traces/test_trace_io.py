@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from verl_heddle.traces import TraceError, encode, read, trace_files, write
+from verl_heddle.traces import TraceError, encode, read, segment, segments, trace_files, write
 from verl_heddle.traces.schema import MAX_LINE_BYTES
 from verl_heddle.trajectory import Trajectory, Turn
 
@@ -59,6 +59,31 @@ def test_a_directory_is_read_by_name_and_other_files_are_left_alone(tmp_path: Pa
     (tmp_path / "folder.jsonl").mkdir()
     assert [file.name for file in trace_files(tmp_path)] == ["a.jsonl.gz", "b.jsonl"]
     assert list(read(tmp_path)) == [*made_up(2), *made_up(1)]
+
+
+def test_the_segments_of_a_rotated_trace_come_oldest_first_and_the_live_file_last(tmp_path: Path) -> None:
+    live = tmp_path / "trace.jsonl"
+    assert segment(live, 1).name == "trace.0001.jsonl.gz" and segment(live, 12345).name == "trace.12345.jsonl.gz"
+    every = made_up(5)
+    for place, number in enumerate((10000, 2, 9999, 1)):
+        write(segment(live, number), [every[(3, 1, 2, 0)[place]]])
+    write(live, [every[4]])
+    write(tmp_path / "other.0001.jsonl.gz", made_up(1))
+    (tmp_path / "trace.12.jsonl.gz").write_bytes(b"too short a number to be a segment")
+    assert segments(live) == [segment(live, number) for number in (1, 2, 9999, 10000)]
+    assert trace_files(live) == [*segments(live), live] and list(read(live)) == every
+    (tmp_path / "trace.12.jsonl.gz").unlink()
+    assert [file.name for file in trace_files(tmp_path)][:2] == ["other.0001.jsonl.gz", "trace.0001.jsonl.gz"]
+    assert list(read(tmp_path)) == [*made_up(1), *every]
+    assert list(read(segment(live, 2))) == [every[1]], "a segment that is named is read alone"
+    live.unlink()
+    assert list(read(live)) == every[:4], "the live file was not begun again"
+    assert segments(tmp_path / "nothing.jsonl") == segments(tmp_path / "no" / "trace.jsonl") == segments(segment(live, 1)) == []
+
+
+def test_a_trace_that_somebody_compressed_is_found_by_its_old_name(tmp_path: Path) -> None:
+    write(tmp_path / "trace.jsonl.gz", made_up(2))
+    assert list(read(tmp_path / "trace.jsonl")) == made_up(2)
 
 
 def test_reading_streams(tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
 import pytest
 
-from verl_heddle.report.steps import metrics_of, training_steps
+from verl_heddle.report.steps import metrics_of
 from verl_heddle.traces.recorder import Recorder, append
+from verl_heddle.traces.steps import training_steps
 from verl_heddle.trajectory import Decision, Outcome, Reason, TrajectoryId
 
 

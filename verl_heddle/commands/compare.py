@@ -122,7 +122,10 @@ def _run(args: argparse.Namespace) -> int:
             signal.signal(signal.SIGTERM, _interrupt)
 
             def pair_done(pair: int) -> None:
-                write(plan, out, args.warmup, table, shell_line())
+                try:
+                    write(plan, out, args.warmup, table, shell_line())
+                except ValueError as error:  # a trace is damaged: no reason to lose the runs that are still to come
+                    _say(f"no report after pair {pair}: {' '.join(str(error).split())}")
 
             try:
                 made = make(plan, out, _say, pair_done, args.silence_s)

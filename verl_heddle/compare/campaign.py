@@ -20,6 +20,7 @@ from verl_heddle.compare.ledger import Entry, Ledger
 from verl_heddle.compare.plan import Key, Plan
 from verl_heddle.compare.process import Run, outlived, stop, tail
 from verl_heddle.compare.progress import Progress, Say, decoded, duration
+from verl_heddle.traces import segments
 
 SILENCE_S = 1800.0
 """A run that prints nothing for so long is hung. Loading a large model and a long step of verl are silent for many minutes."""
@@ -27,8 +28,16 @@ SILENCE_S = 1800.0
 GIVE_UP = 2
 """Failures of an arm, with no success, after which its other runs are not tried in this call: it is the arm, not bad luck."""
 
+HUGE = 10**300
+"""No metric is so large; what is cannot be reckoned with. NaN and infinity are left out by the same comparison."""
+
 PORT_TAKEN = b"EADDRINUSE"
 """verl picks a port in one process and binds it in another; now and then somebody else is faster. Worth one more try."""
+
+
+def traced(trace: Path) -> bool:
+    """Whether a run has left a trace: its live file, or segments of it."""
+    return trace.exists() or bool(segments(trace))
 
 
 @dataclass
@@ -106,7 +115,7 @@ def numbers(metrics: Path) -> dict[int, dict[str, float]]:
     for line in lines:
         record = decoded(line)
         if record is not None:
-            found = {name: float(value) for name, value in record["data"].items() if isinstance(value, int | float)}
+            found = {name: float(value) for name, value in record["data"].items() if isinstance(value, int | float) and abs(value) < HUGE}
             steps.setdefault(record["step"], {}).update(found)
     return {step: found for step, found in sorted(steps.items()) if "timing_s/step" in found}
 
@@ -158,7 +167,7 @@ def _trouble(plan: Plan, key: Key, folder: Path, code: int | None, silence_s: fl
         return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
     if not numbers(folder / METRICS):
         return f"it ended well but logged no training step to {METRICS}: is this a verl trainer?"
-    if not plan.arm(key.arm).bare and not (folder / TRACE / "trace.jsonl").exists():
+    if not plan.arm(key.arm).bare and not traced(folder / TRACE / "trace.jsonl"):
         said = [line for line in tail(folder / LOG, 10**6) if "heddle:" in line]
         return "it ended well but wrote no trace" + (
             f": {said[-1].split('heddle:', 1)[1].strip()}" if said else ": is verl-heddle installed there?"

@@ -14,6 +14,9 @@ from typing import Any
 from verl_heddle.compare.plan import Key, write_json
 
 FILE = "run.json"
+STATES = ("running", "finished", "failed")
+MOST_S = 1e11
+"""Unix time in the year 5138."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +47,10 @@ class Ledger:
         """What is known of a run; None if it was never begun, or its file cannot be read."""
         try:
             value: dict[str, Any] = json.loads((self.folder(key) / FILE).read_text(encoding="utf-8"))
-            return Entry(**{**value, "command": tuple(value["command"])})
-        except (OSError, ValueError, TypeError, KeyError):
+            entry = Entry(**{**value, "command": tuple(value["command"])})
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return None
+        return entry if _sound(entry) else None
 
     def finished(self, key: Key) -> bool:
         """Whether the run need not be made again."""
@@ -73,3 +77,19 @@ class Ledger:
     def write(self, key: Key, entry: Entry) -> None:
         """Record a state."""
         write_json(self.folder(key) / FILE, asdict(entry))
+
+
+def _sound(entry: Entry) -> bool:
+    """Whether each field is of its type, as nobody who reads an entry looks again."""
+
+    def seconds(value: object) -> bool:
+        return isinstance(value, int | float) and type(value) is not bool and 0 <= value < MOST_S
+
+    whole = (entry.attempts, entry.code or 0, entry.pid or 0)
+    return (
+        entry.state in STATES
+        and seconds(entry.began)
+        and (entry.seconds is None or seconds(entry.seconds))
+        and all(type(value) is int for value in whole)
+        and all(isinstance(word, str) for word in (entry.why, *entry.command))
+    )

@@ -20,7 +20,8 @@ from verl_heddle.compare.ledger import Entry, Ledger
 from verl_heddle.compare.plan import Key, Plan
 from verl_heddle.latency import LatencyModel
 from verl_heddle.report.recorded import Machine, engines_of, machine, prediction
-from verl_heddle.report.steps import WARM_UP_STEPS, metrics_of, training_steps
+from verl_heddle.report.steps import WARM_UP_STEPS, metrics_of
+from verl_heddle.traces.steps import training_steps
 from verl_heddle.trajectory import Trajectory
 
 SPLIT = ("queue_s", "generate_s", "tool_s", "other_s", "late_start_s")
@@ -87,7 +88,7 @@ def measured(
         entry = ledger.entry(key)
         assert entry is not None
         folder = ledger.folder(key)
-        traced = {} if plan.arm(key.arm).bare else traced_steps(folder)
+        traced = {} if plan.arm(key.arm).bare else traced_steps(folder, note)
         logged = numbers(folder / METRICS)
         steps = []
         guessed: dict[int, list[tuple[int, float, float, float | None]]] = {}
@@ -108,13 +109,13 @@ def measured(
     return results, known
 
 
-def traced_steps(folder: Path) -> dict[int, list[Trajectory]]:
-    """The training steps in a run's trace.
+def traced_steps(folder: Path, note: Callable[[str], None] = lambda text: None) -> dict[int, list[Trajectory]]:
+    """The training steps in a run's trace; `note` is told what of it was left out.
 
     Raises:
         ValueError: no trace, or a damaged one.
     """
-    return training_steps(folder / TRACE / "trace.jsonl")
+    return training_steps(folder / TRACE / "trace.jsonl", lambda text: note(f"{folder.name}: {text}"))
 
 
 def config_of(folder: Path) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from verl_heddle.compare.arms import Arm, order
 
 FILE = "comparison.json"
 FORMAT = 1
+MOST = 2**31
+"""Of seeds, pairs and steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +155,24 @@ def _read(path: Path) -> Plan | None:
         if value.pop("format") != FORMAT:
             raise ValueError("made by another version of verl-heddle")
         arms = tuple(Arm(arm["name"], tuple(arm["overrides"]), arm["bare"]) for arm in value.pop("arms"))
-        return Plan(command=tuple(value.pop("command")), arms=arms, **value)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        plan = Plan(command=tuple(value.pop("command")), arms=arms, **value)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read ({error}): use another --out") from None
+    if wrong := _wrong(plan):
+        raise ValueError(f"{path} cannot be read ({wrong}): use another --out")
+    return plan
+
+
+def _wrong(plan: Plan) -> str:
+    """The first field that is not of its type, as nobody who has a plan looks again; empty if all are."""
+    words = (plan.name, *plan.command, *(word for arm in plan.arms for word in (arm.name, *arm.overrides)))
+    whole = {"pairs": plan.pairs, "seed": plan.seed, "steps": 1 if plan.steps is None else plan.steps}
+    faults = {
+        "arms": not plan.arms or any(type(arm.bare) is not bool for arm in plan.arms),
+        "name, command or arms": not all(isinstance(word, str) for word in words),
+        "recipe": not isinstance(plan.recipe or "", str),
+        "wandb": type(plan.wandb) is not bool,
+        "summary_id": not isinstance(plan.summary_id, str),
+    }
+    faults |= {name: type(value) is not int or abs(value) > MOST or (name != "seed" and value < 1) for name, value in whole.items()}
+    return next((f"{name} is not what it was written as" for name, wrong in faults.items() if wrong), "")

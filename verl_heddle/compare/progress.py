@@ -82,8 +82,8 @@ def decoded(line: bytes) -> dict[str, Any] | None:
     """A line of verl's `file` logger, {"step": n, "data": {name: number}}; None for anything else (a torn last line)."""
     try:
         record = json.loads(line)
-        return record if isinstance(record["step"], int) and isinstance(record["data"], dict) else None
-    except (ValueError, KeyError, TypeError):
+        return record if type(record["step"]) is int and isinstance(record["data"], dict) else None
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

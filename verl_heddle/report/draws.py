@@ -21,6 +21,7 @@ from random import Random
 from typing import Any
 
 from verl_heddle.traces import WORKLOADS, TraceError, generate, read, replayable
+from verl_heddle.traces.steps import latest, told
 from verl_heddle.trajectory import Trajectory
 
 Step = tuple[Trajectory, ...]
@@ -84,11 +85,11 @@ def recorded(
         TraceError: the trace cannot be read, or nothing of it is left.
     """
     left: Counter[str] = Counter()
-    by_step: dict[int | None, dict[str, list[Trajectory]]] = defaultdict(lambda: defaultdict(list))
+    by_step: dict[int | None, list[Trajectory]] = defaultdict(list)
     seen: set[int] = set()
-    for item in read(path):
+    torn: list[str] = []
+    for item in read(path, torn.append):
         number = item.meta.get("step")
-        number = number if isinstance(number, int) else None
         if item.meta.get("validate"):
             left["validation"] += 1
             continue
@@ -100,15 +101,14 @@ def recorded(
             left["of unknown length"] += 1
             continue
         left["cancelled"] += item.meta.get("outcome") == "cancelled"
-        by_step[number][str(item.meta.get("run", ""))].append(replayable(item))
+        by_step[number].append(replayable(item))
     if step is not None and step not in seen:
         has = f"steps {', '.join(map(str, sorted(seen)[:20]))}" if seen else "no steps"
         raise TraceError(f"no training step {step}", allowed=f"this trace has {has}", file=str(path))
     if not by_step:
         raise TraceError("no training trajectory of known length", allowed="at least one", file=str(path))
-    latest = {number: runs[max(runs)] for number, runs in by_step.items()}
-    left["of earlier runs of the same step"] = sum(sum(map(len, runs.values())) - len(latest[number]) for number, runs in by_step.items())
-    steps = tuple(_limited(latest[number], prompts, samples) for number in sorted(latest, key=lambda key: -1 if key is None else key))
+    counted = sorted(by_step, key=lambda key: -1 if key is None else key)
+    steps = tuple(_limited(latest(by_step[number], left), prompts, samples) for number in counted)
     work = [item for one in steps for item in one]
     cap = max(item.output_tokens for item in work) if any(item.meta.get("truncated") for item in work) else None
     draws = [replace(_shuffled(steps, seed, cold), cap_tokens=cap) for seed in seeds]
@@ -121,7 +121,7 @@ def recorded(
         "samples": round(sum(map(len, steps)) / sum(groups), 1),
         "history": "none (first epoch)" if cold else "one epoch: half of each prompt's trajectories teaches about the other half",
     }
-    return Source(f"{about['trace']}" + ("" if step is None else f", step {step}"), tuple(draws), about, tuple(_notes(left)))
+    return Source(f"{about['trace']}" + ("" if step is None else f", step {step}"), tuple(draws), about, (*torn, *_notes(left)))
 
 
 def _limited(items: list[Trajectory], prompts: int | None, samples: int | None) -> Step:
@@ -157,10 +157,8 @@ def _shuffled(steps: tuple[Step, ...], seed: int, cold: bool) -> Draw:
 
 
 def _notes(left: Counter[str]) -> list[str]:
-    notes = []
-    for what in ("validation", "of unknown length", "of earlier runs of the same step"):
-        if left[what]:
-            notes.append(f"{left[what]:,} trajectories left out: {what}.")
-    if left["cancelled"]:
-        notes.append(f"{left['cancelled']:,} cancelled trajectories run as long as they had run; how long they wanted to is not known.")
+    cancelled = left.pop("cancelled", 0)
+    notes = told(left)
+    if cancelled:
+        notes.append(f"{cancelled:,} cancelled trajectories run as long as they had run; how long they wanted to is not known.")
     return notes

@@ -62,7 +62,8 @@ def cause(answer: Answer) -> str:
 
 def spent(parts: Sequence[tuple[float, str]], total_s: float) -> str:
     """Where somebody's time went, for example "3.20 s generating and 1.10 s in tools"; parts below 1 % are left out."""
-    return listed([f"{number(value)} s {what}" for value, what in parts if value >= 0.01 * total_s])
+    told = [f"{number(value)} s {what}" for value, what in parts if value >= 0.01 * total_s]
+    return listed(told) if told else "nothing on record"
 
 
 def _remedy(answer: Answer) -> list[str]:

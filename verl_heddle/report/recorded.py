@@ -52,13 +52,19 @@ def engines_of(trajectories: Sequence[Trajectory], tp: int | None = None, slots:
     )
 
 
-def ready(step: Sequence[Trajectory]) -> list[Trajectory]:
-    """The step's trajectories as the simulator takes them: those of known length, trials told apart where a prompt was visited twice."""
-    known = [replayable(item) for item in step if any(turn.output_tokens is not None for turn in item.steps)]
+def ready(step: Sequence[Trajectory], without: Trajectory | None = None) -> list[Trajectory]:
+    """The step's trajectories as the simulator takes them: those of known length, trials told apart where a prompt was visited twice.
+
+    `without` leaves out one of `step`; the others keep the names that they have in the whole step.
+    """
+    known = [item for item in step if any(turn.output_tokens is not None for turn in item.steps)]
     twice = {key for key, times in Counter((item.prompt_id, str(item.trial)) for item in known).items() if times > 1}
     return [
-        replace(item, trial=f"{item.trial} of {item.meta.get('uid', number)}") if (item.prompt_id, str(item.trial)) in twice else item
+        replace(replayable(item), trial=f"{item.trial} of {item.meta.get('uid', '')}, {number}")
+        if (item.prompt_id, str(item.trial)) in twice
+        else replayable(item)
         for number, item in enumerate(known)
+        if item is not without
     ]
 
 

@@ -79,9 +79,8 @@ def _cases(step: Sequence[Trajectory], machine: Machine, last: Trajectory) -> It
             yield f"tp_{tp}", "tp", f"tp={tp} on the same GPUs, verl's rule", tp, run(work, Stock(), fleet=machine.fleet(tp), overhead=lost)
     double = machine.fleet(replicas=2 * engines.replicas)
     yield "more_replicas", "replicas", "twice the replicas, verl's rule", None, run(work, Stock(), fleet=double, overhead=lost)
-    others = [item for item in step if item is not last]
-    if others:
-        rest = run(ready(others), AsRecorded(step, fleet), order=order, overhead=lost)
+    if others := ready(step, without=last):
+        rest = run(others, AsRecorded(step, fleet), order=order, overhead=lost)
         yield "without_last", "shape", "without the trajectory that ended last", None, rest
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from verl_heddle.compare.launch import TRACE
 from verl_heddle.compare.ledger import Ledger
@@ -16,10 +17,12 @@ from verl_heddle.compare.plan import FILE, read_plan
 from verl_heddle.latency import LatencyModel
 from verl_heddle.report.attribution import Split, split
 from verl_heddle.report.recorded import Engines, Machine, engines_of, machine, ready
-from verl_heddle.report.steps import WARM_UP_STEPS, metrics_of, training_steps
+from verl_heddle.report.steps import WARM_UP_STEPS, metrics_of
 from verl_heddle.report.whatif import WhatIf, what_ifs
 from verl_heddle.simulate import Bound
 from verl_heddle.simulate.baselines import Stock
+from verl_heddle.traces import segments
+from verl_heddle.traces.steps import training_steps
 from verl_heddle.trajectory import Trajectory
 
 Steps = dict[int, list[Trajectory]]
@@ -78,7 +81,7 @@ def why(
     Raises:
         ValueError: nothing there to explain; one line.
     """
-    name, number, steps = _chosen(run, step, arm, pair)
+    name, number, steps, left = _chosen(run, step, arm, pair)
     items = steps[number]
     last = max(items, key=lambda item: item.meta["end_s"])
     metrics = metrics_of(items)
@@ -94,45 +97,43 @@ def why(
         late_s=metrics["last/late_start_s"],
         split=split(last),
         engines=engines,
-        notes=_notes(engines, items),
+        notes=(*left, *_notes(engines, items)),
     )
     measured = list(steps.values())
+    simulated: dict[str, Any]
     try:
         model = machine(measured[WARM_UP_STEPS:] or measured, engines, table)
-    except ValueError as error:
-        return Why(**{**known.__dict__, "notes": (*known.notes, f"What would have helped is not known: {error}")})
-    base = model.replayed(items)
-    quiet = [one for one in ready(items) if (one.prompt_id, one.meta.get("uid")) == (last.prompt_id, last.meta.get("uid"))]
-    own = next(one for one in quiet if str(one.trial).split(" of ")[0] == str(last.trial))
-    alone = model.run([own], Stock(), fleet=model.fleet(replicas=1))
-    return Why(
-        **{
-            **known.__dict__,
+        base = model.replayed(items)
+        own = ready([last])
+        alone = model.run(own, Stock(), fleet=model.fleet(replicas=1)) if own else None
+        simulated = {
             "machine": model,
-            "alone_s": float(alone.prefill_s[0] + alone.generate_s[0]),
+            "alone_s": None if alone is None else float(alone.prefill_s[0] + alone.generate_s[0]),
             "replayed_s": base.makespan_s,
             "bound": model.bound(items),
             "what_ifs": tuple(what_ifs(items, model, base, last)),
         }
-    )
+    except (ValueError, ArithmeticError) as error:  # too little to calibrate on, or numbers that no engine can have had
+        simulated = {"notes": (*known.notes, f"What would have helped is not known: {error}")}
+    return Why(**{**known.__dict__, **simulated})
 
 
-def _chosen(run: Path, step: int | None, arm: str | None, pair: int | None) -> tuple[str, int, Steps]:
-    """Name, step and all steps of the run that holds it: of several runs the one whose step (or slowest step) took longest."""
-    found: list[tuple[float, str, int, Steps]] = []
+def _chosen(run: Path, step: int | None, arm: str | None, pair: int | None) -> tuple[str, int, Steps, list[str]]:
+    """Name, step and all steps of the run that holds it, and what was left out: of several runs the one whose step took longest."""
+    found: list[tuple[float, str, int, Steps, list[str]]] = []
     seen: set[int] = set()
     for name, trace in _traces(run, arm, pair):
-        steps = training_steps(trace)
+        left: list[str] = []
+        steps = training_steps(trace, left.append)
         seen |= steps.keys()
         some = [step] if step is not None else list(steps)[WARM_UP_STEPS:] or list(steps)
         for number in some:
             if number in steps:
-                found.append((metrics_of(steps[number])["makespan_s"], name, number, steps))
+                found.append((metrics_of(steps[number])["makespan_s"], name, number, steps, left))
         found = [max(found, key=lambda entry: entry[0])] if found else []
     if not found:
         raise ValueError(f"{run} has no training step {step}; it has {', '.join(map(str, sorted(seen)[:20]))}")
-    _, name, number, steps = found[0]
-    return name, number, steps
+    return found[0][1:]
 
 
 def _traces(run: Path, arm: str | None, pair: int | None) -> Iterator[tuple[str, Path]]:
@@ -149,7 +150,7 @@ def _traces(run: Path, arm: str | None, pair: int | None) -> Iterator[tuple[str,
     if arm is not None or pair is not None:
         raise ValueError(f"--arm and --pair choose runs of a comparison, and {run} is none")
     inside = (run / TRACE / "trace.jsonl", run / "trace.jsonl")
-    yield str(run), next((file for file in inside if file.is_file()), run)
+    yield str(run), next((file for file in inside if file.is_file() or segments(file)), run)
 
 
 def _notes(engines: Engines, items: Sequence[Trajectory]) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from verl_heddle.report.explain import spent
 from verl_heddle.report.study import WORTH
 from verl_heddle.report.why import Why
 from verl_heddle.report.words import count, number, percent, ratio, seconds
+from verl_heddle.traces.schema import plain
 
 SCHEMA = "verl-heddle/explain/1"
 
@@ -34,7 +35,7 @@ def sentences(answer: Why) -> list[str]:
     lines = [
         f"Step {answer.step} took {seconds(took)}{against}: {count(len(answer.items))} trajectories, {count(sum(lengths))} tokens "
         f"on {answer.engines.replicas} replicas (tp={answer.engines.tp}, {answer.engines.slots} slots each).",
-        f"It waited for prompt {last.prompt_id}, sample {last.trial}: {count(last.output_tokens)} tokens in {turns}; "
+        f"It waited for prompt {plain(last.prompt_id)}, sample {plain(last.trial)}: {count(last.output_tokens)} tokens in {turns}; "
         f"half of the step's trajectories have at most {count(median(lengths))} tokens.",
         f"That trajectory spent {spent(_parts(answer), took)}.",
     ]
@@ -227,13 +228,13 @@ def _life_table(answer: Why) -> str:
         row = rows[index]
         times = [number(row[key]) if row[key] is not None else "-" for key in ("at_s", "queue_s", "generate_s", "tool_s", "other_s")]
         told = "-" if row["predicted_left"] is None else count(round(row["predicted_left"]))
-        plain = [str(row[key]) if row[key] is not None else "-" for key in ("tokens", "context")]
+        sizes = [str(row[key]) if row[key] is not None else "-" for key in ("tokens", "context")]
         cells.append(
-            [str(row["turn"]), *times, *plain, names.get(row["replica"], "-"), str(row["priority"] or 0), count(row["left"]), told]
+            [str(row["turn"]), *times, *sizes, names.get(row["replica"], "-"), str(row["priority"] or 0), count(row["left"]), told]
         )
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in cells]
     hidden = len(rows) - len(shown)
-    where = ", ".join(f"{short} {name}" for name, short in names.items())
+    where = ", ".join(f"{short} {plain(name)}" for name, short in names.items())
     end = f"\n  {hidden} short turns left out" if hidden else ""
     return f"Its life, turn by turn (seconds; left: tokens still to come; replicas: {where}):\n  " + "\n  ".join(lines) + end

@@ -5,6 +5,7 @@ from verl_heddle.traces.generate import generate
 from verl_heddle.traces.io import read, segment, segments, trace_files, write
 from verl_heddle.traces.replay import episodes, replayable
 from verl_heddle.traces.schema import PSEUDO_TOOLS, TraceError, decode, encode, from_dict, to_dict
+from verl_heddle.traces.steps import training_steps
 from verl_heddle.traces.workloads import CODING, MATH, SEARCH, WORKLOADS, Tool, Workload, split_variance
 
 __all__ = [
@@ -29,5 +30,6 @@ __all__ = [
     "summary",
     "to_dict",
     "trace_files",
+    "training_steps",
     "write",
 ]

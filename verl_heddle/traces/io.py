@@ -13,15 +13,17 @@ import gzip
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO
 
-from verl_heddle.traces.schema import MAX_LINE_BYTES, TraceError, decode, encode, too_long
+from verl_heddle.traces.schema import MAX_LINE_BYTES, TraceError, UnreadableError, decode, encode, too_long
 from verl_heddle.trajectory import Trajectory
+
+Note = Callable[[str], None]
+"""Is told in one line what was left out."""
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
 """What a directory's trace files are called; other files in it (a manifest, say) are not read."""
@@ -53,16 +55,37 @@ def segments(path: str | os.PathLike[str]) -> list[Path]:
     return [file for _, file in sorted(mine)]
 
 
-def read(path: str | os.PathLike[str]) -> Iterator[Trajectory]:
+def read(path: str | os.PathLike[str], note: Note | None = None) -> Iterator[Trajectory]:
     """The trajectories of a trace file, its closed segments first, or of all trace files of a directory by name.
 
-    A faulty file yields the trajectories before the fault and then raises. Blank lines are passed over.
+    A faulty file yields the trajectories before the fault and then raises. Blank lines are passed over, and files without a line where
+    another has one: a run that has just rotated leaves such a live file.
+
+    Args:
+        note: told in one line each what was left out, where a killed run or a full disk explains it: lines that are torn (no JSON, with a
+            good one before them) and the rest of a compressed file that is cut off. Without it these are errors.
 
     Raises:
-        TraceError: at once if there is no such file; while iterating if a file cannot be read, is empty, damaged, cut off, not text, has a
-            line that is too long or is not a trajectory.
+        TraceError: at once if there is no such file; while iterating if a file cannot be read, is damaged, cut off, not text, has a
+            line that is too long or is not a trajectory, or if there is not one trajectory.
     """
-    return chain.from_iterable(_read_file(file) for file in trace_files(path))
+    return (item for _, _, item in placed(path, note))
+
+
+def placed(path: str | os.PathLike[str], note: Note | None = None) -> Iterator[tuple[str, int, Trajectory]]:
+    """As `read`, each trajectory with its file and the number of its line."""
+    files = trace_files(path)
+
+    def every() -> Iterator[tuple[str, int, Trajectory]]:
+        found = False
+        for file in files:
+            for place in _read_file(file, note):
+                found = True
+                yield place
+        if not found:
+            raise TraceError("empty file", allowed="at least one trajectory", file=str(files[-1]))
+
+    return every()
 
 
 def trace_files(path: str | os.PathLike[str]) -> list[Path]:
@@ -126,8 +149,9 @@ def write(path: str | os.PathLike[str], trajectories: Iterable[Trajectory]) -> i
     return count
 
 
-def _read_file(path: Path) -> Iterator[Trajectory]:
-    file, number, found = str(path), 0, False
+def _read_file(path: Path, note: Note | None) -> Iterator[tuple[str, int, Trajectory]]:
+    file, number, found, torn = str(path), 0, False, 0
+    first: TraceError | None = None
     try:
         with open(path, "rb") as raw:
             packed = raw.peek(len(_GZIP_MAGIC)).startswith(_GZIP_MAGIC)
@@ -136,19 +160,30 @@ def _read_file(path: Path) -> Iterator[Trajectory]:
                 number += 1
                 if len(line) > MAX_LINE_BYTES:
                     raise too_long(file, number)
-                if not line.isspace():
-                    yield _decode_line(line, file, number)
-                    found = True
+                if line.isspace():
+                    continue
+                try:
+                    item = _decode_line(line, file, number)
+                except UnreadableError as error:
+                    if note is None or not found:
+                        raise
+                    first, torn = first or error, torn + 1
+                    continue
+                yield file, number, item
+                found = True
     except EOFError:
         problem = "compressed file is cut off"
-        raise TraceError(problem, allowed="a complete gzip file", file=file, line=number + 1) from None
+        cut = TraceError(problem, allowed="a complete gzip file", file=file, line=number + 1)
+        if note is None or not found:
+            raise cut from None
+        note(f"left out: what came after line {number} of {file}: the compressed file is cut off")
     except (gzip.BadGzipFile, zlib.error) as error:
         problem = f"compressed file is damaged ({error})"
         raise TraceError(problem, allowed="a complete gzip file", file=file, line=number + 1) from None
     except OSError as error:
         raise _failed("read", path, error) from error
-    if not found:
-        raise TraceError("empty file", allowed="at least one trajectory", file=file)
+    if note is not None and first is not None:
+        note(f"{torn} line{'s' if torn > 1 else ''} left out: {first}")
 
 
 def _decode_line(line: bytes, file: str, number: int) -> Trajectory:
@@ -158,7 +193,7 @@ def _decode_line(line: bytes, file: str, number: int) -> Trajectory:
         if line.endswith(b"\n"):
             raise
         problem = f"{error.problem}; the last line has no newline: cut off while being written?"
-        raise TraceError(problem, allowed=error.allowed, field=error.field, file=file, line=number) from None
+        raise type(error)(problem, allowed=error.allowed, field=error.field, file=file, line=number) from None
 
 
 def _failed(verb: str, path: Path, error: OSError) -> TraceError:

@@ -38,7 +38,7 @@ def replayable(
        recorded, or 0.
     3. Output: not known: the median of the trajectory's known turns. A turn of 0 tokens generates 1: an engine emits at least the
        token that ends it.
-    4. Prompt: not known: the first turn's context; not known either: the argument `prompt_tokens`.
+    4. Prompt: not known: the first turn's context; not known either: the argument `prompt_tokens`. At least 1, and so is a context.
     5. Context: as recorded, since reasoning may have been dropped from it; not known: context, output and new input of the turn before
        added up, from the prompt on.
     6. New input: not known: what the context grew by beyond the last output, at least 0; with no context either: 0.
@@ -61,6 +61,7 @@ def replayable(
     if prompt is None:
         prompt = prompt_tokens
         assumed.add("prompt_tokens")
+    prompt = max(1, prompt)
 
     turns: list[Turn] = []
     before = prompt  # context plus output of the turn before: the next context less its new input
@@ -75,6 +76,7 @@ def replayable(
                 assumed.add("input_tokens")
         if context is None:
             context = before + fresh
+        context = max(1, context)
         tool = None if turn.tool in PSEUDO_TOOLS else turn.tool
         seconds = 0.0 if turn.tool in PSEUDO_TOOLS else turn.tool_latency_s
         if seconds is None and tool is not None:

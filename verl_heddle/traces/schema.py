@@ -2,7 +2,8 @@
 
 Lines hold exactly the fields of `Trajectory` and `Turn`, in that order. All fields of a trajectory and the first four of a turn
 are required; the rest of a turn is left out where it is None or False. Unknown fields are allowed inside `meta` only: a
-misspelt field would otherwise silently read as "not known".
+misspelt field would otherwise silently read as "not known". What a live run writes into `meta` is checked as well (`_META`), so that
+nobody who reads a trace has to; each of these may be missing, and null is read as missing.
 
 Source of the schema: the public traces it was made for (see `describe`), extended by what a live run knows about a turn.
 """
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from math import isfinite
 from typing import Any, NamedTuple
 
-from verl_heddle.trajectory import Trajectory, Turn
+from verl_heddle.trajectory import Outcome, Trajectory, Turn
 
 MAX_LINE_BYTES = 4 * 2**20
 """Longest line read or written. A live turn takes about 450 bytes, so this is 9,000 turns, 70 times the longest line of the public
@@ -25,6 +26,12 @@ MAX_TOKENS = 2**40
 
 MAX_SECONDS = 1e9
 """Longest duration, 30 years: below today's Unix time, so a time stamp put where a duration belongs is caught."""
+
+MAX_UNIX_S = 1e11
+"""Latest time of day, the year 5138: a time in milliseconds is caught. Simulated steps start at 0."""
+
+MAX_SLOTS, MAX_DEGREE, MAX_REPLICAS = 2**20, 2**10, 2**12
+"""What an engine can be said to have been: far above any, and small enough to be simulated."""
 
 MAX_DEPTH = 100
 """Deepest nesting inside `meta`: less than JSON parsers stand, and an object that contains itself is found at once."""
@@ -40,9 +47,17 @@ class TraceError(ValueError):
 
     def __init__(self, problem: str, *, allowed: str = "", field: str = "", file: str | None = None, line: int | None = None) -> None:
         place = ":".join(str(part) for part in (file, line) if part is not None)
-        text = ": ".join(part for part in (place, field, problem) if part) + (f"; allowed: {allowed}" if allowed else "")
-        super().__init__("".join(char if char.isprintable() else ascii(char)[1:-1] for char in text))
+        super().__init__(plain(": ".join(part for part in (place, field, problem) if part) + (f"; allowed: {allowed}" if allowed else "")))
         self.problem, self.allowed, self.field, self.file, self.line = problem, allowed, field, file, line
+
+
+class UnreadableError(TraceError):
+    """A line that is no JSON at all: torn while it was written, most likely, where others of the file are good."""
+
+
+def plain(text: object) -> str:
+    """A name out of a trace as a terminal may show it: control characters, line breaks and lone surrogates escaped."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(text))
 
 
 class _Rule(NamedTuple):
@@ -70,6 +85,14 @@ def _is_name(value: Any) -> bool:
 
 def _or_null(rule: _Rule) -> _Rule:
     return _Rule(lambda value: value is None or rule.holds(value), f"{rule.allowed}, or null")
+
+
+def _one_of(*names: str) -> _Rule:
+    return _Rule(lambda value: isinstance(value, str) and value in names, f"one of {', '.join(names)}")
+
+
+def _up_to(most: int) -> _Rule:
+    return _Rule(lambda value: type(value) is int and 1 <= value <= most, f"a whole number from 1 to {most}")
 
 
 _NAME = _Rule(_is_name, "text that is not empty")
@@ -116,6 +139,26 @@ _STEP: Mapping[str, _Rule] = {
     "cached_tokens": _COUNT,
     "start_s": _SECONDS,
 }
+_WHEN = _or_null(_Rule(lambda value: _is_number(value, 0, MAX_UNIX_S), "unix time in seconds"))
+_MAYBE = _or_null(_FLAG)
+_META: Mapping[str, _Rule] = {
+    "uid": _or_null(_TRIAL),
+    "run": _TEXT,
+    "step": _COUNT,
+    "validate": _MAYBE,
+    "outcome": _or_null(_one_of(*Outcome)),
+    "truncated": _MAYBE,
+    "kept": _MAYBE,
+    "start_s": _WHEN,
+    "end_s": _WHEN,
+    "setup_s": _SECONDS,
+    "score_s": _SECONDS,
+    "wait_s": _SECONDS,
+    "tp": _or_null(_up_to(MAX_DEGREE)),
+    "slots": _or_null(_up_to(MAX_SLOTS)),
+    "replicas": _or_null(_up_to(MAX_REPLICAS)),
+    "order": _or_null(_one_of("fcfs", "priority")),
+}
 _STEP_REQUIRED = tuple(_STEP)[:4]
 _STEP_OPTIONAL = tuple(_STEP)[4:]
 
@@ -127,7 +170,8 @@ def from_dict(record: object, *, file: str | None = None, line: int | None = Non
         TraceError: at the first field that is missing, unknown, of the wrong type, negative, NaN or infinite.
     """
     fields = _checked(record, file, line)
-    return Trajectory(**{**fields, "steps": tuple(Turn(**step) for step in fields["steps"]), "meta": dict(fields["meta"])})
+    meta = {name: value for name, value in fields["meta"].items() if value is not None or name not in _META}
+    return Trajectory(**{**fields, "steps": tuple(Turn(**step) for step in fields["steps"]), "meta": meta})
 
 
 def to_dict(trajectory: Trajectory, *, file: str | None = None, line: int | None = None) -> dict[str, Any]:
@@ -157,7 +201,8 @@ def decode(text: bytes, *, file: str | None = None, line: int | None = None) -> 
     """The trajectory of one line, with or without its newline.
 
     Raises:
-        TraceError: if the bytes are not UTF-8, not one JSON object, or not a trajectory.
+        UnreadableError: if the bytes are not UTF-8 or not JSON.
+        TraceError: if they are not one JSON object, or not a trajectory.
     """
     try:
         record = _JSON.decode(text.decode("utf-8"))
@@ -171,8 +216,19 @@ def decode(text: bytes, *, file: str | None = None, line: int | None = None) -> 
     except RecursionError:
         problem = "not a trajectory (JSON nested too deeply)"
     else:
-        return from_dict(record, file=file, line=line)
-    raise TraceError(problem, allowed="one JSON object per line, UTF-8", file=file, line=line) from None
+        return from_dict(_encodable(record) if rb"\ud" in text or rb"\uD" in text else record, file=file, line=line)
+    raise UnreadableError(problem, allowed="one JSON object per line, UTF-8", file=file, line=line) from None
+
+
+def _encodable(value: Any) -> Any:
+    """The same JSON with lone surrogates replaced in every text but those of free fields: no page or table could be written with them."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, list):
+        return [_encodable(item) for item in value]
+    if isinstance(value, dict):
+        return {name: item if name == "meta" else _encodable(item) for name, item in value.items()}
+    return value
 
 
 def too_long(file: str | None, line: int | None) -> TraceError:
@@ -205,6 +261,9 @@ def _faults(record: Any) -> Iterator[_Fault]:
     for index, step in enumerate(record["steps"]):
         if fault := _fault(step, _STEP, _STEP_REQUIRED, f"steps[{index}]"):
             yield fault
+    for name, value in record["meta"].items():
+        if name in _META and not _META[name].holds(value):
+            yield _Fault(f"meta.{name}", f"got {_shown(value)}", _META[name].allowed)
     if fault := _meta_fault(record["meta"]):
         yield fault
 

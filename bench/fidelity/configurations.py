@@ -12,7 +12,8 @@ from typing import Literal
 from verl_heddle.fleet import Replica
 from verl_heddle.options import Options
 from verl_heddle.orchestrator import Orchestrator
-from verl_heddle.traces import Tool, Workload, generate
+from verl_heddle.simulate.workload import walk
+from verl_heddle.traces import Tool, Workload, generate, replayable
 from verl_heddle.trajectory import Outcome, Trajectory, TrajectoryEnd, TrajectoryId, TurnStart
 
 REPLICAS = ("replica_0", "replica_1")
@@ -62,22 +63,33 @@ class Configuration:
     tools: Literal["none", "short", "long"]
     placed: Literal["as it comes", "unlucky"] = "as it comes"
     prompts: int = 24
+    kv_share: float | None = None
+    preempt: bool = False
 
     @property
     def name(self) -> str:
         """For tables and files."""
-        return "-".join([self.policy, str(self.slots), self.skew, self.tools] + ["unlucky"] * (self.placed == "unlucky"))
+        extra = ["unlucky"] * (self.placed == "unlucky") + ["kv"] * (self.kv_share is not None) + ["preempt"] * self.preempt
+        return "-".join([self.policy, str(self.slots), self.skew, self.tools, *extra])
 
     @property
     def order(self) -> Literal["fcfs", "priority"]:
         """vLLM's `scheduling_policy`."""
         return "fcfs" if self.policy == "stock" else "priority"
 
+    def kv_tokens(self, seed: int) -> int | None:
+        """KV cache of a replica: its share of all contexts at their ends, at least the longest of them, in whole blocks."""
+        if self.kv_share is None:
+            return None
+        ends = [max(context + output for context, _, output in walk(replayable(item))) for item in self.work(seed)[0]]
+        wanted = max(self.kv_share * sum(ends) / len(REPLICAS), max(ends) + BLOCK_TOKENS)
+        return -(-round(wanted) // BLOCK_TOKENS) * BLOCK_TOKENS
+
     def options(self, seed: int) -> Options:
         """The plugin's settings."""
         options = Options(observe=self.policy == "stock", seed=seed)
         options.priority.refresh_s = 0.0  # vLLM's own scheduler takes no new priorities
-        options.priority.quantum_tokens = 1 if self.policy == "known" else 64
+        options.priority.quantum_tokens = 1 if self.policy == "known" and not self.preempt else 64
         return options
 
     def work(self, seed: int) -> tuple[list[Trajectory], list[TrajectoryEnd]]:
@@ -131,3 +143,12 @@ PREDICTED = (
     Configuration("stock", 4, "heavy", "none", "unlucky"),
     Configuration("history", 8, "light", "long"),
 )
+
+KV_SHARE = 0.25
+KV_BOUND = (
+    Configuration("stock", 8, "light", "short", kv_share=KV_SHARE),
+    Configuration("stock", 8, "heavy", "long", kv_share=KV_SHARE),
+    Configuration("known", 8, "heavy", "short", kv_share=KV_SHARE),
+    Configuration("history", 8, "heavy", "short", kv_share=KV_SHARE, preempt=True),
+)
+"""What the larger gains are claimed for: contexts that do not fit, so that vLLM throws turns out and reads contexts again."""

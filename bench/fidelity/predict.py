@@ -6,15 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, median
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.fidelity.configurations import BATCH_TOKENS, BLOCK_TOKENS, CALIBRATION, PREDICTED, REPLICAS, Configuration
+from bench.fidelity.configurations import BATCH_TOKENS, BLOCK_TOKENS, CALIBRATION, KV_BOUND, PREDICTED, REPLICAS, Configuration
 from verl_heddle.fleet import Replica
 from verl_heddle.latency import LatencyModel, calibrate
 from verl_heddle.orchestrator import Orchestrator
+from verl_heddle.report.play import preempting
 from verl_heddle.simulate import EngineOptions, Result, simulate
 from verl_heddle.traces import read
 from verl_heddle.trajectory import Trajectory
@@ -51,7 +53,7 @@ class Machine:
 
 def load(folder: Path, index: dict[str, Any]) -> list[Recorded]:
     """The runs of `record.record`."""
-    known = {one.name: one for one in (*CALIBRATION, *PREDICTED)}
+    known = {one.name: one for one in (*CALIBRATION, *PREDICTED, *KV_BOUND)}
     return [
         Recorded(run["role"], known[run["configuration"]], run["seed"], list(read(folder / run["file"])), run["foreign"], run["load"])
         for run in index["runs"]
@@ -83,7 +85,9 @@ def predict(configuration: Configuration, seed: int, machine: Machine) -> Result
         policy.trajectory_ended(end, 0.0)
     overhead_s = sum(machine.overheads_s.values())
     engine = EngineOptions(order=configuration.order, batch_tokens=BATCH_TOKENS, block_tokens=BLOCK_TOKENS, turn_overhead_s=overhead_s)
-    fleet = [Replica(name, slots=configuration.slots) for name in REPLICAS]
+    if configuration.preempt:
+        engine = preempting(SimpleNamespace(engine=lambda order, plain=engine: replace(plain, order=order)))
+    fleet = [Replica(name, slots=configuration.slots, kv_tokens=configuration.kv_tokens(seed)) for name in REPLICAS]
     return simulate(work, fleet, machine.latency, policy, engine=engine)
 
 
@@ -98,6 +102,8 @@ def compare(run: Recorded, result: Result) -> dict[str, Any]:
         "predicted_s": result.makespan_s,
         "makespan_error": result.makespan_s / float(real.max()) - 1.0,
         "finish_errors": [round(float(error), 4) for error in finish],
+        "preemptions": sum(turn.preemptions or 0 for item in run.records for turn in item.steps),
+        "predicted_preemptions": result.preemptions,
         "same_replica": _same_replica(run, result),
         "foreign": run.foreign,
         "load": run.load,

@@ -30,6 +30,9 @@ DISTURBED = 0.10
 """Share of the machine. Two engines that work all the time lose at least that much speed to others then."""
 
 ATTEMPTS = 3
+PREEMPT = "preempt"
+"""As `scheduler.PREEMPT`, which only engines can import."""
+
 PATIENCE_S = 300.0
 """How long to wait for a calm machine and to repeat runs, over the whole experiment; one that stays busy is recorded busy."""
 
@@ -41,18 +44,24 @@ INDEX = "runs.json"
 class Recording:
     """The runs of one start of the engines, in a folder: a trace for each, and `runs.json`."""
 
-    def __init__(self, engines: Engines, folder: Path) -> None:
+    def __init__(self, engines: Engines, folder: Path, patience_s: float = PATIENCE_S) -> None:
         self.engines, self.folder = engines, folder
         self.runs: list[dict[str, Any]] = []
         self.steps = 0
-        self.patience_s = PATIENCE_S
+        self.patience_s = patience_s
 
     def replay(
-        self, work: Sequence[Trajectory], options: Options, slots: int, order: str, history: Iterable[TrajectoryEnd] = ()
+        self,
+        work: Sequence[Trajectory],
+        options: Options,
+        slots: int,
+        order: str,
+        history: Iterable[TrajectoryEnd] = (),
+        kv_tokens: int | None = None,
     ) -> list[Trajectory]:
         """One replay with token ids of its own."""
         self.steps += 1
-        return self.engines.replay(work, options, slots, order, history, step=self.steps)
+        return self.engines.replay(work, options, slots, order, history, step=self.steps, kv_tokens=kv_tokens)
 
     def run(self, role: str, configuration: Configuration, seed: int) -> None:
         """Record one run as `calibration`, `predicted` or `again`, and again if it was disturbed and there is patience left."""
@@ -68,7 +77,8 @@ class Recording:
         """Record one run; returns the share of the machine that others used meanwhile."""
         work, history = configuration.work(seed)
         load, before = os.getloadavg()[0], Mark.now()
-        records = self.replay(work, configuration.options(seed), configuration.slots, configuration.order, history)
+        order, kv_tokens = PREEMPT if configuration.preempt else configuration.order, configuration.kv_tokens(seed)
+        records = self.replay(work, configuration.options(seed), configuration.slots, order, history, kv_tokens)
         foreign = Mark.now().foreign_since(before)
         file = f"{len(self.runs):03d}-{configuration.name}-seed{seed}.jsonl.gz"
         write(self.folder / file, records)
@@ -90,7 +100,7 @@ class Recording:
         return {"alone_s": median(seconds[1]), "together_s": median(seconds[2])}
 
 
-def record(folder: Path, configurations: Sequence[Configuration], seeds: Sequence[int]) -> dict[str, Any]:
+def record(folder: Path, configurations: Sequence[Configuration], seeds: Sequence[int], patience_s: float = PATIENCE_S) -> dict[str, Any]:
     """Record all configurations, and the calibration runs, with all seeds into `folder`; returns what `runs.json` holds.
 
     Raises:
@@ -100,7 +110,7 @@ def record(folder: Path, configurations: Sequence[Configuration], seeds: Sequenc
     arguments = EngineArguments(str(make_model(folder / "model")), MAX_SLOTS, BATCH_TOKENS, BLOCK_TOKENS)
     began = time.monotonic()
     with Engines(arguments) as engines:
-        start_s, recording = time.monotonic() - began, Recording(engines, folder)
+        start_s, recording = time.monotonic() - began, Recording(engines, folder, patience_s)
         warm_up = replace(CALIBRATION[0], prompts=8)
         recording.replay(warm_up.work(len(seeds))[0], Options(observe=True), MAX_SLOTS, "fcfs")
         neighbour = recording.neighbour()

@@ -115,15 +115,18 @@ class Engines:
         history: Iterable[TrajectoryEnd] = (),
         step: int = 0,
         step_times: LatencyModel | None = None,
+        kv_tokens: int | None = None,
     ) -> list[Trajectory]:
         """Run one step of rollouts, all trajectories submitted at once in the given order; returns their records in that order.
 
         Args:
             history: what the router is told to have seen before.
             step: training step; token ids depend on it, so that steps share no prefixes.
+            kv_tokens: KV cache of a replica; None: all it has. Needs a scheduler that can (`bench.fidelity.scheduler`).
             step_times: what the router is told of the engines, to plan placement with, and then the batch ahead, as a run's manager does.
         """
-        ray.get([server.prepare.remote(slots, order) for server in self.servers.values()], timeout=60)
+        held = () if kv_tokens is None else (kv_tokens,)
+        ray.get([server.prepare.remote(slots, order, *held) for server in self.servers.values()], timeout=60)
         ray.get(self.router.configure.remote(options, False, alike(self.servers, slots=slots)), timeout=60)
         ray.get([self.router.trajectory_ended.remote(end) for end in history], timeout=60)
         if step_times is not None:

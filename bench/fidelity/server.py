@@ -87,7 +87,7 @@ class EngineServer:
     async def heddle_status(self) -> dict[str, int]:
         return await self._server.heddle_status()
 
-    async def prepare(self, slots: int, order: str) -> None:
-        """Between runs: forget the prefix cache, set slots and order."""
+    async def prepare(self, slots: int, order: str, *kv_tokens: int) -> None:
+        """Between runs: forget the prefix cache, set slots, order and, where it is given, the size of the KV cache."""
         await self._server.engine.reset_prefix_cache()
-        await self._server.engine.engine_core.call_utility_async("fidelity_adjust", slots, order)
+        await self._server.engine.engine_core.call_utility_async("fidelity_adjust", slots, order, *kv_tokens)

@@ -1,17 +1,24 @@
 """The experiment's result as a table: on the console, and in README.md between two marks.
 
-python bench/fidelity/table.py      write the README's table anew from bench/results/cpu/fidelity.json
+python bench/fidelity/table.py      write the README's tables anew from bench/results/cpu/fidelity.json and fidelity_kv.json
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-README = Path(__file__).with_name("README.md")
-BEGIN, END = "<!-- table: begin, written by table.py -->", "<!-- table: end -->"
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from bench.marked import fill
+
+README, RESULTS = Path(__file__).with_name("README.md"), ROOT / "bench" / "results" / "cpu"
+TABLES = {"table": "fidelity.json", "kv": "fidelity_kv.json"}
+"""The README's tables by the name of their marks, and the results they are made from."""
 HEADER = ("configuration", "runs", "makespan, s", "predicted, s", "makespan error, by run", "finish error p50", "p90", "foreign", "load")
 
 
@@ -65,7 +72,7 @@ def notes(result: dict[str, Any]) -> list[str]:
         f"p90 {_span(100 * one['turn_error_p90'] for one in rounds)} %.",
         f"Overhead of a turn, by round: {overheads}. Without it: makespan error {_errors(plain)}, mean with sign "
         f"{_percent(plain['makespan_bias'], sign=True)}; with it {_percent(over['makespan_bias'], sign=True)}.",
-        f"Turns that ran on the replica the simulator said: {_percent(same)}.",
+        f"Turns that ran on the replica the simulator said: {_percent(same)}." + _preempted(result["runs"]),
         f"All {result['all_attempts']['runs']} attempts, the disturbed ones included: makespan error {_errors(result['all_attempts'])}.",
         f"{result['repeated'][0]['configuration']}, the same seed recorded again: {again}.",
         f"One sequence takes {alone:.2f} ms per token while the other engine idles, {together:.2f} ms while both work.",
@@ -87,18 +94,26 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + [""] + [f"- {note}" for note in notes(result)])
 
 
-def write_readme(path: Path, result: dict[str, Any]) -> None:
-    """Put the table between its marks.
+def write_readme(path: Path, result: dict[str, Any], name: str = "table") -> None:
+    """Put a table between its marks.
 
     Raises:
         ValueError: the marks are not there.
     """
-    text = path.read_text()
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{path} lacks the marks {BEGIN!r} and {END!r}")
-    path.write_text(f"{head}{BEGIN}\n{markdown(result)}\n{END}{tail}")
+    fill(path, name, markdown(result))
+
+
+def _preempted(runs: list[dict[str, Any]]) -> str:
+    """How often turns lost their slots, where any did."""
+    if not any(run.get("preemptions") or run.get("predicted_preemptions") for run in runs):
+        return ""
+    names = dict.fromkeys(run["configuration"] for run in runs)
+    both = {name: [run for run in runs if run["configuration"] == name] for name in names}
+    told = (
+        f"{name} {sum(run['preemptions'] for run in mine)}, simulated {sum(run['predicted_preemptions'] for run in mine)}"
+        for name, mine in both.items()
+    )
+    return f" Turns that lost their slot, all runs: {'; '.join(told)}."
 
 
 def _percent(share: float, sign: bool = False) -> str:
@@ -117,4 +132,5 @@ def _span(values: Iterable[float], form: str = "%.1f", unit: str = "") -> str:
 
 
 if __name__ == "__main__":
-    write_readme(README, json.loads((Path(__file__).resolve().parents[1] / "results/cpu/fidelity.json").read_text()))
+    for name, file in TABLES.items():
+        write_readme(README, json.loads((RESULTS / file).read_text()), name)

@@ -12,7 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from bench.fidelity import table
-from bench.fidelity.configurations import CALIBRATION, MAX_SLOTS, PREDICTED, Configuration
+from bench.fidelity.configurations import BLOCK_TOKENS, CALIBRATION, KV_BOUND, MAX_SLOTS, PREDICTED, REPLICAS, Configuration
 from bench.fidelity.disturbance import Mark, wait_for_calm
 from bench.fidelity.model import MAX_CONTEXT
 from bench.fidelity.predict import Machine, Recorded, compare, counting, evaluate, learn, predict, summary
@@ -21,7 +21,7 @@ from verl_heddle.simulate.workload import walk
 from verl_heddle.traces import write
 
 TRUTH = LatencyModel.affine(0.007, 0.0006, 1.7e-6, prefill_per_token_s=9e-5, prefill_base_s=0.007)
-ALL = (*CALIBRATION, *PREDICTED)
+ALL = (*CALIBRATION, *PREDICTED, *KV_BOUND)
 
 
 def recorded(configuration: Configuration, seed: int, role: str = "predicted", share: float = 0.0) -> Recorded:
@@ -54,6 +54,19 @@ def test_at_least_six_configurations_none_of_them_calibrated_on():
     assert {one.policy for one in PREDICTED} == {"stock", "known", "history"}
     assert {one.slots for one in PREDICTED} == {2, 4, 8}
     assert {one.tools for one in PREDICTED} == {"none", "short", "long"}
+
+
+@pytest.mark.parametrize("configuration", KV_BOUND, ids=lambda one: one.name)
+def test_the_kv_bound_are_bound_by_kv(configuration):
+    held = configuration.kv_tokens(0)
+    work, _ = configuration.work(0)
+    ends = [max(context + output for context, _, output in walk(item)) for item in work]
+    assert held % BLOCK_TOKENS == 0 and max(ends) < held < 0.4 * sum(ends) / len(REPLICAS)
+    roomy = replace(configuration, kv_share=None)
+    assert roomy.kv_tokens(0) is None and roomy.work(0) == (work, configuration.work(0)[1])
+    bound, free = (predict(one, 0, Machine(TRUTH, {})) for one in (configuration, roomy))
+    assert bound.preemptions > 0 and bound.recomputed_tokens > 2 * free.recomputed_tokens and bound.makespan_s > free.makespan_s
+    assert {one.preempt for one in KV_BOUND} == {True, False} and all(one.tools != "none" for one in KV_BOUND)
 
 
 def test_known_lengths_are_the_true_ones_and_history_is_another_visit_to_the_same_prompts():
@@ -140,13 +153,15 @@ def test_result_and_table(tmp_path):
     assert len(result["repeated"]) == 2 and len(result["rounds"]) == 2
 
     readme = tmp_path / "README.md"
-    readme.write_text(f"head\n{table.BEGIN}\nold\n{table.END}\ntail\n")
+    readme.write_text(f"head\n<!-- table: begin -->\nold\n<!-- table: end -->\ntail\n")
     table.write_readme(readme, result)
     text = readme.read_text()
     table.write_readme(readme, result)
     assert readme.read_text() == text and "old" not in text and text.startswith("head\n") and text.endswith("\ntail\n")
     assert sum(line.startswith("| ") for line in text.splitlines()) == len(PREDICTED) + 3
     assert len(table.console(result).splitlines()) > len(PREDICTED)
+    kv = result | {"runs": [run | {"preemptions": 3, "predicted_preemptions": 2} for run in result["runs"]]}
+    assert f"{PREDICTED[0].name} 3, simulated 2" in table.markdown(kv) and "lost their slot" not in table.markdown(result)
     readme.write_text("no marks")
-    with pytest.raises(ValueError, match="lacks the marks"):
+    with pytest.raises(ValueError, match="no place for the table"):
         table.write_readme(readme, result)

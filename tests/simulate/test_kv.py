@@ -81,7 +81,7 @@ def test_least_recently_used_goes_first_from_its_end():
         cache.release(request, context)
     assert cache.in_use == 0 and cache.held == 100
     kept = [cache.hit(Request(state, 60, 1, 0)) for state in work]
-    assert kept == [10, 40, 50]
+    assert kept == [(10, 0), (40, 0), (50, 0)]
 
 
 def test_a_group_computes_its_prompt_once():

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from verl_heddle.report.draws import Source
     from verl_heddle.report.setting import Setting
+    from verl_heddle.simulate import HostTier
 
 WORKLOADS = ("coding", "search", "math")
 
@@ -62,9 +63,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     place.add_argument(
         "--gpu-memory-utilization", type=float, default=0.5, metavar="X", help="your setting of that name (default 0.5, verl's)"
     )
-    place.add_argument(
-        "--overhead-s", type=float, default=0.0, metavar="S", help="seconds of every turn outside engine and tools (default 0)"
+    beside = parser.add_argument_group("what a step costs beside kernels and tools (defaults are assumptions, and told as such)")
+    beside.add_argument(
+        "--host-s",
+        type=float,
+        metavar="S",
+        help="seconds the host adds to every engine step (default 0.001; verl-heddle explain RUN --model ... --gpu ... measures it)",
     )
+    beside.add_argument(
+        "--overhead-s", type=float, metavar="S", help="seconds of every turn outside engine and tools (default 0.015; explain measures it)"
+    )
+    beside.add_argument(
+        "--sync-s", type=float, metavar="S", help="seconds of weight sync before a step (default: the weights at the speed of PCIe)"
+    )
+    beside.add_argument(
+        "--tools-at-once", type=_positive, metavar="N", help="tools that run at the same time (default: no limit, as in verl)"
+    )
+    beside.add_argument(
+        "--offload-gb-s", type=float, metavar="X", help="of stock_tier: GB/s at which each GPU reads KV cache back (default 25)"
+    )
+    beside.add_argument("--offload-gib", type=float, metavar="X", help="of stock_tier: GiB of KV cache a host keeps (default: no limit)")
     often = parser.add_argument_group("how often")
     often.add_argument("--seeds", type=_positive, default=3, metavar="N", help="independent draws; median and range are told (default 3)")
     often.add_argument("--jobs", type=_positive, metavar="N", help="processes (default: one a CPU, at most 8)")
@@ -78,7 +96,33 @@ def setting_of(args: argparse.Namespace) -> Setting:
     """
     from verl_heddle.report.setting import setting
 
-    return setting(args.model, args.gpu, args.gpus, args.tp, args.slots, args.gpu_memory_utilization, args.overhead_s)
+    return setting(
+        args.model,
+        args.gpu,
+        args.gpus,
+        args.tp,
+        args.slots,
+        args.gpu_memory_utilization,
+        args.overhead_s,
+        host_s=args.host_s,
+        sync_s=args.sync_s,
+        tools_at_once=args.tools_at_once,
+        tier=_tier(args),
+    )
+
+
+def _tier(args: argparse.Namespace) -> HostTier | None:
+    """What the user said of KV offload; None: nothing."""
+    from verl_heddle.simulate import HostTier
+
+    if args.offload_gb_s is None and args.offload_gib is None:
+        return None
+    for option, value in (("--offload-gb-s", args.offload_gb_s), ("--offload-gib", args.offload_gib)):
+        if value is not None and not value > 0:
+            raise ValueError(f"{option} must be positive, got {value:g}")
+    speed = {} if args.offload_gb_s is None else {"bytes_per_s": args.offload_gb_s * 1e9}
+    room = {} if args.offload_gib is None else {"host_bytes": args.offload_gib * 2**30}
+    return HostTier(**speed, **room)
 
 
 def source_of(args: argparse.Namespace) -> Source:

@@ -13,7 +13,18 @@ from verl_heddle.commands.asking import Meter, add_arguments, answered, check_wr
 if TYPE_CHECKING:
     from verl_heddle.report.study import Answer
 
-DEFAULT_ARMS = ("stock", "stock_best_tp", "slime", "verl_star", "heddle", "heddle_place", "heddle_best_tp", "lpt_oracle")
+DEFAULT_ARMS = (
+    "stock",
+    "stock_best_tp",
+    "stock_tier",
+    "trajectory_fcfs",
+    "slime",
+    "verl_star",
+    "heddle",
+    "heddle_place",
+    "heddle_best_tp",
+    "lpt_oracle",
+)
 
 OTHER_ARMS = ("round_robin", "dual_threshold", "affinity_margin", "plas")
 

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from verl_heddle.latency.batches import Work, batch_history
+from verl_heddle.latency.host import host_s
 from verl_heddle.latency.model import AffineDecode, AffinePrefill, Engine, FitQuality, LatencyModel
 from verl_heddle.trajectory import Trajectory
 
@@ -62,11 +63,48 @@ def calibrate(
             `output_tokens`, and `meta["start_s"]`, all on one clock. The more the batch varies the better; leave out a run's first step
             (compilation).
         tps: tensor-parallel degree by replica name, or one for all.
-        base: where memory and weight-load times come from, and engines of degrees that were not recorded.
+        base: where memory and weight-load times come from, and engines of degrees that were not recorded; the host's part of a step that
+            the recorded degrees show beyond it is added to these.
 
     Raises:
         ValueError: fewer than `MIN_TURNS` usable turns for some degree (the message says how many more and what was wrong with the others),
             or a replica that `tps` does not name.
+    """
+    by_tp = _by_tp(records, tps)
+    engines = dict(base.engines) if base else {}
+    beyond = []
+    for tp, replicas in sorted(by_tp.items()):
+        fitted = _fit(replicas)
+        if tp in engines:
+            if engines[tp].fit is None:
+                beyond.append(host_s(engines[tp], fitted, replicas))
+            fitted = replace(engines[tp], decode=fitted.decode, prefill=fitted.prefill, fit=fitted.fit, host_s=0.0)
+        engines[tp] = fitted
+    turns = sum(len(works) for replicas in by_tp.values() for works in replicas)
+    model = LatencyModel(name, engines, f"calibrated on {turns} recorded turns")
+    if beyond and any(engine.fit is None for engine in engines.values()):
+        model = model.with_host(max(beyond), f"{base.name if base else name} at other degrees, calibrated")
+    return model
+
+
+def calibrate_host(table: LatencyModel, records: Iterable[Trajectory], tp: int) -> LatencyModel:
+    """A table of step times with the host's part of a step measured in a recorded run on replicas of one degree.
+
+    Raises:
+        ValueError: as `calibrate`, or the table does not know the degree.
+    """
+    replicas = _by_tp(records, tp)[tp]
+    if tp not in table.engines:
+        raise ValueError(f"latency model {table.name} knows tensor-parallel degrees {list(table.tps)}, not {tp}")
+    measured = host_s(table.engines[tp], _fit(replicas), replicas)
+    return table.with_host(measured, f"calibrated on {sum(map(len, replicas))} turns of this run")
+
+
+def _by_tp(records: Iterable[Trajectory], tps: Mapping[str, int] | int) -> dict[int, list[list[Work]]]:
+    """The turns of each replica, by degree.
+
+    Raises:
+        ValueError: as `calibrate`.
     """
     by_replica: dict[str, list[Work]] = defaultdict(list)
     skipped: Counter[str] = Counter()
@@ -83,12 +121,7 @@ def calibrate(
             raise ValueError(f"tps names no tensor-parallel degree for replica {replica!r}; it names {sorted(tps)}")
         by_tp[tps if isinstance(tps, int) else tps[replica]].append(works)
     _require_enough(by_tp, skipped)
-
-    engines = dict(base.engines) if base else {}
-    for tp, replicas in sorted(by_tp.items()):
-        fitted = _fit(replicas)
-        engines[tp] = replace(engines[tp], decode=fitted.decode, prefill=fitted.prefill, fit=fitted.fit) if tp in engines else fitted
-    return LatencyModel(name, engines, f"calibrated on {sum(map(len, by_replica.values()))} recorded turns")
+    return by_tp
 
 
 def _work(trajectory: Trajectory, index: int) -> Work | str:

@@ -4,13 +4,14 @@
 recorded run (`verl_heddle.latency.calibrate`) or from a formula (`LatencyModel.affine`). It is a value: no clock, no randomness,
 pickles.
 
-Units: seconds, tokens, bytes. Times are of the engine alone: no RPC, no queueing, no CPU work between steps.
+Units: seconds, tokens, bytes. Times are of the engine alone: no RPC, no queueing. The host's own work in a step (scheduling, preparing
+inputs, handling outputs) is in calibrated models, and in others what `with_host` puts there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, overload
 
 import numpy as np
@@ -113,6 +114,9 @@ class Engine:
     """None: not known, KV not limiting."""
     load_s: float = 0.0
     fit: FitQuality | None = None
+    """None: not fitted to a run, but a table or a formula."""
+    host_s: float = 0.0
+    """Seconds that the host adds to every step, beyond `decode` and `prefill`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +164,7 @@ class LatencyModel:
             engine = self.engines[tp]
         except KeyError:
             raise self._unknown(tp) from None
-        return engine.decode(batch, context_tokens)
+        return engine.decode(batch, context_tokens) + engine.host_s
 
     @overload
     def prefill_s(self, tp: int, new_tokens: float, context_tokens: float = 0) -> float: ...
@@ -180,7 +184,10 @@ class LatencyModel:
             engine = self.engines[tp]
         except KeyError:
             raise self._unknown(tp) from None
-        return engine.prefill(new_tokens, context_tokens)
+        seconds = engine.prefill(new_tokens, context_tokens)
+        if engine.host_s:
+            seconds = seconds + engine.host_s * (new_tokens > 0)
+        return seconds
 
     def kv_tokens(self, tp: int, gpu_memory_utilization: float = DEFAULT_UTILIZATION) -> int | None:
         """Tokens the KV cache of a replica holds (all its GPUs together); 0 where the weights do not fit, None where it is not known.
@@ -190,6 +197,11 @@ class LatencyModel:
         memory = self._engine(tp).memory
         return None if memory is None else memory.kv_tokens(gpu_memory_utilization)
 
+    def kv_bytes(self, tp: int) -> int | None:
+        """Bytes of one token's KV cache on each GPU of a replica; None where it is not known."""
+        memory = self._engine(tp).memory
+        return None if memory is None else memory.kv_bytes_per_token
+
     def fits(self, tp: int, gpu_memory_utilization: float = DEFAULT_UTILIZATION) -> bool:
         """Whether the weights and at least `MIN_KV_TOKENS` fit (True where memory is not known); False for a degree the model does not
         know."""
@@ -197,6 +209,20 @@ class LatencyModel:
             return False
         tokens = self.kv_tokens(tp, gpu_memory_utilization)
         return tokens is None or tokens >= MIN_KV_TOKENS
+
+    def with_host(self, host_s: float, how: str) -> LatencyModel:
+        """The model with `host_s` more seconds in every engine step, of the degrees that no run was fitted to: what was fitted holds them.
+
+        Args:
+            how: where the number comes from; told with the model's source.
+
+        Raises:
+            ValueError: negative or not finite.
+        """
+        if not 0 <= host_s < float("inf"):
+            raise ValueError(f"the host's seconds in a step must be finite and not negative, got {host_s}")
+        engines = {tp: engine if engine.fit else replace(engine, host_s=host_s) for tp, engine in self.engines.items()}
+        return replace(self, engines=engines, source=f"{self.source}, and {1e3 * host_s:.2g} ms of host time in every step ({how})")
 
     def weight_load_s(self, tp: int) -> float:
         """Seconds to bring a sleeping replica's weights back from pinned host memory, all its GPUs at once (vLLM sleep level 1).

@@ -27,7 +27,7 @@ ROLLOUT = "actor_rollout_ref.rollout"
 
 @dataclass(frozen=True)
 class Trial:
-    """The chosen arm with one setting changed: makespans of the chosen arm over those of the trial, by draw."""
+    """The chosen arm with one setting changed: steps of the chosen arm over those of the trial, by draw."""
 
     name: str
     value: str
@@ -152,7 +152,7 @@ def _trials(answer: Answer, chosen: Row, jobs: int | None) -> list[Trial]:
     for name, value, changed, safe in tried:
         with Pool(changed, answer.source.draws, 1, jobs) as pool:
             runs = pool.runs([(chosen.rule, chosen.tp)])[chosen.rule, chosen.tp]
-        ratios = [before.makespan_s / after.makespan_s for before, after in zip(chosen.runs, runs, strict=True)]
+        ratios = [before.step_s / after.step_s for before, after in zip(chosen.runs, runs, strict=True)]
         trials.append(Trial(name, value, ratios, safe))
     return trials
 
@@ -166,6 +166,6 @@ def _trial_told(trial: Trial, setting: Setting) -> str:
 
 
 def forecast(answer: Answer, advice: Advice) -> str:
-    """One line: now, then."""
-    now, then = answer.stock.typical.makespan_s, advice.row.typical.makespan_s
+    """One line: now, then, weight sync included."""
+    now, then = answer.stock.typical.step_s, advice.row.typical.step_s
     return f"forecast: {seconds(now)} now (stock, tp={answer.setting.tp}), {seconds(then)} then ({ratio(advice.row.speedup)})"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from importlib.resources import files
+from math import inf
 from statistics import median_low
 from typing import Any
 
@@ -70,6 +71,12 @@ def config(answer: Answer) -> dict[str, Any]:
         "gpu_memory_utilization": setting.utilization,
         "kv_tokens": {str(tp): held for tp, held in setting.kv_tokens.items() if tp in setting.tps},
         "overhead_s": setting.overhead_s,
+        "host_s": setting.host_s,
+        "sync_s": setting.sync_s(setting.tp),
+        "tools_at_once": None if setting.tools_at_once == inf else int(setting.tools_at_once),
+        "offload_bytes_per_s": setting.tier.bytes_per_s,
+        "offload_host_bytes": None if setting.tier.host_bytes == inf else int(setting.tier.host_bytes),
+        "assumed": list(setting.assumed),
         "latency": setting.latency.source,
     }
 
@@ -119,6 +126,7 @@ def _numbers(run: Run, low_s: float) -> dict[str, Any]:
         "recomputed_tokens": run.recomputed_tokens,
         "idle_share": run.idle_share,
         "queue_share": run.queue_share,
+        "sync_s": run.sync_s,
     }
 
 

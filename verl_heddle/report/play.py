@@ -18,7 +18,17 @@ from verl_heddle.predict.recall import recall
 from verl_heddle.report.draws import Draw, Step
 from verl_heddle.report.setting import Setting
 from verl_heddle.simulate import Bound, EngineOptions, Policy, Result, lower_bound, simulate
-from verl_heddle.simulate.baselines import AffinityMargin, DualThreshold, LptOracle, Plas, RoundRobin, Slime, Stock, VerlStar
+from verl_heddle.simulate.baselines import (
+    AffinityMargin,
+    DualThreshold,
+    LptOracle,
+    Plas,
+    RoundRobin,
+    Slime,
+    Stock,
+    TrajectoryFcfs,
+    VerlStar,
+)
 from verl_heddle.trajectory import Decision, Prewarm, ToolStart, Trajectory, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
 
 TAIL = ("queue_s", "prefill_s", "generate_s", "tool_s", "other_s")
@@ -35,6 +45,8 @@ class Rule:
     options: Options | None = None
     """heddle with these: it is shown the epoch before, and its engines preempt on arrival."""
     knows: bool = False
+    tier: bool = False
+    """Engines keep evicted KV cache in the host's memory, `Setting.tier`."""
     mixed: bool = False
     """On `Setting.mixed`, where there is one, instead of one degree for all."""
 
@@ -43,6 +55,8 @@ PLACING = Rule("heddle with heddle.place.enable", options=Options(place=Place(en
 
 RULES: Mapping[str, Rule] = {
     "stock": Rule("stock verl", Stock),
+    "stock_tier": Rule("stock verl with KV offload to the host", Stock, tier=True),
+    "trajectory_fcfs": Rule("trajectory-FCFS: first turn first", TrajectoryFcfs, "priority"),
     "round_robin": Rule("round-robin", RoundRobin),
     "slime": Rule("Slime: least load, every turn", Slime),
     "verl_star": Rule("Verl*: sticky until 32 apart", VerlStar),
@@ -89,6 +103,13 @@ class Run:
     queue_share: float
     """Share of all trajectory time spent waiting for a slot or for KV."""
     last: Last
+    sync_s: float = 0.0
+    """Weight sync before each step; not in the makespan."""
+
+    @property
+    def step_s(self) -> float:
+        """Weight sync and makespan."""
+        return self.sync_s + self.makespan_s
 
     @property
     def throughput_tok_s(self) -> float:
@@ -106,6 +127,8 @@ def play(name: str, tp: int, setting: Setting, draw: Draw) -> list[Result]:
     rule = RULES[name]
     fleet = setting.mixed_fleet() if rule.mixed and setting.mixed else setting.fleet(tp)
     engine = preempting(setting) if rule.options else setting.engine(rule.order)
+    if rule.tier:
+        engine = replace(engine, tier=setting.tier)
     policy = rule.make(draw.seed) if rule.make else None
     dealt = halves(draw.steps) if draw.crossed else []
     if rule.options:
@@ -117,8 +140,12 @@ def play(name: str, tp: int, setting: Setting, draw: Draw) -> list[Result]:
         decider = policy if policy is not None else LptOracle(step, draw.seed)
         if isinstance(policy, Orchestrator) and dealt:
             decider = CrossFitted(policy, dealt[number])
-        results.append(simulate(step, fleet, setting.latency, decider, engine=engine, step=len(draw.before) + number))
+        results.append(_stepped(step, fleet, setting, decider, engine, len(draw.before) + number))
     return results
+
+
+def _stepped(step: Step, fleet: Sequence[Replica], setting: Setting, policy: Policy, engine: EngineOptions, number: int) -> Result:
+    return simulate(step, fleet, setting.latency, policy, engine=engine, step=number, tools_at_once=setting.tools_at_once)
 
 
 def preempting(setting: Setting) -> EngineOptions:
@@ -173,6 +200,7 @@ def measured(tp: int, setting: Setting, draw: Draw, results: Sequence[Result]) -
         idle_share=max(0.0, sum(row["idle_share"] * row["makespan_s"] for row in rows) / sum(row["makespan_s"] for row in rows)),
         queue_share=sum(float(result.queue_s.sum()) for result in results) / times if times > 0 else 0.0,
         last=_last(tp, setting, worst),
+        sync_s=max(setting.sync_s(one.replica.tp) for one in worst.replicas),
     )
 
 

@@ -1,19 +1,21 @@
-"""What a question to the simulator is asked about: a model, GPUs, and verl's rollout settings.
+"""What a question to the simulator is asked about: a model, GPUs, verl's rollout settings, and what a step costs beside its kernels.
 
 Defaults are verl's own (`rollout.yaml` of verl 0.9.1: 256 sequences, 0.5 of the GPU's memory) but for the tensor-parallel degree, where
-the usual choice is the smallest that holds the model with room for KV, and 2 for a dense 32B (Heddle, arXiv 2603.28101, section 8).
+the usual choice is the smallest that holds the model with room for KV, and 2 for a dense 32B (Heddle, arXiv 2603.28101, section 8). What a
+table of kernels does not know (host time, time between turns, weight sync) has a default that is something real, and `assumed` names it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import inf
 from typing import Literal
 
 from verl_heddle.fleet import Replica
-from verl_heddle.latency import LatencyModel, load
-from verl_heddle.simulate import DEFAULT_SLOTS, EngineOptions, make_fleet
+from verl_heddle.latency import HOST_STEP_S, LatencyModel, load
+from verl_heddle.simulate import DEFAULT_SLOTS, EngineOptions, HostTier, make_fleet
 from verl_heddle.simulate.workload import most_kv
 from verl_heddle.trajectory import Trajectory
 
@@ -29,11 +31,15 @@ ROOM_TOKENS = 100_000
 BATCH_TOKENS = 8192
 """verl's default `rollout.max_num_batched_tokens`."""
 
+OVERHEAD_S = 0.015
+"""Seconds of a turn outside engine and tool: asking the router 5 to 6 ms, RPC 8 ms, the client's own work 1 ms, measured with verl's server
+class in `bench/fidelity`. Parsing, tokenising and a reward per turn come on top where a loop does them."""
+
 
 @dataclass(frozen=True)
 class Setting:
     """`slots` is `max_num_seqs` of a replica, `utilization` vLLM's `gpu_memory_utilization`, `overhead_s` a turn's seconds outside engine
-    and tool. Make it with `setting`, which checks."""
+    and tool, `host_s` the host's seconds in an engine step (they are in `latency`). Make it with `setting`, which checks."""
 
     latency: LatencyModel
     gpu: str
@@ -42,6 +48,15 @@ class Setting:
     slots: int = DEFAULT_SLOTS
     utilization: float = UTILIZATION
     overhead_s: float = 0.0
+    host_s: float = 0.0
+    synced_s: float | None = None
+    """Weight sync before a step, seconds; None: see `sync_s`."""
+    tools_at_once: float = inf
+    """Tools that run at the same time in a whole step; inf: all, as verl's agent loops do."""
+    assumed: tuple[str, ...] = ()
+    """Options that nobody gave: what they stand for is assumed, not measured on these engines."""
+    tier: HostTier = field(default_factory=HostTier)
+    """What `stock_tier` keeps evicted KV cache in."""
     mixed: tuple[int, ...] = ()
     """Degrees of a mixed layout that is asked about beside the fixed degrees, most GPUs first; none: not asked."""
 
@@ -68,6 +83,12 @@ class Setting:
     def fleet(self, tp: int) -> list[Replica]:
         """All GPUs cut into replicas of one degree."""
         return make_fleet(self.gpus, tp, self.latency, self.slots, self.kv_tokens)
+
+    def sync_s(self, tp: int) -> float:
+        """Seconds before a step in which engines of that degree get their weights.
+
+        Not given: what it takes at least, a replica's weights at the speed of PCIe (`LatencyModel.weight_load_s`)."""
+        return self.latency.weight_load_s(tp) if self.synced_s is None else self.synced_s
 
     def mixed_fleet(self) -> list[Replica]:
         """All GPUs cut as `mixed` says."""
@@ -100,20 +121,43 @@ def setting(
     tp: int | None = None,
     slots: int = DEFAULT_SLOTS,
     utilization: float = UTILIZATION,
-    overhead_s: float = 0.0,
+    overhead_s: float | None = None,
+    *,
+    host_s: float | None = None,
+    sync_s: float | None = None,
+    tools_at_once: float | None = None,
+    tier: HostTier | None = None,
 ) -> Setting:
-    """A `Setting` with the shipped latency table; `tp` None: the usual one.
+    """A `Setting` with the shipped latency table; `tp` None: the usual one. Of the others None is the default, and told as assumed.
 
     Raises:
         ValueError: no such table, a number out of range, or a degree that does not hold the model or divide the GPUs; one line.
     """
     latency = load(gpu, model)
-    if gpus < 1 or slots < 1 or not 0 < utilization <= 1 or not 0 <= overhead_s < 3600:
-        raise ValueError(
-            "--gpus and --slots must be at least 1, --gpu-memory-utilization in (0, 1], --overhead-s from 0 to 3600; "
-            f"got {gpus}, {slots}, {utilization:g}, {overhead_s:g}"
-        )
-    draft = Setting(latency, latency.name.rsplit(" on ", 1)[-1], gpus, 0, slots, utilization, overhead_s)
+    given = {"host_s": host_s, "overhead_s": overhead_s, "sync_s": sync_s, "tools_at_once": tools_at_once, "offload": tier}
+    assumed = tuple(name for name, value in given.items() if value is None)
+    overhead_s = OVERHEAD_S if overhead_s is None else overhead_s
+    host_s, host_how = (HOST_STEP_S, "assumed") if host_s is None else (host_s, "as given")
+    if gpus < 1 or slots < 1 or not 0 < utilization <= 1:
+        raise ValueError(f"--gpus and --slots must be at least 1, --gpu-memory-utilization in (0, 1]; got {gpus}, {slots}, {utilization:g}")
+    for option, value in (("--overhead-s", overhead_s), ("--host-s", host_s), ("--sync-s", sync_s or 0.0)):
+        if not 0 <= value < 3600:
+            raise ValueError(f"{option} must be from 0 to 3600, got {value:g}")
+    latency = latency.with_host(host_s, host_how)
+    draft = Setting(
+        latency,
+        latency.name.rsplit(" on ", 1)[-1],
+        gpus,
+        0,
+        slots,
+        utilization,
+        overhead_s,
+        host_s,
+        sync_s,
+        inf if tools_at_once is None else tools_at_once,
+        assumed,
+        tier or HostTier(),
+    )
     if not draft.tps:
         raise ValueError(
             f"{latency.name}: none of the tensor-parallel degrees {', '.join(map(str, latency.tps))} both divides {gpus} GPUs and holds "
@@ -128,4 +172,4 @@ def setting(
             f"--tp {tp} {why} ({latency.name}, {gpus} GPUs, gpu_memory_utilization {utilization:g}); "
             f"possible: {', '.join(map(str, draft.tps))}"
         )
-    return Setting(latency, draft.gpu, gpus, tp, slots, utilization, overhead_s)
+    return replace(draft, tp=tp)

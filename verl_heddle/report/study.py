@@ -70,7 +70,7 @@ class Row:
 
     @property
     def speedups(self) -> list[float]:
-        """Stock's makespan over this arm's, by draw."""
+        """Stock's step over this arm's, weight sync included, by draw."""
         return self.ratios(None)
 
     @property
@@ -89,9 +89,9 @@ class Row:
         return median_low(self.bound_fractions)
 
     def ratios(self, over: Row | None) -> list[float]:
-        """Makespan of `over` (None: stock) over this arm's, by draw."""
+        """Step of `over` (None: stock) over this arm's, weight sync included, by draw."""
         others = self.stock if over is None else over.runs
-        return [other.makespan_s / run.makespan_s for other, run in zip(others, self.runs, strict=True)]
+        return [other.step_s / run.step_s for other, run in zip(others, self.runs, strict=True)]
 
 
 @dataclass(frozen=True)

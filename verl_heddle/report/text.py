@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import inf
 from shlex import quote
 
 from verl_heddle.report.advice import Advice, forecast, why
+from verl_heddle.report.setting import Setting
 from verl_heddle.report.study import Answer, Row
 from verl_heddle.report.words import count, number, ratio, spread
 
@@ -26,7 +28,8 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
 """Heading and cell. The four before the last two split the makespan by what the trajectory that ended last was doing, seconds."""
 
 LEGEND = (
-    "makespan: first submit to last end. speedup: over stock in the same draw. of bound: lower bound / makespan, 100 % cannot be beaten.\n"
+    "makespan: first submit to last end. speedup: over stock in the same draw, weight sync counted on both sides. of bound: lower bound /\n"
+    "makespan, 100 % cannot be beaten.\n"
     "queue, generate (prefill included), tool, other: seconds of the trajectory that ended last.\n"
     "moves: turns on another replica than the turn before. preempt.: slots lost, to KV pressure mostly."
 )
@@ -46,10 +49,30 @@ def assumptions(answer: Answer) -> list[str]:
         f"{setting.model}, {setting.gpus} GPUs, {setting.slots} slots a replica, gpu_memory_utilization {setting.utilization:g}"
         + (f" ({held:,} KV tokens a replica of tp={setting.tp})" if held is not None else ""),
         f"simulated, nothing was run; step times: {setting.latency.source}",
+        *_beside(setting, "stock_tier" in answer.rows),
         f"heddle has seen {about['history']}",
         f"{draws} draw{'s: median, and range in brackets' if draws > 1 else ': chance is not visible, use --seeds'}",
     ]
     return lines + list(answer.source.notes)
+
+
+def _beside(setting: Setting, offloads: bool) -> list[str]:
+    """What a step costs beside its kernels and tools (host time goes with the step times): what is assumed, and what was given."""
+    at_once, tier = setting.tools_at_once, setting.tier
+    facts = {
+        "overhead_s": f"{1e3 * setting.overhead_s:g} ms a turn outside engine and tool",
+        "sync_s": f"{number(setting.sync_s(setting.tp))} s of weight sync a step",
+        "tools_at_once": f"{'any number of' if at_once == inf else f'{at_once:g}'} tools at once",
+    }
+    lines = []
+    for how, names in (("assumed", set(setting.assumed)), ("as given", set(facts) - set(setting.assumed))):
+        if told := [text for name, text in facts.items() if name in names]:
+            lines.append(f"{how}: {', '.join(told)}")
+    if offloads:
+        room = "without limit" if tier.host_bytes == inf else f"in {tier.host_bytes / 2**30:g} GiB a host"
+        how = "assumed" if "offload" in setting.assumed else "as given"
+        lines.append(f"{how}: stock_tier keeps KV cache {room} and reads it back at {tier.bytes_per_s / 1e9:g} GB/s per GPU")
+    return lines
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -8,15 +8,16 @@
     result.makespan_s, result.split()
 
 Modelled: continuous batching in virtual time, slots, KV capacity with vLLM's preemption and recomputation, prefix cache over turns and over
-a group's prompt, chunked prefill that slows decoding, tools, groups, early stop, moves, pre-warming, outages, fleet changes.
-Not modelled: sampling (lengths are given), CPU and RPC time other than one constant per turn, network and KV transfer, pipeline and data
-parallelism inside a replica, speculative decoding, block-granular KV capacity.
+a group's prompt, a host tier for evicted KV, chunked prefill that slows decoding, tools and how many run at once, groups, early stop,
+moves, pre-warming, outages, fleet changes; host time as one constant per turn, and one per step in the latency model.
+Not modelled: sampling (lengths are given), network and KV transfer between replicas, pipeline and data parallelism inside a replica,
+speculative decoding, block-granular KV capacity.
 """
 
 from verl_heddle.simulate.arms import PRIORITY, Arm, best, fixed_tp_arms, peer_arms, run_arms
 from verl_heddle.simulate.bound import Bound, lower_bound
 from verl_heddle.simulate.layouts import DEFAULT_SLOTS, make_fleet
-from verl_heddle.simulate.options import EngineOptions, FleetChange, Outage
+from verl_heddle.simulate.options import EngineOptions, FleetChange, HostTier, Outage
 from verl_heddle.simulate.policy import Action, Cancel, Latency, Policy, Prewarm, StopAt
 from verl_heddle.simulate.result import ReplicaResult, Result
 from verl_heddle.simulate.run import simulate
@@ -30,6 +31,7 @@ __all__ = [
     "Cancel",
     "EngineOptions",
     "FleetChange",
+    "HostTier",
     "Latency",
     "Outage",
     "Policy",

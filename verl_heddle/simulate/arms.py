@@ -8,9 +8,19 @@ from statistics import median
 from typing import Any
 
 from verl_heddle.fleet import Replica
-from verl_heddle.simulate.baselines import AffinityMargin, DualThreshold, LptOracle, Plas, RoundRobin, Slime, Stock, VerlStar
+from verl_heddle.simulate.baselines import (
+    AffinityMargin,
+    DualThreshold,
+    LptOracle,
+    Plas,
+    RoundRobin,
+    Slime,
+    Stock,
+    TrajectoryFcfs,
+    VerlStar,
+)
 from verl_heddle.simulate.layouts import DEFAULT_SLOTS, make_fleet
-from verl_heddle.simulate.options import EngineOptions
+from verl_heddle.simulate.options import EngineOptions, HostTier
 from verl_heddle.simulate.policy import Latency, Policy
 from verl_heddle.simulate.result import Result
 from verl_heddle.simulate.run import simulate
@@ -43,9 +53,14 @@ def run_arms(
 
 
 def peer_arms(trajectories: Sequence[Trajectory], fleet: Sequence[Replica]) -> dict[str, Arm]:
-    """Stock verl, every peer's rule, and LPT with true lengths, on one fleet."""
+    """Stock verl, the same with an ideal host tier, every peer's rule, and LPT with true lengths, on one fleet.
+
+    Where KV cache is limited, the tier needs a latency model that tells the bytes of a token.
+    """
     return {
         "stock": Arm(Stock, fleet),
+        "stock_tier": Arm(Stock, fleet, EngineOptions(tier=HostTier())),
+        "trajectory_fcfs": Arm(TrajectoryFcfs, fleet, PRIORITY),
         "round_robin": Arm(RoundRobin, fleet),
         "slime": Arm(Slime, fleet),
         "verl_star": Arm(VerlStar, fleet),

@@ -1,4 +1,5 @@
-"""The KV cache of one replica: what running requests hold, and what is left over from earlier ones (vLLM's automatic prefix cache).
+"""The KV cache of one replica: what running requests hold, what is left over from earlier ones (vLLM's automatic prefix cache), and a tier
+in the host's memory for what was evicted.
 
 Law: tokens are either in use (a running request refers to them) or held (nobody does, but a later request may find them). Held
 tokens are free space: where in use + held exceeds the capacity they are evicted, least recently released first and from the end
@@ -6,7 +7,12 @@ of each prefix; the engine evicts at every step boundary for the tokens of the c
 trajectory's own tokens are one entry, the shared prompt of a group is another, counted once however many use it. An own entry is
 of use only under its whole prompt.
 
-Invariants: `in_use` >= 0, `held` >= 0; after `evict` in use + held <= capacity whenever in use <= capacity.
+The tier. What is evicted goes there instead of being lost, and a request that continues it has it read back when it takes a slot. Eviction
+takes the end of a prefix, so the tokens of an entry in the tier follow directly those that are still held. Over its own capacity the tier
+drops the entry evicted longest ago, again from the end.
+
+Invariants: `in_use` >= 0, `held` >= 0; after `evict` in use + held <= capacity whenever in use <= capacity; tokens in the tier <= its
+capacity.
 Source: vLLM `v1/core/kv_cache_manager.py` and `block_pool.py` (free queue in LRU order, tail blocks first).
 Cost: O(1) per call, amortised.
 """
@@ -19,34 +25,45 @@ from verl_heddle.simulate.workload import Request
 
 
 class PrefixCache:
-    """`capacity` in tokens (None: unlimited), reuse in whole blocks of `block` tokens, none at all without `enabled`."""
+    """`capacity` in tokens (None: unlimited), reuse in whole blocks of `block` tokens, none at all without `enabled`. `tier`: tokens that
+    the tier holds; infinity: unlimited, 0: there is none."""
 
-    __slots__ = ("_enabled", "_free", "_users", "block", "capacity", "held", "in_use")
+    __slots__ = ("_enabled", "_free", "_tier", "_users", "block", "capacity", "held", "in_use", "tier", "tiered")
 
-    def __init__(self, capacity: int | None, block: int, enabled: bool) -> None:
+    def __init__(self, capacity: int | None, block: int, enabled: bool, tier: float = 0) -> None:
         self.capacity = capacity
         self.block = block
         self.in_use = 0
         """Tokens that running requests refer to; the engine adds what they generate."""
         self.held = 0
+        self.tier = tier if enabled else 0
+        self.tiered = 0
+        """Tokens in the tier."""
+        self._tier: OrderedDict[int, int] = OrderedDict()
+        """Tokens in the tier, keys as in `_free`; oldest eviction first."""
         self._enabled = enabled
         self._free: OrderedDict[int, int] = OrderedDict()
         """Held tokens: by trajectory number, or by ~group for a shared prompt; oldest release first."""
         self._users: dict[int, int] = {}
         """Running requests by group, where they share a prompt."""
 
-    def hit(self, request: Request) -> int:
-        """Leading tokens of the request's context that need no prefill; at least one token is always computed."""
+    def hit(self, request: Request) -> tuple[int, int]:
+        """Leading tokens of the request's context that need no prefill, and how many of these have to be read back from the tier; at least
+        one token is always computed."""
         if not self._enabled:
-            return 0
-        shared, group = request.shared, request.trajectory.group
-        found = shared
+            return 0, 0
+        shared, group, index = request.shared, request.trajectory.group, request.trajectory.index
+        here, found = shared, shared
         if shared and group not in self._users:
-            found = self._free.get(~group, 0)
+            here = self._free.get(~group, 0)
+            found = min(shared, here + self._tier.get(~group, 0))
         if found == shared:
-            found += self._free.get(request.trajectory.index, 0)
+            own = self._free.get(index, 0)
+            here += own
+            found += own + self._tier.get(index, 0)
         block = self.block
-        return min(found, request.context - 1) // block * block
+        cached = min(found, request.context - 1) // block * block
+        return cached, max(0, cached - here)
 
     def need(self, request: Request) -> int:
         """Tokens by which `in_use` would grow if the request took a slot."""
@@ -57,6 +74,8 @@ class PrefixCache:
         """The request takes a slot: its whole context is in use."""
         free = self._free
         self.held -= free.pop(request.trajectory.index, 0)
+        if self._tier:
+            self._leave_tier(request.trajectory.index)
         shared = request.shared
         self.in_use += request.context - shared
         if shared:
@@ -64,6 +83,7 @@ class PrefixCache:
             users = self._users.get(group, 0)
             if not users:
                 self.held -= free.pop(~group, 0)
+                self._leave_tier(~group)
                 self.in_use += shared
             self._users[group] = users + 1
         if self.capacity is not None and self.in_use + self.held > self.capacity:
@@ -87,16 +107,23 @@ class PrefixCache:
 
     def trim(self, state_index: int, own_tokens: int) -> None:
         """The trajectory's context changed: at most `own_tokens` of what is held beyond its prompt are still its prefix."""
-        entry = self._free.get(state_index)
-        if entry is not None and entry > own_tokens:
-            kept = max(0, own_tokens) // self.block * self.block
+        entry, behind = self._free.get(state_index, 0), self._tier.get(state_index, 0)
+        if entry + behind <= own_tokens:
+            return
+        kept = max(0, own_tokens) // self.block * self.block
+        if behind:
+            left = max(0, kept - entry)
+            self._tier[state_index] = left
+            self.tiered -= behind - left
+        if entry > kept:
             self._free[state_index] = kept
             self.held -= entry - kept
 
     def clear(self) -> None:
-        """Forget everything that is not in use."""
+        """Forget everything that is not in use, in the tier as well: the weights have changed."""
         self._free.clear()
-        self.held = 0
+        self._tier.clear()
+        self.held = self.tiered = 0
 
     def evict(self) -> None:
         """Make room: drop held tokens, oldest first, until everything fits or nothing is held."""
@@ -114,8 +141,29 @@ class PrefixCache:
                 free[key] = entry - lost
             self.held -= lost
             over -= lost
+            if self.tier:
+                self._to_tier(key, lost)
+
+    def _to_tier(self, key: int, tokens: int) -> None:
+        """Tokens leave the end of a held entry for the tier, which makes room for them."""
+        tier = self._tier
+        tier[key] = tier.pop(key, 0) + tokens
+        self.tiered += tokens
+        while self.tiered > self.tier:
+            oldest = next(iter(tier))
+            entry = tier[oldest]
+            lost = min(entry, -(-int(self.tiered - self.tier) // self.block) * self.block)
+            if lost == entry:
+                del tier[oldest]
+            else:
+                tier[oldest] = entry - lost
+            self.tiered -= lost
+
+    def _leave_tier(self, key: int) -> None:
+        self.tiered -= self._tier.pop(key, 0)
 
     def _hold(self, key: int, tokens: int) -> None:
+        self._leave_tier(key)  # what follows these tokens is another context, or they would have been read back
         self.held += tokens - self._free.pop(key, 0)
         if tokens:
             self._free[key] = tokens

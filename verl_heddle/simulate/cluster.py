@@ -1,14 +1,15 @@
 """The simulated cluster: trajectories alternate between a replica and their tools, and a policy says which replica.
 
-Law: a discrete-event loop. An event is a trajectory that wants its next turn (or ends), a replica's next step boundary, or a
-change of the fleet. Simultaneous events: fleet changes first, then trajectories, then replicas, each in the order they were
-scheduled; so a replica starts a step knowing everybody who came at that instant. The policy is told of simulated time only.
+Law: a discrete-event loop. An event is a trajectory that wants its next turn (or ends), a replica's next step boundary, a change of the
+fleet, or the end of a tool where tools are limited. Simultaneous events: the last two first, then trajectories, then replicas, each in the
+order they were scheduled; so a replica starts a step knowing everybody who came at that instant. The policy is told of simulated time only.
 Invariants: every `turn_started` gets one `turn_finished`; every trajectory one `trajectory_ended`; after it nothing of it is in
 an engine. Cost: O(log n) per event, about five events per turn; plus what the policy costs.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -34,7 +35,13 @@ class Cluster:
     """One simulation: `schedule` changes, `run` once, then read `engines`, `log` and the states given."""
 
     def __init__(
-        self, fleet: Sequence[Replica], latency: Latency, policy: Policy, options: EngineOptions, work: Sequence[TrajectoryState]
+        self,
+        fleet: Sequence[Replica],
+        latency: Latency,
+        policy: Policy,
+        options: EngineOptions,
+        work: Sequence[TrajectoryState],
+        tools_at_once: float = inf,
     ) -> None:
         self.engines: list[Engine] = []
         self.log = TurnLog()
@@ -51,6 +58,9 @@ class Cluster:
         """Turns the policy has placed and not yet admitted, by `TurnStart.request`."""
         self._options = options
         self._overhead_s = options.turn_overhead_s
+        self._tools_free = tools_at_once
+        self._tool_queue: deque[tuple[TrajectoryState, float, float]] = deque()
+        """Who waits for a tool, how long that will take, since when."""
         self._work = work
         self._by_key = {state.key: state for state in work}
         self._by_name: dict[str, Engine] = {}
@@ -290,9 +300,14 @@ class Cluster:
         elif complete:
             tool_s = state.steps[state.turn].tool_latency_s or 0.0
             self._record(request, made, tool_s, now)
-            next_s = now + tool_s + (self._overhead_s if state.turn < len(state.steps) else 0.0)
-            if next_s > now:
-                self._at(next_s, TURN, state)
+            if tool_s > 0 and self._tools_free < inf:
+                next_s = inf
+                self._tool_queue.append((state, tool_s, now))
+                self._start_tools(now)
+            else:
+                next_s = now + tool_s + self._before_next(state)
+                if next_s > now:
+                    self._at(next_s, TURN, state)
             if self._tool_started is not None:
                 for tool in names(state.steps[state.turn - 1].tool):
                     self._tool_started(ToolStart(state.id, tool), now)
@@ -303,6 +318,24 @@ class Cluster:
         self._warm(now)
         if next_s == now:
             self._turn(state, now)
+
+    def _before_next(self, state: TrajectoryState) -> float:
+        """Seconds between a tool's end and the next turn."""
+        return self._overhead_s if state.turn < len(state.steps) else 0.0
+
+    def _start_tools(self, now: float) -> None:
+        """Tools that waited run, first come first served, as far as they may."""
+        while self._tool_queue and self._tools_free >= 1:
+            state, tool_s, since = self._tool_queue.popleft()
+            if state.outcome is None:
+                state.tool_wait_s += now - since
+                self._tools_free -= 1
+                self._at(now + tool_s, CHANGE, partial(self._tool_done, state))
+
+    def _tool_done(self, state: TrajectoryState, now: float) -> None:
+        self._tools_free += 1
+        self._start_tools(now)
+        self._at(now + self._before_next(state), TURN, state)
 
     def _record(self, request: Request, made: int, tool_s: float, now: float) -> None:
         """The turn is over: its row, and what it leaves in the trajectory's state."""
@@ -322,6 +355,7 @@ class Cluster:
         state.outcome = outcome
         state.end_s = now
         actions = self._policy.trajectory_ended(TrajectoryEnd(state.id, outcome, state.generated, state.turn), now)
+        self._let_in(now)
         if actions:
             self._act(actions, now)
         self._refresh(now)

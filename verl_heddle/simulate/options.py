@@ -3,9 +3,43 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import Literal
 
 from verl_heddle.fleet import Replica
+
+
+@dataclass(frozen=True, slots=True)
+class HostTier:
+    """KV cache kept in the host's memory: a context evicted from the GPU is read back instead of being computed again.
+
+    Reading back takes its time out of the steps of the engine, as prefill does, which is the careful side: vLLM's own connector overlaps
+    the two. Writing is taken to be free, as it happens beside decoding. Used least recently is dropped first.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    bytes_per_s: float = 25e9
+    """From the host's memory to each GPU, all GPUs at once. PCIe 5 gives 35 GB/s from pinned memory (`latency.model`); 70 % of it, because
+    KV cache moves block by block. An assumption until it is measured."""
+
+    host_bytes: float = inf
+    """KV cache that one host keeps for all its replicas, each getting its GPUs' share; inf: all of it, the ideal."""
+
+    gpus_per_host: int = 8
+
+    def __post_init__(self) -> None:
+        if not (self.bytes_per_s > 0 and self.host_bytes > 0 and self.gpus_per_host >= 1):
+            raise ValueError(f"bytes_per_s and host_bytes must be positive and gpus_per_host at least 1, got {self}")
+
+    def tokens(self, kv_bytes: int) -> float:
+        """Tokens of a replica that the tier holds; `kv_bytes` of a token on each of its GPUs (`Latency.kv_bytes`)."""
+        return self.host_bytes / self.gpus_per_host / kv_bytes  # a replica's share and a token's bytes grow alike with its degree
+
+    def read_s(self, kv_bytes: int) -> float:
+        """Seconds to read one token back, each GPU its part."""
+        return kv_bytes / self.bytes_per_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +64,9 @@ class EngineOptions:
 
     prefix_cache: bool = True
     """vLLM `enable_prefix_caching` (verl's default): a turn finds what its trajectory left on the replica."""
+
+    tier: HostTier | None = None
+    """KV cache in the host's memory (vLLM's `kv_offloading_size`); None: what is evicted is lost, as in stock verl."""
 
     share_prompts: bool = True
     """Trajectories of one prompt on one replica hold and compute its full blocks once, as vLLM's prefix cache does."""

@@ -50,9 +50,9 @@ class Policy(Protocol):
     trajectory, and every trajectory by exactly one `trajectory_ended`.
 
     A policy may have more methods, with the meaning they have in `Orchestrator`: `batch_expected(batch, now)`, told all first turns before
-    anything starts; `tool_started(start, now)`, told when a tool begins;
-    `admitted(now)`, asked after a turn left whether turns it held may go; `reprioritised(now)`, asked after a trajectory ended;
-    `prewarms(now)`, asked after turns and trajectories end, and `transferred(key, now)`, told when a pre-warm is done.
+    anything starts; `tool_started(start, now)`, told when a tool begins; `admitted(now)`, asked after a turn left and after a trajectory
+    ended whether turns it held may go; `reprioritised(now)`, asked after a trajectory ended; `prewarms(now)`, asked after turns and
+    trajectories end, and `transferred(key, now)`, told when a pre-warm is done.
     """
 
     def replicas_added(self, replicas: Iterable[Replica]) -> None:
@@ -85,6 +85,9 @@ class Latency(Protocol):
 
     def kv_tokens(self, tp: int, /) -> int | None:
         """Tokens the KV cache of a replica holds; None: not limiting."""
+
+    def kv_bytes(self, tp: int, /) -> int | None:
+        """Bytes of a token's KV cache on each GPU of a replica; None: not known. Asked for a host tier only."""
 
     def fits(self, tp: int, /) -> bool:
         """Whether a replica of this degree holds the model at all."""

@@ -32,6 +32,8 @@ class ReplicaResult:
     prefilled_tokens: int
     recomputed_tokens: int
     """Of the prefilled ones, those that some replica had computed before: the price of moves, evictions and preemptions."""
+    restored_tokens: int = 0
+    """Read back from the host tier instead."""
 
     @property
     def busy_s(self) -> float:
@@ -108,6 +110,7 @@ class Result:
             "preemptions": self.preemptions,
             "prefilled_tokens": sum(item.prefilled_tokens for item in self.replicas),
             "recomputed_tokens": self.recomputed_tokens,
+            "restored_tokens": sum(item.restored_tokens for item in self.replicas),
             "idle_share": 1.0 - sum(item.busy_s for item in self.replicas) / (makespan * len(self.replicas)),
             "last": self.split(),
         }

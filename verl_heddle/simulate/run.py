@@ -28,6 +28,7 @@ def simulate(
     arrivals_s: Sequence[float] | None = None,
     changes: Iterable[Outage | FleetChange] = (),
     step: int = 0,
+    tools_at_once: float = inf,
 ) -> Result:
     """Run all `trajectories` on `fleet`. The same arguments and policy state give the same result, bit for bit.
 
@@ -40,6 +41,7 @@ def simulate(
         arrivals_s: when each trajectory is submitted, seconds; not together with `spread_s`. Default: all at 0.
         changes: outages and fleet changes during the step.
         step: training step, part of the trajectories' ids.
+        tools_at_once: how many tools run at the same time, 1 or more; others wait, first come first served, which counts as tool time.
 
     Raises:
         ValueError: impossible input (empty, duplicate names, missing lengths, more context than the chosen replica holds, a
@@ -49,7 +51,9 @@ def simulate(
     options = engine or EngineOptions()
     work = states(trajectories, options, step)
     times = _submit_times(len(work), seed, spread_s, arrivals_s)
-    cluster = Cluster(fleet, latency, policy, options, work)
+    if not tools_at_once >= 1:
+        raise ValueError(f"tools_at_once must be at least 1, got {tools_at_once}")
+    cluster = Cluster(fleet, latency, policy, options, work, tools_at_once)
     cluster.schedule(changes)
     cluster.run(times)
     return _result(cluster, work, trajectories, options.turn_overhead_s, step)
@@ -76,6 +80,7 @@ def _result(cluster: Cluster, work: list[TrajectoryState], trajectories: Sequenc
 
     start, finish = np.array([state.start_s for state in work]), np.array([state.end_s for state in work])
     queue, prefill, generate, tool = (total(name) for name in ("queue_s", "prefill_s", "generate_s", "tool_s"))
+    tool = tool + np.array([state.tool_wait_s for state in work])
     other = overhead_s * np.bincount(owner, minlength=number)
     cancelled = np.array([state.cancelled for state in work])  # they did not wait for a tool to end, or went while on their way
     away = np.maximum(finish - start - queue - prefill - generate, 0.0)
@@ -92,7 +97,7 @@ def _result(cluster: Cluster, work: list[TrajectoryState], trajectories: Sequenc
         output_tokens=np.array([state.generated for state in work], dtype=np.int64),
         outcomes=tuple(str(state.outcome) for state in work),
         replicas=tuple(
-            ReplicaResult(engine.replica, tuple(engine.busy), engine.preemptions, engine.prefilled, engine.recomputed)
+            ReplicaResult(engine.replica, tuple(engine.busy), engine.preemptions, engine.prefilled, engine.recomputed, engine.restored)
             for engine in cluster.engines
         ),
         migrations=cluster.migrations,

@@ -13,7 +13,7 @@ from heapq import heappop, heappush
 
 from verl_heddle.fleet import Replica
 from verl_heddle.simulate.cache import PrefixCache
-from verl_heddle.simulate.options import EngineOptions
+from verl_heddle.simulate.options import EngineOptions, HostTier
 from verl_heddle.simulate.policy import Latency
 from verl_heddle.simulate.waiting import ByPriority, Fcfs, Waiting
 from verl_heddle.simulate.workload import Request
@@ -25,7 +25,8 @@ class Slots:
     def __init__(self, replica: Replica, latency: Latency, options: EngineOptions) -> None:
         self.replica = replica
         self.options = options
-        self.cache = PrefixCache(replica.kv_tokens, options.block_tokens, options.prefix_cache)
+        room, self._read_s = _tier(options.tier, replica, latency)
+        self.cache = PrefixCache(replica.kv_tokens, options.block_tokens, options.prefix_cache, room)
         self.queue: Waiting = Fcfs() if options.order == "fcfs" else ByPriority()
         self.running: dict[Request, None] = {}
         """In order of admission."""
@@ -37,7 +38,7 @@ class Slots:
         self.context_sum = 0
         """Tokens they attend to, all together."""
         self.at_s = 0.0
-        self.preemptions = self.prefilled = self.recomputed = 0
+        self.preemptions = self.prefilled = self.recomputed = self.restored = 0
         self._prefill_s = latency.prefill_s
         self._tickets = 0
         self._ends: list[tuple[int, int, Request]] = []
@@ -72,7 +73,8 @@ class Slots:
 
     def admit(self, request: Request) -> None:
         """Give a request a slot; what it has to prefill is `owed`."""
-        cached = self.cache.hit(request)
+        cached, restored = self.cache.hit(request)
+        self.restored += restored
         self.cache.acquire(request)
         owed = request.context - cached
         if request.cached < 0:
@@ -83,6 +85,8 @@ class Slots:
         self.prefilled += owed
         tp = self.replica.tp
         request.rate = (self._prefill_s(tp, owed, cached) - self._prefill_s(tp, 1, cached)) / owed if owed > 1 else 0.0
+        if restored:
+            request.rate += restored * self._read_s / owed
         request.owed = owed
         request.queue_s += self.at_s - request.queued_s
         request.admitted_s = self.at_s
@@ -175,3 +179,17 @@ class Slots:
             self.lose_slot(victim)
         for request in better:
             self.queue.push(request)
+
+
+def _tier(tier: HostTier | None, replica: Replica, latency: Latency) -> tuple[float, float]:
+    """Tokens of the replica that the tier holds, and the seconds that one read back adds to a step. Unlimited KV evicts nothing.
+
+    Raises:
+        ValueError: the latency model does not tell the bytes of a token.
+    """
+    if tier is None or replica.kv_tokens is None:
+        return 0, 0.0
+    kv_bytes = latency.kv_bytes(replica.tp)
+    if kv_bytes is None:
+        raise ValueError(f"a host tier needs the bytes of a token's KV cache, which the latency model of tp={replica.tp} does not tell")
+    return tier.tokens(kv_bytes), tier.read_s(kv_bytes)

@@ -33,6 +33,7 @@ class TrajectoryState:
         "start_s",
         "steps",
         "stop_at",
+        "tool_wait_s",
         "turn",
         "warming",
     )
@@ -64,6 +65,8 @@ class TrajectoryState:
         self.cancelled = False
         self.stop_at: float = inf
         """Generated tokens at which it is cancelled."""
+        self.tool_wait_s = 0.0
+        """Seconds it waited for a tool to be free."""
         self.outcome: Outcome | None = None
         self.start_s = 0.0
         self.end_s = 0.0

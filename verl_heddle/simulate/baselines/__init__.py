@@ -11,6 +11,7 @@ from verl_heddle.simulate.baselines.plas import Plas
 from verl_heddle.simulate.baselines.round_robin import RoundRobin
 from verl_heddle.simulate.baselines.slime import Slime
 from verl_heddle.simulate.baselines.stock import Stock
+from verl_heddle.simulate.baselines.trajectory_fcfs import TrajectoryFcfs
 from verl_heddle.simulate.baselines.verl_star import VerlStar
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "RoundRobin",
     "Slime",
     "Stock",
+    "TrajectoryFcfs",
     "VerlStar",
 ]

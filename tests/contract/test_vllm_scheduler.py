@@ -97,8 +97,8 @@ def make(model, monkeypatch):
 
     def build(cls=HeddleScheduler, settings=EAGER, blocks=400, slots=4, depth=2, v2=False, policy="priority"):
         shape = {"max_model_len": 1024, "max_num_seqs": slots, "max_num_batched_tokens": 256, "block_size": BLOCK}
-        extra = {"additional_config": {vllm_scheduler.SETTINGS: settings}} if settings else {}
-        arguments = EngineArgs(model=model, skip_tokenizer_init=True, dtype="float32", scheduling_policy=policy, **shape, **extra)
+        monkeypatch.setenv(vllm_scheduler.SETTINGS, json.dumps(settings or {}))
+        arguments = EngineArgs(model=model, skip_tokenizer_init=True, dtype="float32", scheduling_policy=policy, **shape)
         config = arguments.create_engine_config()
         config.scheduler_config.async_scheduling = depth > 1
         config.cache_config.num_gpu_blocks = blocks
@@ -172,10 +172,9 @@ def test_the_installed_release_is_a_supported_one_and_as_we_know_it():
     assert vllm_seams.mismatch() is None
 
 
-def test_objects_have_what_we_read(make, monkeypatch):
-    monkeypatch.setenv("HEDDLE_PREEMPT", json.dumps({"margin": 9, "min_steps": 3}))
-    scheduler = make(settings={"margin": 2})
-    assert (scheduler.rule.margin, scheduler.rule.min_steps) == (2, 3), "the configuration wins over the environment"
+def test_objects_have_what_we_read(make):
+    scheduler = make(settings={"margin": 2, "min_steps": 3})
+    assert (scheduler.rule.margin, scheduler.rule.min_steps) == (2, 3)
     assert vllm_seams.missing(scheduler) is None
     assert all(hasattr(request("a", [1], 1, 0), name) for name in vllm_seams.REQUEST_ATTRIBUTES)
 

@@ -6,7 +6,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from verl_heddle.schedule.preempt import Objection, Room, Rule, Running, Waiting, aged, objection, order, preemptions
+from verl_heddle.schedule.preempt import (
+    STARTS,
+    WEIGHED,
+    Objection,
+    Room,
+    Rule,
+    Running,
+    Waiting,
+    aged,
+    objection,
+    order,
+    preemptions,
+    worst_first,
+)
 
 RULES = st.builds(
     Rule,
@@ -18,6 +31,13 @@ RULES = st.builds(
     tokens_per_step=st.sampled_from([1, 100]),
 )
 ROOMS = st.builds(Room, slots=st.integers(-1, 3), blocks=st.integers(-2, 12), block_tokens=st.just(16), cached=st.booleans())
+
+
+def held(blocks):
+    """A running turn's blocks, counted when asked."""
+    return lambda: blocks
+
+
 PRIORITY, ARRIVAL = st.integers(-8, 8), st.integers(0, 20).map(float)
 
 
@@ -26,17 +46,17 @@ def cases(draw):
     """(running, waiting in the engine's order, room, rule)."""
     rule = draw(RULES)
     running = [
-        Running(f"r{i}", draw(PRIORITY), draw(ARRIVAL), draw(st.integers(0, 6)), draw(st.integers(0, 3)), tokens, -(-tokens // 16))
+        Running(f"r{i}", draw(PRIORITY), draw(ARRIVAL), draw(st.integers(0, 6)), draw(st.integers(0, 3)), tokens, held(-(-tokens // 16)))
         for i, tokens in enumerate(draw(st.lists(st.integers(1, 90), max_size=5)))
     ]
     waiting = [
         Waiting(f"w{i}", draw(PRIORITY), draw(ARRIVAL), blocks) for i, blocks in enumerate(draw(st.lists(st.integers(1, 6), max_size=5)))
     ]
-    return running, sorted(waiting, key=lambda turn: order(turn, rule)), draw(ROOMS), rule
+    return worst_first(running, rule), sorted(waiting, key=lambda turn: order(turn, rule)), draw(ROOMS), rule
 
 
 def run(priority=0, arrival=0.0, steps=100, preemptions=0, tokens=40, blocks=3, key="r"):
-    return Running(key, priority, arrival, steps, preemptions, tokens, blocks)
+    return Running(key, priority, arrival, steps, preemptions, tokens, held(blocks))
 
 
 def wait(priority=-10, arrival=0.0, blocks=3, key="w"):
@@ -79,7 +99,7 @@ def test_every_pair_obeys_the_law_and_no_allowed_pair_is_left_out(case):
             if order(other, rule) > order(victim, rule):
                 assert objection(other, turn, free, spare, room, rule) is not None, "a worse one would have made way"
         left.remove(victim)
-        free, spare = free + victim.blocks - turn.blocks, max(0, spare - turn.blocks)
+        free, spare = free + victim.blocks() - turn.blocks, max(0, spare - turn.blocks)
         assert free >= 0
     assert (plan.refused is not None) == (stopped and bool(left))
 
@@ -93,7 +113,7 @@ def test_the_rule_comes_to_rest(case, between):
     seen, lost = set(), dict.fromkeys([*runs, *waits], 0) | {r.key: r.preemptions for r in running}
     for _ in range(3 * len(lost) + 1):
         queue = sorted(waits.values(), key=lambda turn: order(turn, rule))
-        plan = preemptions(runs.values(), queue, Room(0, room.blocks, 16, room.cached), rule)
+        plan = preemptions(worst_first(runs.values(), rule), queue, Room(0, room.blocks, 16, room.cached), rule)
         if not plan.pairs:
             break
         for victim, winner in plan.pairs:
@@ -102,22 +122,22 @@ def test_the_rule_comes_to_rest(case, between):
             lost[victim.key] += 1
             assert lost[victim.key] <= rule.max_preemptions
             del runs[victim.key], waits[winner.key]
-            waits[victim.key] = Waiting(victim.key, victim.priority, victim.arrival_s, victim.blocks)
-            runs[winner.key] = Running(winner.key, winner.priority, winner.arrival_s, between, lost[winner.key], 20, winner.blocks)
+            waits[victim.key] = Waiting(victim.key, victim.priority, victim.arrival_s, victim.blocks())
+            runs[winner.key] = Running(winner.key, winner.priority, winner.arrival_s, between, lost[winner.key], 20, held(winner.blocks))
     else:
         pytest.fail("still exchanging")
 
 
 def test_slots_full_of_short_turns_and_a_long_one_comes():
     shorts = [run(priority=-i, arrival=float(i), key=f"r{i}") for i in range(4)]
-    plan = preemptions(shorts, [wait(priority=-50, arrival=9.0)], FULL, PLAIN)
+    plan = preemptions(worst_first(shorts, PLAIN), [wait(priority=-50, arrival=9.0)], FULL, PLAIN)
     assert [(v.key, w.key) for v, w in plan.pairs] == [("r0", "w")]
     assert plan.refused is None
 
 
 def test_the_worst_goes_first_and_among_equals_the_latest():
     running = [run(arrival=1.0, key="early"), run(arrival=2.0, key="late"), run(priority=-9, key="long")]
-    plan = preemptions(running, [wait(-20, key="a"), wait(-19, key="b"), wait(-10, key="c")], FULL, PLAIN)
+    plan = preemptions(worst_first(running, PLAIN), [wait(-20, key="a"), wait(-19, key="b"), wait(-10, key="c")], FULL, PLAIN)
     assert [(v.key, w.key) for v, w in plan.pairs] == [("late", "a"), ("early", "b")]
     assert plan.refused is Objection.MARGIN
 
@@ -153,6 +173,53 @@ def test_running_turns_are_not_looked_at_while_nobody_has_to_wait():
 
     assert preemptions(never(), [], FULL, PLAIN).pairs == ()
     assert preemptions(never(), [wait()], Room(1, 100, 16), PLAIN).pairs == ()
+
+
+def many(number, blocks, **kwargs):
+    """Equal running turns, and how many were read and weighed."""
+    seen = {"read": 0, "weighed": 0}
+
+    def weigh():
+        seen["weighed"] += 1
+        return blocks
+
+    def turns():
+        for i in range(number):
+            seen["read"] += 1
+            yield run(key=f"r{i}", **kwargs)._replace(blocks=weigh)
+
+    return turns(), seen
+
+
+def test_a_step_has_few_victims_however_many_win():
+    """1,024 running turns, 3,072 better ones waiting: no more are thrown out than could start."""
+    running, seen = many(1024, blocks=3)
+    plan = preemptions(running, [wait(-50, key=f"w{i}") for i in range(3072)], FULL, PLAIN)
+    assert len(plan.pairs) == STARTS and plan.refused is None
+    assert seen["read"] == STARTS
+
+
+def test_who_starts_by_himself_counts_as_well():
+    running, _ = many(1024, blocks=3)
+    plan = preemptions(running, [wait(-50, key=f"w{i}") for i in range(3072)], Room(STARTS - 1, 100, 16), PLAIN)
+    assert len(plan.pairs) == 1
+
+
+@pytest.mark.parametrize(
+    ("turns", "room", "why", "read", "weighed"),
+    [
+        ({"priority": -9}, FULL, Objection.MARGIN, 1, 0),
+        ({"steps": 7}, FULL, Objection.YOUNG, 1024, 0),
+        ({"preemptions": 3}, FULL, Objection.CAPPED, 1024, 0),
+        ({}, Room(0, 1, 16), Objection.NO_ROOM, WEIGHED, WEIGHED),
+    ],
+)
+def test_a_refusal_is_cheap(turns, room, why, read, weighed):
+    """Of 1,024 running turns: those within the margin are not read, and few have their blocks counted."""
+    running, seen = many(1024, blocks=1, **turns)
+    plan = preemptions(running, [wait(key=f"w{i}") for i in range(3072)], room, PLAIN)
+    assert (plan.pairs, plan.refused) == ((), why)
+    assert seen == {"read": read, "weighed": weighed}
 
 
 def test_ageing_orders_the_queue_shields_the_running_and_takes_no_place_by_itself():

@@ -1,9 +1,9 @@
 """When a waiting turn takes the place of a running one. vLLM asks in every step; `verl_plugin.vllm_scheduler` carries the answer out.
 
-Law. vLLM starts waiting turns in the order of (aged priority, arrival), lower first. Walk them in that order. A turn that finds a free slot
-and its KV blocks starts by itself. The first that does not is the *winner* of a pair if some running turn, the *victim*, has no
-objection, asked from the worst aged priority on; then the next waiting turn is asked. The first winner without a victim ends the walk,
-because vLLM would let nobody overtake it. A victim objects, in this order:
+Law. vLLM starts waiting turns in the order of (aged priority, arrival), lower first. Walk the first `STARTS` of them in that order. A turn
+that finds a free slot and its KV blocks starts by itself. The first that does not is the *winner* of a pair if some running turn, the
+*victim*, has no objection, asked from the worst aged priority on; then the next waiting turn is asked. The first winner without a victim
+ends the walk, because vLLM would let nobody overtake it. A victim objects, in this order:
 
 1. MARGIN: its own priority, or its aged one, is not worse than the winner's by at least `margin`;
 2. CAPPED: it has lost its place to this rule `max_preemptions` times already;
@@ -28,16 +28,19 @@ Invariants (tests/unit/test_preempt.py checks each by brute force)
 - the winners, together with those that start by themselves, are the first of the waiting order;
 - after all pairs the block count is not negative.
 
-Source: Heddle section 4, Algorithm 1, preempts whenever the order says so; margin, cap, run length, ageing and cost are ours.
-Cost of a decision: O(running log running + pairs * running), nothing while nobody waits.
+Source: Heddle section 4, Algorithm 1, preempts whenever the order says so; margin, cap, run length, ageing, cost and the bounds are ours.
+Cost of a decision: O(STARTS * running) comparisons at worst, and the blocks of `WEIGHED` victims for each winner; nothing while nobody waits.
+A winner is asked of no victim whose aged priority is within the margin, so that the usual refusal looks at one. vLLM asks again only when
+something has changed, or after `REFUSAL_STEPS` (`verl_plugin.vllm_scheduler`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
-from typing import Any
+from itertools import chain, islice
+from typing import Any, NamedTuple
 
 MARGIN = 4
 """Priority units. Rounding alone moves two equal predictions one unit apart, and four units of 64 tokens are inside the error of any
@@ -59,6 +62,17 @@ TOKENS_PER_UNIT = 64
 TOKENS_PER_STEP = 100
 """Tokens that are recomputed in the time of one decode step. The shipped H200 tables say 190 (32B, batch 8) to 4000 (8B, batch 256); half
 of the least, because an overestimated cost keeps a slot where it is."""
+
+STARTS = 8
+"""Waiting turns looked at in one step, and so the most victims of one. Eight contexts of 1,000 tokens fill vLLM's token budget of a step
+(8,192 on GPUs): more winners could not start, and the slots of their victims would stand empty."""
+
+WEIGHED = 64
+"""Victims of one winner whose blocks are counted, 5 us each. They come worst first, so that those behind them have less to offer."""
+
+REFUSAL_STEPS = 8
+"""Engine steps for which a refusal holds while nobody comes, goes or changes priority. Meanwhile only running turns grow older and longer;
+steps take 5 to 50 ms, so that a winner loses half a second at most."""
 
 
 class Objection(StrEnum):
@@ -110,8 +124,7 @@ class Rule:
         return cls(**settings)
 
 
-@dataclass(frozen=True, slots=True)
-class Waiting:
+class Waiting(NamedTuple):
     """A turn that could start now. `blocks`: KV blocks it needs to start, cached ones included (they count as free)."""
 
     key: str
@@ -120,9 +133,9 @@ class Waiting:
     blocks: int
 
 
-@dataclass(frozen=True, slots=True)
-class Running:
-    """A turn in a slot. `steps` since it (re)started, `preemptions` by this rule so far, `tokens` with KV, `blocks` freed if it leaves."""
+class Running(NamedTuple):
+    """A turn in a slot. `steps` since it (re)started, `preemptions` by this rule so far, `tokens` with KV; `blocks()` are freed if it leaves,
+    counted only when they matter."""
 
     key: str
     priority: int
@@ -130,7 +143,7 @@ class Running:
     steps: int
     preemptions: int
     tokens: int
-    blocks: int
+    blocks: Callable[[], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,36 +190,59 @@ def objection(victim: Running, winner: Waiting, free_blocks: int, spare_blocks: 
         return Objection.CAPPED
     if victim.steps < rule.min_steps:
         return Objection.YOUNG
-    if winner.blocks > free_blocks + victim.blocks:
+    if winner.blocks > free_blocks + victim.blocks():
         return Objection.NO_ROOM
     lost = recompute_tokens(victim, winner, spare_blocks, room)
     return Objection.COST if gain * rule.tokens_per_unit <= lost / rule.tokens_per_step else None
+
+
+def worst_first(running: Iterable[Running], rule: Rule) -> list[Running]:
+    """Running turns in the order in which they are asked to leave."""
+    return sorted(running, key=lambda turn: order(turn, rule), reverse=True)
 
 
 def preemptions(running: Iterable[Running], waiting: Iterable[Waiting], room: Room, rule: Rule) -> Plan:
     """Who makes way for whom in this step.
 
     Args:
-        running: in any order; read only when somebody cannot start.
+        running: worst first (`worst_first`); read as far as needed, and only when somebody cannot start.
         waiting: in the engine's order, best first (`order`); read as far as needed.
     """
     slots, free, spare = room.slots, room.blocks, room.blocks
     pairs: list[tuple[Running, Waiting]] = []
-    victims: list[Running] | None = None
-    for winner in waiting:
+    stay: list[Running] = []
+    more = iter(running)
+    for winner in islice(waiting, STARTS):
         if slots > 0 and winner.blocks <= free:
             slots, free, spare = slots - 1, free - winner.blocks, max(0, spare - winner.blocks)
             continue
-        if victims is None:
-            victims = sorted(running, key=lambda turn: order(turn, rule), reverse=True)
-        first: Objection | None = None
-        for index, victim in enumerate(victims):
-            why = objection(victim, winner, free, spare, room, rule)
-            if why is None:
-                pairs.append((victims.pop(index), winner))
-                free, spare = free + victim.blocks - winner.blocks, max(0, spare - winner.blocks)
-                break
-            first = first or why
-        else:
-            return Plan(tuple(pairs), first)
+        victim, refused = _ask(chain(tuple(stay), _kept(more, stay)), winner, free, spare, room, rule)
+        if victim is None:
+            return Plan(tuple(pairs), refused)
+        stay.remove(victim)
+        pairs.append((victim, winner))
+        free, spare = free + victim.blocks() - winner.blocks, max(0, spare - winner.blocks)
     return Plan(tuple(pairs))
+
+
+def _kept(turns: Iterator[Running], kept: list[Running]) -> Iterator[Running]:
+    """Read on, and keep what was read for the next winner."""
+    for turn in turns:
+        kept.append(turn)
+        yield turn
+
+
+def _ask(
+    victims: Iterable[Running], winner: Waiting, free: int, spare: int, room: Room, rule: Rule
+) -> tuple[Running | None, Objection | None]:
+    """The first victim, worst first, without an objection; or None and the objection of the very worst."""
+    first, weighed, good = None, 0, order(winner, rule)[0] + rule.margin
+    for victim in victims:
+        why = objection(victim, winner, free, spare, room, rule)
+        if why is None:
+            return victim, None
+        first = first or why
+        weighed += why in (Objection.NO_ROOM, Objection.COST)
+        if weighed == WEIGHED or order(victim, rule)[0] < good:  # those behind it are better still
+            break
+    return None, first

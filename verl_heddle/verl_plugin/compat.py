@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib import import_module, metadata
 from typing import Any
 
-SUPPORTED = {"verl": ("0.9.1",), "vllm": ("0.24.0", "0.27.1")}
+SUPPORTED = {"verl": ("0.9.1",), "vllm": ("0.24.0", "0.27.1", "0.31.0")}
 """Releases the contract tests run against. Others may work: the seams decide."""
 
 

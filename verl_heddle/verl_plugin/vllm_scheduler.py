@@ -2,8 +2,9 @@
 
 Stock vLLM orders its waiting queue by priority, but a waiting request never takes a running one's slot. Before each step this subclass asks
 `schedule.preempt` who makes way for whom, throws the victims out by vLLM's own means, and lets vLLM schedule. vLLM imports and builds it in
-the engine-core process, so settings come with the configuration, `additional_config={"heddle_preempt": {...}}`, or as JSON in the
-environment variable HEDDLE_PREEMPT (names and defaults: `schedule.preempt.Rule`, and `enable`; the configuration wins).
+the engine-core process, so settings come as JSON in the environment variable HEDDLE_PREEMPT (names and defaults: `schedule.preempt.Rule`,
+and `enable`), which `replicas` sets before it launches the engine. Not in vLLM's `additional_config`: that is part of vLLM's compile hash,
+so that every change of a setting would compile the model anew.
 
 Two precautions, each needed (tests/contract/test_vllm_scheduler.py shows what happens without):
 1. A victim stays out of the queue for the step that threw it out. Preempted and resumed in one step (when the winner cannot start after
@@ -16,8 +17,8 @@ unreadable settings, and what was never checked with it: KV connectors, speculat
 is still compiled, or whose step defers prefills, wins nothing until that is over.
 
 Live requests get new priorities and limits, and counts are read, by utility calls of the engine client:
-`await engine.engine_core.call_utility_async("heddle_set_priorities", {caller_id: priority})`, `("heddle_set_limits", {caller_id: tokens})`
-and `("heddle_counts")`. Limits do not need the rule. Priorities are whole numbers as the caller gave them; `Request.priority` of a live
+`await engine.engine_core.call_utility_async("heddle_set_priorities", {caller_id: priority})`, `("heddle_set_limits", {caller_id: tokens})`,
+`("heddle_counts")`, and `("heddle_why_off")`. None of them raises in the engine. Limits do not need the rule. Priorities are whole numbers as the caller gave them; `Request.priority` of a live
 request holds the aged one.
 """
 
@@ -28,21 +29,23 @@ import os
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from heapq import merge
+from operator import attrgetter
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 
-from verl_heddle.schedule.preempt import Objection, Plan, Room, Rule, Running, Waiting, aged, preemptions
+from verl_heddle.schedule.preempt import REFUSAL_STEPS, Objection, Plan, Room, Rule, Running, Waiting, aged, preemptions
 from verl_heddle.verl_plugin import vllm_seams
 from verl_heddle.verl_plugin.voice import say_once
 
-SETTINGS = "heddle_preempt"
-"""Key of vLLM's `additional_config`; upper case: the environment variable."""
+SETTINGS = "HEDDLE_PREEMPT"
+"""Environment variable of the engine's process."""
 
 MISMATCH = vllm_seams.mismatch()
 """What of this vLLM is not as we know it; None if all is."""
@@ -66,15 +69,13 @@ class _Life:
     """Somebody was thrown out for it, and it has not started since."""
 
 
-def settings(vllm_config: Any) -> Rule | None:
+def settings() -> Rule | None:
     """The rule as configured; None with `enable: false`.
 
     Raises:
         ValueError: not understood.
     """
-    given = json.loads(os.environ.get(SETTINGS.upper()) or "{}")
-    extra = vllm_config.additional_config
-    given |= (extra.get(SETTINGS) or {}) if isinstance(extra, dict) else {}
+    given = json.loads(os.environ.get(SETTINGS) or "{}")
     enable = given.pop("enable", True)
     if not isinstance(enable, bool):
         raise ValueError(f"enable must be true or false, got {enable!r}")
@@ -92,10 +93,16 @@ class HeddleScheduler(AsyncScheduler):
         self.tally: Counter[str] = Counter()
         self._layered = MISMATCH is not None or bool(self.scheduler_config.async_scheduling)
         self._epoch = time.time()
+        self._changes = 0
+        """Counts what may turn a refusal into an exchange: starts, preemptions, new priorities."""
+        self._refused_at: tuple[Any, ...] | None = None
+        """`_situation` of the last plan."""
+        self._refused_why: Objection | None = None
+        self._ask_again = 0
         self.off = self._why_off()
         if self.off is None:
             try:
-                self.rule = settings(self.vllm_config)
+                self.rule = settings()
                 self.off = "not enabled" if self.rule is None else None
             except Exception as error:
                 self.off = f"settings not understood: {error}"
@@ -149,12 +156,19 @@ class HeddleScheduler(AsyncScheduler):
 
     def _make_way(self) -> list[Any]:
         """Throw out the victims of this step; returns them, in no queue."""
+        if not self.running or not any(self._queues()) or self.pause_state != PauseState.UNPAUSED:
+            return []
+        situation = self._situation()
+        if self._refused_why is not None and self._refused_at == situation and self.step < self._ask_again:
+            self.tally[f"refused_{self._refused_why}"] += 1
+            return []
         try:
             plan = self._plan()
         except Exception as error:  # nothing has been changed yet
             self.rule, self.off = None, f"the rule failed: {type(error).__name__}: {error}"
             say_once(f"preempt on arrival is off from now on, vLLM schedules as usual: {self.off}")
             return []
+        self._refused_at, self._refused_why, self._ask_again = situation, plan.refused, self.step + REFUSAL_STEPS
         if plan.refused is not None:
             self.tally[f"refused_{plan.refused}"] += 1
         held, now = [], time.monotonic()
@@ -169,25 +183,38 @@ class HeddleScheduler(AsyncScheduler):
         self.tally["preempted_by_rule"] += len(held)
         return held
 
+    def _situation(self) -> tuple[Any, ...]:
+        """Stays the same only while nobody starts, ends, loses his place, gets a new priority, or comes before the first of a queue."""
+        return self._changes, len(self.running), *(queue.peek_request().request_id if queue else None for queue in self._queues())
+
+    def _queues(self) -> list[Any]:
+        """Where requests wait. Up to 0.30 those that were passed over have a queue of their own; from 0.31 on those that hold KV have."""
+        return [queue for name in ("waiting", "skipped_waiting", "kv_holding_waiting") if (queue := getattr(self, name, None)) is not None]
+
     def _plan(self) -> Plan:
-        if not self.running or not (self.waiting or self.skipped_waiting) or self.pause_state != PauseState.UNPAUSED:
-            return Plan()
-        # Most steps end here: whoever waits is no better than all who run.
-        worst = max(request.heddle.priority for request in self.running)
-        best = min(request.heddle.priority for queue in (self.waiting, self.skipped_waiting) for request in _unordered(queue))
-        if worst - best < self.rule.margin:
-            return Plan(refused=Objection.MARGIN)
         manager = self.kv_cache_manager
         # Every running request may want one more block in this step, and vLLM serves them first.
         blocks = manager.block_pool.get_num_free_blocks() - len(self.running) - getattr(manager, "watermark_blocks", 0)
         slots = self.max_num_running_reqs - len(self.running) - self.num_waiting_for_streaming_input
         room = Room(slots, blocks, self.block_size, bool(self.cache_config.enable_prefix_caching))
-        return preemptions(map(self._running, self.running), self._ready(), room, self.rule)
+        return preemptions(self._worst_first(), self._ready(), room, self.rule)
+
+    def _worst_first(self) -> Iterator[Running]:
+        """As `schedule.preempt.order`, reversed: `Request.priority` is the aged one. Nothing is done before the first is asked for."""
+        for request in sorted(self.running, key=attrgetter("priority", "arrival_time"), reverse=True):
+            life = request.heddle
+            age, ran, blocks = self._arrival(request), self.step - life.started, partial(self._own_blocks, request.request_id)
+            yield Running(request.request_id, life.priority, age, ran, life.preemptions, request.num_computed_tokens, blocks)
+
+    def _own_blocks(self, request_id: str) -> int:
+        """Blocks that nobody shares. Shared ones are a common beginning: find where it ends."""
+        blocks = self.kv_cache_manager.get_blocks(request_id).blocks
+        return sum(len(group) - bisect_left(group, True, key=lambda block: block.ref_cnt <= 1) for group in blocks)
 
     def _ready(self) -> Iterator[Waiting]:
         """Requests that vLLM could start in this step, in its order."""
         groups = len(self.kv_cache_config.kv_cache_groups)
-        for request in merge(self.waiting, self.skipped_waiting):
+        for request in merge(*self._queues()):
             if self._is_blocked_waiting_status(request.status):
                 continue
             if getattr(request, "num_stale_output_tokens", 0) and not request.drop_stale_output:
@@ -195,25 +222,21 @@ class HeddleScheduler(AsyncScheduler):
             need = -(-request.num_tokens // self.block_size) * groups
             yield Waiting(request.request_id, request.heddle.priority, self._arrival(request), need)
 
-    def _running(self, request: Any) -> Running:
-        life = request.heddle
-        # Shared blocks are a common beginning: find where it ends.
-        blocks = self.kv_cache_manager.get_blocks(request.request_id).blocks
-        own = sum(len(group) - bisect_left(group, True, key=lambda block: block.ref_cnt <= 1) for group in blocks)
-        age, ran = self._arrival(request), self.step - life.started
-        return Running(request.request_id, life.priority, age, ran, life.preemptions, request.num_computed_tokens, own)
-
     def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
         if self.rule is not None:
             self.tally["preempted"] += 1
+            self._changes += 1
             request.heddle.computed = request.num_computed_tokens
         super()._preempt_request(request, *args, **kwargs)
 
     def _note_starts(self, output: Any) -> None:
-        cached = output.scheduled_cached_reqs
-        again = [pair for pair in zip(cached.req_ids, cached.num_computed_tokens, strict=True) if pair[0] in cached.resumed_req_ids]
+        cached, started = output.scheduled_cached_reqs, [(new.req_id, new.num_computed_tokens) for new in output.scheduled_new_reqs]
         # Model Runner V2 is told of resumed requests as new ones.
-        for request_id, kept in [(new.req_id, new.num_computed_tokens) for new in output.scheduled_new_reqs] + again:
+        if cached.resumed_req_ids:
+            known = zip(cached.req_ids, cached.num_computed_tokens, strict=True)
+            started += [pair for pair in known if pair[0] in cached.resumed_req_ids]
+        self._changes += len(started)
+        for request_id, kept in started:
             life = self.requests[request_id].heddle
             life.started = self.step
             self.tally["recomputed_tokens"] += max(0, life.computed - kept)
@@ -237,7 +260,8 @@ class HeddleScheduler(AsyncScheduler):
         if self.rule is None:
             return 0
         named = {request: table[name] for request in self.requests.values() if (name := _name(request.request_id, table)) is not None}
-        for queue in (self.waiting, self.skipped_waiting):
+        self._changes += len(named)
+        for queue in self._queues():
             moved = {request for request in _unordered(queue) if request in named}
             if moved:
                 queue.remove_requests(moved)  # a heap on the priority: take out, change, put back
@@ -269,7 +293,7 @@ class HeddleScheduler(AsyncScheduler):
             "steps": self.step,
             "requests": len(self.requests),
             "running": len(self.running),
-            "waiting": len(self.waiting) + len(self.skipped_waiting),
+            "waiting": sum(map(len, self._queues())),
             "free_blocks": pool.get_num_free_blocks(),
             "blocks": pool.num_gpu_blocks,
             "preempted_by_vllm": self.tally["preempted"] - self.tally["preempted_by_rule"],
@@ -293,6 +317,16 @@ def _offer_utility_calls() -> None:
     """A utility call of the engine client ends in a method of `EngineCore`; ours are added in its own process."""
     from vllm.v1.engine.core import EngineCore
 
-    EngineCore.heddle_set_priorities = lambda core, table: core.scheduler.set_priorities(table)
-    EngineCore.heddle_set_limits = lambda core, table: core.scheduler.set_limits(table)
-    EngineCore.heddle_counts = lambda core: core.scheduler.counts()
+    EngineCore.heddle_set_priorities = lambda core, table: _answer(lambda: core.scheduler.set_priorities(table), 0)
+    EngineCore.heddle_set_limits = lambda core, table: _answer(lambda: core.scheduler.set_limits(table), {})
+    EngineCore.heddle_counts = lambda core: _answer(core.scheduler.counts, {})
+    EngineCore.heddle_why_off = lambda core: core.scheduler.off
+
+
+def _answer(call: Callable[[], Any], otherwise: Any) -> Any:
+    """What raises here is logged by vLLM with a traceback, each time."""
+    try:
+        return call()
+    except Exception as error:
+        say_once(f"the scheduler of this vLLM cannot be asked ({type(error).__name__}: {error})")
+        return otherwise

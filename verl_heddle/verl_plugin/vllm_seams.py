@@ -1,11 +1,12 @@
 """What the scheduler subclass relies on inside vLLM, as data, and a check against the installed release.
 
 vLLM calls its scheduler interface non-public. So every name that `vllm_scheduler` overrides or calls is listed with the parameters it has
-in 0.24.0 and 0.27.1; anything else is a mismatch, and the subclass then leaves scheduling to vLLM.
+in the releases that `compat.SUPPORTED` lists; anything else is a mismatch, and the subclass then leaves scheduling to vLLM.
 """
 
 from __future__ import annotations
 
+import dis
 import inspect
 from importlib import import_module
 from typing import Any
@@ -22,6 +23,7 @@ SIGNATURES = {
     f"{ASYNC}._update_after_schedule": ("self scheduler_output",),
     f"{ASYNC}._update_request_with_output": ("self request new_token_ids", "self request new_token_ids is_stale"),
     f"{QUEUE}.add_request": ("self request",),
+    f"{QUEUE}.peek_request": ("self",),
     f"{QUEUE}.remove_request": ("self request",),
     f"{QUEUE}.remove_requests": ("self requests",),
     "vllm.v1.core.kv_cache_manager:KVCacheManager.get_blocks": ("self request_id",),
@@ -46,11 +48,10 @@ ATTRIBUTES = (
     "requests",
     "running",
     "scheduler_config",
-    "skipped_waiting",
     "use_v2_model_runner",
     "waiting",
 )
-"""What a scheduler object must have."""
+"""What a scheduler object must have: set by its `__init__`, or a property of its class."""
 
 REQUEST_ATTRIBUTES = ("arrival_time", "max_tokens", "num_computed_tokens", "num_tokens", "priority", "request_id", "status", "__dict__")
 """What a request object must have; `__dict__`, because we hang our own record on it."""
@@ -68,13 +69,17 @@ def attribute(path: str) -> Any:
 def mismatch() -> str | None:
     """The first thing that is not as we know it, in plain words; None if all is."""
     try:
-        for path, known in SIGNATURES.items():
+        for path, releases in SIGNATURES.items():
             found = " ".join(inspect.signature(attribute(path)).parameters)
-            if found not in known:
+            if found not in releases:
                 return f"{path.partition(':')[2]} takes ({found.replace(' ', ', ')})"
         added = {name for name, thing in vars(attribute(ASYNC)).items() if inspect.isfunction(thing)}
         if added != ASYNC_METHODS:
             return f"AsyncScheduler overrides {', '.join(sorted(added))}"
+        scheduler = attribute(SCHEDULER)
+        known = {step.argval for step in dis.get_instructions(scheduler.__init__) if step.opname == "STORE_ATTR"} | set(dir(scheduler))
+        if lost := [name for name in ATTRIBUTES if name not in known]:
+            return f"the scheduler has no {', '.join(lost)}"
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None

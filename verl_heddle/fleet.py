@@ -17,6 +17,8 @@ class Replica:
     tp: int = 1
     slots: int = 256
     kv_tokens: int | None = None
+    calls: int | None = None
+    """Calls that its server actor takes at a time (verl: `RolloutReplica.max_concurrency`); None: not limited."""
 
     def __post_init__(self) -> None:
         if self.tp < 1 or self.slots < 1 or (self.kv_tokens is not None and self.kv_tokens < 1):

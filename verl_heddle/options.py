@@ -20,8 +20,11 @@ def option(default: Any, help: str) -> Any:
 class Priority:
     """`heddle.priority.*`: which waiting turn vLLM runs first."""
 
-    enable: bool = option(
-        True, "Hand vLLM a priority per turn, longest predicted trajectory first. Needs rollout.scheduling_policy=priority."
+    enable: bool = option(True, "Hand vLLM a priority per turn. Needs rollout.scheduling_policy=priority.")
+    order: str = option(
+        "longest",
+        "longest: the longest predicted trajectory first. first_turn: a constant order, by when each trajectory asked for its first turn; "
+        "predicts nothing; a priority unit is one trajectory, and heddle.preempt.ageing_per_s=0 keeps the order strict.",
     )
     quantum_tokens: int = option(64, "Predictions that differ by less than this count as equal; ties run first come, first served.")
     refresh_s: float = option(
@@ -31,7 +34,8 @@ class Priority:
 
 @dataclass
 class Predict:
-    """`heddle.predict.*`: how much of a trajectory is still to come. On when `heddle.priority` or `heddle.place` asks for it."""
+    """`heddle.predict.*`: how much of a trajectory is still to come. On when `heddle.priority.order=longest` or
+    `heddle.place` asks for it."""
 
     trees: bool = option(True, "Between steps, fit boosted trees on what was seen; off: pool, prompt history and finished siblings alone.")
     checkpoint: bool = option(True, "Keep what was learnt inside verl's checkpoints, and read it back when verl resumes from one.")
@@ -198,6 +202,14 @@ class Options:
     trace: Trace = field(default_factory=Trace)
     deadlines: Deadlines = field(default_factory=Deadlines)
 
+    @property
+    def predicts(self) -> bool:
+        """Whether some decision asks how long trajectories will be."""
+        return not self.observe and (self.place.enable or (self.priority.enable and self.priority.order == "longest"))
+
+
+ORDERS = ("longest", "first_turn")
+"""Values of `heddle.priority.order`."""
 
 TRANSPORTS = ("prewarm", "none")
 """Values of `heddle.place.transport`."""
@@ -219,6 +231,8 @@ def check(options: Options) -> list[str]:
     problems = []
     if options.priority.quantum_tokens < 1:
         problems.append(f"heddle.priority.quantum_tokens must be at least 1, got {options.priority.quantum_tokens}")
+    if options.priority.order not in ORDERS:
+        problems.append(f"heddle.priority.order must be one of {', '.join(ORDERS)}, got {options.priority.order}")
     if not 0 <= options.priority.refresh_s <= 3600:
         problems.append(f"heddle.priority.refresh_s must lie between 0 and 3600 seconds, got {options.priority.refresh_s}")
     if options.preempt.margin < 1:

@@ -4,19 +4,22 @@ A pure state machine. It owns no task, socket, clock or thread; the caller seria
 one policy in one file (`predict`, `schedule`, `place`, later `layout` and `shape`); this file only asks them in the right order.
 
 Invariants
-- every `turn_started` is answered by exactly one `turn_finished`, completed or not; in-flight counts return to zero when all have been;
+- every `turn_started` is answered by one `turn_finished`, completed or not, and a second one has no effect; a trajectory may have several
+  turns under way; in-flight counts return to zero when all have been answered, and when `step_ended` has closed what nobody will answer;
 - a held turn is named by `admitted` exactly once, unless its `turn_finished` comes first;
 - a pre-warm is ordered by `prewarms` at most once per move, and is over with the trajectory's next `turn_started`;
+- a conversation stays on its replica for as long as its trajectory lives, unless the replica leaves or the trajectory is moved;
 - decisions depend on the events and the seed only: the same sequence gives the same decisions;
 - with `observe`, or `priority.enable=False`, `place.enable=False` and no bound on admission, the decisions are those of stock verl; so is
-  the placement until there are step times to plan with (`step_times_known`).
+  the placement until there are step times to plan with (`step_times_known`). One exception without `observe`: stock verl forgets the
+  replica of a conversation once `sticky.CACHE_SIZE` others have asked since.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil
 from random import Random
 
@@ -27,20 +30,39 @@ from verl_heddle.place.pace import Latency
 from verl_heddle.place.replan import Replanner
 from verl_heddle.place.transfers import LAST_PRIORITY, Transfer, Transfers
 from verl_heddle.predict.predictor import Predictor
-from verl_heddle.predict.quantities import Estimate
-from verl_heddle.schedule.admission import Admission
-from verl_heddle.schedule.priority import Pace, longest_first, work_tokens
+from verl_heddle.schedule.admission import Admission, most_turns
+from verl_heddle.schedule.priority import Pace, first_come, longest_first, work_tokens
 from verl_heddle.trajectory import Decision, Prewarm, ToolStart, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
+
+SLICE = 256
+"""Turns that one `reprioritised` predicts anew: 5 ms, in which no turn is answered."""
+
+
+@dataclass(slots=True)
+class _Life:
+    """A trajectory from its first turn's start to its end."""
+
+    who: TrajectoryId
+    number: int
+    """Trajectories that lived when it began, or had lived since the last time when none did."""
+    turns: int = 0
+    """Turns started, a turn that starts again counted once."""
+    tool_s: float = 0.0
+    homes: dict[str, str] = field(default_factory=dict)
+    """Replica of the last turn of each conversation."""
+    open: set[str] = field(default_factory=set)
+    """Requests of its turns under way."""
 
 
 @dataclass(slots=True)
 class _Open:
     """A turn between its start and its end."""
 
-    trajectory: TrajectoryId
+    turn: TurnStart
     replica: str
-    generated: int
     priority: int
+    life: _Life | None
+    """None: the request belongs to no trajectory."""
 
 
 class Orchestrator:
@@ -54,20 +76,28 @@ class Orchestrator:
 
     def __init__(self, options: Options, deterministic: bool = False, cap_tokens: int | None = None) -> None:
         self._options = options
-        decides = not options.observe
-        self._plans = decides and options.place.enable
+        self._decides = not options.observe
+        self._orders = self._decides and options.priority.enable
+        self._plans = self._decides and options.place.enable
         self._placement = Replanner(None, Random(options.seed), deterministic, cap_tokens, moves=options.place.moves)
         self._transfers = Transfers()
-        self.predictor = Predictor(cap_tokens) if decides and (options.priority.enable or self._plans) else None
+        self.predictor = Predictor(cap_tokens) if options.predicts else None
         """What is known of lengths; None when nobody asks for it."""
-        self.admission = Admission(options.admission.hold_s) if decides and options.admission.per_slot else None
+        self.admission = Admission(options.admission.hold_s) if self._decides and options.admission.per_slot else None
         self._pace = Pace()
         self._replicas: dict[str, Replica] = {}
+        self._lives: dict[str, _Life] = {}
+        """By trajectory key."""
+        self._numbers = 0
         self._open: dict[str, _Open] = {}
-        self._of_group: dict[str, set[str]] = defaultdict(set)
-        """Open requests by `uid`."""
-        self._changed: set[str] = set()
-        """Groups of which a trajectory has ended since the last refresh."""
+        """By request."""
+        self._of_group: dict[str, dict[str, None]] = defaultdict(dict)
+        """Open requests by `uid`, in the order in which they came."""
+        self._refreshes = self._orders and options.priority.order == "longest" and options.priority.refresh_s > 0
+        self._changed: dict[str, None] = {}
+        """Groups with open turns of which a trajectory has ended since the last refresh."""
+        self._refreshing: deque[str] = deque()
+        """Requests of which the refresh under way has still to predict."""
         self._refreshed_s = float("-inf")
         self.counts: Counter[str] = Counter()
         """Decisions by reason since the start of the run."""
@@ -83,7 +113,8 @@ class Orchestrator:
             self._replicas[replica.name] = replica
             self._placement.add(replica)
             if self.admission is not None:
-                self.admission.add(replica.name, ceil(self._options.admission.per_slot * replica.slots))
+                bound = ceil(self._options.admission.per_slot * replica.slots)
+                self.admission.add(replica.name, bound, most_turns(replica.slots, replica.calls))
 
     def replicas_removed(self, names: Iterable[str]) -> None:
         """Replicas left the fleet; their conversations move at the next turn."""
@@ -96,6 +127,8 @@ class Orchestrator:
 
     def homes_forgotten(self) -> int:
         """Forget where conversations live (verl's `clear_sticky_cache`); returns how many there were."""
+        for life in self._lives.values():
+            life.homes.clear()
         return self._placement.forget()
 
     def step_times_known(self, latency: Latency | None) -> None:
@@ -115,35 +148,55 @@ class Orchestrator:
         self._placement.expect(expected)
 
     def turn_started(self, turn: TurnStart, now: float) -> Decision:
-        """A trajectory wants to generate: where, and how urgently?
+        """A trajectory wants to generate: where, and how urgently? Who asks again has not heard the answer: what it was is void.
 
         Raises:
             RuntimeError: the fleet is empty.
         """
-        estimate = None
-        if self.predictor is not None and turn.trajectory.prompt:  # a request of nobody's has no prompt, and never ends
-            self.predictor.turn_started(turn)
-            estimate = self.predictor.predict(turn.trajectory.key)
-        priority = self._priority(turn.generated_tokens, estimate)
-        self._transfers.over(turn.trajectory.key)
-        replica, reason = self._placement.acquire(turn, estimate)
+        if turn.request in self._open:
+            self._void(self._open[turn.request])
+        key, estimate, life = turn.trajectory.key, None, None
+        if turn.trajectory.prompt:  # a request outside any trajectory has no prompt, and never ends
+            life = self._started(turn)
+            if self.predictor is not None:
+                self.predictor.turn_started(turn)
+                estimate = self.predictor.predict(key)
+        priority = self._priority(turn, life, None if estimate is None else (estimate.median_tokens, estimate.tool_s))
+        self._transfers.over(key)
+        home = life.homes.get(turn.conversation) if life is not None and self._decides else None
+        replica, reason = self._placement.acquire(turn, estimate, home)
         self.counts[reason] += 1
-        self._open[turn.request] = _Open(turn.trajectory, replica, turn.generated_tokens, priority)
-        self._of_group[turn.trajectory.uid].add(turn.request)
-        held = self.admission is not None and not self.admission.ask(turn.request, replica, priority, now)
+        self._open[turn.request] = _Open(turn, replica, priority, life)
+        self._of_group[turn.trajectory.uid][turn.request] = None
+        if life is not None:
+            life.homes[turn.conversation] = replica
+            life.open.add(turn.request)
+        begun = turn.generated_tokens > 0
+        held = self.admission is not None and not self.admission.ask(turn.request, replica, priority, now, begun)
         if estimate is None:
             return Decision(replica, priority, reason, held=held)
         return Decision(replica, priority, reason, estimate.median_tokens, estimate.upper_tokens, held)
 
     def turn_finished(self, turn: TurnEnd, now: float) -> None:
-        """The engine is done with the turn, or it gave up waiting."""
-        self._open.pop(turn.request, None)
+        """The engine is done with the turn, or it gave up waiting. Without effect if the turn is not under way."""
+        if turn.request in self._open:
+            self._close(turn, now if turn.completed else None)
+
+    def _void(self, opened: _Open) -> None:
+        turn = opened.turn
+        self._close(TurnEnd(turn.trajectory, turn.conversation, opened.replica, turn.turn, 0, False, leg=turn.leg), None)
+
+    def _close(self, turn: TurnEnd, completed_s: float | None) -> None:
+        opened = self._open.pop(turn.request)
         group = self._of_group[turn.trajectory.uid]
-        group.discard(turn.request)
+        del group[turn.request]
         if not group:
             del self._of_group[turn.trajectory.uid]
+            self._changed.pop(turn.trajectory.uid, None)
+        if opened.life is not None:
+            opened.life.open.discard(turn.request)
         if self.admission is not None:
-            self.admission.left(turn.request, turn.replica)
+            self.admission.left(turn.request, turn.replica, completed_s)
         if turn.completed:
             self._pace.turn(turn.output_tokens, turn.engine_s)
         estimate = None
@@ -151,7 +204,8 @@ class Orchestrator:
             self.predictor.turn_finished(turn)
             if self._placement.plans and turn.completed:
                 estimate = self.predictor.predict(turn.trajectory.key)
-        move = self._placement.release(turn, estimate)
+        alone = opened.life is None or not opened.life.open
+        move = self._placement.release(turn, estimate, alone)
         if move is not None and estimate is not None and self._options.place.transport == "prewarm":
             self._transfers.ask(Transfer(move.trajectory, move.replica, (move.replica,), estimate.median_tokens))
 
@@ -167,11 +221,6 @@ class Orchestrator:
         """Whether a pre-warm of this trajectory is waiting or under way."""
         return key in self._transfers
 
-    def replica_of(self, turn: TurnStart) -> str | None:
-        """Where an open turn was placed; None if it is not open."""
-        opened = self._open.get(turn.request)
-        return None if opened is None else opened.replica
-
     def tool_started(self, start: ToolStart, now: float) -> None:
         """A tool runs; the trajectory's estimate takes its name in."""
         if self.predictor is not None:
@@ -179,18 +228,24 @@ class Orchestrator:
 
     def trajectory_ended(self, end: TrajectoryEnd, now: float) -> None:
         """The episode is over; what it teaches goes into the history (validation runs under other sampling, so it teaches nothing)."""
-        self._transfers.over(end.trajectory.key)
+        self._forget(end.trajectory.key)
         self._placement.ended(end)
         if self.predictor is not None:
             self.predictor.trajectory_ended(end)
-            self._changed.add(end.trajectory.uid)
+            if self._refreshes and end.trajectory.uid in self._of_group:
+                self._changed[end.trajectory.uid] = None
 
     def step_ended(self, step: int) -> int:
-        """The batch of a training step is complete: forget trajectories of earlier steps that never ended; returns how many there were."""
-        lost = [] if self.predictor is None else self.predictor.abandon_before(step)
+        """The batch of a training step is complete: forget trajectories of earlier steps that never ended, and their turns; returns how
+        many trajectories there were."""
+        lost = {key for key, life in self._lives.items() if life.who.step < step}
+        if self.predictor is not None:
+            lost.update(self.predictor.abandon_before(step))  # those that were announced and never began, too
+        for opened in [one for one in self._open.values() if one.life is not None and one.life.who.step < step]:
+            self._void(opened)
         for key in lost:
+            self._forget(key)
             self._placement.abandon(key)
-            self._transfers.over(key)
         return len(lost)
 
     def metrics(self) -> dict[str, float]:
@@ -201,36 +256,66 @@ class Orchestrator:
         """Requests that were held and may go. To be asked after every event, and from time to time for those that waited too long."""
         return self.admission.admitted(now) if self.admission is not None else []
 
+    @property
+    def refresh_due_s(self) -> float | None:
+        """When `reprioritised` has something to do: a time that may have passed; None: not before another trajectory ends."""
+        if self._refreshing:
+            return self._refreshed_s
+        return self._refreshed_s + self._options.priority.refresh_s if self._changed else None
+
     def reprioritised(self, now: float) -> dict[str, dict[str, int]]:
-        """Requests under way whose priority has changed by the preemption margin or more, by replica; at most every `priority.refresh_s`.
+        """Requests under way whose priority has changed by the preemption margin or more, by replica. Looks at `SLICE` of them at most;
+        `refresh_due_s` says when to ask again: at once while some are left, otherwise every `priority.refresh_s` at most.
 
         The estimate of a turn under way changes when a sibling ends. (A new model comes between steps, when no turn is under way.)
         """
-        refresh_s = self._options.priority.refresh_s
-        if (
-            self.predictor is None
-            or not self._options.priority.enable
-            or not refresh_s
-            or not self._changed
-            or now - self._refreshed_s < refresh_s
-        ):
+        due = self.refresh_due_s
+        if due is None or now < due or self.predictor is None:
             return {}
-        self._refreshed_s = now
+        if not self._refreshing:
+            self._refreshed_s = now
+            self._refreshing.extend(request for group in self._changed for request in self._of_group[group])
+            self._changed.clear()
+        turns: list[_Open] = []
+        while self._refreshing and len(turns) < SLICE:
+            turn = self._open.get(self._refreshing.popleft())
+            if turn is not None and turn.life is not None and turn.life.who.key in self.predictor:
+                turns.append(turn)
+        estimates = self.predictor.predict_many([turn.turn.trajectory.key for turn in turns])
         changed: dict[str, dict[str, int]] = defaultdict(dict)
-        for group in self._changed:
-            for request in self._of_group.get(group, ()):
-                turn = self._open[request]
-                priority = self._priority(turn.generated, self.predictor.predict(turn.trajectory.key))
-                if abs(priority - turn.priority) >= self._options.preempt.margin:
-                    turn.priority = changed[turn.replica][request] = priority
-        self._changed.clear()
+        for turn, tokens, tool_s in zip(turns, estimates.median_tokens.tolist(), estimates.tool_s.tolist(), strict=True):
+            priority = self._priority(turn.turn, turn.life, (tokens, tool_s))
+            if abs(priority - turn.priority) >= self._options.preempt.margin:
+                turn.priority = changed[turn.replica][turn.turn.request] = priority
         if self.admission is not None:
             for table in changed.values():
                 self.admission.reprioritise(table)
         return dict(changed)
 
-    def _priority(self, generated: int, estimate: Estimate | None) -> int:
-        if estimate is None or not self._options.priority.enable:
+    def _started(self, turn: TurnStart) -> _Life:
+        """The life of the trajectory, begun if it is new, with what the turn tells of it."""
+        life = self._lives.get(turn.trajectory.key)
+        if life is None:
+            life = self._lives[turn.trajectory.key] = _Life(turn.trajectory, self._numbers)
+            self._numbers += 1
+        if turn.turn >= life.turns:  # otherwise its replica was lost, and it starts again
+            life.turns = turn.turn + 1
+            life.tool_s += turn.tool_s or 0.0
+        return life
+
+    def _forget(self, key: str) -> None:
+        self._transfers.over(key)
+        self._lives.pop(key, None)
+        if not self._lives:
+            self._numbers = 0
+
+    def _priority(self, turn: TurnStart, life: _Life | None, left: tuple[float, float] | None) -> int:
+        """Of a turn whose trajectory has so many tokens and tool seconds left (None: nobody predicts)."""
+        if not self._orders or life is None:
             return 0
-        length = generated + work_tokens(estimate.median_tokens, estimate.tool_s, self._pace.s_per_token)
+        if self._options.priority.order == "first_turn":
+            return first_come(life.number)
+        if left is None:
+            return 0
+        length = turn.generated_tokens + work_tokens(left[0], life.tool_s + left[1], self._pace.s_per_token)
         return longest_first(length, self._options.priority.quantum_tokens)

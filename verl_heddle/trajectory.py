@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from math import inf
 from typing import Any
 
 
@@ -72,9 +73,11 @@ class TrajectoryId:
 
 @dataclass(frozen=True, slots=True)
 class TurnStart:
-    """A trajectory wants to generate: `turn` counts from 0, `context_tokens` is everything the model will read.
+    """A trajectory wants to generate: `context_tokens` is everything the model will read.
 
-    `conversation` is verl's request id. A trajectory has one for life unless its agent loop talks in several conversations.
+    `turn` numbers the trajectory's generations from 0 in the order in which they begin; several may be under way at once. `conversation`
+    is verl's request id: what shares one shares a context. Most trajectories have one for life; an agent loop may talk in several, and
+    loops of several trajectories may share one.
     """
 
     trajectory: TrajectoryId
@@ -87,11 +90,16 @@ class TurnStart:
     """Seconds its tools took since its last turn; None: there was none before, or nobody measured."""
     text: str | None = None
     """The prompt's text, told with a trajectory's first turn where it is known."""
+    leg: int = 0
+    """How often this generation has been sent before: it starts again when its replica is lost."""
+
+    def __post_init__(self) -> None:
+        _only_times(self, "tool_s")
 
     @property
     def request(self) -> str:
-        """Name of this turn's request, unique while it is open."""
-        return f"{self.conversation}:{self.turn}"
+        """Name of the request, in the router and in the engine: unique in the run."""
+        return _request(self.trajectory, self.turn, self.leg)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +114,26 @@ class TurnEnd:
     completed: bool = True
     engine_s: float | None = None
     """Seconds it kept the engine busy, queueing not counted; None: not known."""
+    leg: int = 0
+
+    def __post_init__(self) -> None:
+        _only_times(self, "engine_s")
 
     @property
     def request(self) -> str:
         """As `TurnStart.request`."""
-        return f"{self.conversation}:{self.turn}"
+        return _request(self.trajectory, self.turn, self.leg)
+
+
+def _request(trajectory: TrajectoryId, turn: int, leg: int) -> str:
+    return f"{trajectory.key}:{turn}.{leg}" if leg else f"{trajectory.key}:{turn}"
+
+
+def _only_times(event: object, name: str) -> None:
+    """What is no time, such as NaN, infinite or negative seconds, was not measured: one such number would stay in every running mean."""
+    seconds = getattr(event, name)
+    if seconds is not None and not 0 <= seconds < inf:
+        object.__setattr__(event, name, None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,27 +117,30 @@ def test_a_raising_orchestrator_gives_way_to_verls_rule(monkeypatch, capsys):
 
 
 def test_another_fleet_takes_over_between_steps_and_is_planned_once_its_times_are_known():
-    router = HeddleRouter({"s0": "h0", "s1": "h1"}, {})
-    router.configure(Options(place=Place(enable=True)), False, alike({"s0": "h0", "s1": "h1"}))
-    router.step_times_known(STEP_TIMES)
-    first = router.turn_started(turn(0))
-    assert first.reason is Reason.PLANNED
-    asyncio.run(router.turn_finished(TurnEnd(turn(0).trajectory, "c0", first.replica, 0, 5)))
-    router.trajectory_ended(TrajectoryEnd(turn(0).trajectory, Outcome.FINISHED, 5, 1))
-    mixed = alike({"s1": "h1"}) | alike({"t0": "g0"}, tp=2)
-    router.fleet_is(mixed)
-    assert router.handles() == {"s1": "h1", "t0": "g0"} and router.get_total_inflight() == 0
-    places = {router.turn_started(turn(sample)).replica for sample in (1, 2)}
-    assert places == {"s1", "t0"}
-    assert router.stats().get("failed_turn_started") is None
-    who = turn(3)
-    assert router.turn_started(who).reason is Reason.LEAST_INFLIGHT, "nothing is known of tp=2"
-    for sample in (1, 2, 3):
-        router.trajectory_ended(TrajectoryEnd(turn(sample).trajectory, Outcome.FINISHED, 5, 1))
-    router.step_times_known(LatencyModel.affine(0.01, 0.001, prefill_per_token_s=1e-4, tps=(1, 2), speedup={2: 1.5}))
-    assert router.turn_started(turn(4)).reason is Reason.PLANNED
-    router.fleet_is(alike({"s0": "h0", "s1": "h1"}))
-    assert router.turn_started(turn(5)).reason is Reason.PLANNED, "what is known of tp=1 is not forgotten"
+    async def play():
+        router = HeddleRouter({"s0": "h0", "s1": "h1"}, {})
+        router.configure(Options(place=Place(enable=True)), False, alike({"s0": "h0", "s1": "h1"}))
+        router.step_times_known(STEP_TIMES)
+        first = router.turn_started(turn(0))
+        assert first.reason is Reason.PLANNED
+        await router.turn_finished(TurnEnd(turn(0).trajectory, "c0", first.replica, 0, 5))
+        router.trajectory_ended(TrajectoryEnd(turn(0).trajectory, Outcome.FINISHED, 5, 1))
+        mixed = alike({"s1": "h1"}) | alike({"t0": "g0"}, tp=2)
+        router.fleet_is(mixed)
+        assert router.handles() == {"s1": "h1", "t0": "g0"} and router.get_total_inflight() == 0
+        places = {router.turn_started(turn(sample)).replica for sample in (1, 2)}
+        assert places == {"s1", "t0"}
+        assert router.stats().get("failed_turn_started") is None
+        who = turn(3)
+        assert router.turn_started(who).reason is Reason.LEAST_INFLIGHT, "nothing is known of tp=2"
+        for sample in (1, 2, 3):
+            router.trajectory_ended(TrajectoryEnd(turn(sample).trajectory, Outcome.FINISHED, 5, 1))
+        router.step_times_known(LatencyModel.affine(0.01, 0.001, prefill_per_token_s=1e-4, tps=(1, 2), speedup={2: 1.5}))
+        assert router.turn_started(turn(4)).reason is Reason.PLANNED
+        router.fleet_is(alike({"s0": "h0", "s1": "h1"}))
+        assert router.turn_started(turn(5)).reason is Reason.PLANNED, "what is known of tp=1 is not forgotten"
+
+    asyncio.run(play())
 
 
 def test_an_empty_pool_is_verls_own_error():

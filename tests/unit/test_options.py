@@ -30,6 +30,7 @@ def test_defaults_are_sound():
         (Options(poll_interval_s=0), "poll_interval_s"),
         (Options(poll_interval_s=float("nan")), "poll_interval_s"),
         (Options(priority=Priority(quantum_tokens=0)), "quantum_tokens"),
+        (Options(priority=Priority(order="shortest")), "priority.order"),
         (Options(deadlines=Deadlines(router_s=-1)), "router_s"),
         (Options(trace=Trace(dir="")), "trace.dir"),
     ],

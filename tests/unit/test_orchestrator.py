@@ -107,12 +107,13 @@ def test_turns_beyond_the_bound_wait_and_the_most_urgent_goes_first():
     assert [ask(name, "short", 1.0).held for name in "abcd"] == [False, False, True, True]
     assert ask("e", "long", 2.0).held and orchestrator.admitted(2.0) == []
     end("a", "short", 3.0)
-    assert orchestrator.admitted(3.0) == ["e:0"]
+    assert orchestrator.admitted(3.0) == ["vlong_e:0"]
     end("c", "short", 4.0, completed=False)
     assert orchestrator.admitted(4.0) == [], "a held turn that gives up frees no place"
-    assert orchestrator.admitted(101.0) == ["d:0"], "held too long"
+    assert orchestrator.admitted(102.9) == [], "a turn completed there 99.9 s ago"
+    assert orchestrator.admitted(103.0) == ["vshort_d:0"], "its replica is silent"
     for name, prompt in (("b", "short"), ("d", "short"), ("e", "long")):
-        end(name, prompt, 102.0)
+        end(name, prompt, 104.0)
     assert set(orchestrator.inflight.values()) == {0} and len(orchestrator.admission) == 0
 
 
@@ -126,15 +127,23 @@ def test_siblings_that_end_change_the_priority_of_turns_under_way():
         orchestrator.turn_finished(TurnEnd(who, f"c{sample}", turn.replica, 0, 20_000), 1.5)
         orchestrator.trajectory_ended(TrajectoryEnd(who, Outcome.FINISHED, 20_000, 1), 1.5)
     table = orchestrator.reprioritised(2.0)
-    assert list(table) == [first.replica] and table[first.replica]["c0:0"] < first.priority - 100
+    assert list(table) == [first.replica] and table[first.replica]["u_0:0"] < first.priority - 100
     assert orchestrator.reprioritised(4.0) == {}, "told once"
 
 
-def test_an_open_turn_is_known_until_it_ends():
-    orchestrator = build(Options())
-    turn = TurnStart(identity(0), "c0", 0, 10, 0)
-    assert orchestrator.replica_of(turn) is None
-    replica = orchestrator.turn_started(turn, 0.0).replica
-    assert orchestrator.replica_of(turn) == replica
-    orchestrator.turn_finished(TurnEnd(turn.trajectory, "c0", replica, 0, 5), 1.0)
-    assert orchestrator.replica_of(turn) is None
+def test_by_first_turn_the_order_is_constant_and_nothing_is_predicted():
+    orchestrator = build(Options(priority=Priority(order="first_turn")))
+    assert orchestrator.predictor is None
+
+    def ask(sample: int, number: int) -> int:
+        turn = TurnStart(identity(sample), f"c{sample}", number, 10, number * 10, tool_s=1e6 * sample)
+        decision = orchestrator.turn_started(turn, 0.0)
+        orchestrator.turn_finished(TurnEnd(turn.trajectory, turn.conversation, decision.replica, number, 10), 1.0)
+        return decision.priority
+
+    assert [ask(sample, 0) for sample in (7, 3, 5)] == [0, 1, 2]
+    assert [ask(sample, number) for number in (1, 2) for sample in (3, 5, 7)] == [1, 2, 0] * 2
+    assert orchestrator.turn_started(TurnStart(TrajectoryId("", "other", 0, -1), "other", 0, 10, 0), 0.0).priority == 0
+    for sample in (7, 3, 5):
+        orchestrator.trajectory_ended(TrajectoryEnd(identity(sample), Outcome.FINISHED, 30, 3), 2.0)
+    assert ask(3, 0) == 0, "numbered from 0 again"

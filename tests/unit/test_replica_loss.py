@@ -149,7 +149,7 @@ class Step:
         assert not mind._transfers._busy and mind.prewarms(self.clock) == []
         assert not mind._placement._live
         if mind.admission is not None:
-            assert not len(mind.admission) and {gate.inside for gate in mind.admission._gates.values()} == {0}
+            assert not len(mind.admission) and not any(gate.inside for gate in mind.admission._gates.values())
         assert mind.predictor is None or not any(key in mind.predictor for key in self.clients)
 
 

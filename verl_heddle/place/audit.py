@@ -22,6 +22,7 @@ import numpy as np
 from verl_heddle.place.cost import Floats
 from verl_heddle.place.outlook import GRID, curves
 from verl_heddle.place.sticky import StickyLeastInflight
+from verl_heddle.trajectory import TurnStart
 
 WINDOW, LEAST = 8, 3
 """Steps."""
@@ -74,6 +75,7 @@ class Audit:
         self.placing, self.moving = Verdict(), Verdict()
         self._stock = StickyLeastInflight(rng)
         self._shadow: dict[str, str] = {}
+        """Replica by stock's rule of each turn under way, by request."""
         self._first: dict[str, tuple[str, str]] = {}
         self._tokens: dict[str, int] = {}
         self._moves: list[tuple[str, str, Snapshot]] = []
@@ -89,17 +91,17 @@ class Audit:
         self._first.clear()
         self._moves.clear()
 
-    def started(self, key: str, conversation: str, replica: str | None) -> None:
+    def started(self, turn: TurnStart, replica: str | None) -> None:
         """A turn started; `replica`: where the plan put it, if it is a trajectory's first."""
-        self._shadow[key], _ = self._stock.acquire(conversation)
+        self._shadow[turn.request], _ = self._stock.acquire(turn.conversation)
         if replica is not None:
-            self._first[key] = (replica, self._shadow[key])
+            self._first[turn.trajectory.key] = (replica, self._shadow[turn.request])
             self._planned = True
 
-    def finished(self, key: str) -> None:
-        """The turn ended."""
-        if key in self._shadow:
-            self._stock.release(self._shadow.pop(key))
+    def finished(self, request: str) -> None:
+        """The turn ended; unknown ones are passed over."""
+        if request in self._shadow:
+            self._stock.release(self._shadow.pop(request))
 
     def moved(self, source: str, target: str, before: Snapshot) -> None:
         """A move was ordered."""

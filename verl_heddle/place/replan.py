@@ -189,18 +189,21 @@ class Replanner:
             one.home = books.names[number]
             books.put(item.trajectory.key, one.home, row, item.trajectory.uid)
 
-    def acquire(self, turn: TurnStart, estimate: Estimate | None) -> tuple[str, Reason]:
+    def acquire(self, turn: TurnStart, estimate: Estimate | None, home: str | None = None) -> tuple[str, Reason]:
         """Choose the replica of a turn and count it in flight there.
+
+        Args:
+            home: where the conversation's last turn ran, as `StickyLeastInflight.acquire`.
 
         Raises:
             RuntimeError: there is no replica (verl's own words).
         """
         books, identity = self._books, turn.trajectory
         if books is None or not books.names or not identity.prompt:
-            return self._stock.acquire(turn.conversation)
+            return self._stock.acquire(turn.conversation, home)
         one = self._live.get(identity.key)
         if one is None and turn.turn:  # it began before there was a plan: it stays where it is
-            return self._stock.acquire(turn.conversation)
+            return self._stock.acquire(turn.conversation, home)
         if one is not None and one.started:
             self._habits.answered(turn.context_tokens - one.context)
             self._living.context += turn.context_tokens - one.context
@@ -222,13 +225,14 @@ class Replanner:
             return self._go(turn, one, Reason.PLANNED, first)
         return self._go(turn, one, Reason.NOT_PAYING)
 
-    def release(self, end: TurnEnd, estimate: Estimate | None) -> Move | None:
-        """A request ended, somehow; `estimate`: what is left now. Returns the move to prepare, if there is one."""
+    def release(self, end: TurnEnd, estimate: Estimate | None, may_move: bool = True) -> Move | None:
+        """A request ended, somehow; `estimate`: what is left now; `may_move`: no other turn of the trajectory is under way. Returns the
+        move to prepare, if there is one."""
         self._stock.release(end.replica)
+        self._audit.finished(end.request)
         one = self._live.get(end.trajectory.key)
         if self._books is None or one is None:
             return None
-        self._audit.finished(end.trajectory.key)
         one.context += end.output_tokens
         self._living.context += end.output_tokens
         one.generated += end.output_tokens
@@ -239,7 +243,7 @@ class Replanner:
         self._tune()
         rows = self._rows(one)
         self._books.put(end.trajectory.key, end.replica, rows)
-        if not self._may_move or one.moves >= MOST_MOVES or len(self._books.names) < 2 or not self._audit.moving.pays:
+        if not (self._may_move and may_move) or one.moves >= MOST_MOVES or len(self._books.names) < 2 or not self._audit.moving.pays:
             return None
         return self._move(end, one, rows)
 
@@ -272,7 +276,7 @@ class Replanner:
     def _go(self, turn: TurnStart, one: _Live, reason: Reason, first: bool = False) -> tuple[str, Reason]:
         assert one.home is not None
         self._stock.note(turn.conversation, one.home)
-        self._audit.started(turn.trajectory.key, turn.conversation, one.home if first else None)
+        self._audit.started(turn, one.home if first else None)
         return one.home, reason
 
     def _new(self, identity: TrajectoryId, context: int, generated: int, estimate: Estimate) -> _Live:

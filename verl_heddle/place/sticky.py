@@ -38,12 +38,18 @@ class StickyLeastInflight:
         """A replica leaves; conversations that lived there are placed anew at their next turn."""
         self.inflight.pop(replica, None)
 
-    def acquire(self, conversation: str) -> tuple[str, Reason]:
+    def acquire(self, conversation: str, home: str | None = None) -> tuple[str, Reason]:
         """Choose the replica of the conversation's next turn and count it in flight there.
+
+        Args:
+            home: where the caller knows the conversation to live; None: he does not, as verl's own callers.
 
         Raises:
             RuntimeError: there is no replica (verl's own words, which its async clients wait on).
         """
+        if home is not None and home in self.inflight:
+            self.note(conversation, home)
+            return home, Reason.STICKY
         home = self._home.get(conversation)
         if home is not None:
             if home in self.inflight:

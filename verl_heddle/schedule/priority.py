@@ -1,12 +1,15 @@
-"""Progressive priority: the longest trajectory runs first.
+"""Priority of a turn: that of its trajectory, the longest first, or the one that began first.
 
-Law: priority = -round((tokens so far + remaining tokens + remaining tool seconds / pace) / quantum), predicted anew at each turn; no
-prediction = 0. Time is what a makespan is made of, and tokens are its unit here: `Pace` says how many seconds a token takes, once turns
-have told. vLLM runs lower values first and breaks ties by arrival, so within one quantum the order is first come, first served: the
-quantum keeps noise in the estimate from reordering trajectories that are really alike.
+`longest`: priority = -round((tokens + tool seconds / pace) / quantum), tokens and tool seconds those so far and those predicted to come,
+predicted anew at each turn; no prediction = 0. Time is what a makespan is made of, and tokens are its unit here: `Pace` says how many
+seconds a token takes, once turns have told. vLLM runs lower values first and breaks ties by arrival, so within one quantum the order is
+first come, first served: the quantum keeps noise in the estimate from reordering trajectories that are really alike.
 
 The whole length, not what is left of it: by what is left, whoever runs falls behind whoever waits, all trajectories of a replica stay
 half-done together, and their contexts push each other out of the KV cache (`bench/schedule/simulated.py` measures both orders).
+
+`first_turn`: priority = the trajectory's number in the order of first turns. It never changes, so who has begun goes on, and nothing is
+predicted.
 
 Source: Heddle section 4, Algorithm 1 (priority = predicted length, longest first), for vLLM's `scheduling_policy=priority`, which orders
 the waiting queue and picks the victim when KV blocks run out. That tools count is ours: longest processing time first with delivery times.
@@ -40,8 +43,13 @@ class Pace:
         return self._seconds / self._tokens if self._seconds > 0 else None
 
 
+def first_come(number: int) -> int:
+    """vLLM priority of a turn of the trajectory of that number in the order of first turns, in [0, LIMIT]; lower runs first."""
+    return min(number, LIMIT)
+
+
 def work_tokens(tokens: float, tool_s: float, s_per_token: float | None) -> float:
-    """Remaining work in tokens: what is generated, and the tools' time at that pace (left out while it is not known)."""
+    """Work in tokens: what is generated, and the tools' time at that pace (left out while it is not known)."""
     return tokens + (tool_s / s_per_token if s_per_token else 0.0)
 
 

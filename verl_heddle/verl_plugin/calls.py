@@ -28,7 +28,8 @@ async def _resolve(ref: Any) -> Any:
 
 
 class Promises:
-    """Answers that another call on this event loop gives, by name. One that is given before it is waited for is kept for the waiting."""
+    """Answers that another call on this event loop gives, by name. One that is given before it is waited for is kept for the waiting. Of
+    two that wait for one name the first goes without."""
 
     def __init__(self) -> None:
         self._kept: dict[str, Any] = {}
@@ -39,12 +40,30 @@ class Promises:
         """Names that somebody waits for."""
         return list(self._waiting)
 
-    async def wait(self, name: str) -> Any:
-        """The answer, or None once it is dropped."""
+    @property
+    def names(self) -> list[str]:
+        """Names that somebody waits for, or that have an answer nobody has asked for."""
+        return [*self._waiting, *self._kept]
+
+    async def wait(self, name: str, within_s: float | None = None) -> Any:
+        """The answer, or None once it is dropped.
+
+        Raises:
+            TimeoutError: neither came within `within_s` seconds.
+        """
         if name in self._kept:
             return self._kept.pop(name)
-        future = self._waiting[name] = asyncio.get_running_loop().create_future()
-        return await future
+        self._settle(name, None)
+        loop = asyncio.get_running_loop()
+        future = self._waiting[name] = loop.create_future()
+        timer = None if within_s is None else loop.call_later(within_s, _too_late, future)
+        try:
+            return await future
+        finally:
+            if timer is not None:
+                timer.cancel()
+            if self._waiting.get(name) is future:  # it stopped waiting by itself
+                del self._waiting[name]
 
     def give(self, name: str, value: Any = None) -> None:
         """Here is the answer."""
@@ -56,11 +75,21 @@ class Promises:
         self._kept.pop(name, None)
         self._settle(name, None)
 
+    def drop_all(self) -> None:
+        """`drop` of all names."""
+        for name in self.names:
+            self.drop(name)
+
     def _settle(self, name: str, value: Any) -> bool:
         future = self._waiting.pop(name, None)
         if future is not None and not future.done():
             future.set_result(value)
         return future is not None
+
+
+def _too_late(future: asyncio.Future[Any]) -> None:
+    if not future.done():
+        future.set_exception(TimeoutError())
 
 
 async def cancel_until_settled(ref: Any, deadline_s: float) -> bool:

@@ -31,6 +31,9 @@ from verl_heddle.trajectory import Decision, Prewarm, Reason, ToolStart, Traject
 from verl_heddle.verl_plugin.calls import Promises
 from verl_heddle.verl_plugin.voice import say, say_once
 
+ANSWER_S = 30.0
+"""Seconds after which the worker of a held turn hears that it is still held, and asks again: so it finds out that a router died."""
+
 TOLD = ("turn_finished", "turn_withdrawn", "tool_started", "transferred", "trajectory_ended")
 """What may come by `told`."""
 
@@ -60,11 +63,14 @@ class HeddleRouter:
         """Kept in step with every decision, so that it can take over at any call."""
         self.failures: Counter[str] = Counter()
         self._counts: Counter[str] = Counter(moves=0, replicas_lost=0)
+        self._open: dict[str, tuple[TurnStart, str]] = {}
+        """Turns under way and their replicas, by request: what of them `_verls_rule` counts."""
         self._held = Promises()
         """To let held turns in, by request."""
         self._orders = Promises()
         """To pre-warm, by trajectory."""
         self._watch: asyncio.Task | None = None
+        self._refresh: asyncio.Task | None = None
         self._fit: asyncio.Future | None = None
         self._fit_s = 0.0
         self.add_servers({name: handle for name, handle in servers.items() if name is not None})
@@ -78,6 +84,9 @@ class HeddleRouter:
         self._options, self._cap_tokens = options, cap_tokens
         self._orchestrator = Orchestrator(options, deterministic, cap_tokens)
         self._fleet, self._latency = {}, None
+        self._open.clear()
+        for promises in (self._held, self._orders):  # this orchestrator knows of none of them
+            promises.drop_all()
         self.fleet_is(fleet)
 
     def fleet_is(self, fleet: dict[str, tuple[Replica, Any]]) -> None:
@@ -134,6 +143,7 @@ class HeddleRouter:
             self._failed("turn_started", error)
             replica, _ = self._verls_rule.acquire(turn.conversation)
             decision = Decision(replica, 0, Reason.FALLBACK_POLICY)
+        self._open[turn.request] = (turn, decision.replica)
         self._counts["held"] += decision.held
         self._counts["moves"] += decision.reason is Reason.MOVED
         self._orders.drop(turn.trajectory.key)
@@ -148,14 +158,18 @@ class HeddleRouter:
             elif name in TOLD:
                 getattr(self, name)(what)
 
-    async def wait_for_turn(self, request: str) -> None:
-        """Until the held turn of this `TurnStart.request` may go; at once if it is not held any more."""
+    async def wait_for_turn(self, request: str) -> bool:
+        """Until the held turn of this `TurnStart.request` may go, at once if it is not held any more; False after `ANSWER_S`: ask again."""
         admission = self._orchestrator.admission
         if admission is None or request not in admission:
-            return
+            return True
         if self._watch is None or self._watch.done():
             self._watch = asyncio.get_running_loop().create_task(self._let_in_the_overdue())
-        await self._held.wait(request)
+        try:
+            await self._held.wait(request, ANSWER_S)
+        except TimeoutError:
+            return False
+        return True
 
     async def turn_finished(self, turn: TurnEnd) -> Prewarm | None:
         """The engine is done with the turn, or its worker gave up waiting. Returns what to pre-warm now, if the trajectory moves.
@@ -179,12 +193,13 @@ class HeddleRouter:
 
     def turn_withdrawn(self, turn: TurnStart) -> None:
         """The worker went away before it heard where to go."""
-        replica = self._orchestrator.replica_of(turn)
-        if replica is not None:
-            self._left(TurnEnd(turn.trajectory, turn.conversation, replica, turn.turn, 0, completed=False))
+        if turn.request in self._open:
+            _, replica = self._open[turn.request]
+            self._left(TurnEnd(turn.trajectory, turn.conversation, replica, turn.turn, 0, completed=False, leg=turn.leg))
 
     def _left(self, turn: TurnEnd) -> None:
-        self._verls_rule.release(turn.replica)
+        if self._open.pop(turn.request, None) is not None:
+            self._verls_rule.release(turn.replica)
         self._held.drop(turn.request)
         self._tell("turn_finished", turn)
 
@@ -196,16 +211,28 @@ class HeddleRouter:
         """The episode is over."""
         self._orders.drop(end.trajectory.key)
         self._tell("trajectory_ended", end)
-        try:
-            for replica, table in self._orchestrator.reprioritised(time.monotonic()).items():
-                self._counts["reprioritised"] += len(table)
-                self._servers[replica].heddle_priorities.remote(table)
-        except Exception as error:
-            self._failed("reprioritised", error)
+        if self._orchestrator.refresh_due_s is not None and (self._refresh is None or self._refresh.done()):
+            self._refresh = asyncio.create_task(self._reprioritise())
+
+    async def _reprioritise(self) -> None:
+        """Give turns under way their new priorities, when it is time, a slice of them at a time: questions are answered in between."""
+        while (due_s := self._orchestrator.refresh_due_s) is not None:
+            await asyncio.sleep(max(0.0, due_s - time.monotonic()))
+            try:
+                for replica, table in self._orchestrator.reprioritised(time.monotonic()).items():
+                    self._counts["reprioritised"] += len(table)
+                    self._servers[replica].heddle_priorities.remote(table)
+            except Exception as error:
+                return self._failed("reprioritised", error)
 
     async def step_ended(self, step: int) -> dict[str, float]:
         """The batch of a training step is complete: fit anew in a thread until the next; returns counts since the start of the run."""
         self._counts["lost_trajectories"] += self._orchestrator.step_ended(step)
+        for turn, replica in [one for one in self._open.values() if one[0].trajectory.prompt and one[0].trajectory.step < step]:
+            del self._open[turn.request]
+            self._verls_rule.release(replica)
+        self._drop_orders()
+        self._go_on()
         predictor = self._orchestrator.predictor
         if predictor is not None and self._options.predict.trees and (self._fit is None or self._fit.done()):
             began = time.monotonic()
@@ -261,6 +288,12 @@ class HeddleRouter:
         self._admit()
         self._start_prewarms()
 
+    def _drop_orders(self) -> None:
+        """Pre-warms that will not come are not waited for."""
+        for key in self._orders.names:
+            if not self._orchestrator.awaits_transfer(key):
+                self._orders.drop(key)
+
     def _start_prewarms(self) -> None:
         try:
             orders = self._orchestrator.prewarms(time.monotonic())
@@ -279,7 +312,7 @@ class HeddleRouter:
             self._held.drop(request)
 
     async def _let_in_the_overdue(self) -> None:
-        while self._held.waiting:
+        while self._orchestrator.admission:
             await asyncio.sleep(min(1.0, self._options.admission.hold_s / 4))
             self._admit()
 
@@ -315,6 +348,7 @@ class HeddleRouter:
                 like = next(iter(self._fleet.values()), Replica(name))
                 self._fleet[name] = replace(like, name=name)
         self._orchestrator.replicas_added(self._fleet[name] for name in servers)
+        self._go_on()
 
     def remove_servers(self, server_ids: list[str]) -> None:
         """Replicas left."""
@@ -323,9 +357,7 @@ class HeddleRouter:
             self._fleet.pop(name, None)
             self._verls_rule.remove(name)
         self._orchestrator.replicas_removed(server_ids)
-        for key in self._orders.waiting:
-            if not self._orchestrator.awaits_transfer(key):
-                self._orders.drop(key)
+        self._drop_orders()
         self._go_on()
 
     def get_all_servers(self) -> list[str]:

@@ -57,10 +57,11 @@ def banner(config: DictConfig) -> str:
             f"placement: planned from step 2{moving}" if options.place.enable else "placement: verl's rule (sticky, least in-flight)"
         )
         if options.priority.enable:
-            parts.append(f"priority: longest predicted first{', preempting on arrival' if options.preempt.enable else ''}")
+            order = "longest predicted first" if options.priority.order == "longest" else "by first turn"
+            parts.append(f"priority: {order}{', preempting on arrival' if options.preempt.enable else ''}")
         else:
             parts.append("priority: off")
-        if options.priority.enable or options.place.enable:
+        if options.predicts:
             parts.append(f"prediction: {'trees on ' if options.predict.trees else ''}prompt history and siblings")
         if options.layout.enable:
             fixed = "-".join(map(str, options.layout.fixed))

@@ -278,11 +278,12 @@ def audited(homes: list[str]) -> Audit:
         audit.add(name)
         books.add(Replica(name))
     tokens = [20_000, 20_000, 100, 100]
+    turns = [TurnStart(TrajectoryId("p", f"u{number}", 0, 1), f"c{number}", 0, 10, 0) for number in range(4)]
     for number, home in enumerate(homes):
-        audit.started(f"k{number}", f"k{number}", home)
+        audit.started(turns[number], home)
     for number, one in enumerate(tokens):
-        audit.finished(f"k{number}")
-        audit.ended(f"k{number}", one)
+        audit.finished(turns[number].request)
+        audit.ended(turns[number].trajectory.key, one)
     audit.close(books.names, books.drains_of)
     return audit
 

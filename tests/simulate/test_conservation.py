@@ -11,6 +11,7 @@ from simulate_cases import FULL, Anything, trajectory, workloads
 from verl_heddle.fleet import Replica
 from verl_heddle.options import Options
 from verl_heddle.orchestrator import Orchestrator
+from verl_heddle.schedule.preempt import Rule
 from verl_heddle.simulate import EngineOptions, FleetChange, Outage, simulate
 from verl_heddle.simulate.baselines import Slime
 from verl_heddle.simulate.engine import Engine
@@ -23,7 +24,7 @@ ENGINES = st.builds(
     block_tokens=st.sampled_from([1, 16]),
     prefix_cache=st.booleans(),
     share_prompts=st.booleans(),
-    preempt_margin=st.sampled_from([None, 1, 3]),
+    preempt=st.sampled_from([None, Rule(margin=1, ageing_per_s=0.0), Rule(margin=3, min_steps=0), Rule(margin=2, max_preemptions=1)]),
     turn_overhead_s=st.sampled_from([0.0, 0.0131]),
 ) | st.builds(EngineOptions, batch_tokens=st.sampled_from([None, 8, 40]), share_prompts=st.booleans())
 
@@ -173,6 +174,6 @@ def test_bad_input():
         simulate(work, fleet, FULL, Slime(), arrivals_s=[0.0])
     with pytest.raises(ValueError, match="output_tokens"):
         simulate([trajectory("p", 0, [(0, 0, 0.0)])], fleet, FULL, Slime())
-    for bad in ({"order": "lifo"}, {"batch_tokens": 0}, {"preempt_margin": 1}, {"turn_overhead_s": -1.0}, {"block_tokens": 0}):
+    for bad in ({"order": "lifo"}, {"batch_tokens": 0}, {"preempt": Rule()}, {"turn_overhead_s": -1.0}, {"block_tokens": 0}):
         with pytest.raises(ValueError):
             EngineOptions(**bad)

@@ -5,6 +5,7 @@ from simulate_cases import lengths, trajectory
 
 from verl_heddle.fleet import Replica
 from verl_heddle.latency.model import LatencyModel
+from verl_heddle.schedule.preempt import Rule
 from verl_heddle.simulate import Cancel, EngineOptions, FleetChange, Outage, Prewarm, simulate
 from verl_heddle.simulate.baselines import RoundRobin, Stock
 from verl_heddle.trajectory import Decision, Reason
@@ -69,20 +70,25 @@ class Ranks(Stock):
         return Decision(super().turn_started(turn, now).replica, -turn.trajectory.sample, Reason.STICKY)
 
 
+def eager(margin: int, most: int = 3) -> Rule:
+    """The law without ageing and without a run to pay back first."""
+    return Rule(margin=margin, max_preemptions=most, min_steps=0, ageing_per_s=0.0)
+
+
 def test_preempt_on_arrival():
     work = [trajectory("p", rank, [(0, 20, 0.0)], 1) for rank in (0, 5)]
     fleet, arrivals = [Replica("r", slots=1)], [0.0, 4.5]
     stock = simulate(work, fleet, STEP, Ranks(), engine=EngineOptions("priority"), arrivals_s=arrivals)
     assert stock.finish_s.tolist() == [20.0, 40.0] and stock.preemptions == 0
-    margin = simulate(work, fleet, STEP, Ranks(), engine=EngineOptions("priority", preempt_margin=5), arrivals_s=arrivals)
+    margin = simulate(work, fleet, STEP, Ranks(), engine=EngineOptions("priority", preempt=eager(5)), arrivals_s=arrivals)
     assert margin.finish_s.tolist() == [40.0, 25.0] and margin.preemptions == 1
-    wide = simulate(work, fleet, STEP, Ranks(), engine=EngineOptions("priority", preempt_margin=6), arrivals_s=arrivals)
+    wide = simulate(work, fleet, STEP, Ranks(), engine=EngineOptions("priority", preempt=eager(6)), arrivals_s=arrivals)
     assert wide.finish_s.tolist() == [20.0, 40.0]
 
 
 def test_preemptions_on_arrival_are_bounded():
     work = [trajectory("p", rank, [(0, 20, 0.0)], 1) for rank in range(6)]
-    options = EngineOptions("priority", preempt_margin=1, preempt_limit=2)
+    options = EngineOptions("priority", preempt=eager(1, 2))
     result = simulate(work, [Replica("r", slots=1)], STEP, Ranks(), engine=options, arrivals_s=[0.0, 1.0, 2.0, 3.0, 4.0, 5.0])
     assert result.turns.column("preemptions").max() <= 2
     assert result.makespan_s == 120.0

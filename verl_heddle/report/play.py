@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from verl_heddle.fleet import Replica
-from verl_heddle.options import Options, Place, Preempt
+from verl_heddle.options import Options, Place
 from verl_heddle.orchestrator import Orchestrator
 from verl_heddle.predict.recall import recall
 from verl_heddle.report.draws import Draw, Step
 from verl_heddle.report.setting import Setting
+from verl_heddle.schedule.preempt import Rule as PreemptRule
 from verl_heddle.simulate import Bound, EngineOptions, Policy, Result, lower_bound, simulate
 from verl_heddle.simulate.baselines import (
     AffinityMargin,
@@ -148,11 +149,16 @@ def _stepped(step: Step, fleet: Sequence[Replica], setting: Setting, policy: Pol
     return simulate(step, fleet, setting.latency, policy, engine=engine, step=number, tools_at_once=setting.tools_at_once)
 
 
+def preempt_rule(options: Options) -> PreemptRule:
+    """The law of preemption on arrival with these options, as the plugin's scheduler gets it."""
+    settings = asdict(options.preempt)
+    del settings["enable"]
+    return PreemptRule.of(settings)
+
+
 def preempting(setting: Setting) -> EngineOptions:
     """Engines with heddle's scheduler, as released."""
-    rule = Preempt()
-    engine = setting.engine("priority")
-    return replace(engine, preempt_margin=rule.margin, preempt_limit=rule.max_preemptions, ageing_per_s=rule.ageing_per_s)
+    return replace(setting.engine("priority"), preempt=preempt_rule(Options()))
 
 
 def teach(policy: Orchestrator, draw: Draw) -> None:

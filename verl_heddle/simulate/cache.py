@@ -70,6 +70,10 @@ class PrefixCache:
         shared = request.shared
         return request.context - shared if shared and request.trajectory.group in self._users else request.context
 
+    def alone(self, request: Request, context: int) -> int:
+        """Tokens of a running request's context that nobody else uses."""
+        return context - request.shared if request.shared and self._users[request.trajectory.group] > 1 else context
+
     def acquire(self, request: Request) -> None:
         """The request takes a slot: its whole context is in use."""
         free = self._free

@@ -20,6 +20,7 @@ from typing import Any
 
 from verl_heddle.fleet import Replica
 from verl_heddle.predict.tools import names
+from verl_heddle.schedule.preempt import aged
 from verl_heddle.simulate.engine import Engine
 from verl_heddle.simulate.options import EngineOptions, FleetChange, Outage
 from verl_heddle.simulate.policy import Action, Cancel, Latency, Policy, StopAt
@@ -228,7 +229,8 @@ class Cluster:
     def _submit(self, request: Request, engine: Engine, priority: int, now: float) -> None:
         request.priority = priority
         request.arrival_s = now
-        request.rank = priority + self._options.ageing_per_s * now
+        rule = self._options.preempt
+        request.rank = priority if rule is None else aged(priority, now, rule.ageing_per_s)
         request.order = next(self._number)
         request.engine = engine.index
         homes = request.trajectory.homes

@@ -67,10 +67,9 @@ class Engine(Slots):
         if self.next_s == inf:
             self.next_s, self.ahead = now, 0
         elif self.ahead > 1:
-            if len(self.running) < self.replica.slots:
-                if self.queue.peek() is request:  # otherwise the head of the queue lacks KV, and all behind it wait for it
-                    self._stop_at(now)
-            elif self.options.preempt_margin is not None and self.yielding(request) is not None:
+            # With a slot free and another at its head, the queue waits for KV, and all behind the head wait for it.
+            starts = len(self.running) < self.replica.slots and self.queue.peek() is request
+            if starts or self.may_exchange(request):
                 self._stop_at(now)
 
     def reprioritise(self, request: Request, priority: int, now: float) -> None:
@@ -82,9 +81,9 @@ class Engine(Slots):
         else:
             request.rank += priority - request.priority
             request.priority = priority
-            if request.ticket >= 0 and self.options.preempt_margin is not None:
+            if request.ticket >= 0 and self.options.preempt is not None:
                 heappush(self._worst, (-request.rank, -request.arrival_s, request.ticket, request))
-        if self.options.preempt_margin is not None and self.queue.count and self.ahead > 1 and self.yielding(self.queue.peek()) is not None:
+        if self.queue.count and self.ahead > 1 and self.may_exchange(self.queue.peek()):
             self._stop_at(now)
 
     def abort(self, request: Request, now: float) -> bool:
@@ -173,8 +172,7 @@ class Engine(Slots):
             self.squeeze()
         if capacity is not None and cache.in_use + cache.held > capacity:
             cache.evict()
-        if not squeezed and queue.count and self.options.preempt_margin is not None:
-            self.preempt_for_better()
+        victims, again = self.exchange() if queue.count and not squeezed else ([], inf)
         budget = self._budget - self.decoding
         self._extra = 0.0
         for request in self.backlog:
@@ -192,18 +190,20 @@ class Engine(Slots):
                     break
                 self.admit(queue.pop())
                 budget -= self._chunk(request, budget)
+        for victim in victims:  # as in the plugin's scheduler: nobody comes back in the step that threw him out
+            queue.put_back(victim)
         backlog = self.backlog
         while backlog and not backlog[0].owed:
             self.join(backlog.popleft(), self._extra)
         if running:
-            self._plan(one_step=bool(backlog) or squeezed or starved)
+            self._plan(1 if backlog or squeezed or starved or victims else again)
             if self._busy_since is None:
                 self._busy_since = self.at_s
         else:
             self._rest()
 
-    def _plan(self, one_step: bool) -> None:
-        """Choose how many steps to take at once and what they cost."""
+    def _plan(self, most: float) -> None:
+        """Choose how many steps to take at once, `most` at most, and what they cost."""
         batch, tp = self.decoding, self.replica.tp
         self._slope = 0.0
         steps = 1
@@ -212,8 +212,8 @@ class Engine(Slots):
         else:
             mean = self.context_sum / batch
             self._a = self._decode_s(tp, batch, mean)
-            if not one_step:
-                steps = min(self.first_end() - self.step, LEAP + int(mean) // LEAP_SHARE)
+            if most > 1:
+                steps = int(min(most, self.first_end() - self.step, LEAP + int(mean) // LEAP_SHARE))
                 capacity = self.cache.capacity
                 if capacity is not None:
                     steps = min(steps, (capacity - self.cache.in_use) // batch + 1)

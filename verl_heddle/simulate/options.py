@@ -7,6 +7,7 @@ from math import inf
 from typing import Literal
 
 from verl_heddle.fleet import Replica
+from verl_heddle.schedule.preempt import Rule
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,15 +72,9 @@ class EngineOptions:
     share_prompts: bool = True
     """Trajectories of one prompt on one replica hold and compute its full blocks once, as vLLM's prefix cache does."""
 
-    preempt_margin: int | None = None
-    """Preempt on arrival (needs `priority` order and a scheduler subclass, not stock vLLM): with every slot taken, a waiting turn takes the
-    slot of the running turn with the worst priority if that is worse by this much or more. None: off, as in stock vLLM."""
-
-    preempt_limit: int = 3
-    """How often one turn may lose its slot that way; a bound against thrashing."""
-
-    ageing_per_s: float = 0.0
-    """Priority units a turn gains for every second since it came (`schedule.preempt`); needs the same scheduler subclass. 0: none."""
+    preempt: Rule | None = None
+    """Preemption on arrival and ageing by `schedule.preempt`, the law of the plugin's scheduler; needs `priority` order. None: off, as in
+    stock vLLM."""
 
     turn_overhead_s: float = 0.0
     """Seconds between wanting a turn and the engine seeing it: routing, transport, parsing, tokenising. Paid by every turn."""
@@ -89,12 +84,10 @@ class EngineOptions:
             raise ValueError(f"order must be fcfs or priority, got {self.order!r}")
         if self.batch_tokens is not None and self.batch_tokens < 1:
             raise ValueError(f"batch_tokens must be at least 1 or None, got {self.batch_tokens}")
-        if self.block_tokens < 1 or self.preempt_limit < 0 or not self.turn_overhead_s >= 0:
-            raise ValueError(f"block_tokens must be at least 1, preempt_limit and turn_overhead_s not negative, got {self}")
-        if not 0 <= self.ageing_per_s < float("inf"):
-            raise ValueError(f"ageing_per_s must be finite and not negative, got {self.ageing_per_s}")
-        if self.preempt_margin is not None and (self.preempt_margin < 1 or self.order != "priority"):
-            raise ValueError(f"preempt_margin must be at least 1 and needs order='priority', got {self.preempt_margin} with {self.order!r}")
+        if self.block_tokens < 1 or not self.turn_overhead_s >= 0:
+            raise ValueError(f"block_tokens must be at least 1 and turn_overhead_s not negative, got {self}")
+        if self.preempt is not None and self.order != "priority":
+            raise ValueError(f"preempt needs order='priority', got {self.order!r}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,21 +2,36 @@
 
 Accounting only; when steps happen and what they cost is `engine.py`. Step numbers count the replica's steps, so the request that
 decodes from step s on with L tokens to go ends with step s + L whatever the steps cost: that is what makes an event O(log n).
-Source: vLLM `v1/core/sched/scheduler.py` (0.24, 0.27): admission, chunked prefill, preemption with recomputation. Invariants:
+Source: vLLM `v1/core/sched/scheduler.py` (0.24, 0.27): admission, chunked prefill, preemption with recomputation. Preemption on arrival is
+the plugin's own law, `schedule.preempt`, asked with the state of this engine as the plugin's scheduler asks it with vLLM's. Invariants:
 running <= slots; `decoding` and `context_sum` describe exactly the running requests whose prefill is complete.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from heapq import heappop, heappush
+from math import inf
 
 from verl_heddle.fleet import Replica
+from verl_heddle.schedule.preempt import Room, Running, Waiting, order, preemptions
 from verl_heddle.simulate.cache import PrefixCache
 from verl_heddle.simulate.options import EngineOptions, HostTier
 from verl_heddle.simulate.policy import Latency
-from verl_heddle.simulate.waiting import ByPriority, Fcfs, Waiting
+from verl_heddle.simulate.waiting import ByPriority, Fcfs, Queue
 from verl_heddle.simulate.workload import Request
+
+UNLIMITED = 2**60
+"""Blocks where KV cache is not limiting."""
+
+
+class Blocks(int):
+    """A count of blocks that may be asked for by a call: the law counts a victim's blocks only where they matter."""
+
+    def __call__(self) -> int:
+        """The count."""
+        return int(self)
 
 
 class Slots:
@@ -27,7 +42,7 @@ class Slots:
         self.options = options
         room, self._read_s = _tier(options.tier, replica, latency)
         self.cache = PrefixCache(replica.kv_tokens, options.block_tokens, options.prefix_cache, room)
-        self.queue: Waiting = Fcfs() if options.order == "fcfs" else ByPriority()
+        self.queue: Queue = Fcfs() if options.order == "fcfs" else ByPriority()
         self.running: dict[Request, None] = {}
         """In order of admission."""
         self.backlog: deque[Request] = deque()
@@ -94,7 +109,8 @@ class Slots:
         request.ticket = self._tickets
         self.running[request] = None
         self.backlog.append(request)
-        if self.options.preempt_margin is not None:
+        request.since = self.step
+        if self.options.preempt is not None:
             heappush(self._worst, (-request.rank, -request.arrival_s, request.ticket, request))
 
     def join(self, request: Request, waited_s: float) -> None:
@@ -124,13 +140,14 @@ class Slots:
         del self.running[request]
         request.ticket = -1
 
-    def lose_slot(self, request: Request) -> None:
-        """A running request goes back to the queue."""
+    def lose_slot(self, request: Request, back: bool = True) -> None:
+        """A running request loses its slot, and goes back to the queue unless the caller does that later."""
         self.leave(request)
         request.preemptions += 1
         self.preemptions += 1
         request.queued_s = self.at_s
-        self.queue.put_back(request)
+        if back:
+            self.queue.put_back(request)
 
     def squeeze(self) -> None:
         """The next step has no room for its tokens: vLLM's victims leave until it has. One request alone fits (checked on arrival)."""
@@ -142,43 +159,66 @@ class Slots:
             else:
                 self.lose_slot(max(running, key=lambda r: (r.rank, r.arrival_s, r.order)))
 
-    def yielding(self, better: Request) -> Request | None:
-        """The running request that has to make way for `better`, if there is one."""
-        worst, margin = self._worst, self.options.preempt_margin
-        while worst:
-            minus, _, ticket, request = worst[0]
-            if request.ticket == ticket and request.rank == -minus and request.yielded < self.options.preempt_limit:
-                break
+    def may_exchange(self, better: Request) -> bool:
+        """Whether some running request is so much worse that the law of preemption on arrival is worth asking."""
+        rule, worst = self.options.preempt, self._worst
+        if rule is None:
+            return False
+        while worst and not (worst[0][3].ticket == worst[0][2] and worst[0][3].rank == -worst[0][0]):
             heappop(worst)
-        if not worst or margin is None:
-            return None
-        victim = worst[0][3]
-        return None if min(victim.priority - better.priority, victim.rank - better.rank) < margin else victim
+        return bool(worst) and -worst[0][0] - better.rank >= rule.margin
 
-    def preempt_for_better(self) -> None:
-        """Clear a slot for each waiting request that beats a running one by the margin: the best of the waiting against the worst
-        of the running.
+    def exchange(self) -> tuple[list[Request], float]:
+        """Let `schedule.preempt` say who makes way for whom.
 
-        Only with every slot taken, and only while there is KV for the better one. A victim cannot come back in the same step: its
-        priority is worse than that of whoever it made way for.
+        Returns:
+            The victims, which are in no queue: the caller puts them back when the step has begun. And the steps after which to ask again
+            though nothing happens: when somebody who runs too short a time to be asked has run long enough.
         """
-        cache, limit = self.cache, self.cache.capacity
-        better: list[Request] = []
-        promised = 0
-        while self.queue.count and len(self.running) + len(better) >= self.replica.slots:
-            request = self.queue.peek()
-            victim = self.yielding(request)
-            if victim is None:
-                break
-            freed = victim.context - victim.owed if victim.owed else victim.context + victim.left - (victim.ends - self.step)
-            promised += cache.need(request)
-            if limit is not None and cache.in_use - freed + promised > limit:
-                break
-            better.append(self.queue.pop())
-            victim.yielded += 1
-            self.lose_slot(victim)
-        for request in better:
+        rule, best = self.options.preempt, self.queue.peek()
+        if rule is None or not self.may_exchange(best):
+            return [], inf
+        block, cache, young = self.cache.block, self.cache, inf
+        asked: dict[str, Request] = {}
+        for request in self.running:
+            if request.rank - best.rank < rule.margin or request.yielded >= rule.max_preemptions:
+                continue  # they would object to the best, and so to every other
+            if (ran := self.step - request.since) < rule.min_steps:
+                young = min(young, rule.min_steps - ran)
+            else:
+                asked[str(request.ticket)] = request
+        if not asked:
+            return [], young
+        free = UNLIMITED if cache.capacity is None else (cache.capacity - cache.in_use - self.decoding) // block
+        room = Room(self.replica.slots - len(self.running), free, block, self.options.prefix_cache)
+        waiting: list[Request] = []
+        plan = preemptions(
+            sorted((self._described(request) for request in asked.values()), key=lambda turn: order(turn, rule), reverse=True),
+            self._wanted(waiting),
+            room,
+            rule,
+        )
+        for request in waiting:
             self.queue.push(request)
+        victims = [asked[pair[0].key] for pair in plan.pairs]
+        for victim in victims:
+            victim.yielded += 1
+            self.lose_slot(victim, back=False)
+        return victims, young
+
+    def _wanted(self, taken: list[Request]) -> Iterator[Waiting]:
+        """The waiting in their order, taken out of the queue as far as they are looked at."""
+        while self.queue.count:
+            request = self.queue.pop()
+            taken.append(request)
+            yield Waiting(str(request.order), request.priority, request.arrival_s, -(-self.cache.need(request) // self.cache.block))
+
+    def _described(self, request: Request) -> Running:
+        """A request in a slot as the law sees it."""
+        context = request.context if request.owed else request.context + request.left - (request.ends - self.step)
+        tokens = context - (request.owed or 1)
+        own = Blocks(self.cache.alone(request, context) // self.cache.block)
+        return Running(str(request.ticket), request.priority, request.arrival_s, self.step - request.since, request.yielded, tokens, own)
 
 
 def _tier(tier: HostTier | None, replica: Replica, latency: Latency) -> tuple[float, float]:

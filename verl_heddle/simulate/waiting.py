@@ -97,4 +97,4 @@ class ByPriority:
         self.count -= 1
 
 
-Waiting = Fcfs | ByPriority
+Queue = Fcfs | ByPriority

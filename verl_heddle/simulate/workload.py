@@ -146,6 +146,7 @@ class Request:
         "reason",
         "recomputed",
         "shared",
+        "since",
         "start_s",
         "ticket",
         "told",
@@ -176,6 +177,8 @@ class Request:
         self.engine = -1
         """Number of the engine that has it."""
         self.waiting = False
+        self.since = 0
+        """Step of the engine before which it took its slot."""
         self.ticket = -1
         """Identifies the current stay in a slot; -1 outside."""
         self.ends = 0

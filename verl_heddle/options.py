@@ -169,7 +169,7 @@ class Trace:
 
     enable: bool = option(True, "Write every trajectory of the run as one JSON line, ready for replay in the simulator.")
     dir: str = option("${trainer.default_local_dir}/heddle", "Where trace.jsonl goes.")
-    workload: str = option("${trainer.project_name}", "Name written in each line's `workload`.")
+    workload: str | None = option("${trainer.project_name}", "Name written in each line's `workload`.")
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from verl_heddle.commands.compare import _quoted
 from verl_heddle.compare.arms import BARE, HEDDLE, STOCK, Arm, order, parse_arm
 from verl_heddle.compare.launch import launch, override, wandb_offline
 from verl_heddle.compare.plan import Key, Plan, keep, read_plan, wanted
@@ -61,21 +63,57 @@ def test_runs_are_kept_apart_and_a_bare_arm_has_no_word_of_heddle():
     assert not any(word.startswith("trainer.total_training_steps") for word in one.command), "the command's own number of steps"
 
 
-@settings(deadline=None)
-@given(st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs", "Zl", "Zp"]), min_size=1, max_size=30))
-def test_hydra_reads_a_quoted_value_as_it_is(text):
+def as_a_run_reads_it(word: str) -> object:
+    """Through a shell, Hydra's parser, the merge into a configuration, and verl's `OmegaConf.resolve` in another process."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import OmegaConf
 
-    parsed = OverridesParser.create().parse_override(override("++a.b", text, True))
-    assert parsed.value() == text
+    (word,) = shlex.split(_quoted(word))
+    parsed = OverridesParser.create().parse_override(word)
+    config = OmegaConf.create({"a": {"b": None}, "other": "${a.b}"})
+    OmegaConf.update(config, "a.b", parsed.value(), merge=True)
+    OmegaConf.resolve(config)
+    assert config.other == config.a.b
+    return config.a.b
+
+
+ANY_NAME = st.one_of(
+    st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=30),
+    st.text(st.sampled_from("ab/._-019 ={}[]()$\\'\"`!?:,#~@*\té\u65e5\n"), min_size=1, max_size=12),
+    st.sampled_from(["null", "true", "1", "1e3", "-1", "nan", "${a.c}", "$${a.c}", "\\\\${a}", "???", "~", " ", "a b", "it's", "\\", "é"]),
+)
 
 
 @settings(deadline=None)
-@given(st.text(st.sampled_from("ab/._-019 ={}$\\'\""), min_size=1, max_size=12))
-def test_hydra_reads_any_path_as_it_is(text):
-    from hydra.core.override_parser.overrides_parser import OverridesParser
+@given(ANY_NAME, st.booleans())
+def test_a_run_reads_any_name_as_it_is_or_it_is_refused(text, quoted):
+    if "${" in text or text == "???":
+        with pytest.raises(ValueError, match="use another --out or --name"):
+            override("++a.b", text, quoted)
+    else:
+        assert as_a_run_reads_it(override("++a.b", text, quoted)) == text
 
-    assert str(OverridesParser.create().parse_override(override("a.b", text)).value()) == text
+
+@pytest.mark.parametrize("name", ["a\\b", "it's", 'say "x"', "é\u65e5", "a b", "x$(id)", "`id`", "a;b#c", "{x}", "[1]", "\\'"])
+def test_a_dry_run_can_be_read_back(name, tmp_path, capsys):
+    """What is printed, pasted into a shell: the same words that a run gets."""
+    from verl_heddle.cli import main
+
+    assert main(["compare", "--dry-run", "--pairs", "1", "--out", str(tmp_path / name), "--", "python", "train.py"]) == 0
+    line = capsys.readouterr().out.replace("\\\n", " ").splitlines()[1]
+    words = shlex.split(line)
+    experiment = next(word for word in words if word.startswith("trainer.experiment_name="))
+    assert as_a_run_reads_it("++a.b=" + experiment.partition("=")[2]) == f"{name}-p1-stock"
+    assert f"WANDB_RUN_GROUP={name}" in words
+
+
+@pytest.mark.parametrize("name", ["a${b}", "???", "\udcff"])
+def test_a_name_that_no_configuration_can_hold_is_one_line(name, tmp_path, capsys):
+    from verl_heddle.cli import main
+
+    assert main(["compare", "--dry-run", "--pairs", "1", "--out", str(tmp_path / name), "--", "python", "train.py"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and "use another --out or --name" in said[0]
 
 
 def test_wandb_is_offline_unless_somebody_can_log_in(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import shutil
 import signal
@@ -98,7 +99,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    import os
+
     from verl_heddle.compare.campaign import locked, make
+    from verl_heddle.compare.launch import launch
     from verl_heddle.compare.outcome import publish, write
     from verl_heddle.compare.plan import keep, wanted
 
@@ -108,6 +112,7 @@ def _run(args: argparse.Namespace) -> int:
     out = Path(args.out or f"outputs/compare{f'-{args.recipe}' if args.recipe else ''}").resolve()
     asked = _asked(args, out)
     plan, again = wanted(out, asked, args.pairs, _extra(args))
+    launch(plan, next(plan.runs()), out, os.environ)  # a name that Hydra cannot hold is refused before anything is made
     if args.dry_run:
         return _show(plan, out)
     if not args.report_only:
@@ -219,8 +224,17 @@ def _show(plan: Plan, out: Path) -> int:
     for key in plan.runs():
         started = launch(plan, key, out, os.environ)
         print(f"# pair {key.pair}, {key.arm}")
-        print(" ".join(f"{name}={shlex.quote(value)}" for name, value in started.environment.items()), "\\\n ", shlex.join(started.command))
+        print(
+            " ".join(f"{name}={_quoted(value)}" for name, value in started.environment.items()),
+            "\\\n ",
+            " ".join(map(_quoted, started.command)),
+        )
     return 0
+
+
+def _quoted(word: str) -> str:
+    """For a shell: as `shlex.quote`, but Hydra's own quotes in double quotes, which a reader can read."""
+    return f'"{word}"' if "'" in word and not re.search(r'["\\$`!]', word) else shlex.quote(word)
 
 
 def _check(plan: Plan, out: Path) -> None:
@@ -235,20 +249,23 @@ def _check(plan: Plan, out: Path) -> None:
     from verl_heddle.compare.launch import launch
     from verl_heddle.compare.plan import Key
 
-    if not any(word.startswith("verl.trainer.main") for word in plan.command) or find_spec("verl") is None:
+    if find_spec("verl") is None:
         return
+    from verl_heddle.verl_plugin.command_line import read
     from verl_heddle.verl_plugin.lint import lint
-    from verl_heddle.verl_plugin.overrides import arguments_of, compose
+    from verl_heddle.verl_plugin.overrides import compose
 
+    if read(plan.command).main is None:
+        return
     for arm in plan.arms:
-        words = arguments_of(launch(plan, Key(1, arm.name), out, os.environ).command)
+        command = read(launch(plan, Key(1, arm.name), out, os.environ).command)
         try:
-            config = compose([word for word in words if not word.startswith("hydra.")])
+            config = compose(command.overrides, command)
         except Exception as error:
             raise ValueError(f"arm {arm.name}: {' '.join(str(error).split())}") from None
-        faults = [] if arm.bare else [finding for finding in lint(config) if finding.fatal]
+        faults = [] if arm.bare else [finding for finding in lint(config) if finding.fatal or finding.grave]
         if faults:
-            raise ValueError(f"arm {arm.name}: {faults[0]}")
+            raise ValueError(f"arm {arm.name}: {faults[0].text}")
 
 
 def _say(text: str) -> None:

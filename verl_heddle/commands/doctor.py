@@ -12,7 +12,8 @@ def add_parser(subparsers: Any) -> None:
         "doctor",
         help="check versions, every seam of verl and vLLM, and a verl command line",
         description="Check versions and every seam of verl and vLLM that heddle uses. With a verl command line after --, check that too. "
-        "Exit code: 0 all well, 1 runs but something is off, 2 does not run.",
+        "The command may be that of a run script: variables before python, ray job submit, Hydra's own options, a main of your own. "
+        "Exit code: 0 all well; 1 runs, but something is off or could not be checked; 2 does not run, or heddle would do nothing.",
     )
     parser.add_argument(
         "verl_command", nargs="*", metavar="-- VERL COMMAND", help="e.g. -- python -m verl.trainer.main_ppo ... +plugin=heddle"

@@ -79,7 +79,17 @@ def launch(plan: Plan, key: Key, out: Path, environment: Mapping[str, str]) -> L
 
 
 def override(key: str, value: str, text: bool = False) -> str:
-    """A Hydra override whose value is text, quoted where Hydra would read something else in it; `text`: always quoted."""
+    """A Hydra override whose value is text, quoted where Hydra would read something else in it; `text`: always quoted.
+
+    Raises:
+        ValueError: no configuration of verl's can hold the text; one line.
+    """
+    if "${" in value or value == "???":  # verl resolves its configuration twice, so that no escape survives
+        raise ValueError(f"{value!r} cannot be a value of {key.lstrip('+')}: Hydra reads ${{ and ??? as its own; use another --out or --name")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{value!r} cannot be a value of {key.lstrip('+')}: it is not UTF-8; use another --out or --name") from None
     if not text and _PLAIN.fullmatch(value) and value.lower() not in ("null", "none", "true", "false", "nan", "inf", "-inf"):
         return f"{key}={value}"
     escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", value).replace("'", r"\'")

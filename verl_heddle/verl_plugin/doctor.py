@@ -10,17 +10,38 @@ import warnings
 from collections.abc import Sequence
 from importlib import metadata
 
-from verl_heddle.verl_plugin import compat, lint
-from verl_heddle.verl_plugin.overrides import arguments_of, compose
+from omegaconf import DictConfig
+
+from verl_heddle.options import Options
+from verl_heddle.verl_plugin import compat, lint, parts
+from verl_heddle.verl_plugin.command_line import Command, read
+from verl_heddle.verl_plugin.overrides import compose
+from verl_heddle.verl_plugin.verl_keys import gone
 
 OK, WORKS_LESS, BROKEN = 0, 1, 2
-"""Exit codes: all well; runs, but something is off or untested; does not run."""
+"""Exit codes: all well; runs, but something is off, untested or unread; does not run, or heddle would do nothing, or nothing was read."""
 
 
-def doctor(command: Sequence[str]) -> int:
+SWEPT = 8
+"""Jobs of a sweep (--multirun) that are checked."""
+
+
+def doctor(words: Sequence[str]) -> int:
     """Print versions, seams and, for a given verl command line, what is wrong with it; returns the exit code."""
     _quiet()
-    return max(_versions(), _seams(), _command(command) if command else OK)
+    if not words:
+        return max(_versions(), _seams())
+    try:
+        command = read(words)
+    except ValueError as error:
+        return max(_versions(), _seams(), _error(str(error)))
+    before = os.environ.copy()
+    os.environ |= command.environment  # before verl is imported, which reads some of them then
+    try:
+        return max(_versions(), _seams(), _command(command))
+    finally:
+        os.environ.clear()
+        os.environ |= before
 
 
 def _quiet() -> None:
@@ -64,23 +85,84 @@ def _seams() -> int:
     return worst
 
 
-def _command(command: Sequence[str]) -> int:
+def _command(command: Command) -> int:
     print("Command line")
-    overrides = arguments_of(command)
-    if not any(word.startswith(("+plugin=", "plugin=", "++plugin=")) for word in overrides):
+    worst = OK
+    for why in command.unread:
+        print(f"  not checked: {why}")
+        worst = WORKS_LESS
+    if command.main is None and not command.overrides:
+        return BROKEN
+    try:
+        jobs = _jobs(command)
+    except Exception as error:
+        return _error(_line(error))
+    for number, overrides in enumerate(jobs[:SWEPT], start=1):
+        if len(jobs) > 1:
+            print(f"  job {number} of {len(jobs)}: {' '.join(word for word in overrides if word not in command.overrides)}")
+        worst = max(worst, _job(command, overrides))
+    if len(jobs) > SWEPT:
+        print(f"  not checked: the other {len(jobs) - SWEPT} jobs of the sweep")
+        worst = max(worst, WORKS_LESS)
+    return worst
+
+
+def _jobs(command: Command) -> list[list[str]]:
+    """The overrides of each job: one, or those of a sweep."""
+    if not command.multirun:
+        return [list(command.overrides)]
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    batches = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(list(command.overrides)), None)
+    return [job for batch in batches for job in batch]
+
+
+def _job(command: Command, overrides: Sequence[str]) -> int:
+    try:
+        config = compose(overrides, command)
+    except Exception as error:
+        return _refused(command, overrides, error)
+    if "heddle" not in config:
         print("  stock verl: add +plugin=heddle to switch heddle on")
         return OK
-    try:
-        config = compose(overrides)
-    except Exception as error:
-        print(f"  error: {' '.join(str(error).split())}")
-        return BROKEN
     findings = lint.lint(config)
     for finding in findings:
-        print(f"  {finding}")
-    if not findings:
+        print(f"  {'error' if finding.fatal or finding.grave else 'warning'}: {finding.text}")
+    if (options := lint.options_or_none(config)) is not None:
+        _table(config, options)
+    if not findings and not command.unread:
         print("  OK")
-    return BROKEN if any(f.fatal for f in findings) else WORKS_LESS if findings else OK
+    return BROKEN if any(finding.fatal or finding.grave for finding in findings) else WORKS_LESS if findings else OK
+
+
+def _table(config: DictConfig, options: Options) -> None:
+    rows = parts.table(config, options)
+    width = max(len(row.part) for row in rows)
+    print(f"  {'part':<{width}}  {'':<3}  why")
+    for row in rows:
+        print(f"  {row.part:<{width}}  {'on' if row.on else 'off':<3}  {row.why}")
+
+
+def _refused(command: Command, overrides: Sequence[str], error: Exception) -> int:
+    """Say whether the fault is the command's own, which stock verl refuses as well."""
+    stock = [word for word in overrides if not word.lstrip("+~").startswith(("plugin=", "machine=", "heddle."))]
+    try:
+        compose(stock, command)
+    except Exception as own:
+        for line in gone(stock):
+            _error(line)
+        return _error(f"stock verl refuses this command, without the flag as with it: {_line(own)}")
+    return _error(_line(error))
+
+
+def _error(text: str) -> int:
+    print(f"  error: {text}")
+    return BROKEN
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What can be wrong with a verl configuration that asks for heddle, one plain line each: what is wrong, and what to change.
 
-Reads the composed config only; imports neither verl nor ray, so that it answers before anything expensive starts.
+Reads the composed config only, so that it answers before anything expensive starts; verl is imported only to look up a trainer mode that is
+not one of verl's own.
 """
 
 from __future__ import annotations
@@ -8,20 +9,16 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
-from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from verl_heddle.layout.feasible import problems as layout_problems
 from verl_heddle.options import Options, check
 from verl_heddle.shape.settings import check as shape_problems
 from verl_heddle.verl_plugin.layout_choice import first, times
+from verl_heddle.verl_plugin.parts import EVERYTHING, ROLLOUT, VLLM, engine, get, losses
 from verl_heddle.verl_plugin.settings import ADVANTAGES, options_of
-
-GATE = "verl_heddle.verl_plugin.gate"
-TRAINER_RANK = "verl_heddle.verl_plugin.trainer_rank"
-SCHEDULER = "verl_heddle.verl_plugin.vllm_scheduler.HeddleScheduler"
 
 MODES = {
     "colocate_async": "its trainer aborts and resumes requests inside a trajectory, which heddle does not follow",
@@ -32,10 +29,11 @@ MODES = {
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """`fatal` stops the run; others are said and the run goes on."""
+    """`fatal` stops the run; others are said and the run goes on. `grave`: it goes on without most of what the flag is for."""
 
     fatal: bool
     text: str
+    grave: bool = False
 
     def __str__(self) -> str:
         return f"{'error' if self.fatal else 'warning'}: {self.text}"
@@ -55,12 +53,8 @@ def lint(config: DictConfig) -> list[Finding]:
     if not findings:
         options = options_of(config)
         findings += [Finding(True, text) for text in _verl(config, options)]
-        findings += [Finding(False, text) for text in _weakened(config, options)]
+        findings += _weakened(config, options)
     return findings
-
-
-def _get(config: DictConfig, key: str) -> Any:
-    return OmegaConf.select(config, key, throw_on_missing=False)
 
 
 def _options(config: DictConfig) -> list[str]:
@@ -76,27 +70,25 @@ def _verl(config: DictConfig, options: Options) -> list[str]:
     plugins = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto").strip().lower()
     if plugins != "auto" and "heddle" not in (name.strip() for name in plugins.split(",")):
         problems.append(f"VERL_USE_EXTERNAL_PLUGINS={plugins} keeps verl from loading heddle: unset it, or add heddle to the list")
-    if not _get(config, "trainer.use_v1"):
+    if not get(config, "trainer.use_v1"):
         problems.append("heddle needs verl's v1 trainer: set trainer.use_v1=true")
-    mode = _get(config, "trainer.v1.trainer_mode")
-    if mode != "sync":
-        why = MODES.get(mode, "heddle does not know it")
-        problems.append(f"trainer.v1.trainer_mode={mode} is not supported ({why}): set trainer.v1.trainer_mode=sync or drop the flag")
-    rollout = "actor_rollout_ref.rollout"
-    if _get(config, f"{rollout}.name") != "vllm":
-        name = _get(config, f"{rollout}.name") or "(not set)"
+    problems += _mode(str(get(config, "trainer.v1.trainer_mode")))
+    rollout = ROLLOUT
+    name = get(config, f"{rollout}.name")
+    if name is None:
+        problems.append(f"{rollout}.name is not set, and verl has no default for it: set {rollout}.name=vllm")
+    elif name != "vllm":
         problems.append(f"heddle runs on vLLM, but {rollout}.name={name}: set {rollout}.name=vllm or drop the flag")
     priority = options.priority.enable and not options.observe
-    if priority and _get(config, f"{rollout}.scheduling_policy") != "priority":
-        policy = _get(config, f"{rollout}.scheduling_policy")
-        problems.append(
-            f"heddle.priority.enable=true needs {rollout}.scheduling_policy=priority, but it is {policy}: set one of them accordingly"
-        )
+    policy = engine(config, "scheduling_policy")
+    if priority and policy != "priority":
+        key = f"{VLLM}.scheduling_policy" if get(config, f"{VLLM}.scheduling_policy") else f"{rollout}.scheduling_policy"
+        problems.append(f"heddle.priority.enable=true needs {key}=priority, but it is {policy}: set one of them accordingly")
     if options.preempt.enable and not priority and not options.observe:
         problems.append("heddle.preempt.enable=true needs heddle.priority.enable=true: set both, or heddle.preempt.enable=false")
     if options.shape.enable and not options.observe:
-        problems += shape_problems(options.shape, int(_get(config, f"{rollout}.n") or 1))
-        estimator = _get(config, "algorithm.adv_estimator")
+        problems += shape_problems(options.shape, int(get(config, f"{rollout}.n") or 1))
+        estimator = get(config, "algorithm.adv_estimator")
         if options.shape.corrected and estimator != ADVANTAGES:
             problems.append(
                 f"heddle.shape.corrected=true weights advantages, but algorithm.adv_estimator={estimator} takes no weights: "
@@ -104,38 +96,73 @@ def _verl(config: DictConfig, options: Options) -> list[str]:
             )
     if options.layout.enable:
         problems += _layout(config, options)
-    folder = str(_get(config, "heddle.trace.dir"))
+    folder = str(get(config, "heddle.trace.dir"))
     if options.trace.enable and not _writable(folder):
         problems.append(f"heddle.trace.dir={folder} cannot be written: name another folder, or set heddle.trace.enable=false")
     return problems
 
 
+def _mode(mode: str) -> list[str]:
+    """Why heddle cannot work in a trainer of this name. A mode of somebody's own is looked up where verl looks it up."""
+    if mode == "sync":
+        return []
+    instead = "set trainer.v1.trainer_mode=sync or drop the flag"
+    why = MODES.get(mode)
+    if why is None:
+        try:
+            from verl.trainer.ppo.v1 import PPOTrainerSync, get_trainer_cls
+
+            if issubclass(get_trainer_cls(mode), PPOTrainerSync):
+                return []
+            why = "its class does not derive from verl's PPOTrainerSync"
+        except ImportError as error:
+            why = f"verl's trainers cannot be imported: {error}"
+        except ValueError:
+            why = "verl has no such trainer here; set VERL_USE_EXTERNAL_MODULES to the module that registers yours, in every process"
+    return [f"trainer.v1.trainer_mode={mode} is not supported ({why}): {instead}"]
+
+
 def _layout(config: DictConfig, options: Options) -> list[str]:
     """Why the GPUs cannot be cut as asked."""
-    rollout = "actor_rollout_ref.rollout"
+    rollout = ROLLOUT
     if options.observe:
         return ["heddle.observe=true lets verl make the replicas: set heddle.layout.enable=false, or drop observe"]
     problems = []
+    model = "actor_rollout_ref.model"
+    schedule = options.layout.schedule or {}
+    changes = len({tuple(layout) for layout in schedule.values()}) > 1 if schedule else not options.layout.fixed
     for name in ("tensor_model_parallel_size", "data_parallel_size", "pipeline_model_parallel_size"):
-        if _get(config, f"{rollout}.{name}") != 1:
-            now = _get(config, f"{rollout}.{name}")
+        if get(config, f"{rollout}.{name}") != 1:
+            now = get(config, f"{rollout}.{name}")
             problems.append(f"heddle.layout.enable=true needs {rollout}.{name}=1, but it is {now}: set it to 1")
     for name in ("disaggregation.enabled", "prometheus.enable"):
-        if _get(config, f"{rollout}.{name}"):
+        if get(config, f"{rollout}.{name}"):
             problems.append(f"heddle.layout.enable=true does not go with {rollout}.{name}=true: set one of them to false")
-    if not _get(config, f"{rollout}.engine_kwargs.vllm.additional_config.heddle_layout"):
+    if int(get(config, f"{model}.lora_rank") or get(config, f"{model}.lora.rank") or 0) > 0 and not get(config, f"{model}.lora.merge"):
         problems.append(
-            f"{rollout}.engine_kwargs.vllm.additional_config is not heddle's, so heddle.layout.enable=true would be without effect: "
+            f"heddle.layout.enable=true does not go with LoRA, of which verl sends the base weights once, to the engines of that moment: "
+            f"set {model}.lora.merge=true, or heddle.layout.enable=false"
+        )
+    if changes and get(config, "trainer.device") != "cpu":
+        for name in ("enable_sleep_mode", "free_cache_engine"):
+            if not get(config, f"{rollout}.{name}"):
+                problems.append(
+                    f"layouts that change need engines that give their memory back, but {rollout}.{name}=false: set it to true, "
+                    "or name one layout for the whole run with heddle.layout.fixed"
+                )
+    if not get(config, f"{VLLM}.additional_config.heddle_layout"):
+        problems.append(
+            f"{VLLM}.additional_config is not heddle's, so heddle.layout.enable=true would be without effect: "
             "add heddle_layout to it as configs/plugin/heddle.yaml has it, or set heddle.layout.enable=false"
         )
-    per_node, nodes = int(_get(config, "trainer.n_gpus_per_node") or 1), int(_get(config, "trainer.nnodes") or 1)
-    heads, kv_heads = model_heads(str(_get(config, "actor_rollout_ref.model.path")))
+    per_node, nodes = int(get(config, "trainer.n_gpus_per_node") or 1), int(get(config, "trainer.nnodes") or 1)
+    heads, kv_heads = model_heads(str(get(config, "actor_rollout_ref.model.path")))
     given = {"heddle.layout.fixed": options.layout.fixed} if options.layout.fixed else {}
     given |= {f"heddle.layout.schedule[{step}]": layout for step, layout in (options.layout.schedule or {}).items()}
     if not given:
         try:
             times(options.layout.times)
-            first({"times": options.layout.times}, per_node * nodes, per_node, float(_get(config, f"{rollout}.gpu_memory_utilization")))
+            first({"times": options.layout.times}, per_node * nodes, per_node, float(get(config, f"{rollout}.gpu_memory_utilization")))
         except ValueError as error:
             problems.append(f"heddle.layout.times: {error}; or name the degrees yourself, as heddle.layout.fixed=[2,1,1]")
     for key, layout in given.items():
@@ -154,41 +181,19 @@ def model_heads(model: str) -> tuple[int | None, int | None]:
         return None, None
 
 
-def _weakened(config: DictConfig, options: Options) -> list[str]:
-    rollout = "actor_rollout_ref.rollout"
-    warnings = []
-    expected = {
-        f"{rollout}.agent.agent_loop_manager_class": (f"{GATE}.AgentLoopManager", "heddle does nothing"),
-        "trainer.v1.sampler.custom_sampler.path": (f"pkg://{GATE}", "no heddle metrics, no trace, verl's 2 s poll"),
-    }
-    for key, (value, consequence) in expected.items():
-        if _get(config, key) != value:
-            warnings.append(f"{key} is not heddle's: {consequence}")
-    if options.predict.checkpoint and not options.observe:
-        expected_callback = f"{GATE}.CheckpointCallback"
-        if _get(config, "trainer.checkpoint_callback_class") != expected_callback:
-            warnings.append(
-                "trainer.checkpoint_callback_class is not heddle's: what is learnt of lengths is not saved "
-                "(heddle.predict.checkpoint=false silences this)"
-            )
-    if not options.observe and TRAINER_RANK not in str(_get(config, "actor_rollout_ref.model.external_lib")):
-        warnings.append(
-            f"actor_rollout_ref.model.external_lib does not name {TRAINER_RANK}: a replica that dies ends the run at the next weight update"
-        )
-    scheduler = _get(config, f"{rollout}.engine_kwargs.vllm.scheduler_cls")
-    if options.preempt.enable and not options.observe and scheduler != SCHEDULER:
-        warnings.append(f"{rollout}.engine_kwargs.vllm.scheduler_cls is not heddle's: no preemption on arrival")
-    if options.shape.enable and not options.observe and scheduler != SCHEDULER:
-        warnings.append(f"{rollout}.engine_kwargs.vllm.scheduler_cls is not heddle's: samples of no more use run to their turn's end")
+def idle(config: DictConfig) -> str | None:
+    """Why heddle does nothing at all under this configuration; None where it does something."""
+    options = options_or_none(config) or Options()
+    return next((loss.text for loss in losses(config, options) if EVERYTHING in loss.parts), None)
+
+
+def _weakened(config: DictConfig, options: Options) -> list[Finding]:
+    found = [Finding(False, loss.text, loss.grave) for loss in losses(config, options)]
     if options.layout.enable and not options.place.enable:
-        warnings.append("heddle.layout.enable=true without heddle.place.enable=true: verl's rule places, as if replicas were alike")
-    if not str(_get(config, f"{rollout}.router_config_path")).endswith("verl_plugin/router.yaml"):
-        warnings.append(f"{rollout}.router_config_path is not heddle's: heddle does nothing")
-    if _get(config, f"{rollout}.disable_log_stats"):
-        warnings.append(f"{rollout}.disable_log_stats=true: queueing cannot be told from generation, preemptions are not counted")
-    if _get(config, f"{rollout}.disaggregation.enabled"):
-        warnings.append(f"{rollout}.disaggregation.enabled=true: queueing cannot be told from generation, preemptions are not counted")
-    return warnings
+        found.append(
+            Finding(False, "heddle.layout.enable=true without heddle.place.enable=true: verl's rule places, as if replicas were alike")
+        )
+    return found
 
 
 def _writable(folder: str) -> bool:

@@ -1,20 +1,21 @@
 """The flag's contract as data: every key a config group sets, its value, verl's own value, and why. Read from the YAML files themselves.
 
 The comment above a key in `configs/**.yaml` is the why; so file, table and docs page cannot drift apart. Composition uses Hydra
-on verl's config folder, found without importing verl.
+on the program's own config folder, found without importing it.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
+from verl_heddle.verl_plugin.command_line import Command, configured, verl_main
+from verl_heddle.verl_plugin.command_line import read as read_command
 from verl_heddle.verl_plugin.settings import CONFIGS
 
 GROUPS = ("plugin/heddle", "plugin/observe", "machine/cpu")
@@ -41,38 +42,56 @@ def read(group: str, stock: DictConfig | None = None) -> list[Override]:
     plain = OmegaConf.to_container(stock if stock is not None else compose([]), resolve=False)
     lines = text.splitlines()
     return [
-        Override(key, value, _look_up(plain, key), _comment_above(lines, line))
+        Override(key, _default(value), _look_up(plain, key), _comment_above(lines, line))
         for key, value, line in _leaves(yaml.compose(text))
         if not key.startswith("defaults")
     ]
 
 
-def compose(overrides: Sequence[str]) -> DictConfig:
-    """verl's trainer config with command-line overrides, as `python -m verl.trainer.main_ppo` would compose it.
+def compose(overrides: Sequence[str], command: Command | None = None) -> DictConfig:
+    """The trainer config that a program composes, with command-line overrides.
+
+    Args:
+        command: whose program and options of Hydra; None: `python -m verl.trainer.main_ppo`. A program of which no configuration is known
+            is taken for verl's own.
 
     Raises:
         ModuleNotFoundError: verl is not installed.
         hydra.errors.HydraException: the overrides do not compose.
     """
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
+    from hydra._internal.hydra import Hydra
+    from hydra._internal.utils import create_automatic_config_search_path, validate_config_path
+    from hydra.core.config_search_path import SearchPathQuery
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.types import RunMode
 
-    spec = find_spec("verl")
-    if spec is None or not spec.submodule_search_locations:
+    command = command or Command()
+    file = verl_main()
+    main = command.main or (configured(file, {}) if file is not None else None)
+    if main is None:
         raise ModuleNotFoundError("verl is not installed here")
-    folder = Path(next(iter(spec.submodule_search_locations))) / "trainer" / "config"
-    with initialize_config_dir(config_dir=str(folder), version_base=None):
-        return hydra_compose("ppo_trainer", overrides=list(overrides))
+    folder = command.config_path if command.config_path is not None else main.config_path
+    validate_config_path(folder)
+    path = create_automatic_config_search_path(str(main.file), None, folder)
+    if command.config_dir is not None:
+        path.prepend("command-line", f"file://{os.path.abspath(command.config_dir)}", SearchPathQuery(provider="schema"))
+    before = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        hydra = Hydra.create_main_hydra2(task_name="verl", config_search_path=path)
+        config = hydra.compose_config(command.config_name or main.config_name, list(overrides), RunMode.RUN)
+    finally:
+        GlobalHydra.instance().clear()
+        if before is not None:
+            GlobalHydra.instance().initialize(before)
+    with open_dict(config):
+        del config["hydra"]
+    return config
 
 
 def arguments_of(command: Sequence[str]) -> list[str]:
-    """The Hydra overrides in a verl command line: what follows the module, or everything if it names none."""
-    words = list(command)
-    for i, word in enumerate(words):
-        if word.startswith("verl.trainer.main") or word.endswith("main_ppo.py"):
-            words = words[i + 1 :]
-            break
-    return [word for word in words if "=" in word or word.startswith(("+", "~"))]
+    """The Hydra overrides in a verl command line."""
+    return list(read_command(command).overrides)
 
 
 def _leaves(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, Any, int]]:
@@ -83,6 +102,11 @@ def _leaves(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, Any, int]]
             yield from _leaves(value, name + ".")
         else:
             yield name, yaml.safe_load(yaml.serialize(value)), key.start_mark.line
+
+
+def _default(value: Any) -> Any:
+    """What the flag means by `${heddle_default:x}`."""
+    return value.removeprefix("${heddle_default:").removesuffix("}") if str(value).startswith("${heddle_default:") else value
 
 
 def _comment_above(lines: list[str], line: int) -> str:

@@ -20,11 +20,22 @@ CONFIGS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.par
 
 
 def register_resolvers() -> None:
-    """Teach OmegaConf `${heddle_path:x}`: file x of the package, wherever it is installed on the node that resolves it.
+    """Teach OmegaConf what `configs/` uses: `${heddle_path:x}`, file x of the package, wherever it is installed on the node that resolves
+    it (verl takes a router's file by path only, and a relative path does not find an editable install), and `${heddle_default:x}`, x.
 
-    verl takes a router's file by path only, and a relative path does not find an editable install.
+    Both are none while Hydra applies a command line's overrides: Hydra refuses `+key=...` where the key has a value, and a user's command
+    adds, by `+`, keys that stock verl leaves without one.
     """
-    OmegaConf.register_new_resolver("heddle_path", lambda name: str(PACKAGE / name), replace=True)
+    OmegaConf.register_new_resolver(
+        "heddle_path", lambda name, *, _root_: None if _composing(_root_) else str(PACKAGE / name), replace=True
+    )
+    OmegaConf.register_new_resolver("heddle_default", lambda value, *, _root_: None if _composing(_root_) else value, replace=True)
+
+
+def _composing(root: Any) -> bool:
+    """Whether Hydra is still at work on this configuration: it writes its version into it when overrides have been applied."""
+    runtime = OmegaConf.select(root, "hydra.runtime", throw_on_missing=False)
+    return runtime is not None and OmegaConf.is_missing(runtime, "version")
 
 
 def options_of(config: Any) -> Options:
@@ -34,4 +45,6 @@ def options_of(config: Any) -> Options:
         omegaconf.errors.OmegaConfBaseException: unknown key or wrong type.
     """
     given = OmegaConf.to_container(config["heddle"], resolve=True)  # while its interpolations still see the whole config
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Options), given))  # type: ignore[return-value]
+    options: Options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Options), given))  # type: ignore[assignment]
+    options.trace.workload = options.trace.workload or "verl"  # trainer.project_name, which may be none; a trace's line needs a name
+    return options

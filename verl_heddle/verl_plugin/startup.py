@@ -15,20 +15,25 @@ from omegaconf import DictConfig, OmegaConf
 
 import verl_heddle
 from verl_heddle.options import Options
-from verl_heddle.verl_plugin import lint
+from verl_heddle.verl_plugin import lint, nodes, parts
 from verl_heddle.verl_plugin.voice import say
 
 EXIT_BAD_CONFIG = 2
 
 
 class Startup(Callback):
-    """Check, then announce."""
+    """Check, then announce. A job's start, not a run's, because a sweep (--multirun) has jobs only."""
 
-    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         findings = lint.lint(config)
         for finding in findings:
             say(str(finding))
         if any(finding.fatal for finding in findings):
+            raise SystemExit(EXIT_BAD_CONFIG)
+        if lint.idle(config) is not None:
+            say(f"{verl_heddle.__version__} OFF, the run goes on as without the flag")
+            return
+        if not nodes.ready(config):
             raise SystemExit(EXIT_BAD_CONFIG)
         say(banner(config))
 
@@ -36,7 +41,7 @@ class Startup(Callback):
 class Machine(Callback):
     """Give the driver the environment that Ray's runtime_env gives every other process."""
 
-    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         variables = OmegaConf.select(config, "ray_kwargs.ray_init.runtime_env.env_vars") or {}
         os.environ.update({name: str(value) for name, value in variables.items()})
         if os.environ.get("VERL_PLATFORM") == "cpu":
@@ -48,33 +53,34 @@ class Machine(Callback):
 def banner(config: DictConfig) -> str:
     """One line: versions, what is on, where the trace goes."""
     options: Options = lint.options_or_none(config) or Options()
-    parts = []
+    on = {row.part for row in parts.table(config, options) if row.on}
+    told = []
     if options.observe:
-        parts.append("observing only, verl's own rules decide")
+        told.append("observing only, verl's own rules decide")
     else:
         moving = f", moving{' with pre-warming' if options.place.transport == 'prewarm' else ''}" if options.place.moves else ""
-        parts.append(
+        told.append(
             f"placement: planned from step 2{moving}" if options.place.enable else "placement: verl's rule (sticky, least in-flight)"
         )
         if options.priority.enable:
             order = "longest predicted first" if options.priority.order == "longest" else "by first turn"
-            parts.append(f"priority: {order}{', preempting on arrival' if options.preempt.enable else ''}")
+            told.append(f"priority: {order}{', preempting on arrival' if 'preemption' in on else ''}")
         else:
-            parts.append("priority: off")
+            told.append("priority: off")
         if options.predicts:
-            parts.append(f"prediction: {'trees on ' if options.predict.trees else ''}prompt history and siblings")
+            told.append(f"prediction: {'trees on ' if options.predict.trees else ''}prompt history and siblings")
         if options.layout.enable:
             fixed = "-".join(map(str, options.layout.fixed))
-            parts.append(f"layout: {'by schedule' if options.layout.schedule else fixed or 'planned from step 2'}")
+            told.append(f"layout: {'by schedule' if options.layout.schedule else fixed or 'planned from step 2'}")
         if options.shape.enable:
             spare = "as many as pay" if options.shape.spare is None else f"{options.shape.spare:g} a prompt"
-            parts.append(f"shaping: spare samples, {spare}, at most {options.shape.most:g}n")
+            told.append(f"shaping: spare samples, {spare}, at most {options.shape.most:g}n")
         if options.admission.per_slot:
-            parts.append(f"admission: {options.admission.per_slot:g} turns per slot")
-    parts.append(f"poll: {options.poll_interval_s:g} s")
-    parts.append(f"trace: {options.trace.dir}/trace.jsonl" if options.trace.enable else "trace: off")
+            told.append(f"admission: {options.admission.per_slot:g} turns per slot")
+    told.append(f"poll: {options.poll_interval_s:g} s")
+    told.append(f"trace: {options.trace.dir}/trace.jsonl" if options.trace.enable else "trace: off")
     found = ", ".join(f"{name} {_version(name)}" for name in ("verl", "vllm", "ray"))
-    return f"{verl_heddle.__version__} on ({found}); " + "; ".join(parts)
+    return f"{verl_heddle.__version__} on ({found}); " + "; ".join(told)
 
 
 def _version(distribution: str) -> str:

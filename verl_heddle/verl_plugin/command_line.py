@@ -1,0 +1,249 @@
+"""A verl command line as the shell, Python and Hydra would read it: environment, program, Hydra's options, overrides.
+
+A command names its program somewhere behind wrappers: `A=1 nohup env B=2 python -u -m my.main ...`, `ray job submit ... -- C=3 python
+x.py ...`, `torchrun ... x.py ...`, `bash -c "..."`. Words before the program that assign a variable are its environment; what follows the
+program goes through Hydra's own argument parser. Which configuration a program composes is read from its source (`@hydra.main`), which is
+never run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+VERL_MAIN = "verl.trainer.main_ppo"
+
+_PYTHON = re.compile(r"(python|pypy)[0-9.]*(\.exe)?")
+_SHELL = re.compile(r"(ba|z|da|k)?sh")
+_ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
+_OVERRIDE = re.compile(r"[+~]|[^-\s=/][^\s=]*=")
+_SHELL_ENDS = re.compile(r"\||\|\||&&|&|;|[0-9&]*>.*|<.*")
+_WITH_VALUE = ("-W", "-X", "--check-hash-based-pycs")
+"""Options of Python that take the next word."""
+
+
+@dataclass(frozen=True, slots=True)
+class Main:
+    """A program that Hydra configures. `config_path` and `config_name` as `@hydra.main` has them; None where it has none."""
+
+    file: Path
+    config_path: str | None
+    config_name: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command line, read.
+
+    `program` is the program in the user's words, empty where the command consists of overrides alone (verl's main is meant). `main` is
+    where its configuration comes from; None where that cannot be told. `unread` says in plain words what of the command could not be read.
+    """
+
+    overrides: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+    program: str = ""
+    main: Main | None = None
+    config_path: str | None = None
+    config_name: str | None = None
+    config_dir: str | None = None
+    multirun: bool = False
+    unread: tuple[str, ...] = ()
+
+
+def read(words: Sequence[str]) -> Command:
+    """Read a command line, given as words or as one word that holds all of it, as it stands in a script.
+
+    Raises:
+        ValueError: Hydra's own parser refuses the arguments, or quotes do not match; one line.
+    """
+    words = [word for word in words if word.strip(" \t\r\n\\")]  # a backslash with blanks behind it continues no line, and leaves this
+    if len(words) == 1 and any(_PYTHON.fullmatch(os.path.basename(word)) for word in _split(words[0])):
+        words = _split(words[0])
+    environment: dict[str, str] = {}
+    for i, word in enumerate(words):
+        name = os.path.basename(word)
+        if _PYTHON.fullmatch(name):
+            return _python(words[i + 1 :], environment)
+        if _SHELL.fullmatch(name):
+            return _shell(words[i:], environment)
+        if name.endswith(".py"):
+            return _hydra(word, _script(word), words[i + 1 :], environment)
+        if name in ("torchrun", "accelerate"):
+            return _python(words[i + 1 :], environment)
+        if word == VERL_MAIN:  # the command without its python -m
+            return _hydra(word, verl_main(), words[i + 1 :], environment)
+        if _ASSIGNMENT.match(word):
+            variable, _, value = word.partition("=")
+            environment[variable] = value
+    if words and not (_OVERRIDE.match(words[0]) or words[0].startswith("-")):
+        return Command(program=words[0], unread=(f"{words[0]!r} is not a Python program: what it runs was not checked",))
+    return _hydra("", verl_main(), words, {})
+
+
+def verl_main() -> Path | None:
+    """The file of verl's own trainer; None where verl is not installed."""
+    return _module(VERL_MAIN, {})
+
+
+def _split(text: str) -> list[str]:
+    """The words of the command that runs Python, or of the only one, in a piece of a shell script."""
+    words = shlex.split(text.replace("\\\r\n", " ").replace("\\\n", " "), comments=True)
+    ends = [i for i, word in enumerate(words) if _SHELL_ENDS.fullmatch(word) or word.endswith(";")]
+    begins = next((i for i, word in enumerate(words) if _PYTHON.fullmatch(os.path.basename(word))), 0)
+    end = next((i for i in ends if i > begins), len(words))
+    return words[:end]
+
+
+def _shell(words: Sequence[str], environment: dict[str, str]) -> Command:
+    for i, word in enumerate(words[1:], start=1):
+        if re.fullmatch(r"-[a-z]*c", word) and i + 1 < len(words):
+            inner = read(_split(words[i + 1]))
+            found = {**environment, **inner.environment}
+            return Command(**{**{name: getattr(inner, name) for name in Command.__slots__}, "environment": found})
+        if not word.startswith("-"):
+            break
+    what = next((word for word in words[1:] if not word.startswith("-")), "its input")
+    why = f"what the script {what} runs was not checked: put `verl-heddle doctor --` before the command inside it"
+    return Command(program=" ".join(words[:2]), environment=environment, unread=(why,))
+
+
+def _python(words: Sequence[str], environment: dict[str, str]) -> Command:
+    """What follows `python` or a launcher: the program is behind the first -m, or the first word that is a file."""
+    i = 0
+    while i < len(words):
+        word = words[i]
+        module = re.fullmatch(r"-[bBdEhiIOqsSuvVx]*m(.*)", word)
+        if module:
+            name = module[1] or (words[i + 1] if i + 1 < len(words) else "")
+            rest = words[i + (1 if module[1] else 2) :]
+            if name in _RUNNERS:
+                return _python(rest, environment)
+            return _hydra(name, _module(name, environment), rest, environment)
+        if word.endswith(".py"):
+            return _hydra(word, _script(word), words[i + 1 :], environment)
+        if re.fullmatch(r"-[a-zA-Z]*c", word):
+            break
+        i += 2 if word in _WITH_VALUE else 1
+    return Command(
+        program="python", environment=environment, unread=("the command names neither a module (-m) nor a file: nothing was checked",)
+    )
+
+
+_RUNNERS = ("torch.distributed.run", "torch.distributed.launch", "accelerate.commands.launch", "debugpy", "cProfile", "pdb", "coverage")
+"""Modules that run another."""
+
+
+def _hydra(program: str, file: Path | None, arguments: Sequence[str], environment: dict[str, str]) -> Command:
+    from hydra._internal.utils import get_args_parser
+
+    parser = get_args_parser()
+
+    def error(message: str) -> None:
+        raise ValueError(f"Hydra cannot read the arguments of {program or 'the command'}: {message}")
+
+    parser.error = error  # type: ignore[assignment, method-assign]
+    given: argparse.Namespace = parser.parse_args(list(arguments))
+    main = configured(file, environment) if file is not None else None
+    unread = []
+    if file is None:
+        unread.append(
+            f"{program} is not found from here: which configuration it composes was not checked"
+            if program
+            else "verl is not installed here"
+        )
+    elif main is None:
+        unread.append(f"{program} has no @hydra.main that can be read: which configuration it composes was not checked")
+    elif not _runs_v1(main.file, file):
+        unread.append(
+            f"{program} does not name verl's v1 trainer (main_ppo, TaskRunnerV1), which heddle needs: whether it runs it was not checked"
+        )
+    return Command(
+        tuple(given.overrides),
+        environment,
+        program,
+        main,
+        given.config_path,
+        given.config_name,
+        given.config_dir,
+        bool(given.multirun),
+        tuple(unread),
+    )
+
+
+def _script(word: str) -> Path | None:
+    return Path(word).resolve() if Path(word).is_file() else None
+
+
+def _module(name: str, environment: dict[str, str]) -> Path | None:
+    """The file of a module, found without importing its package; None where there is none."""
+    for folder in _search_path(environment):
+        base = Path(folder or ".").joinpath(*name.split("."))
+        for file in (base.with_name(base.name + ".py"), base / "__main__.py"):
+            if file.is_file():
+                return file.resolve()
+    package, _, rest = name.partition(".")
+    try:  # an editable installation is on no path
+        spec = find_spec(package)
+    except (ImportError, ValueError):
+        return None
+    for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
+        base = Path(folder).joinpath(*rest.split("."))
+        for file in (base.with_name(base.name + ".py"), base / "__main__.py"):
+            if rest and file.is_file():
+                return file.resolve()
+    return None
+
+
+def _search_path(environment: dict[str, str]) -> Iterator[str]:
+    yield os.getcwd()
+    for paths in (environment.get("PYTHONPATH"), os.environ.get("PYTHONPATH")):
+        yield from (paths or "").split(os.pathsep)
+    yield from sys.path
+
+
+def configured(file: Path, environment: dict[str, str], deep: bool = True) -> Main | None:
+    """What `@hydra.main` of a file says, or of the file from which it imports its main; None where there is none to read."""
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8", errors="replace"))
+    except (OSError, SyntaxError, ValueError):
+        return None
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            for decorator in node.decorator_list:
+                if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) in ("hydra.main", "main", "hydra_main"):
+                    return _decorated(file, decorator)
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module and not node.level] if deep else []
+    for node in imports:
+        if any("main" in alias.name for alias in node.names):
+            for module in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names)):
+                found = _module(str(module), environment)
+                main = configured(found, environment, deep=False) if found is not None else None
+                if main is not None:
+                    return main
+    return None
+
+
+def _decorated(file: Path, decorator: ast.Call) -> Main | None:
+    given = dict(zip(("config_path", "config_name", "version_base"), decorator.args, strict=False))
+    given |= {keyword.arg: keyword.value for keyword in decorator.keywords if keyword.arg}
+    found = {}
+    for name in ("config_path", "config_name"):
+        try:
+            found[name] = ast.literal_eval(given[name]) if name in given else None
+        except ValueError:
+            return None
+    return Main(file, found["config_path"], found["config_name"])
+
+
+def _runs_v1(*files: Path) -> bool:
+    """Whether a program's source speaks of verl's v1 trainer."""
+    texts = [file.read_text(encoding="utf-8", errors="replace") for file in files]
+    return any(re.search(r"TaskRunnerV1|get_trainer_cls|verl\.trainer\.main_ppo\b|verl\.trainer import main_ppo\b", text) for text in texts)

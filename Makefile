@@ -9,12 +9,17 @@ STEPS ?= 4
 OUT ?= outputs/demo-$(RECIPE)
 # Bytecode is kept: without it every engine process imports for 10 s longer.
 unexport PYTHONDONTWRITEBYTECODE
+# Files and output are UTF-8 whatever the machine's language is.
+export LC_ALL := C.UTF-8
 unexport RAY_ADDRESS
 
-.PHONY: help venv demo test lint test-fast test-e2e test-pins bench-rehearsal docs clean
+.PHONY: help venv tools demo test lint test-fast test-e2e test-pins test-newest bench-rehearsal docs clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+tools:  ## what the tests need of the system (bubblewrap, Chromium): installed as root on Debian and Ubuntu, else named
+	@envs/tools.sh
 
 venv:  ## build .venv (CPU, or GPU where there is one); seconds when nothing changed
 	@envs/setup.sh auto .venv
@@ -23,20 +28,31 @@ demo: export WANDB_MODE ?= $(if $(WANDB_API_KEY),online,offline)
 demo: venv  ## a recipe (RECIPE=math or coding), stock verl against heddle: a table, a page, W&B (STEPS, PAIRS, OUT, MODEL, ARGS)
 	@.venv/bin/verl-heddle compare --recipe $(RECIPE) --pairs $(PAIRS) --steps $(STEPS) --out $(OUT) -- $(ARGS)
 
-test: lint test-fast test-e2e  ## everything
+test: export HEDDLE_SKIPPED := $(CURDIR)/.setup/skipped.txt
+test:  ## everything
+	@mkdir -p .setup && rm -f $(HEDDLE_SKIPPED)
+	@echo "make test: set-up, lint, tests without engines, tests with real engines;" \
+	  "$$(cat .setup/took.txt 2>/dev/null || echo 'half an hour to an hour on two cores')"
+	@start=$$SECONDS; $(MAKE) --no-print-directory lint test-fast test-e2e && echo "$$(((SECONDS - start) / 60)) minutes the last time here" >.setup/took.txt
+	@echo "make test: all passed, $$(cat .setup/took.txt | cut -d' ' -f1,2)$$([ -e $(HEDDLE_SKIPPED) ] && echo '; skipped:' || echo '; nothing skipped')"
+	@[ ! -e $(HEDDLE_SKIPPED) ] || cat $(HEDDLE_SKIPPED)
 
 lint: venv  ## format, lint, types
 	@.venv/bin/ruff format --check . && .venv/bin/ruff check . && .venv/bin/mypy
 
-test-fast: venv  ## all tests without Ray and engines
+test-fast: venv tools  ## all tests without Ray and engines
 	@$(PY) -m pytest -m "not e2e"
 
-test-e2e: venv  ## real verl, real vLLM engines, real Ray
+test-e2e: venv tools  ## real verl, real vLLM engines, real Ray
 	@$(PY) -m pytest -m e2e
 
-test-pins:  ## contract and engine tests against the vLLM that verl pins for GPUs (0.24.0), in .venv-pins
+test-pins: tools  ## contract and engine tests against the vLLM that verl pins for GPUs (0.24.0), in .venv-pins
 	@envs/setup.sh cpu-pins .venv-pins
 	@.venv-pins/bin/python -m pytest tests/contract tests/e2e/test_engine.py
+
+test-newest: tools  ## the same against the newest vLLM that installs beside verl (0.31.0), in .venv-newest
+	@envs/setup.sh cpu-newest .venv-newest
+	@.venv-newest/bin/python -m pytest tests/contract tests/e2e/test_engine.py
 
 bench-rehearsal: venv  ## every experiment of bench/gpu on the CPU with a tiny model, JSON checked; ten minutes; no figure of it is a GPU's
 	@$(PY) bench/gpu/run.py --profile rehearsal --budget-minutes 14.5 --again
@@ -47,4 +63,4 @@ docs: venv  ## write docs/configuration.md and what is generated in README.md
 	@$(PY) bench/readme_figure.py
 
 clean:  ## remove what was built
-	rm -rf .venv .venv-pins .setup outputs
+	rm -rf .venv .venv-pins .venv-newest .setup outputs

@@ -11,10 +11,16 @@ from pathlib import Path
 import pytest
 from engines import prepared, runner
 from hypothesis import settings
+from skips import Skips
+from wheel_site import Installed, installed
 
 settings.register_profile("steady", derandomize=True)
 settings.register_profile("explore")
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Skips(), "heddle-skips")
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +33,9 @@ def workspace(tmp_path_factory) -> Path:
 def train(workspace):
     """Run the math recipe, see `runner`."""
     return runner("math", workspace)
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory) -> Installed:
+    """Our wheel in an environment beside no checkout."""
+    return installed(tmp_path_factory.mktemp("wheel"))

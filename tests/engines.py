@@ -62,13 +62,13 @@ def prepared(recipe: str, folder: Path, model_steps: int | None = None) -> Path:
     return folder
 
 
-def runner(recipe: str, folder: Path) -> Callable[..., Run]:
-    """Run a recipe as a user does: `run(name, *overrides, steps=1, replicas=1, env={})` -> Run."""
+def runner(recipe: str, folder: Path, root: Path = ROOT, python: Path | str = sys.executable) -> Callable[..., Run]:
+    """Run a recipe of `root` as a user does: `run(name, *overrides, steps=1, replicas=1, env={})` -> Run."""
 
     def run(name: str, *overrides: str, steps: int = 1, replicas: int = 1, env: dict[str, str] | None = None) -> Run:
-        settings = {"OUT": str(folder), "NAME": name, "STEPS": str(steps), "GPUS": str(replicas), "PYTHON": sys.executable}
+        settings = {"OUT": str(folder), "NAME": name, "STEPS": str(steps), "GPUS": str(replicas), "PYTHON": str(python)}
         environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "PYTHONDONTWRITEBYTECODE")}
-        command = ["bash", str(ROOT / "recipes" / recipe / "run.sh"), "+machine=cpu", *overrides]
+        command = ["bash", str(root / "recipes" / recipe / "run.sh"), "+machine=cpu", *overrides]
         for _attempt in (1, 2):
             done = subprocess.run(
                 command,

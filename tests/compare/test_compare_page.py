@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "report"))
-from test_report_page import CHROMIUM, Parts, browse
+from test_report_page import Parts, browse
 
 from verl_heddle.compare.outcome import write
 from verl_heddle.compare.plan import read_plan
@@ -65,7 +65,6 @@ def test_names_are_escaped(finished, tmp_path):
     assert "<script" not in text and "<img src=x>" not in text and "<b>shell" not in text and "&lt;img src=x&gt;" in text
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 @pytest.mark.parametrize(("width", "scheme"), [(390, 0), (390, 1), (1280, 0), (1280, 1)])
 def test_in_a_browser(html, tmp_path, width, scheme):
     seen, console = browse(tmp_path, html, width, scheme)

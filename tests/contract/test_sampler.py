@@ -54,7 +54,7 @@ ATTRIBUTES = [
 @pytest.mark.parametrize("active", [True, False])
 def test_configured_like_verls_own(name, mode, active, monkeypatch):
     if mode != "sync" and name == "gen batch":
-        pytest.skip("the asynchronous buffer takes no batch sizes")
+        pytest.skip("no batch sizes when asynchronous")
     theirs = Trainer(CASES[name], mode)._build_replay_buffer()
     monkeypatch.setattr(gate, "_active", active)
     ours = Trainer([*CASES[name], "+plugin=heddle"], mode)._build_replay_buffer()

@@ -22,7 +22,7 @@ from recipes.sandbox.limits import Limits
 from recipes.sandbox.local import Sandbox
 
 SECRET = "correct-horse-battery-staple"
-LIMITS = Limits(wall_s=4, cpu_s=5, address_mb=256, memory_mb=128, disk_mb=8, processes=12, output_kb=64)
+LIMITS = Limits(wall_s=8, cpu_s=8, address_mb=256, memory_mb=128, disk_mb=8, processes=12, output_kb=64)
 
 SYSCALL = "import ctypes,os\nc=ctypes.CDLL(None,use_errno=True)\n"
 TRY = "try:\n {}\n print('ESCAPED')\nexcept OSError as e:\n print(e)\n"

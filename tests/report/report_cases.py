@@ -6,6 +6,8 @@ import argparse
 import shutil
 from pathlib import Path
 
+import pytest
+
 from verl_heddle.commands import plan, simulate
 from verl_heddle.fleet import Replica
 from verl_heddle.latency import LatencyModel
@@ -18,7 +20,13 @@ from verl_heddle.simulate.baselines import RoundRobin
 from verl_heddle.traces import write
 from verl_heddle.trajectory import Trajectory, Turn
 
-CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+
+def chromium() -> str:
+    """A browser to look at pages with; the test that asks fails where there is none."""
+    for name in ("chromium", "chromium-browser", "google-chrome"):
+        if found := shutil.which(name):
+            return found
+    pytest.fail("needs Chromium or Chrome: `envs/tools.sh` says how", pytrace=False)
 
 
 def small(arms=ARMS, seeds=(0, 1), slots=8, gpus=4, tp=None, workload="search", prompts=8, samples=4, jobs=1) -> Answer:

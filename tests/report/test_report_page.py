@@ -8,7 +8,7 @@ from html import escape, unescape
 from html.parser import HTMLParser
 
 import pytest
-from report_cases import CHROMIUM, lived, small, trace
+from report_cases import chromium, lived, small, trace
 
 from verl_heddle.report.advice import advise, told
 from verl_heddle.report.draws import generated, recorded
@@ -115,14 +115,13 @@ def browse(folder, text, width, scheme):
     head = '<meta charset="utf-8"><meta name="color-scheme" content="light dark">'
     file.write_text(f"<!doctype html>{head}<body>{frame}<script>onload = () => {{ {take} }}</script></body>", encoding="utf-8")
     window = [f"--blink-settings=preferredColorScheme={scheme}", "--window-size=1400,2100"]
-    words = [CHROMIUM, *FLAGS, f"--user-data-dir={folder / 'profile'}", *window, "--dump-dom", f"file://{file}"]
+    words = [chromium(), *FLAGS, f"--user-data-dir={folder / 'profile'}", *window, "--dump-dom", f"file://{file}"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60)
     probe = re.search(r'<html[^>]* data-probe="([^"]*)"', done.stdout)
     assert probe, done.stderr[-2000:]
     return json.loads(unescape(probe.group(1))), [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 @pytest.mark.parametrize(("width", "scheme"), [(390, 0), (390, 1), (1280, 0), (1280, 1)])
 def test_in_a_browser(html, plan_html, tmp_path, width, scheme):
     for name, text in (("simulate", html), ("plan", plan_html)):
@@ -135,11 +134,10 @@ def test_in_a_browser(html, plan_html, tmp_path, width, scheme):
         assert seen["background"] == ("rgb(20, 23, 28)" if scheme == 0 else "rgb(255, 255, 255)")
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 def test_policy_lets_the_page_through(html, tmp_path):
     """With its own content policy in force nothing is blocked."""
     file = tmp_path / "page.html"
     file.write_text(html, encoding="utf-8")
-    words = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}"]
+    words = [chromium(), *FLAGS, f"--user-data-dir={tmp_path / 'profile'}"]
     done = subprocess.run([*words, "--dump-dom", f"file://{file}"], capture_output=True, text=True, timeout=60)
     assert "</html>" in done.stdout and "CONSOLE" not in done.stderr

@@ -19,6 +19,7 @@ from recipes.tiny import chat as tiny_chat
 TOOLS = {tool.name: tool for tool in initialize_tools_from_config(str(Path(chat.__file__).with_name("tools.yaml")))}
 TASKS = st.builds(lambda k, seed: tasks.draw_task(k, random.Random(seed)), st.integers(1, tasks.MAX_DIFFICULTY), st.integers(0, 2**32))
 JUDGE = judge.Judge()
+LEVELS = ("bubblewrap", "process")
 ECHO = [{"input": "1 2\n", "output": "3"}, {"input": "5 6", "output": "11\n"}]
 ADD = "a,b=map(int,input().split())\nprint(a+b)"
 
@@ -68,16 +69,21 @@ VERDICTS = {
     "import os\nif os.fork()==0:\n import time\n time.sleep(60)\n" + ADD: (2, ""),
     "import os\nos.write(1,b'x'*10**6)": (0, "expected 3, got xxx"),
     "import os,signal\nos.kill(os.getppid(),9)": (0, "killed by signal 9"),
-    "import glob\nprint(open(sorted(glob.glob('/work/*'))[0]).read())": (0, "expected 3, got"),
+    "import glob, os\nprint(open(sorted(glob.glob(os.getcwd() + '/*'))[0]).read())": (0, "expected 3, got"),
     "x" * 60_000: (0, "the program is longer than 50000 characters"),
     "": (0, "got ."),
 }
 
 
+@pytest.fixture(scope="module", params=LEVELS)
+def level_judge(request):
+    """A judge at each level of the sandbox; a level that does not work here fails its tests, it is not left out."""
+    return judge.Judge(request.param)
+
+
 @pytest.mark.parametrize("code", VERDICTS, ids=range(len(VERDICTS)))
-def test_the_judge(code, monkeypatch):
-    monkeypatch.setattr(judge, "TEST_S", 1.0)
-    verdict = JUDGE.judge(code, ECHO)
+def test_the_judge(level_judge, code):
+    verdict = level_judge.judge(code, ECHO)
     assert verdict.passed == VERDICTS[code][0] and verdict.total == 2 and VERDICTS[code][1] in verdict.why and verdict.judged
     assert bool(verdict.why) == (verdict.passed < 2)
 

@@ -107,8 +107,8 @@ async def test_the_solver_and_python_work_in_the_sandbox(monkeypatch):
     """Needs SymPy inside: in this environment's Python where bubblewrap works, else in the system's."""
     monkeypatch.setenv("HEDDLE_TEST_SECRET", "escaped")  # SymPy's parser evaluates what it reads: only the walls hold
     module = sys.modules[SOLVER["solve"].fn.__module__]
-    if not module.sandbox().run({"main.py": "import sympy"}).ok:
-        pytest.skip("no SymPy for the sandbox's Python here")
+    result = module.sandbox().run({"main.py": "import sympy"})
+    assert result.ok, f"no SymPy for the sandbox's Python: {result.explain()}; bubblewrap gives it this environment's"
     results = await asyncio.gather(
         SOLVER["solve"].call({"equations": "x^2-5x+6=0", "unknowns": "x"}),
         SOLVER["solve"].call({"equations": "x+y=3, x-y=1", "unknowns": "x,y"}),

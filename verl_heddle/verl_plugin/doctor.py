@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from importlib import metadata
 
 from omegaconf import DictConfig
@@ -70,7 +71,26 @@ def _versions() -> int:
         else:
             note = f"supported: {', '.join(supported)}" if supported else ""
         print(f"  {name:<14}{found:<16}{note}".rstrip())
+    for note in shared_files({name for found in metadata.distributions() if (name := found.metadata["Name"])}):
+        worst = max(worst, WORKS_LESS)
+        print(f"  {note}")
     return worst
+
+
+ONE_OF = {"xgboost": "the module xgboost, of which prediction needs one", "nvidia-nccl-cu": "libnccl.so.2, which torch loads"}
+"""Beginnings of distributions' names -> the same files that they all hold: the last one installed has overwritten the others'."""
+
+
+def shared_files(installed: Set[str]) -> list[str]:
+    """What is wrong with distributions that overwrite each other's files, and with an xgboost that is missing, a line each."""
+    notes = []
+    for beginning, files in ONE_OF.items():
+        found = sorted(name for name in installed if re.fullmatch(rf"{beginning}(-cpu|\d*)", name))
+        if len(found) > 1:
+            notes.append(f"{' and '.join(found)} both hold {files}: uninstall both, then install the one you want")
+        if not found and beginning == "xgboost":
+            notes.append("xgboost is missing: no prediction; pip install xgboost-cpu")
+    return notes
 
 
 def _seams() -> int:

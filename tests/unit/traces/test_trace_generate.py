@@ -1,6 +1,5 @@
 """The generator against the numbers it claims, and its promises: a seed is a result, a parameter does what it says."""
 
-import time
 from dataclasses import fields, replace
 
 import numpy as np
@@ -165,10 +164,3 @@ def test_wrong_arguments(arguments: dict, words: str) -> None:
 
 def test_every_number_of_a_workload_has_a_range() -> None:
     assert set(_RANGES) == {field.name for field in fields(Workload)} - {"name", "tools"}
-
-
-def test_cost() -> None:
-    """About 4 microseconds of one core per turn (100,000 coding trajectories: 5 s); the bound leaves room for slow machines."""
-    begin = time.process_time()
-    generate("coding", 1000)
-    assert time.process_time() - begin < 5

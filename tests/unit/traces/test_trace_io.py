@@ -4,7 +4,6 @@ import gzip
 import itertools
 import os
 import random
-import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -176,14 +175,12 @@ def packed_zeros(path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [sparse_zeros, one_long_line, packed_zeros])
-def test_a_huge_line_fails_fast_in_bounded_memory(tmp_path: Path, make: Callable[[Path], None]) -> None:
+def test_a_huge_line_fails_in_bounded_memory(tmp_path: Path, make: Callable[[Path], None]) -> None:
     path = tmp_path / "t.jsonl"
     make(path)
     tracemalloc.start()
     try:
-        begin = time.perf_counter()
         assert f":1: line too long, is this a trace file?; allowed: lines of at most {MAX_LINE_BYTES} bytes" in fails(path)
-        assert time.perf_counter() - begin < 5
         assert tracemalloc.get_traced_memory()[1] < 4 * MAX_LINE_BYTES
     finally:
         tracemalloc.stop()

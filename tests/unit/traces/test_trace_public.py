@@ -18,7 +18,7 @@ try:
 except TraceError:
     FILES = {}
 
-pytestmark = pytest.mark.skipif(not FILES, reason=f"no public traces in {FOLDER}")
+pytestmark = pytest.mark.skipif(not FILES, reason="no public traces here")
 
 # Aggregates of the eight sources: trajectories, prompts; steps p50, p90, max; output p50, p90, p99, max; longest/median p50, p90; share of
 # variance inside prompts; mean of longest/mean in batches of 256; Spearman of siblings and of the first 3 turns.
@@ -42,7 +42,7 @@ TOOLS = {
 
 def file_of(source: str) -> Path:
     if source not in FILES:
-        pytest.skip(f"no {source} in {FOLDER}")
+        pytest.skip("no public traces here")
     return FILES[source]
 
 

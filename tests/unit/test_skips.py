@@ -1,0 +1,36 @@
+"""What is skipped is shown with its reason, and only for listed reasons."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from skips import ALLOWED, FILE_VARIABLE
+
+
+def run(folder: Path, reason: str) -> subprocess.CompletedProcess[str]:
+    (folder / "test_one.py").write_text(f"import pytest\ndef test_is_left_out(): pytest.skip({reason!r})\ndef test_runs(): pass\n")
+    (folder / "test_whole.py").write_text("import pytest\npytest.skip('no public traces here', allow_module_level=True)\n")
+    (folder / "conftest.py").write_text("from skips import Skips\ndef pytest_configure(config): config.pluginmanager.register(Skips())\n")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), FILE_VARIABLE: str(folder / "skipped")}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=120)
+
+
+def test_a_listed_reason_is_shown_and_kept(tmp_path):
+    done = run(tmp_path, "only root changes its user")
+    assert done.returncode == 0, done.stdout
+    lines = ["1 skipped, no public traces here: test_whole.py", "1 skipped, only root changes its user: test_one.py"]
+    assert [line for line in done.stdout.splitlines() if " skipped, " in line and ":" in line] == lines
+    assert (tmp_path / "skipped").read_text().splitlines() == lines
+
+
+def test_another_reason_fails_the_run(tmp_path):
+    done = run(tmp_path, "it is Sunday")
+    assert done.returncode == 1 and "'it is Sunday' is no reason to skip" in done.stdout and "1 passed" in done.stdout
+
+
+@pytest.mark.parametrize("reason", ALLOWED)
+def test_reasons_are_short(reason):
+    assert len(reason.split()) <= 5

@@ -287,3 +287,58 @@ def test_off_means_absent_and_twice_means_once():
     dog = Watchdog(QUICK, Counter())
     call = dog.guard(tool).call
     assert dog.guard(tool).call is call
+
+
+class WithItsOwnCall(Stateful):
+    """A tool whose class happens to name a method as verl's `FunctionTool` does."""
+
+    def call(self, text):
+        return f"fine: {text}"
+
+    async def execute(self, instance_id, parameters, **kwargs):
+        return ToolResponse(text=self.call("asked")), None, {}
+
+
+class Loop:
+    """As much of verl's tool agent loop as its `_call_tool` reads."""
+
+    max_tool_response_length, tool_response_truncate_side = 100, "middle"
+
+    def __init__(self, tool):
+        self.tools = {"t": tool}
+
+
+async def verl_calls(tool):
+    from verl.experimental.agent_loop.tool_agent_loop import FunctionCall, ToolAgentLoop
+
+    response, _, _ = await ToolAgentLoop._call_tool(Loop(tool), FunctionCall(name="t", arguments="{}"), {}, None)
+    return response.text
+
+
+@pytest.mark.parametrize("enable", [True, False])
+async def test_only_what_verl_awaits_is_wrapped(enable):
+    recorder = Recorder(TrajectoryId("p", "u", 0, 1), 0.0, 0.0)
+    CURRENT.set(recorder)
+    tool = watch_tool(Watchdog(replace(QUICK, enable=enable), Counter()).guard(WithItsOwnCall()))
+    assert await verl_calls(tool) == "fine: asked" and tool.call("me") == "fine: me"
+    assert [name for name, _, _ in recorder._tools] == ["t"], "timed once"
+    plain = watch_tool(Watchdog(replace(QUICK, enable=enable), Counter()).guard(FunctionTool("t", lambda: "fine", SCHEMA)))
+    assert await verl_calls(plain) == "fine" and len(recorder._tools) == 2
+
+
+async def test_the_stop_watch_never_breaks_a_call(monkeypatch, capsys):
+    def broken(*args):
+        raise OSError("no router")
+
+    monkeypatch.setattr(Recorder, "tool_ran", broken)
+    CURRENT.set(Recorder(TrajectoryId("p", "u", 0, 1), 0.0, 0.0, listener=broken))
+    assert await verl_calls(watch_tool(Stateful())) == "fine"
+    assert capsys.readouterr().err.count("could not be recorded") == 1
+
+    class Fixed(Stateful):
+        def __setattr__(self, name, value):
+            if name == "execute":
+                raise AttributeError("read only")
+            super().__setattr__(name, value)
+
+    assert await verl_calls(watch_tool(Fixed())) == "fine"

@@ -5,19 +5,28 @@ asyncio tasks inherit it, so every agent loop, verl's or a third party's, is cov
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
+from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
+from verl.tools.function_tool import FunctionTool
+
 from verl_heddle.traces.recorder import Recorder
+from verl_heddle.verl_plugin.voice import say_once
 
 CURRENT: ContextVar[Recorder | None] = ContextVar("heddle_trajectory", default=None)
 
 
 def watch_tool(tool: Any) -> Any:
-    """Make a verl tool (`FunctionTool` or `BaseTool`) tell the current trajectory how long each call took; returns the tool."""
-    method = "call" if hasattr(tool, "call") else "execute"
+    """Make a verl tool tell the current trajectory how long each call took; returns the tool.
+
+    Wraps what verl's agent loop awaits: `FunctionTool.call`, and `execute` of everything else, whatever other methods a tool has. The
+    wrapper only measures: what fails in it is logged once and costs the record that call's time, never the call.
+    """
+    method = "call" if isinstance(tool, FunctionTool) else "execute"
     original = getattr(tool, method, None)
     if original is None or getattr(original, "heddle", False):
         return tool
@@ -25,14 +34,27 @@ def watch_tool(tool: Any) -> Any:
     @functools.wraps(original)
     async def timed(*args: Any, **kwargs: Any) -> Any:
         recorder, start = CURRENT.get(), time.monotonic()
-        if recorder is not None:
+        if recorder is None:
+            return await original(*args, **kwargs)
+        with _harmless():
             recorder.tool_began(tool.name)
         try:
             return await original(*args, **kwargs)
         finally:
-            if recorder is not None:
+            with _harmless():
                 recorder.tool_ran(tool.name, start, time.monotonic())
 
     timed.heddle = True  # type: ignore[attr-defined]
-    setattr(tool, method, timed)
+    try:
+        setattr(tool, method, timed)
+    except Exception as error:  # a frozen class, or one with slots
+        say_once(f"the calls of a tool of {type(tool).__name__} are not timed ({type(error).__name__}: {error})")
     return tool
+
+
+@contextlib.contextmanager
+def _harmless() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        say_once(f"a tool call could not be recorded ({type(error).__name__}: {error})")

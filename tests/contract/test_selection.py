@@ -128,3 +128,30 @@ def test_cancelled_from_outside_and_missed_or_not():
 
     assert asyncio.run(play(4)) == [type(None)] * 4
     assert asyncio.run(play(3)).count(asyncio.CancelledError) == 1
+
+
+@pytest.mark.parametrize("event", ["progress", "finished", "take"])
+@pytest.mark.parametrize("after", [0, 1, 3, 5])
+def test_a_rule_that_raises_costs_the_selection_not_the_group(event, after, monkeypatch, capsys):
+    """Whoever waits for a verdict would wait for ever, and the step with him."""
+    from verl_heddle.shape.groups import Groups
+
+    original, calls = getattr(Groups, event), []
+
+    def broken(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) > after:
+            raise ZeroDivisionError("a bug")
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Groups, event, broken)
+
+    async def play():
+        worker = Play()
+        samples = [(5, Fate.VALID, 1), (2, Fate.USELESS, 1), (6, Fate.VALID, 2), (7, Fate.VALID, 1), (40, Fate.VALID, 2)]
+        await asyncio.wait_for(worker.prompt("u", samples, Rule(SIZE, 1, inf)), 5)
+        assert len(worker.written) == SIZE and len(set(worker.written)) == SIZE
+        worker.selection.take()
+        assert not worker.selection._samples and worker.selection.failures == (len(calls) > after)
+
+    asyncio.run(play())

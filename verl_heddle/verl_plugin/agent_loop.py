@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -20,11 +21,14 @@ from verl_heddle.shape.groups import Visit
 from verl_heddle.traces.recorder import Recorder
 from verl_heddle.trajectory import Outcome, Trajectory, TrajectoryEnd, TrajectoryId
 from verl_heddle.verl_plugin.live import CURRENT, watch_tool
-from verl_heddle.verl_plugin.prompts import prompt_digest, prompt_text
+from verl_heddle.verl_plugin.prompts import OWN_COUNT, Facts, facts_of, is_plain
 from verl_heddle.verl_plugin.settings import options_of
 from verl_heddle.verl_plugin.shaping import SHARE, Selection
 from verl_heddle.verl_plugin.tool_watchdog import Watchdog
 from verl_heddle.verl_plugin.voice import say_once
+
+FACTS: ContextVar[Facts] = ContextVar("heddle_prompt")
+"""Of the prompt whose samples this code runs: set in its task, inherited by those of its samples."""
 
 
 class HeddleWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignore[misc, name-defined]
@@ -44,27 +48,43 @@ class HeddleWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignore[misc,
         self._most_turns = rollout.multi_turn.get("max_assistant_turns") or float("inf")
         self._selection = Selection(int(rollout.n), self.llm_client.limit, self._options.deadlines.cancel_s)
         guard = (lambda tool: tool) if self._options.observe else Watchdog(self._options.tools, self.llm_client.counts).guard
-        self.tools = [watch_tool(guard(tool)) for tool in self.tools]
+        for tool in self.tools:  # wrapped where they are
+            try:
+                watch_tool(guard(tool))
+            except Exception as error:
+                self._odd("tool", error)
 
     async def _run_prompt(self, prompt: dict, sampling_params: dict[str, Any], trajectory: dict[str, Any], **kwargs: Any) -> None:
         share = prompt.pop(SHARE, None)
-        if share is not None:
-            self._selection.opened(str(prompt["uid"]), prompt_digest(prompt.get("raw_prompt")), share)
+        try:  # whatever raises before verl's own method leaves the prompt pending for ever
+            FACTS.set(await self._facts(prompt.get("raw_prompt")))
+            if share is not None:
+                self._selection.opened(str(prompt["uid"]), FACTS.get().digest, share)
+        except Exception as error:
+            prompt.pop(OWN_COUNT, None)
+            self._odd("prompt", error)
         await super()._run_prompt(prompt, sampling_params, trajectory, **kwargs)
 
+    async def _facts(self, raw_prompt: Any) -> Facts:
+        """Once per prompt, for all its samples; images are hashed beside the event loop."""
+        return facts_of(raw_prompt) if is_plain(raw_prompt) else await asyncio.to_thread(facts_of, raw_prompt)
+
     async def _run_agent_loop(self, sampling_params: dict[str, Any], trajectory: dict[str, Any], **kwargs: Any) -> Any:
+        facts = FACTS.get(None) or facts_of(kwargs.get("raw_prompt"))
         identity = TrajectoryId(
-            prompt=prompt_digest(kwargs.get("raw_prompt")),
-            uid=str(kwargs["uid"]),
-            sample=int(kwargs["session_id"]),
-            step=int(trajectory["step"]),
-            validate=bool(trajectory["validate"]),
+            prompt=facts.digest,
+            uid=str(kwargs.get("uid")),
+            sample=_sample(kwargs.get("session_id")),
+            step=_integer(trajectory.get("step")),
+            validate=bool(trajectory.get("validate")),
         )
-        life = self._live(identity, sampling_params, trajectory, **kwargs)
+        life = self._live(identity, facts.text, sampling_params, trajectory, **kwargs)
         return await (self._selection.live(identity.key, life) if identity.key in self._selection else life)
 
-    async def _live(self, identity: TrajectoryId, sampling_params: dict[str, Any], trajectory: dict[str, Any], **kwargs: Any) -> Any:
-        recorder = Recorder(identity, time.monotonic(), time.time(), text=prompt_text(kwargs.get("raw_prompt")))
+    async def _live(
+        self, identity: TrajectoryId, text: str | None, sampling_params: dict[str, Any], trajectory: dict[str, Any], **kwargs: Any
+    ) -> Any:
+        recorder = Recorder(identity, time.monotonic(), time.time(), text=text)
         recorder.listener = partial(self.llm_client.tool_started, identity)
         recorder.counter = partial(self._selection.generated, identity.key)
         CURRENT.set(recorder)
@@ -89,12 +109,10 @@ class HeddleWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignore[misc,
         if recorder is None or not outputs:
             return await super()._agent_loop_postprocess(output, validate, **kwargs)
         final, key = outputs[-1], recorder.id.key
-        recorder.scoring_from_s = time.monotonic()
-        recorder.prompt_tokens = len(final.prompt_ids)
-        recorder.truncated = len(final.response_ids) >= self._most_tokens or len(recorder.turns) >= self._most_turns
+        self._note_output(recorder, final)
         if key in self._selection:
             await self._compute_score(outputs, kwargs=kwargs)  # verl's own, below, leaves a score alone that is there
-            recorder.reward = None if final.reward_score is None else float(final.reward_score)
+            recorder.reward = self._reward(final)
         # A row half written to the transfer queue would crash the trainer later: from here on there is no cancelling.
         self._running.pop(key, None)
         if key in self._selection:
@@ -104,9 +122,29 @@ class HeddleWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignore[misc,
             if record is not None:
                 record.meta["kept"] = True
         result = await super()._agent_loop_postprocess(output, validate, **kwargs)
-        if final.reward_score is not None:
-            recorder.reward = float(final.reward_score)
+        recorder.reward = self._reward(final)
         return result
+
+    def _note_output(self, recorder: Recorder, final: Any) -> None:
+        """What the agent loop returned, into the record; a loop that returns something else than verl's output is verl's business."""
+        recorder.scoring_from_s = time.monotonic()
+        try:
+            recorder.prompt_tokens = len(final.prompt_ids)
+            recorder.truncated = len(final.response_ids) >= self._most_tokens or len(recorder.turns) >= self._most_turns
+        except Exception as error:
+            self._odd("record", error)
+
+    def _reward(self, final: Any) -> float | None:
+        try:
+            return None if final.reward_score is None else float(final.reward_score)
+        except Exception as error:  # the row may be written already: its session must not fail
+            self._odd("record", error)
+            return None
+
+    def _odd(self, name: str, error: Exception) -> None:
+        """Count a failure of ours that a prompt or a trajectory goes on without."""
+        self.llm_client.counts[name] += 1
+        say_once(f"a {name} is not as expected ({type(error).__name__}: {error}); it goes on as in stock verl")
 
     def _ended(self, recorder: Recorder, outcome: Outcome) -> Trajectory | None:
         """Book a life that is over, once. Book-keeping must not fail a trajectory, so whatever goes wrong here is counted only."""
@@ -123,8 +161,7 @@ class HeddleWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignore[misc,
             self._records.append(record)
             return record
         except Exception as error:
-            self.llm_client.counts["record"] += 1
-            say_once(f"a trajectory could not be recorded ({type(error).__name__}: {error})")
+            self._odd("record", error)
             return None
 
     async def cancel_trajectory(self, uid: str, sample: int) -> bool:
@@ -142,7 +179,8 @@ class HeddleWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignore[misc,
     async def collect(self) -> tuple[list[Trajectory], dict[str, int], list[Visit]]:
         """Hand over the records made and the groups closed since the last call, and the counts of what went wrong since the start."""
         records, self._records = self._records, []
-        return records, dict(self.llm_client.counts), self._selection.take()
+        visits = self._selection.take()
+        return records, {**self.llm_client.counts, "selection": self._selection.failures}, visits
 
     async def router_is_back(self) -> None:
         """The manager has heard from the router."""
@@ -151,3 +189,19 @@ class HeddleWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignore[misc,
     async def servers_are(self, servers: dict[str, Any]) -> None:
         """The manager has taken up another layout."""
         self.llm_client.servers_are(servers)
+
+
+def _integer(value: Any) -> int:
+    """A step; -1 where it is no number."""
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        return -1
+
+
+def _sample(value: Any) -> int | str:
+    """verl numbers samples; a worker of somebody else's may name them."""
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        return str(value)

@@ -21,7 +21,7 @@ from verl_heddle.verl_plugin.agent_loop import HeddleWorker
 from verl_heddle.verl_plugin.client import HeddleClient
 from verl_heddle.verl_plugin.layout_choice import Chooser
 from verl_heddle.verl_plugin.lint import model_heads
-from verl_heddle.verl_plugin.prompts import first_turns, weights_of
+from verl_heddle.verl_plugin.prompts import facts_of_batch, first_turns, validates, weights_of
 from verl_heddle.verl_plugin.settings import options_of
 from verl_heddle.verl_plugin.shaping import Planner
 from verl_heddle.verl_plugin.step_times import StepTimes
@@ -91,14 +91,15 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
             self.layouts.repair(weights)
         if self._router_lost:
             self._try_router()
+        facts = facts_of_batch(prompts) if self._plans or (self.planner is not None and not validates(prompts)) else None
         if self.planner is not None:
             try:
-                prompts = self.planner.share_out(prompts, list(self.fleet.values()))
+                prompts = self.planner.share_out(prompts, list(self.fleet.values()), facts)
             except Exception as error:
                 say_once(f"prompts are sampled plainly ({type(error).__name__}: {error})")
         if self._plans:
             try:
-                self.router.batch_expected.remote(first_turns(prompts, *self._samples))
+                self.router.batch_expected.remote(first_turns(prompts, *self._samples, facts))
             except Exception as error:
                 say_once(f"trajectories are placed one by one, not as a batch ({type(error).__name__}: {error})")
         super().generate_sequences(prompts)

@@ -27,7 +27,7 @@ from verl_heddle.shape.select import Fate
 from verl_heddle.shape.shaper import Shaper, fleet_of
 from verl_heddle.trajectory import Trajectory
 from verl_heddle.verl_plugin.calls import cancellations_settled
-from verl_heddle.verl_plugin.prompts import OWN_COUNT, own_count, prompt_digest, validates
+from verl_heddle.verl_plugin.prompts import OWN_COUNT, Facts, facts_of_batch, own_count, validates
 from verl_heddle.verl_plugin.voice import say_once
 
 SHARE = "heddle_share"
@@ -49,13 +49,17 @@ class Planner:
         """Step times of the engines, once they are known."""
         self._habit = Habit()
 
-    def share_out(self, prompts: Any, replicas: Sequence[Replica]) -> Any:
-        """The batch with a share for each prompt that is sampled n times; a validation as it is. The batch given is not changed."""
+    def share_out(self, prompts: Any, replicas: Sequence[Replica], facts: Sequence[Facts] | None = None) -> Any:
+        """The batch with a share for each prompt that is sampled n times; a validation as it is. The batch given is not changed.
+
+        `facts`: `facts_of_batch`, where they are known already.
+        """
         if validates(prompts):
             return prompts
         counts = [own_count(prompts, row) for row in range(len(prompts))]
         rows = [row for row, own in enumerate(counts) if own is None or own == self._size]
-        names = [prompt_digest(prompts["raw_prompt"][row]) for row in rows]
+        known = facts_of_batch(prompts) if facts is None else facts
+        names = [known[row].digest for row in rows]
         most = int(self._shape.most * self._size) * len(prompts)
         fleet = None if self.latency is None or not replicas else fleet_of(self.latency, replicas, self._habit, most)
         plan = self.shaper.plan(int(prompts["global_steps"]), names, fleet)
@@ -85,6 +89,8 @@ class _Sample:
     task: asyncio.Task[Any] | None = None
     stopped: bool = False
     """Told to."""
+    ended: bool = False
+    """Asks whether it is kept."""
 
 
 class Selection:
@@ -97,11 +103,14 @@ class Selection:
     """
 
     def __init__(self, size: int, limit: Callable[[dict[str, int]], None], cancel_s: float) -> None:
-        self._groups = Groups(size)
+        self._size, self._groups = size, Groups(size)
         self._limit, self._cancel_s = limit, cancel_s
         self._samples: dict[str, _Sample] = {}
         self._full: dict[str, asyncio.Future[bool]] = {}
         """By uid: whether the group, now closed, has its n rows."""
+        self._given_up: set[str] = set()
+        """Groups (uid) for which the rule failed."""
+        self.failures = 0
 
     def __contains__(self, key: str) -> bool:
         return key in self._samples
@@ -137,9 +146,10 @@ class Selection:
 
     def generated(self, key: str, tokens: int) -> None:
         """A sample has generated so many tokens in all its turns so far. May cancel the task that calls."""
-        if key in self._samples:
-            self._samples[key].tokens = tokens
-            self._obey(self._samples[key], self._groups.progress(key, tokens))
+        one = self._samples.get(key)
+        if one is not None:
+            one.tokens = tokens
+            self._ask(one, lambda: self._groups.progress(key, tokens))
 
     async def is_kept(self, key: str, tokens: int, truncated: bool, reward: float | None) -> bool:
         """A sample has ended, its reward is in: waits until it is certain whether its row is to be written.
@@ -148,23 +158,48 @@ class Selection:
         """
         one = self._samples[key]
         if not one.kept.done():
-            one.tokens = tokens
-            self._obey(one, self._groups.finished(key, tokens, Fate.CUT if truncated else Fate.VALID, reward))
+            one.tokens, one.ended = tokens, True
+            self._ask(one, lambda: self._groups.finished(key, tokens, Fate.CUT if truncated else Fate.VALID, reward))
         return await one.kept
 
     def take(self) -> list[Visit]:
         """The groups that are closed, forgotten here."""
         self._full = {uid: full for uid, full in self._full.items() if not full.done()}
         self._samples = {key: one for key, one in self._samples.items() if one.uid in self._full}
-        return self._groups.take(forget=False)
+        self._given_up &= self._full.keys()
+        try:
+            return self._groups.take(forget=False)
+        except Exception as error:
+            self._failed(error)
+            return []
 
     async def _missed(self, key: str, one: _Sample) -> bool:
         """A sample is lost: whether its group is short of rows, once that is known. True if it was lost after it had been counted on."""
         if one.kept.done():
             return True
         full = self._full[one.uid]
-        self._obey(one, self._groups.finished(key, one.tokens, Fate.USELESS))
+        self._ask(one, lambda: self._groups.finished(key, one.tokens, Fate.USELESS))
         return not await full
+
+    def _ask(self, one: _Sample, event: Callable[[], Verdict]) -> None:
+        """Obey the rule's verdict on an event. If the rule raises, its group goes on without it: the first n to end are kept."""
+        if one.uid not in self._given_up:
+            try:
+                return self._obey(one, event())
+            except Exception as error:
+                self._failed(error)
+                self._given_up.add(one.uid)
+        group = [other for other in self._samples.values() if other.uid == one.uid]
+        for other in group:
+            if other.ended and not other.kept.done():
+                kept = sum(known.kept.done() and not known.kept.cancelled() and known.kept.result() for known in group)
+                other.kept.set_result(kept < self._size)
+        if not self._full[one.uid].done():
+            self._full[one.uid].set_result(False)  # one that is lost is missed: verl's own rule
+
+    def _failed(self, error: Exception) -> None:
+        self.failures += 1
+        say_once(f"a group goes on without selection ({type(error).__name__}: {error})")
 
     def _obey(self, of: _Sample, verdict: Verdict) -> None:
         for key in verdict.stop:

@@ -8,6 +8,7 @@ memory as it starts and another engine's start would disturb that.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -130,7 +131,6 @@ def arguments(profile: Profile, shape: Shape, folder: Path, slots: int, kv_token
         "enable_prefix_caching": True,
         "scheduling_policy": "priority",
         "scheduler_cls": SWITCHED,
-        "additional_config": {"heddle_preempt": {"tokens_per_unit": profile.quantum_tokens}},
         "distributed_executor_backend": "mp" if profile.device == "cpu" else None,
         "enforce_eager": profile.device == "cpu" or os.environ.get(EAGER) == "1",
         "generation_config": "vllm",
@@ -152,6 +152,7 @@ async def started(
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    os.environ["HEDDLE_PREEMPT"] = json.dumps({"tokens_per_unit": profile.quantum_tokens})  # of the engines' processes
     handles: list[Handle] = []
     try:
         for index in range(number):

@@ -119,7 +119,7 @@ LAYOUT = [
         (["heddle.layout.times=qwen3-8b/h200", "actor_rollout_ref.rollout.gpu_memory_utilization=0.02"], "in 0.02 of the memory"),
         (["heddle.layout.fixed=[4,4]", "heddle.observe=true"], "observe"),
         (["heddle.layout.fixed=[4,4]", "actor_rollout_ref.rollout.tensor_model_parallel_size=2"], "set it to 1"),
-        (["heddle.layout.fixed=[4,4]", "actor_rollout_ref.rollout.engine_kwargs.vllm.additional_config=null"], "without effect"),
+        (["heddle.layout.fixed=[4,4]", "actor_rollout_ref.rollout.custom=null"], "without effect"),
     ],
 )
 def test_layouts_that_cannot_be_are_refused_with_the_reason(overrides, word, tmp_path):

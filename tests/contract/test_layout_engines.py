@@ -36,7 +36,7 @@ class FakeWorker:
 class FakeConfig:
     tensor_model_parallel_size: int = 1
     gpu_memory_utilization: float = 0.5
-    engine_kwargs: dict = field(default_factory=dict)
+    custom: dict = field(default_factory=dict)
 
     def get(self, name):
         return getattr(self, name)
@@ -82,7 +82,7 @@ class Group:
 
 async def opened(most):
     asked = {"enable": True, "fixed": [], "schedule": {}, "engines": most}
-    config = FakeConfig(engine_kwargs={"vllm": {"additional_config": {"heddle_layout": asked}}})
+    config = FakeConfig(custom={"heddle": {"layout": asked}})
     made, group = Layouts(), Group()
     made.homes = [FakeHome(rank, config) for rank in range(GPUS)]
     await asyncio.gather(*(made.open(home, group) for home in made.homes))
@@ -227,9 +227,9 @@ def test_schedules_and_first_layouts():
 
 
 def test_settings_reach_the_replica_as_vllm_gets_them():
-    rollout = {"engine_kwargs": {"vllm": {"additional_config": {"heddle_layout": {"enable": True, "schedule": {"3": [2, 1]}}}}}}
+    rollout = {"custom": {"heddle": {"layout": {"enable": True, "schedule": {"3": [2, 1]}}}}}
     assert layouts.settings(rollout) == {"enable": True, "schedule": {3: [2, 1]}}, "JSON makes text of numbers"
-    for off in ({}, {"engine_kwargs": None}, {"engine_kwargs": {"vllm": {"additional_config": None}}}):
+    for off in ({}, {"custom": None}, {"custom": {"heddle": None}}, {"custom": {"heddle": {"layout": {"enable": False}}}}):
         assert layouts.settings(off) is None
 
 

@@ -1,6 +1,7 @@
 """Our replay buffer is configured as verl configures its own, with and without DAPO filtering and refill."""
 
 import json
+from typing import ClassVar
 
 import pytest
 from omegaconf import OmegaConf
@@ -93,15 +94,18 @@ def test_lost_metrics_are_counted_not_raised(monkeypatch, capsys):
 def test_a_full_disk_costs_the_trace_not_the_metrics(monkeypatch, tmp_path, capsys):
     from collections import Counter
 
+    from verl_heddle.fleet import Replica
     from verl_heddle.options import Options, Trace
     from verl_heddle.verl_plugin import manager as agent_loops
     from verl_heddle.verl_plugin.sampler import _Watch
 
     class Manager:
         servers = ("r0",)
+        fleet: ClassVar = {"r0": Replica("r0", tp=2, slots=8)}
+        """What the engine says of itself."""
         layouts = None
         config = OmegaConf.create(
-            {"actor_rollout_ref": {"rollout": {"tensor_model_parallel_size": 2, "max_num_seqs": 8, "scheduling_policy": "priority"}}}
+            {"actor_rollout_ref": {"rollout": {"tensor_model_parallel_size": 2, "max_num_seqs": 256, "scheduling_policy": "priority"}}}
         )
 
         def collect(self):

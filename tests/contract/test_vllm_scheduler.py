@@ -26,6 +26,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
+from verl_heddle.schedule.preempt import REFUSAL_STEPS, STARTS
 from verl_heddle.verl_plugin import vllm_scheduler, vllm_seams, voice
 from verl_heddle.verl_plugin.compat import SUPPORTED
 from verl_heddle.verl_plugin.vllm_scheduler import HeddleScheduler
@@ -289,6 +290,77 @@ def test_an_older_request_is_overtaken_only_for_a_while(make):
     for name, priority, arrival in (("new", 0, 30.0), ("old", 10, 0.0), ("run", 0, 0.0)):
         scheduler.add_request(request(name, [3], 5, priority, arrival))
     assert [one.request_id[:3] for one in scheduler.waiting] == ["run", "old", "new"]
+
+
+def steady(make, monkeypatch, settings, waiting=40):
+    """Four long requests run, many worse ones wait; returns the scheduler and the steps in which the rule was asked."""
+    scheduler, asked = make(settings=settings, slots=4, blocks=400), []
+    plan = scheduler._plan
+
+    def watched():
+        asked.append(scheduler.step)
+        return plan()
+
+    monkeypatch.setattr(scheduler, "_plan", watched)
+    running = [(0, request(f"run{i}", [20 + i] * 30, 200, -5)) for i in range(4)]
+    return scheduler, asked, running + [(1, request(f"w{i}", [50 + i] * 30, 1, 5, 1.0 + i)) for i in range(waiting)]
+
+
+def test_a_refusal_holds_until_something_changes(make, monkeypatch):
+    """While four requests decode 200 tokens, nobody comes or goes: the rule is asked in a few of the steps, and counted as refusing in all."""
+    scheduler, asked, arrivals = steady(make, monkeypatch, EAGER)
+    drive(scheduler, arrivals)
+    while_running = [step for step in asked if step <= 200]
+    assert len(while_running) <= 200 // REFUSAL_STEPS + 5
+    assert scheduler.counts()["refused_margin"] >= 190
+
+
+def test_what_changes_a_refusal_is_seen_in_the_next_step(make, monkeypatch):
+    """A new best one, a new priority of a waiting one and of a running one."""
+    scheduler, asked, arrivals = steady(make, monkeypatch, EAGER)
+    seen = {}
+
+    def disturb(scheduler):
+        if scheduler.step in (21, 41, 61):
+            seen[scheduler.step] = scheduler.counts()["preempted_by_rule"]
+        if scheduler.step == 21:
+            scheduler.add_request(request("new", [9] * 30, 150, -20, 99.0))
+        if scheduler.step == 41:
+            assert scheduler.set_priorities({"w30": -30}) == 1
+        if scheduler.step == 61:
+            assert scheduler.set_priorities({"run0": 40, "run1": 40, "run2": 40}) == 3
+        if scheduler.step in (22, 42, 62):
+            assert scheduler.counts()["preempted_by_rule"] > seen[scheduler.step - 1]
+
+    drive(scheduler, arrivals, disturb=disturb)
+    assert len(seen) == 3
+
+
+def test_few_are_thrown_out_in_one_step(make):
+    """Thirty requests run, sixty better ones come: never more than `STARTS` victims in a step."""
+    scheduler, most = make(slots=30, blocks=900), []
+    arrivals = [(0, request(f"run{i}", [20 + i] * 30, 60, 5)) for i in range(30)]
+    arrivals += [(20, request(f"w{i}", [60 + i] * 30, 60, -50)) for i in range(60)]
+    before = [0]
+
+    def disturb(scheduler):
+        now = scheduler.counts()["preempted_by_rule"]
+        most.append(now - before[0])
+        before[0] = now
+
+    drive(scheduler, arrivals, disturb=disturb)
+    assert max(most) == STARTS and sum(most) >= 30 and all(right(one) for _, one in arrivals)
+
+
+@pytest.mark.parametrize("call", ["set_priorities", "set_limits", "counts"])
+def test_a_call_that_cannot_be_answered_raises_nothing_in_the_engine(make, monkeypatch, call):
+    from vllm.v1.engine.core import EngineCore
+
+    scheduler = make()
+    monkeypatch.setattr(scheduler, call, lambda *_: 1 // 0)
+    core = object.__new__(EngineCore)
+    core.scheduler = scheduler
+    assert getattr(core, f"heddle_{call}")(*([] if call == "counts" else [{"a": 1}])) in (0, {})
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,6 @@ def server_class(model: str, **more):
                 "gpu_memory_utilization": 0.1,
                 "disable_log_stats": False,
                 "scheduler_cls": "verl_heddle.verl_plugin.vllm_scheduler.HeddleScheduler",
-                "additional_config": {"heddle_preempt": {"enable": False}},
             } | more
             self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**settings))
 
@@ -40,7 +39,9 @@ def server_class(model: str, **more):
 
         def __init__(self):
             limits = {"max_model_len": 2048, "response_length": 1500, "prompt_length": 500, "full_determinism": False}
-            self.config = OmegaConf.create(limits | {"mtp": None, "enable_rollout_routing_replay": False})
+            self.config = OmegaConf.create(
+                limits | {"custom": {"heddle": {"preempt": {"enable": False}}}, "mtp": None, "enable_rollout_routing_replay": False}
+            )
             self.model_config = SimpleNamespace(processor=None)
             self._disaggregation_role, self._pd_decode_peers = None, None
             self._submission_paused, self._rejecting, self._admitting = False, False, 0

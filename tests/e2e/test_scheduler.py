@@ -39,7 +39,6 @@ class Engine:
             block_size=BLOCK,
             scheduling_policy="priority",
             scheduler_cls="verl_heddle.verl_plugin.vllm_scheduler.HeddleScheduler",
-            additional_config={"heddle_preempt": {"max_preemptions": 1000}},
             gpu_memory_utilization=0.1,
             distributed_executor_backend="mp",
         )
@@ -86,6 +85,7 @@ def engine(workspace):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in CPU_ENVIRONMENT.items():
             patch.setenv(name, value)
+        patch.setenv("HEDDLE_PREEMPT", '{"max_preemptions": 1000}')
         one = Engine(str(workspace / "tiny_model"))
         yield one
         one.close()

@@ -85,7 +85,9 @@ def override(key: str, value: str, text: bool = False) -> str:
         ValueError: no configuration of verl's can hold the text; one line.
     """
     if "${" in value or value == "???":  # verl resolves its configuration twice, so that no escape survives
-        raise ValueError(f"{value!r} cannot be a value of {key.lstrip('+')}: Hydra reads ${{ and ??? as its own; use another --out or --name")
+        raise ValueError(
+            f"{value!r} cannot be a value of {key.lstrip('+')}: Hydra reads ${{ and ??? as its own; use another --out or --name"
+        )
     try:
         value.encode()
     except UnicodeEncodeError:

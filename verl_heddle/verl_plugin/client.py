@@ -25,7 +25,7 @@ from verl_heddle.trajectory import Decision, Reason, ToolStart, TrajectoryEnd, T
 from verl_heddle.verl_plugin.calls import ServerHandle, answer, of_a_dead_replica
 from verl_heddle.verl_plugin.live import CURRENT
 from verl_heddle.verl_plugin.outbox import Event, Outbox, Questions
-from verl_heddle.verl_plugin.replicas import FIELD
+from verl_heddle.verl_plugin.request_life import FIELD
 from verl_heddle.verl_plugin.voice import say_once
 
 MEDIA = ("image_data", "video_data", "audio_data")
@@ -211,8 +211,11 @@ class HeddleClient(LLMServerClient):
         lengths, which is said here."""
         rollout = self.config.actor_rollout_ref.rollout
         left = min(rollout.response_length, rollout.prompt_length + rollout.response_length - turn.context_tokens)
-        own = sampling_params.get("max_tokens", left)
-        return {**sampling_params, "max_tokens": max(1, min(own, limit - turn.generated_tokens))}
+        own = sampling_params.get("max_tokens", sampling_params.get("max_new_tokens", left))
+        others = {
+            name: value for name, value in sampling_params.items() if name != "max_new_tokens"
+        }  # verl hands it to vLLM beside the other
+        return {**others, "max_tokens": max(1, min(own, limit - turn.generated_tokens))}
 
     async def _warm(self, order: Any, turn: TurnStart, context: list[int]) -> None:
         """Wait for the router's order, then let the replica that it names read the context. Lasts no longer than the tool."""

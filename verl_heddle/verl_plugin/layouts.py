@@ -28,6 +28,7 @@ from verl.workers.rollout.replica import RolloutMode
 from verl_heddle.verl_plugin import trainer_rank
 from verl_heddle.verl_plugin.layout_choice import first
 from verl_heddle.verl_plugin.replicas import HeddleReplica
+from verl_heddle.verl_plugin.settings import handed_on
 from verl_heddle.verl_plugin.voice import say, say_once
 
 LAUNCH_S = 1800.0
@@ -53,8 +54,7 @@ def spans(layout: Sequence[int]) -> list[Span]:
 
 def settings(rollout: Any) -> dict[str, Any] | None:
     """`heddle.layout` as the flag hands it on inside the rollout's config; None if it is off."""
-    vllm = ((rollout.get("engine_kwargs") or {}).get("vllm")) or {}
-    found = (vllm.get("additional_config") or {}).get("heddle_layout") or {}
+    found = handed_on(rollout, "layout")
     if not found.get("enable"):
         return None
     return {**found, "schedule": {int(step): list(layout) for step, layout in (found.get("schedule") or {}).items()}}

@@ -150,10 +150,10 @@ def _layout(config: DictConfig, options: Options) -> list[str]:
                     f"layouts that change need engines that give their memory back, but {rollout}.{name}=false: set it to true, "
                     "or name one layout for the whole run with heddle.layout.fixed"
                 )
-    if not get(config, f"{VLLM}.additional_config.heddle_layout"):
+    if not get(config, f"{rollout}.custom.heddle.layout"):
         problems.append(
-            f"{VLLM}.additional_config is not heddle's, so heddle.layout.enable=true would be without effect: "
-            "add heddle_layout to it as configs/plugin/heddle.yaml has it, or set heddle.layout.enable=false"
+            f"{rollout}.custom has no heddle, so heddle.layout.enable=true would be without effect: "
+            "add heddle to it as configs/plugin/heddle.yaml has it, or set heddle.layout.enable=false"
         )
     per_node, nodes = int(get(config, "trainer.n_gpus_per_node") or 1), int(get(config, "trainer.nnodes") or 1)
     heads, kv_heads = model_heads(str(get(config, "actor_rollout_ref.model.path")))

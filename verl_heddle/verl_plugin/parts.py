@@ -168,9 +168,9 @@ def _engine(config: DictConfig) -> list[Loss]:
     if get(config, f"{VLLM}.scheduler_cls") != SCHEDULER:
         text = "no preemption on arrival, no new priorities for turns under way, and samples of no more use run to their turn's end"
         found.append(Loss(ours, f"{VLLM}.scheduler_cls is not heddle's: {text}; leave the key to the flag"))
-    if get(config, f"{VLLM}.additional_config.heddle_preempt") is None:
+    if get(config, f"{ROLLOUT}.custom.heddle.preempt") is None:
         text = "heddle.preempt.* does not reach the engines, where the rule's defaults hold; add your keys to the node, do not replace it"
-        found.append(Loss(("preemption",), f"{VLLM}.additional_config has no heddle_preempt: {text}", off=False))
+        found.append(Loss(("preemption",), f"{ROLLOUT}.custom has no heddle.preempt: {text}", off=False))
     unchecked = {
         f"{VLLM}.kv_transfer_config": ("a KV connector", get(config, f"{VLLM}.kv_transfer_config")),
         f"{VLLM}.kv_offloading_size": ("a KV connector", get(config, f"{VLLM}.kv_offloading_size")),

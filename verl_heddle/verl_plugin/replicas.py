@@ -6,6 +6,10 @@ timestamped QUEUED / SCHEDULED / PREEMPTED events with its outputs when statisti
 by the flag). The server reads them as they pass and puts the sums into `TokenOutput.extra_fields["heddle"]`; the client takes
 them out again, so that agent loops see what stock verl gives them.
 
+What the scheduler is to do (`rollout.custom.heddle.preempt`, set by the flag) goes into the environment of the server, of which the engine's
+processes are children; once they are up, the scheduler is asked what it does, and what differs is said. With `data_parallel_size` above 1 a
+server has several engines: all are told and asked, and a replica has the slots and the KV cache of all.
+
 A dead engine takes its server with it, so that there is one kind of death. On it, clients go elsewhere (`client`), the router drops the
 replica, and the trainer's ranks keep their weights to themselves (`trainer_rank`).
 """
@@ -13,8 +17,10 @@ replica, and the trainer's ranks keep their weights to themselves (`trainer_rank
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import time
+from collections import Counter
 from collections.abc import Awaitable
 from typing import Any
 
@@ -24,14 +30,12 @@ from verl.workers.rollout.replica import RolloutReplicaRegistry
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 
 from verl_heddle.verl_plugin.calls import of_a_dead_replica
-from verl_heddle.verl_plugin.request_life import RequestLives
+from verl_heddle.verl_plugin.request_life import FIELD, RequestLives
+from verl_heddle.verl_plugin.settings import handed_on
 from verl_heddle.verl_plugin.voice import say_once
 
 LAST_WORDS_S = 1.0
 """For the errors under way to reach their callers."""
-
-FIELD = "heddle"
-"""Key of `TokenOutput.extra_fields` that carries the sums from server to client."""
 
 
 class HeddleHttpServer(vLLMHttpServer):
@@ -40,13 +44,24 @@ class HeddleHttpServer(vLLMHttpServer):
     _lives: RequestLives | None = None
 
     async def run_server(self, args: Any) -> None:
+        self._hand_on()
         await super().run_server(args)
+        if handed_on(self.config, "preempt").get("enable") and (why := await self._why_no_preemption()):
+            say_once(f"preemption on arrival is OFF on replica {self.replica_rank}: {why}")
         try:
             self._lives = RequestLives()
             self._lives.listen(self.engine.output_processor)
         except Exception as error:
             self._lives = None
             say_once(f"vLLM's request events are out of reach ({error}); queueing counts as generation")
+
+    async def run_headless(self, args: Any) -> None:
+        self._hand_on()
+        await super().run_headless(args)
+
+    def _hand_on(self) -> None:
+        if preempt := handed_on(self.config, "preempt"):
+            os.environ["HEDDLE_PREEMPT"] = json.dumps(preempt)
 
     async def generate(self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str, **kwargs: Any) -> Any:
         started = time.monotonic()
@@ -82,12 +97,46 @@ class HeddleHttpServer(vLLMHttpServer):
         asyncio.get_running_loop().call_later(LAST_WORDS_S, os._exit, 0)
         self.engine.shutdown()
 
-    async def heddle_facts(self) -> dict[str, int | None]:
-        """What the engine is: `tp`, `slots`, and `kv_tokens`, which its KV cache holds (None if it does not say)."""
-        facts: dict[str, int | None] = {"tp": int(self.config.tensor_model_parallel_size), "slots": int(self.config.max_num_seqs)}
+    async def _why_no_preemption(self) -> str | None:
+        if not self._ours():
+            return "the engine runs another scheduler than heddle's (engine_kwargs.vllm.scheduler_cls)"
         try:
-            cache = self.engine.vllm_config.cache_config
-            facts["kv_tokens"] = cache.num_gpu_blocks * cache.block_size if cache.num_gpu_blocks else None
+            return next(filter(None, await self._ask("heddle_why_off")), None)
+        except Exception as error:
+            return f"the engine's scheduler does not answer ({type(error).__name__}: {error})"
+
+    def _ours(self) -> bool:
+        """Whether the engine has our scheduler: another one's calls are errors that vLLM logs with a traceback."""
+        from verl_heddle.verl_plugin.vllm_scheduler import HeddleScheduler
+
+        return issubclass(self.engine.vllm_config.scheduler_config.get_scheduler_cls(), HeddleScheduler)
+
+    async def _ask(self, method: str, *args: Any) -> list[Any]:
+        """Call a method of every engine of this server; vLLM's own call gives the first one's answer only.
+
+        Raises:
+            LookupError: the scheduler is not ours.
+        """
+        if not self._ours():
+            raise LookupError("not heddle's scheduler")
+        core = self.engine.engine_core
+        engines = list(getattr(core, "core_engines", ()))
+        if len(engines) < 2:
+            return [await core.call_utility_async(method, *args)]
+        return await asyncio.gather(*(core._call_utility_async(method, *args, engine=engine) for engine in engines))
+
+    async def heddle_facts(self) -> dict[str, int | None]:
+        """What the engine is, as vLLM made it: `tp`, `slots`, and `kv_tokens`, which its KV cache holds (None if it does not say)."""
+        made = self.engine.vllm_config
+        engines = made.parallel_config.data_parallel_size
+        slots = engines * made.scheduler_config.max_num_seqs
+        facts: dict[str, int | None] = {"tp": made.parallel_config.tensor_parallel_size, "slots": slots}
+        try:
+            cache = made.cache_config
+            if cache.kv_cache_size_tokens:  # of one engine; right also where layers hold different numbers of tokens
+                facts["kv_tokens"] = engines * cache.kv_cache_size_tokens
+            else:
+                facts["kv_tokens"] = cache.num_gpu_blocks * cache.block_size if cache.num_gpu_blocks else None
         except Exception as error:
             say_once(f"the engine does not tell its KV capacity ({type(error).__name__}: {error}); placement takes it for unlimited")
         return facts
@@ -95,7 +144,7 @@ class HeddleHttpServer(vLLMHttpServer):
     async def heddle_priorities(self, table: dict[str, int]) -> int:
         """Give open requests new priorities by the id the client gave; returns how many there still were. 0 without our scheduler."""
         try:
-            return await self.engine.engine_core.call_utility_async("heddle_set_priorities", table)
+            return sum(await self._ask("heddle_set_priorities", table))
         except Exception as error:
             say_once(f"requests under way keep their priority ({type(error).__name__}: {error})")
             return 0
@@ -106,7 +155,7 @@ class HeddleHttpServer(vLLMHttpServer):
         Without our scheduler nobody is limited, and 0 is returned for all.
         """
         try:
-            return await self.engine.engine_core.call_utility_async("heddle_set_limits", table)
+            return {name: tokens for found in await self._ask("heddle_set_limits", table) for name, tokens in found.items()}
         except Exception as error:
             say_once(f"samples of no more use run on to the end of their turn ({type(error).__name__}: {error})")
             return dict.fromkeys(table, 0)
@@ -114,7 +163,9 @@ class HeddleHttpServer(vLLMHttpServer):
     async def heddle_counts(self) -> dict[str, int]:
         """Counts of our scheduler since the engine's start; empty without it."""
         try:
-            return await self.engine.engine_core.call_utility_async("heddle_counts")
+            return dict(sum(map(Counter, await self._ask("heddle_counts")), Counter()))
+        except LookupError:
+            return {}
         except Exception as error:
             say_once(f"the engine does not count preemptions on arrival ({type(error).__name__}: {error})")
             return {}

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+FIELD = "heddle"
+"""Key of verl's `TokenOutput.extra_fields` that carries the sums from the server to the client."""
+
 QUEUED, SCHEDULED, PREEMPTED = 1, 2, 3
 """`vllm.v1.engine.EngineCoreEventType`, by value; the contract test compares."""
 

@@ -106,7 +106,7 @@ class _Watch:
         rollout = manager.config.actor_rollout_ref.rollout
         return {
             "tp": int(rollout.tensor_model_parallel_size),
-            "slots": int(rollout.max_num_seqs),
+            "slots": min((replica.slots for replica in manager.fleet.values()), default=rollout.max_num_seqs),
             "replicas": len(manager.servers),
             "order": str(rollout.get("scheduling_policy", "fcfs")),
             **({} if manager.layouts is None else {"layout": list(manager.layouts.layout)}),

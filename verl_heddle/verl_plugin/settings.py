@@ -38,6 +38,16 @@ def _composing(root: Any) -> bool:
     return runtime is not None and OmegaConf.is_missing(runtime, "version")
 
 
+def handed_on(rollout: Any, part: str) -> dict[str, Any]:
+    """A part of `heddle.*` (`preempt`, `layout`) as the flag hands it to where only verl's rollout config is seen; empty without it.
+
+    In `rollout.custom`, verl's place for settings that are not its own. What is in `engine_kwargs.vllm` goes to vLLM, and into the hash by
+    which it finds compiled models.
+    """
+    ours = (rollout.get("custom") or {}).get("heddle") or {}
+    return dict(ours.get(part) or {})
+
+
 def options_of(config: Any) -> Options:
     """The `heddle` node of verl's config, checked against the schema.
 

@@ -64,7 +64,7 @@ def banner(config: DictConfig) -> str:
         )
         if options.priority.enable:
             order = "longest predicted first" if options.priority.order == "longest" else "by first turn"
-            told.append(f"priority: {order}{', preempting on arrival' if 'preemption' in on else ''}")
+            told.append(f"priority: {order}{', preempting on arrival where the engines can' if 'preemption' in on else ''}")
         else:
             told.append("priority: off")
         if options.predicts:

@@ -1,0 +1,155 @@
+"""What a rollout server tells of its engines and hands on to them. The engines are fakes, named so; real ones: tests/e2e/test_engine.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from omegaconf import OmegaConf
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from verl_heddle.verl_plugin import voice
+from verl_heddle.verl_plugin.overrides import compose
+from verl_heddle.verl_plugin.replicas import HeddleHttpServer, vLLMHttpServer
+from verl_heddle.verl_plugin.settings import handed_on
+from verl_heddle.verl_plugin.vllm_scheduler import SETTINGS, HeddleScheduler
+
+
+class FakeCore:
+    """Stands for vLLM's client of one engine, or of several: its own call asks all and answers with the first one's answer."""
+
+    def __init__(self, answers):
+        self.answers, self.calls = answers, []
+        self.core_engines = [bytes([rank]) for rank in range(len(answers))]
+
+    async def _call_utility_async(self, method, *args, engine):
+        self.calls.append((method, *args))
+        return self.answers[engine[0]][method]
+
+    async def call_utility_async(self, method, *args):
+        return [await self._call_utility_async(method, *args, engine=engine) for engine in self.core_engines][0]
+
+
+def server(answers=({},), scheduler=HeddleScheduler, preempt=None, **cache):
+    """A server without an engine. `answers`: by engine, what each utility call returns."""
+    made = object.__new__(HeddleHttpServer)
+    made.replica_rank = 3
+    made.config = OmegaConf.create({"tensor_model_parallel_size": 1, "max_num_seqs": None, "custom": {"heddle": {"preempt": preempt}}})
+    cache = {"num_gpu_blocks": 100, "block_size": 16, "kv_cache_size_tokens": None} | cache
+    config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_seqs=48, get_scheduler_cls=lambda: scheduler),
+        parallel_config=SimpleNamespace(data_parallel_size=len(answers), tensor_parallel_size=2),
+        cache_config=SimpleNamespace(**cache),
+    )
+    made.engine = SimpleNamespace(vllm_config=config, engine_core=FakeCore(answers))
+    return made
+
+
+async def test_the_engine_is_asked_what_it_is_not_verls_config():
+    """`rollout.max_num_seqs` is null here, and says another number where engine_kwargs.vllm does."""
+    assert await server().heddle_facts() == {"tp": 2, "slots": 48, "kv_tokens": 1600}
+    assert await server(kv_cache_size_tokens=900).heddle_facts() == {"tp": 2, "slots": 48, "kv_tokens": 900}
+    assert await server(num_gpu_blocks=None).heddle_facts() == {"tp": 2, "slots": 48, "kv_tokens": None}
+
+
+async def test_a_data_parallel_server_has_the_slots_of_all_its_engines():
+    facts = await server(({}, {}), num_gpu_blocks=200, kv_cache_size_tokens=1600).heddle_facts()
+    assert facts == {"tp": 2, "slots": 96, "kv_tokens": 3200}
+
+
+async def test_every_engine_of_a_data_parallel_server_is_asked():
+    first = {"heddle_set_priorities": 1, "heddle_set_limits": {"a": 5}, "heddle_counts": {"requests": 2, "preempted_by_rule": 1}}
+    second = {"heddle_set_priorities": 2, "heddle_set_limits": {"b": 7}, "heddle_counts": {"requests": 3, "preempted_by_rule": 4}}
+    both = server((first, second))
+    assert await both.heddle_priorities({"a": 1, "b": 2, "c": 3}) == 3
+    assert await both.heddle_limits({"a": 9, "b": 9}) == {"a": 5, "b": 7}
+    assert await both.heddle_counts() == {"requests": 5, "preempted_by_rule": 5}
+
+
+async def test_another_scheduler_is_never_called(capsys):
+    """vLLM logs a traceback for each utility call that it does not know."""
+    other = server(scheduler=Scheduler)
+    assert (await other.heddle_counts(), await other.heddle_priorities({"a": 1}), await other.heddle_limits({"a": 9})) == ({}, 0, {"a": 0})
+    assert other.engine.engine_core.calls == []
+
+
+@pytest.mark.parametrize(
+    ("preempt", "scheduler", "off", "word"),
+    [
+        ({"enable": True}, HeddleScheduler, [None, None], None),
+        ({"enable": True}, HeddleScheduler, [None, "not checked with a KV connector"], "KV connector"),
+        ({"enable": True}, Scheduler, [None], "another scheduler"),
+        ({"enable": False}, HeddleScheduler, ["not enabled"], None),
+        (None, Scheduler, [None], None),
+    ],
+)
+async def test_what_the_scheduler_does_not_do_is_said_once_it_is_up(monkeypatch, capsys, preempt, scheduler, off, word):
+    monkeypatch.setattr(voice, "_said", set())
+    monkeypatch.setenv(SETTINGS, "before")
+    asked = server([{"heddle_why_off": why} for why in off], scheduler, preempt)
+    engine, seen = asked.engine, []
+
+    async def launch(self, args):
+        seen.append(os.environ[SETTINGS])
+        self.engine = engine
+
+    monkeypatch.setattr(vLLMHttpServer, "run_server", launch)
+    await asked.run_server(None)
+    assert seen == [json.dumps(preempt) if preempt else "before"], "the engine's processes inherit it"
+    said = [line for line in capsys.readouterr().err.splitlines() if "preemption" in line]
+    assert [word in line and "OFF on replica 3" in line for line in said] == [True] * (word is not None)
+
+
+def vllm_arguments(*overrides):
+    """What of verl's rollout config goes to vLLM as it is, and the whole rollout config."""
+    config = compose(["actor_rollout_ref.rollout.name=vllm", *overrides])
+    rollout = OmegaConf.to_container(config.actor_rollout_ref.rollout, resolve=False)
+    return {name: value for name, value in rollout["engine_kwargs"]["vllm"].items() if value is not None}, config
+
+
+def test_our_settings_are_no_part_of_vllms_compile_hash(tmp_path, monkeypatch):
+    from transformers import Qwen2Config
+    from vllm.engine.arg_utils import EngineArgs
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    shape = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    Qwen2Config(architectures=["Qwen2ForCausalLM"], **shape).save_pretrained(tmp_path)
+
+    def compile_hash(*overrides):
+        given, _ = vllm_arguments(*overrides)
+        arguments = EngineArgs(model=str(tmp_path), skip_tokenizer_init=True, dtype="float32", max_model_len=512, **given)
+        return arguments.create_engine_config().compute_hash()
+
+    stock = compile_hash()
+    layout = ("heddle.layout.enable=true", "heddle.layout.fixed=[2,1,1]")
+    for changed in ([], ["heddle.preempt.margin=9"], ["heddle.priority.quantum_tokens=9"], layout, ["heddle.preempt.enable=false"]):
+        assert compile_hash("+plugin=heddle", *changed) == stock
+
+
+def test_our_settings_reach_the_rollout_config():
+    _, config = vllm_arguments("+plugin=heddle", "heddle.preempt.margin=9", "heddle.layout.fixed=[2,1,1]")
+    rollout = config.actor_rollout_ref.rollout
+    assert handed_on(rollout, "preempt")["margin"] == 9 and handed_on(rollout, "layout")["fixed"] == [2, 1, 1]
+    _, config = vllm_arguments("+plugin=observe")
+    assert handed_on(config.actor_rollout_ref.rollout, "preempt") == {}
+
+
+WORKER = "verl_heddle.verl_plugin.agent_loop"
+"""Imported by every agent-loop worker."""
+
+VERLS_OWN = "verl.trainer.ppo.v1.agent_loop_tq"
+
+
+def test_a_worker_does_not_import_vllm():
+    """vLLM is 700 modules and 150 MB in each worker; what verl itself imports of it (none in 0.9.1) is not counted."""
+
+    def count(module):
+        script = f"import sys, {module}; print(sum(name.partition('.')[0] == 'vllm' for name in sys.modules))"
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=300, check=True)
+        return int(done.stdout.split()[-1])
+
+    assert count(WORKER) <= count(VERLS_OWN)

@@ -38,6 +38,9 @@ class Recorder:
     start_s: float
     start_unix_s: float
     turns: list[Turn] = field(default_factory=list)
+    """Those that ended, in the order of their ends."""
+    begun: int = 0
+    """Generations that the trajectory has begun; several may be under way at once."""
     output_tokens: int = 0
     first_turn_s: float | None = None
     last_turn_end_s: float | None = None
@@ -52,18 +55,27 @@ class Recorder:
     listener: Callable[[str], None] | None = None
     """Told the name of each tool as it begins."""
     counter: Callable[[int], None] | None = None
-    """Told after each turn how many tokens have been generated in all."""
+    """Told after each turn, and when an engine says how far a turn has got, how many tokens have been generated in all."""
+    counted: int = 0
+    """What it was told last."""
     booked: bool = False
     """Its end has been told to everybody; nothing that happens afterwards is part of the record."""
     tool_s: float = 0.0
     """Seconds in tools so far, the sum over its calls."""
     _tools: list[tuple[str, float, float]] = field(default_factory=list)
+    """Calls since the last gap was closed; below, those of the gap that was closed last."""
+    _gap_tools: list[tuple[str, float, float]] = field(default_factory=list)
+    _in_gap: bool = False
+    """No turn has been asked for since the last one ended."""
 
-    def turn_asked(self, now_s: float) -> None:
-        """The trajectory wants to generate: what lies between this and the turn before belongs to tools and parsing."""
-        self._close_gap(now_s)
+    def turn_asked(self, now_s: float, again: bool = False) -> float | None:
+        """The trajectory wants to generate, `again` after it lost its replica: what lies between this and the end of the turn before
+        belongs to tools and parsing. Returns the tools' seconds if they are news."""
+        fresh = self._in_gap
+        tool_s = self._close_gap(now_s) if fresh or again else None
         if self.first_turn_s is None:
             self.first_turn_s = now_s
+        return tool_s if fresh else None
 
     def turn_done(
         self,
@@ -107,9 +119,14 @@ class Recorder:
             )
         )
         self.output_tokens += output_tokens
-        self.last_turn_end_s = now_s
+        self.last_turn_end_s, self._in_gap = now_s, True
+        self.count(self.output_tokens)
+
+    def count(self, tokens: int) -> None:
+        """At least so many tokens have been generated in all, those of turns under way included."""
+        self.counted = max(self.counted, tokens)
         if self.counter is not None:
-            self.counter(self.output_tokens)
+            self.counter(self.counted)
 
     def turn_cut(self, context_tokens: int, decision: Decision, asked_s: float, sent_s: float, now_s: float) -> None:
         """The turn was cancelled in the engine: how long it was there is known, and nothing of its tokens or its queueing."""
@@ -126,7 +143,7 @@ class Recorder:
                 start_s=asked_s - self.start_s,
             )
         )
-        self.last_turn_end_s = now_s
+        self.last_turn_end_s, self._in_gap = now_s, True
 
     def tool_began(self, name: str) -> None:
         """A tool starts to work for the trajectory."""
@@ -157,11 +174,13 @@ class Recorder:
         }
         return Trajectory(source, workload, self.id.prompt, self.id.sample, self.prompt_tokens, tuple(self.turns), self.reward, model, meta)
 
-    def _close_gap(self, until_s: float) -> None:
-        """Book the time since the last turn's end: tools (their union, as they may run side by side) and what is between."""
-        tools, self._tools = self._tools, []
+    def _close_gap(self, until_s: float) -> float | None:
+        """Book the time since the last turn's end: tools (their union, as they may run side by side) and what is between. A gap that was
+        closed already becomes longer. Returns the tools' seconds, None if there were none."""
+        tools = self._tools if self._in_gap else self._gap_tools + self._tools
+        self._gap_tools, self._tools, self._in_gap = tools, [], False
         if not self.turns or self.last_turn_end_s is None:
-            return
+            return None
         begin = self.last_turn_end_s
         spans = sorted((max(start, begin), min(end, until_s)) for _, start, end in tools)
         tool_s, reached = 0.0, begin
@@ -174,6 +193,7 @@ class Recorder:
             tool_latency_s=tool_s if tools else None,
             between_s=max(0.0, until_s - begin - tool_s),  # rounding must not make it negative
         )
+        return self.turns[-1].tool_latency_s
 
 
 def append(path: str | os.PathLike[str], trajectories: Iterable[Trajectory]) -> None:

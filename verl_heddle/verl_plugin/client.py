@@ -1,19 +1,23 @@
 """The worker's end of a turn: ask the router, call the engine, time both, pre-warm where a trajectory moves, go on if either dies.
 
+A turn is one generation, numbered within its trajectory by the worker, and its request bears that name in the router and in the engine
+(`TurnStart.request`), whatever verl's request id is: several trajectories may share that, and under `full_determinism` all do.
 One question to the router stands before each generation; what is told to it afterwards waits for no answer and mostly goes along with the
 next question (`outbox`), but for a task beside the tool call that waits for the router's order to pre-warm. A turn whose replica dies
-starts again elsewhere: its context is here.
+starts again elsewhere: its context is here. What happens to a router's turns while it does not answer is told when it is back.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import Any
+from uuid import uuid4
 
 from ray.exceptions import ActorDiedError, RayTaskError
 from verl.workers.rollout.llm_server import LLMServerClient
@@ -22,9 +26,9 @@ from verl.workers.rollout.router import GlobalRequestLoadBalancer
 from verl_heddle.options import Options
 from verl_heddle.traces.recorder import EngineTimes, Recorder
 from verl_heddle.trajectory import Decision, Reason, ToolStart, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
-from verl_heddle.verl_plugin.calls import ServerHandle, answer, of_a_dead_replica
+from verl_heddle.verl_plugin.calls import ANSWER_S, ServerHandle, answer, of_a_dead_replica
 from verl_heddle.verl_plugin.live import CURRENT
-from verl_heddle.verl_plugin.outbox import Event, Outbox, Questions
+from verl_heddle.verl_plugin.outbox import KEPT, Event, Outbox, Questions
 from verl_heddle.verl_plugin.request_life import FIELD
 from verl_heddle.verl_plugin.voice import say_once
 
@@ -38,14 +42,24 @@ LIMIT_TRIES, LIMIT_RETRY_S = 3, 0.05
 
 @dataclass(slots=True)
 class _Call:
-    """One `generate` under way: filled in by `_acquire_server`, read when the engine has answered."""
+    """One `generate` under way, of the trajectory's generation `number`, sent for the `leg`-th time: filled in by `_acquire_server`, read
+    when the engine has answered."""
 
     recorder: Recorder | None
+    number: int
+    leg: int
     turn: TurnStart | None = None
     decision: Decision | None = None
     asked_s: float = 0.0
     sent_s: float = 0.0
     held_s: float = 0.0
+    tokens: int = 0
+    """Generated in the engine, as last heard."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether the worker chose the replica without the router."""
+        return self.decision is not None and self.decision.reason is Reason.FALLBACK_ROUTER
 
 
 _CALL: ContextVar[_Call] = ContextVar("heddle_call")
@@ -69,15 +83,18 @@ class HeddleClient(LLMServerClient):
         self._outbox, self._questions = Outbox(self._send), Questions(self._put)
         rollout = config.actor_rollout_ref.rollout
         self._priorities = rollout.name == "vllm" and rollout.get("scheduling_policy") == "priority"
-        self._names = not rollout.get("full_determinism", False)  # then verl names requests itself, the same in every run
         place = options.place
         self._warms = not options.observe and place.enable and place.transport == "prewarm" and len(self._servers) > 1
         self._warming: dict[str, asyncio.Task[None]] = {}
         """By trajectory: waiting for the order to pre-warm, or pre-warming."""
         self._limits: dict[str, int] = {}
         """By trajectory: generated tokens of all its turns at which it is of no more use."""
-        self._flying: dict[str, _Call] = {}
-        """By trajectory: its turn in an engine."""
+        self._flying: dict[str, dict[str, _Call]] = {}
+        """By trajectory: its turns in engines, by request."""
+        self._kept: deque[Event] = deque(maxlen=KEPT)
+        """For the router when it is back."""
+        self._tag, self._outside = uuid4().hex[:8], count()
+        """They name requests outside any trajectory, which no other worker must have."""
         self._telling: set[asyncio.Task[None]] = set()
         self.counts: Counter[str] = Counter()
         """What went wrong and was got around, by name."""
@@ -89,11 +106,14 @@ class HeddleClient(LLMServerClient):
             RayError: no replica is left.
         """
         recorder = CURRENT.get()
-        if recorder is not None:
+        if recorder is None:
+            number = next(self._outside)
+        else:
+            number, recorder.begun = recorder.begun, recorder.begun + 1
             self._drop_warming(recorder.id.key)
-        for _ in range(len(self._servers)):
+        for leg in range(len(self._servers)):
             try:
-                return await self._turn(request_id, **kwargs)
+                return await self._turn(_Call(recorder, number, leg), request_id, **kwargs)
             except (ActorDiedError, RayTaskError) as error:
                 decision = _CALL.get().decision
                 if decision is None or not of_a_dead_replica(error):
@@ -102,8 +122,7 @@ class HeddleClient(LLMServerClient):
                 await self._replica_lost(decision.replica)
         raise last
 
-    async def _turn(self, request_id: str, **kwargs: Any) -> Any:
-        call = _Call(CURRENT.get())
+    async def _turn(self, call: _Call, request_id: str, **kwargs: Any) -> Any:
         _CALL.set(call)
         tokens, completed, engine_s = 0, False, None
         context: list[int] = []
@@ -125,28 +144,24 @@ class HeddleClient(LLMServerClient):
             raise
         finally:
             if call.turn is not None and call.decision is not None:
-                turn = call.turn
-                self._flying.pop(turn.trajectory.key, None)
-                end = TurnEnd(turn.trajectory, turn.conversation, call.decision.replica, turn.turn, tokens, completed, engine_s)
-                order = self._ask_order(end) if context else self.tell("turn_finished", end)
-                if order is not None:
-                    self._warming[turn.trajectory.key] = task = asyncio.create_task(self._warm(order, turn, context))
-                    task.add_done_callback(partial(self._warmed, turn.trajectory.key))
+                self._landed(call.turn)
+                if not call.alone:
+                    turn, replica = call.turn, call.decision.replica
+                    end = TurnEnd(turn.trajectory, turn.conversation, replica, turn.turn, tokens, completed, engine_s, turn.leg)
+                    self._finished(end, turn, context)
 
     async def _acquire_server(self, request_id: str, **extra: Any) -> tuple[str, Any]:
         call = _CALL.get()
         recorder, call.asked_s = call.recorder, time.monotonic()
-        if recorder is not None:
-            recorder.turn_asked(call.asked_s)
-        turns = recorder.turns if recorder else []
         turn = TurnStart(
-            trajectory=recorder.id if recorder else _nobody(request_id),
+            trajectory=recorder.id if recorder else _outside(request_id, self._tag),
             conversation=request_id,
-            turn=len(turns),
+            turn=call.number,
             context_tokens=len(extra["prompt_ids"]),
             generated_tokens=recorder.output_tokens if recorder else 0,
-            tool_s=turns[-1].tool_latency_s if turns else None,
-            text=recorder.text if recorder and not turns else None,
+            tool_s=recorder.turn_asked(call.asked_s, again=call.leg > 0) if recorder else None,
+            text=recorder.text if recorder and not recorder.turns else None,
+            leg=call.leg,
         )
         try:
             decision = await self._decide(turn)
@@ -159,37 +174,46 @@ class HeddleClient(LLMServerClient):
             await self._wait_for_turn(turn)
             call.held_s = time.monotonic() - since
         call.sent_s = time.monotonic()
-        arguments: dict[str, Any] = {"request_id": turn.request} if self._names else {}
+        arguments: dict[str, Any] = {"request_id": turn.request}
         if self._priorities and decision.priority:
             arguments["priority"] = decision.priority
         limit = self._limits.get(turn.trajectory.key)
         if limit is not None:
             arguments["sampling_params"] = self._limited(extra["sampling_params"], turn, limit)
-        self._flying[turn.trajectory.key] = call
+        self._flying.setdefault(turn.trajectory.key, {})[turn.request] = call
         deadline = self._options.deadlines.cancel_s
         return decision.replica, ServerHandle(self._servers[decision.replica], arguments, deadline, self._cancel_lost)
 
     def limit(self, table: dict[str, int]) -> None:
         """Trajectories of which the engines need not generate more tokens than this, over all their turns, now and in later turns."""
         self._limits |= table
-        by_replica: dict[str, set[str]] = defaultdict(set)
+        by_replica: dict[str, dict[str, _Call]] = defaultdict(dict)
         for key in table:
-            call = self._flying.get(key)
-            if call is not None and call.decision is not None and self._names:
-                by_replica[call.decision.replica].add(key)
-        for replica, keys in by_replica.items():
-            task = asyncio.create_task(self._tell_limits(replica, keys))
+            for name, call in self._flying.get(key, {}).items():
+                if call.decision is not None:
+                    by_replica[call.decision.replica][name] = call
+        for replica, calls in by_replica.items():
+            task = asyncio.create_task(self._tell_limits(replica, calls))
             self._telling.add(task)
             task.add_done_callback(self._telling.discard)
 
-    async def _tell_limits(self, replica: str, keys: set[str]) -> None:
+    def _flies(self, turn: TurnStart) -> bool:
+        return turn.request in self._flying.get(turn.trajectory.key, {})
+
+    def _landed(self, turn: TurnStart) -> None:
+        """The turn's request is not in an engine any more, if it was."""
+        calls = self._flying.get(turn.trajectory.key, {})
+        calls.pop(turn.request, None)
+        if not calls:
+            self._flying.pop(turn.trajectory.key, None)
+
+    async def _tell_limits(self, replica: str, calls: dict[str, _Call]) -> None:
         """Until the engine has heard it of all that are there; how far they have got comes back, and goes to whoever set the limit."""
-        calls = {call.turn.request: call for key in keys if (call := self._flying.get(key)) is not None and call.turn is not None}
         for _ in range(LIMIT_TRIES):
             table = {
                 name: max(1, self._limits[call.turn.trajectory.key] - call.turn.generated_tokens)
                 for name, call in calls.items()
-                if call.turn is not None and self._flying.get(call.turn.trajectory.key) is call
+                if call.turn is not None and self._flies(call.turn) and call.turn.trajectory.key in self._limits
             }
             if not table:
                 return
@@ -200,8 +224,9 @@ class HeddleClient(LLMServerClient):
                 return
             for name, tokens in found.items():
                 call = calls.pop(name)
-                if call.recorder is not None and call.recorder.counter is not None and call.turn is not None:
-                    call.recorder.counter(call.turn.generated_tokens + tokens)
+                call.tokens, recorder = tokens, call.recorder
+                if recorder is not None and call.turn is not None and self._flies(call.turn):
+                    recorder.count(recorder.output_tokens + sum(one.tokens for one in self._flying[recorder.id.key].values()))
             if not calls:
                 return
             await asyncio.sleep(LIMIT_RETRY_S)
@@ -222,7 +247,7 @@ class HeddleClient(LLMServerClient):
         prewarm = await answer(order, self._options.tools.trajectory_s)
         if prewarm is None or prewarm.replica not in self._servers:
             return
-        arguments: dict[str, Any] = {"request_id": f"{turn.request}:prewarm"} if self._names else {}
+        arguments: dict[str, Any] = {"request_id": f"{turn.request}:prewarm"}
         if self._priorities:
             arguments["priority"] = prewarm.priority
         server = ServerHandle(self._servers[prewarm.replica], arguments, self._options.deadlines.cancel_s, self._cancel_lost)
@@ -266,16 +291,18 @@ class HeddleClient(LLMServerClient):
                 raise  # "No available servers": verl's own error, and verl's own clients know it
             except Exception as error:
                 self._go_local(error)
+                self.tell("turn_withdrawn", turn)  # the router may have placed it
         self.counts["fallback_router"] += 1
         assert self._local is not None
         replica, _ = self._local.acquire_server(turn.conversation)
         return Decision(replica, 0, Reason.FALLBACK_ROUTER)
 
     async def _wait_for_turn(self, turn: TurnStart) -> None:
-        """Until the router lets a held turn in; one that is not let in in time goes all the same."""
-        deadline = self._options.admission.hold_s + self._options.deadlines.router_s
+        """Until the router lets a held turn in; without an answer of the router it goes all the same."""
+        deadline = ANSWER_S + self._options.deadlines.router_s
         try:
-            await answer(self._load_balancer.wait_for_turn.remote(turn.request), deadline)
+            while await answer(self._load_balancer.wait_for_turn.remote(turn.request), deadline) is False:
+                pass
         except Exception as error:
             self.counts["hold_lost"] += 1
             say_once(f"a turn that was held back was never let in ({type(error).__name__}: {error}); it goes without")
@@ -295,7 +322,7 @@ class HeddleClient(LLMServerClient):
         return decisions
 
     def _release_server(self, server_id: str, request_id: str | None = None) -> None:
-        if self._local is not None:
+        if self._local is not None and _CALL.get().alone:
             self._local.release_server(server_id)
 
     def _go_local(self, error: Exception) -> None:
@@ -307,6 +334,10 @@ class HeddleClient(LLMServerClient):
     def router_is_back(self) -> None:
         """Trust the router again (told by the manager once it has answered)."""
         self._local = None
+        events = list(self._kept)
+        self._kept.clear()
+        if events:
+            self._send(events)
 
     def servers_are(self, servers: dict[str, Any]) -> None:
         """These and no others (told by the manager, between steps)."""
@@ -319,26 +350,37 @@ class HeddleClient(LLMServerClient):
         say_once(f"a cancelled request was still running after {self._options.deadlines.cancel_s:g} s (heddle.deadlines.cancel_s)")
 
     def tell(self, event: str, what: Any) -> None:
-        """Tell the router something, soon. A dead router is found out by the next question."""
+        """Tell the router something: soon, or when it is back. A dead router is found out by the next question."""
         if self._local is None:
             self._outbox.put(event, what)
+        else:
+            self._kept.append((event, what))
 
     def _send(self, events: list[Event]) -> None:
-        if self._local is None:
-            try:
-                self._load_balancer.told.remote(events)
-            except Exception as error:
-                self._go_local(error)
+        if self._local is not None:
+            self._kept.extend(events)
+            return
+        try:
+            self._load_balancer.told.remote(events)
+        except Exception as error:
+            self._go_local(error)
+            self._kept.extend(events)
 
-    def _ask_order(self, end: TurnEnd) -> Any:
-        """Tell that a turn ended; returns the order to pre-warm to be, None if the router is not asked."""
+    def _finished(self, end: TurnEnd, turn: TurnStart, context: list[int]) -> None:
+        """Tell that a turn ended, and pre-warm where the router orders it; `context`: what the next turn begins with, empty if it is not to
+        be read beforehand."""
+        if not context or self._local is not None:
+            return self.tell("turn_finished", end)
         self._outbox.send()
-        if self._local is None:
-            try:
-                return self._load_balancer.turn_finished.remote(end)
-            except Exception as error:
-                self._go_local(error)
-        return None
+        try:
+            order = self._load_balancer.turn_finished.remote(end)
+        except Exception as error:
+            self._go_local(error)
+            return self.tell("turn_finished", end)
+        key = turn.trajectory.key
+        self._drop_warming(key)
+        self._warming[key] = task = asyncio.create_task(self._warm(order, turn, context))
+        task.add_done_callback(partial(self._warmed, key))
 
     def tool_started(self, who: TrajectoryId, tool: str) -> None:
         """Pass on that a tool begins."""
@@ -352,6 +394,6 @@ class HeddleClient(LLMServerClient):
         self._outbox.send()  # it may be the last of the step
 
 
-def _nobody(request_id: str) -> TrajectoryId:
+def _outside(request_id: str, worker: str) -> TrajectoryId:
     """Identity of a request from outside any agent loop (reward code that generates, say): it teaches the predictor nothing."""
-    return TrajectoryId(prompt="", uid=request_id, sample=0, step=-1, validate=True)
+    return TrajectoryId(prompt="", uid=request_id, sample=worker, step=-1, validate=True)

@@ -15,6 +15,9 @@ from typing import Any
 LATEST_S = 0.01
 """A place that has become free is known so much later; with several turns in flight per slot no engine runs dry by it."""
 
+KEPT = 20_000
+"""Events kept for a router that does not answer: more than a worker has in a step. The oldest go."""
+
 Event = tuple[str, Any]
 """Name of the router's method, and what it is told."""
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import ActorDiedError, RayTaskError
-from verl.workers.rollout.replica import RolloutReplicaRegistry
+from verl.workers.rollout.replica import CONTROL_METHOD_CONCURRENCY, RolloutReplicaRegistry
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 
 from verl_heddle.verl_plugin.calls import of_a_dead_replica
@@ -126,11 +126,12 @@ class HeddleHttpServer(vLLMHttpServer):
         return await asyncio.gather(*(core._call_utility_async(method, *args, engine=engine) for engine in engines))
 
     async def heddle_facts(self) -> dict[str, int | None]:
-        """What the engine is, as vLLM made it: `tp`, `slots`, and `kv_tokens`, which its KV cache holds (None if it does not say)."""
+        """What the engine is, as vLLM made it: `tp`, `slots`, `kv_tokens`, which its KV cache holds (None if it does not say), and `calls`,
+        which this actor takes at a time."""
         made = self.engine.vllm_config
         engines = made.parallel_config.data_parallel_size
         slots = engines * made.scheduler_config.max_num_seqs
-        facts: dict[str, int | None] = {"tp": made.parallel_config.tensor_parallel_size, "slots": slots}
+        facts: dict[str, int | None] = {"tp": made.parallel_config.tensor_parallel_size, "slots": slots, "calls": calls_of(self.config)}
         try:
             cache = made.cache_config
             if cache.kv_cache_size_tokens:  # of one engine; right also where layers hold different numbers of tokens
@@ -173,6 +174,11 @@ class HeddleHttpServer(vLLMHttpServer):
     async def heddle_status(self) -> dict[str, int]:
         """Requests the engine still works on or has queued, as the server sees it."""
         return {"unfinished": self.engine.output_processor.get_num_unfinished_requests()}
+
+
+def calls_of(rollout: Any) -> int:
+    """Calls that a server actor takes at a time (verl: `RolloutReplica.max_concurrency`); Ray queues the others, first come, first served."""
+    return max(1000, int(rollout.max_num_seqs) + CONTROL_METHOD_CONCURRENCY)
 
 
 class HeddleReplica(vLLMReplica):

@@ -28,11 +28,8 @@ from verl_heddle.place.sticky import StickyLeastInflight
 from verl_heddle.predict.predictor import Predictor
 from verl_heddle.predict.store import StateError
 from verl_heddle.trajectory import Decision, Prewarm, Reason, ToolStart, TrajectoryEnd, TurnEnd, TurnStart
-from verl_heddle.verl_plugin.calls import Promises
+from verl_heddle.verl_plugin.calls import ANSWER_S, Promises
 from verl_heddle.verl_plugin.voice import say, say_once
-
-ANSWER_S = 30.0
-"""Seconds after which the worker of a held turn hears that it is still held, and asks again: so it finds out that a router died."""
 
 TOLD = ("turn_finished", "turn_withdrawn", "tool_started", "transferred", "trajectory_ended")
 """What may come by `told`."""

@@ -169,6 +169,11 @@ class Trace:
 
     enable: bool = option(True, "Write every trajectory of the run as one JSON line, ready for replay in the simulator.")
     dir: str = option("${trainer.default_local_dir}/heddle", "Where trace.jsonl goes.")
+    segment_mb: float = option(
+        256.0,
+        "Size in MB at which trace.jsonl is closed and compressed as trace.0001.jsonl.gz, trace.0002.jsonl.gz, ...; 0: never. Readers of "
+        "trace.jsonl read them with it.",
+    )
     workload: str | None = option("${trainer.project_name}", "Name written in each line's `workload`.")
 
 
@@ -270,6 +275,8 @@ def check(options: Options) -> list[str]:
             problems.append(f"heddle.tools.{name} must be positive, got {getattr(options.tools, name)}")
     if options.tools.retries < 0:
         problems.append(f"heddle.tools.retries must not be negative, got {options.tools.retries}")
+    if not options.trace.segment_mb >= 0:
+        problems.append(f"heddle.trace.segment_mb must not be negative, got {options.trace.segment_mb}")
     if options.trace.enable and not options.trace.dir:
         problems.append("heddle.trace.dir is empty: name a folder, or set heddle.trace.enable=false")
     return problems

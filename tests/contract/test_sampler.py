@@ -96,6 +96,7 @@ def test_a_full_disk_costs_the_trace_not_the_metrics(monkeypatch, tmp_path, caps
 
     from verl_heddle.fleet import Replica
     from verl_heddle.options import Options, Trace
+    from verl_heddle.traces.columns import Columns
     from verl_heddle.verl_plugin import manager as agent_loops
     from verl_heddle.verl_plugin.sampler import _Watch
 
@@ -109,12 +110,12 @@ def test_a_full_disk_costs_the_trace_not_the_metrics(monkeypatch, tmp_path, caps
         )
 
         def collect(self):
-            return [recorded()], Counter({"fallback_router": 3, "prewarm/done": 2})
+            return Columns.of([recorded()]), Counter({"fallback_router": 3, "prewarm/done": 2})
 
         def step_ended(self, step, records):
             return {"held": 2 * step, "failed_fit": 1, "fit_s": 0.5, "fit_rows": 300, "place_quality": 0.8}
 
-        def shaped(self, step, records):
+        def shaped(self, step):
             return {"spare": 1.5}
 
         def engine_counts(self):
@@ -132,14 +133,75 @@ def test_a_full_disk_costs_the_trace_not_the_metrics(monkeypatch, tmp_path, caps
         and metrics["heddle/place/quality"] == 0.8
         and metrics["heddle/place/prewarm_done"] == 2
     )
+    good.flush()
     lines = (tmp_path / "trace.jsonl").read_text().splitlines()
     assert len(lines) == 2
     known = {"tp": 2, "slots": 8, "replicas": 1, "order": "priority"}
     assert known.items() <= json.loads(lines[0])["meta"].items(), "what simulating the run needs to know of its engines"
     full = _Watch(Options(trace=Trace(dir="/dev/full/x", workload="w")))
     metrics = full.step(1, "train")
-    assert metrics["heddle/trajectories"] == 1 and metrics["heddle/metrics_failures"] == 1
+    assert metrics["heddle/trajectories"] == 1
+    full.flush()
+    assert full.step(2, "train")["heddle/metrics_failures"] >= 1
     assert "trace lines of a step are lost" in capsys.readouterr().err
+
+
+class Clock:
+    """A replay buffer's time: listing all keys takes `look_s`, and what is slept goes by."""
+
+    def __init__(self, monkeypatch, look_s, looks):
+        from verl.trainer.ppo.v1 import replay_buffer
+
+        from verl_heddle.verl_plugin import sampler
+
+        self.now = self.listing = self.slept = 0.0
+        self.look_s, self.left, self.longest = look_s, looks, 0.0
+        monkeypatch.setattr(replay_buffer.tq, "kv_list", self.list)
+        monkeypatch.setattr(replay_buffer.tq, "kv_clear", lambda **_: None)
+        monkeypatch.setattr(replay_buffer.time, "sleep", self.sleep)
+        monkeypatch.setattr(sampler.time, "monotonic", lambda: self.now)
+
+    def list(self):
+        self.now += self.look_s
+        self.listing += self.look_s
+        self.left -= 1
+        status = "running" if self.left else "finished"
+        prompt = {"is_prompt": True, "status": status, "global_steps": 1}
+        return {"train": {"u0": prompt, "u0_0_0": {"status": "success"}}}
+
+    def sleep(self, seconds):
+        self.now += seconds
+        self.slept += seconds
+        self.longest = max(self.longest, seconds)
+
+
+@pytest.mark.parametrize("look_s", [0.0001, 0.02, 0.192, 5.0])
+@pytest.mark.parametrize("mode", ["sync", "colocate_async"])
+def test_looking_takes_a_small_share_of_the_time(look_s, mode, monkeypatch):
+    """verl lists every key; with 11,000 of them that takes 0.2 s of the process that serves the workers."""
+    monkeypatch.setattr(gate, "_active", True)
+    buffer = Trainer(["+plugin=heddle", "heddle.trace.enable=false"], mode)._build_replay_buffer()
+    clock = Clock(monkeypatch, look_s, looks=50)
+    batch, _ = buffer.sample(global_steps=1, partition_id="train", batch_size=1)
+    assert batch.keys == ["u0_0_0"]
+    share = clock.listing / (clock.listing + clock.slept)
+    assert share < 0.06 or clock.longest == 2.0, share
+    assert 0.1 <= clock.longest <= 2.0 and (clock.longest == 0.1 or look_s > 0.005)
+
+
+def test_the_last_step_waits_for_its_lines_and_no_other_does(monkeypatch):
+    from verl_heddle.verl_plugin.sampler import _Watch
+
+    flushed = []
+    monkeypatch.setattr(gate, "_active", True)
+    monkeypatch.setattr(_Watch, "flush", lambda self: flushed.append(self))
+    trainer = Trainer(["+plugin=heddle", "heddle.trace.enable=false"])
+    buffer = trainer._build_replay_buffer()
+    for total, step in ((None, 3), (4, 3), (4, 4)):
+        trainer.total_training_steps = total
+        Clock(monkeypatch, 0.01, looks=1)
+        buffer.sample(global_steps=step, partition_id="train", batch_size=1)
+        assert len(flushed) == (total == step)
 
 
 def recorded():

@@ -18,6 +18,7 @@ from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopWorkerTQ
 
 from verl_heddle.options import Options
 from verl_heddle.shape.groups import Visit
+from verl_heddle.traces.columns import Columns
 from verl_heddle.traces.recorder import Recorder
 from verl_heddle.trajectory import Outcome, Trajectory, TrajectoryEnd, TrajectoryId
 from verl_heddle.verl_plugin.live import CURRENT, watch_tool
@@ -176,11 +177,11 @@ class HeddleWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignore[misc,
         """(uid, sample) of the trajectories that can be cancelled now."""
         return [(uid, int(sample)) for uid, sample in (key.rsplit("_", 1) for key in self._running)]
 
-    async def collect(self) -> tuple[list[Trajectory], dict[str, int], list[Visit]]:
+    async def collect(self) -> tuple[Columns, dict[str, int], list[Visit]]:
         """Hand over the records made and the groups closed since the last call, and the counts of what went wrong since the start."""
         records, self._records = self._records, []
         visits = self._selection.take()
-        return records, {**self.llm_client.counts, "selection": self._selection.failures}, visits
+        return Columns.of(records), {**self.llm_client.counts, "selection": self._selection.failures}, visits
 
     async def router_is_back(self) -> None:
         """The manager has heard from the router."""

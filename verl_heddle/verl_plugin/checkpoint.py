@@ -15,6 +15,7 @@ import ray
 from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
 from verl.utils.checkpoint.checkpoint_manager import find_latest_ckpt_path
 
+from verl_heddle.traces.writer import flush_all
 from verl_heddle.verl_plugin.voice import say, say_once
 
 FILE = os.path.join("heddle", "predictor.bin")
@@ -35,6 +36,7 @@ class HeddleCheckpoint(CheckpointCallback):
                     _write(os.path.join(checkpoint_dir, SHAPE_FILE), json.dumps(manager.planner.shaper.state()).encode())
         except Exception as error:
             say_once(f"what was learnt of lengths is not in the checkpoint of step {global_step} ({type(error).__name__}: {error})")
+        flush_all()  # a run that goes on from here has the trace up to here
 
 
 def restore(manager: Any, config: Any) -> None:

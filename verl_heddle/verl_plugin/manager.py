@@ -15,6 +15,7 @@ from verl.utils.ray_utils import auto_await
 from verl_heddle.fleet import Replica
 from verl_heddle.latency.model import LatencyModel
 from verl_heddle.shape.groups import Visit
+from verl_heddle.traces.columns import Columns
 from verl_heddle.trajectory import Trajectory
 from verl_heddle.verl_plugin import advantage, checkpoint, layouts
 from verl_heddle.verl_plugin.agent_loop import HeddleWorker
@@ -54,6 +55,8 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
         """Of shaping; None when it is off."""
         advantage.SHAPER = None if self.planner is None else self.planner.shaper
         self._visits: list[Visit] = []
+        self._last: list[Trajectory] = []
+        """Records of the step that is being closed."""
         checkpoint.restore(self, config)
         super().__init__(config, HeddleClient(config, self.router, self.servers, self.options), *args, **kwargs)
         self.agent_loop_workers_class = ray.remote(HeddleWorker)  # after super(), which sets verl's own
@@ -104,11 +107,11 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
                 say_once(f"trajectories are placed one by one, not as a batch ({type(error).__name__}: {error})")
         super().generate_sequences(prompts)
 
-    def collect(self) -> tuple[list[Trajectory], Counter[str]]:
+    def collect(self) -> tuple[Columns, Counter[str]]:
         """Records since the last call and counts since the start; a worker that is silent too long is left out and counted."""
         refs = [worker.collect.remote() for worker in self.agent_loop_workers]
         ready, late = ray.wait(refs, num_returns=len(refs), timeout=self.options.deadlines.collect_s)
-        records: list[Trajectory] = []
+        records = Columns()
         counts: Counter[str] = Counter()
         self._silent += len(late)
         for ref in ready:
@@ -118,15 +121,17 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
                 say_once(f"a worker's records are lost ({type(error).__name__})")
                 self._silent += 1
                 continue
-            records += some
+            records.extend(some)
             counts.update(trouble)
             self._visits += visits
         counts["worker_silent"] = self._silent
         self._router_lost = self._router_lost or counts["fallback_router"] > 0
         return records, counts
 
-    def step_ended(self, step: int, records: list[Trajectory]) -> dict[str, float]:
+    def step_ended(self, step: int, train: Columns) -> dict[str, float]:
         """Tell the router that the batch of a training step is complete; returns its counts since the start of the run."""
+        needed = self._plans or self.planner is not None or self.layouts is not None
+        self._last = records = list(train.records()) if needed else []  # one by one, they take a second at 10,000 trajectories
         if self._plans or self.planner is not None:
             degrees = {name: replica.tp for name, replica in self.fleet.items()}
             self._step_times.learn(records, degrees, self._step_times_known)
@@ -138,9 +143,10 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
             self._router_lost = True
             return {}
 
-    def shaped(self, step: int, records: list[Trajectory]) -> dict[str, float]:
-        """What shaping did in a training step that is complete; empty when it is off."""
+    def shaped(self, step: int) -> dict[str, float]:
+        """What shaping did in a training step that is complete, after `step_ended`; empty when it is off."""
         visits, self._visits = self._visits, []
+        records, self._last = self._last, []
         return {} if self.planner is None else self.planner.step_ended(step, records, visits)
 
     def _step_times_known(self, latency: LatencyModel) -> None:

@@ -1,0 +1,154 @@
+"""Writes a run's trace beside the run: a thread that appends, closes segments and compresses them.
+
+Law: `put` never waits, whatever the disk does. Batches are written in order, each line whole; a record that does not fit the schema costs
+itself only. When the live file (`trace.jsonl`) holds `segment_bytes`, the next batch starts a new one: the full one is renamed to the next
+`trace.0001.jsonl.gz` and then compressed in place by a rename, so that at every moment every line is in exactly one file, under a name
+that `traces.io` reads (it tells gzip from plain text by the content; one left plain by a crash is compressed when the next run starts).
+
+`flush` waits until all is written: before the last step of a run is over, with every checkpoint, and when the process exits. More than
+`MOST_PENDING` batches that wait for a hanging disk are lost rather than kept in memory, and reported as failures.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gzip
+import os
+import queue
+import re
+import shutil
+import threading
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from verl_heddle.traces.columns import Columns
+from verl_heddle.traces.schema import encode
+
+MOST_PENDING = 8
+"""Batches, one a step or validation: a disk that is this far behind has stopped."""
+
+FLUSH_S = 120.0
+"""A batch of 10,000 trajectories of 20 turns takes about 5 s to write."""
+
+CHUNK_BYTES = 2**20
+"""Lines are handed to the system in pieces of this size: memory stays small, and few calls."""
+
+_GZIP_MAGIC = b"\x1f\x8b"
+
+_writers: weakref.WeakSet[TraceWriter] = weakref.WeakSet()
+
+
+class TraceWriter:
+    """One per trace file.
+
+    Args:
+        path: the live file; its folder is made.
+        segment_bytes: size from which it is closed and compressed; 0: never.
+        failed: told of what went wrong, in the writer's thread.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], segment_bytes: int, failed: Callable[[Exception], None]) -> None:
+        self._path, self._segment_bytes, self._failed = Path(path), segment_bytes, failed
+        self._batches: queue.Queue[tuple[Columns, dict[str, Any]]] = queue.Queue()
+        self._done = threading.Condition()
+        self._pending = 0
+        self._thread: threading.Thread | None = None
+        _writers.add(self)
+
+    def put(self, records: Columns, meta: dict[str, Any]) -> None:
+        """Have these written, soon; `meta` goes into each one's."""
+        with self._done:
+            if self._pending >= MOST_PENDING:
+                return self._failed(OSError(f"{self._path}: {self._pending} batches wait to be written"))
+            self._pending += 1
+        self._batches.put((records, meta))
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="heddle-trace", daemon=True)
+            self._thread.start()
+
+    def flush(self, timeout_s: float = FLUSH_S) -> bool:
+        """Wait until all is written; False if it is not after so many seconds."""
+        with self._done:
+            return self._done.wait_for(lambda: not self._pending, timeout_s)
+
+    def _run(self) -> None:
+        self._guarded(self._compress_left)
+        while True:
+            records, meta = self._batches.get()
+            try:
+                self._guarded(lambda records=records, meta=meta: self._write(records, meta))  # type: ignore[misc]
+            finally:
+                del records, meta
+                with self._done:
+                    self._pending -= 1
+                    self._done.notify_all()
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:
+            self._failed(error)
+
+    def _write(self, records: Columns, meta: dict[str, Any]) -> None:
+        os.makedirs(self._path.parent, exist_ok=True)
+        if self._segment_bytes and self._path.exists() and self._path.stat().st_size >= self._segment_bytes:
+            self._guarded(self._close_segment)
+        with open(self._path, "ab") as file:
+            lines, size = [], 0
+            for record in records.records():
+                record.meta.update(meta)
+                try:
+                    line = encode(record, file=str(self._path))
+                except Exception as error:
+                    self._failed(error)
+                    continue
+                lines.append(line)
+                size += len(line)
+                if size >= CHUNK_BYTES:
+                    file.write(b"".join(lines))
+                    lines, size = [], 0
+            file.write(b"".join(lines))
+
+    def _close_segment(self) -> None:
+        closed = self._path.with_name(f"{self._stem}.{max(self._segments(), default=0) + 1:04d}.jsonl.gz")
+        os.rename(self._path, closed)
+        _compress(closed)
+
+    def _compress_left(self) -> None:
+        for file in self._segments().values():
+            with open(file, "rb") as content:
+                plain = content.read(2) != _GZIP_MAGIC
+            if plain:
+                _compress(file)
+
+    def _segments(self) -> dict[int, Path]:
+        """Closed ones by number."""
+        if not self._path.parent.is_dir():
+            return {}
+        pattern = re.compile(rf"{re.escape(self._stem)}\.(\d{{4,9}})\.jsonl\.gz")
+        found = ((pattern.fullmatch(file.name), file) for file in self._path.parent.iterdir())
+        return {int(match[1]): file for match, file in found if match}
+
+    @property
+    def _stem(self) -> str:
+        return self._path.name.removesuffix(".jsonl")
+
+
+def _compress(file: Path) -> None:
+    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        with open(file, "rb") as plain, open(draft, "wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as packed:
+            shutil.copyfileobj(plain, packed, CHUNK_BYTES)
+        os.replace(draft, file)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def flush_all(timeout_s: float = FLUSH_S) -> bool:
+    """`flush` of every writer of this process."""
+    return all([writer.flush(timeout_s) for writer in list(_writers)])
+
+
+atexit.register(flush_all)

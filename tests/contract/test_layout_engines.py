@@ -210,7 +210,8 @@ def test_what_cannot_be_repaired_is_left_to_those_that_live(monkeypatch, capsys)
     monkeypatch.setattr(made, "_dead", lambda: [(1, 1)])
     before = dict(made._engines)
     made.repair(3)
-    assert made._engines == before and made._group.sent == () and len(made.servers()) == GPUS
+    assert made._engines == before and len(made.servers()) == GPUS
+    assert made._group.sent == ((3, "naive"),), "those that live were put to sleep: without weights they would serve nobody"
     assert "goes on with the engines that live" in capsys.readouterr().err
 
 
@@ -290,3 +291,40 @@ def test_the_plan_follows_the_lengths_and_says_why(capsys):
     assert chooser.next(4, [], skewed, None) is None
     told = layout_choice.Chooser(Layout(enable=True, schedule={2: [4, 4]}), rollout, 8, 8, 40, 8)
     assert told.next(2, [], (1,) * 8, None) == (4, 4) and told.metrics == {}
+
+
+def test_where_neither_layout_can_be_had_verl_gets_on_and_the_next_rollout_repairs(monkeypatch, capsys):
+    """With room for one engine a GPU, the old layout's engines are gone when the new one's do not come up, nor perhaps they."""
+
+    async def play():
+        made, group = await opened(1)
+        FakeEngine.failing = (0, GPUS)
+        before = dict(made._engines)
+        made.wanted = (2, 1, 1)
+        await night(made)  # raises out of verl's own sleep_replicas otherwise, and ends the run
+        assert made.layout == (1,) * GPUS and made.static and set(made.servers()) == {e._server_address for e in before.values()}
+        assert [worker.seat for worker in group.workers] == [(rank, 0) for rank in range(GPUS)]
+        return made
+
+    made = asyncio.run(play())
+    assert "begins with repairs" in capsys.readouterr().err
+    FakeEngine.failing = ()
+    made._group = Updating()
+    monkeypatch.setattr(made, "_dead", lambda: [span for span, engine in made._engines.items() if engine.ended])
+    made.repair(4)
+    assert not any(made._engines[span].ended for span in spans(made.layout)) and made._group.sent == ((4, "naive"),)
+
+
+def test_a_rank_feeds_an_engine_launched_anew_in_its_old_place(monkeypatch):
+    """Its server had been given up for dead; the seat that is given again is a new one."""
+    adapter = object.__new__(trainer_rank.ServerAdapter)
+    adapter.zmq_handle = "ipc:///tmp/rl-colocate-zmq-01000000-replica-1-rank-0.sock"
+    monkeypatch.setattr(trainer_rank, "SEAT", None)
+    trainer_rank.sit(None, 5, 0)
+    adapter._sit_down()
+    adapter._gone = True
+    adapter._sit_down()
+    assert adapter._gone
+    trainer_rank.sit(None, 5, 0)
+    adapter._sit_down()
+    assert not adapter._gone and adapter.server_handle is None

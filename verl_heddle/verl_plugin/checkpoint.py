@@ -29,7 +29,7 @@ class HeddleCheckpoint(CheckpointCallback):
         try:
             manager = trainer.agent_loop_manager
             if hasattr(manager, "router") and manager.options.predict.checkpoint:  # otherwise it is verl's own
-                state = ray.get(manager.router.learnt.remote(), timeout=manager.options.deadlines.router_s)
+                state = _learnt(manager)
                 if state is not None:
                     _write(os.path.join(checkpoint_dir, FILE), state)
                 if manager.planner is not None:
@@ -37,6 +37,16 @@ class HeddleCheckpoint(CheckpointCallback):
         except Exception as error:
             say_once(f"what was learnt of lengths is not in the checkpoint of step {global_step} ({type(error).__name__}: {error})")
         flush_all()  # a run that goes on from here has the trace up to here
+
+
+def _learnt(manager: Any) -> bytes | None:
+    """As the router knows it; of a router that does not answer, as of the step before."""
+    try:
+        return ray.get(manager.router.learnt.remote(), timeout=manager.options.deadlines.router_s)
+    except Exception:
+        if manager.learnt is None:
+            raise
+        return manager.learnt
 
 
 def restore(manager: Any, config: Any) -> None:
@@ -53,6 +63,7 @@ def restore(manager: Any, config: Any) -> None:
             return
         with open(path, "rb") as file:
             state = file.read()
+        manager.learnt = state
         why_not = ray.get(manager.router.learn_again.remote(state), timeout=manager.options.deadlines.router_s)
         say(
             f"lengths learnt until {os.path.basename(folder)} are back" if why_not is None else f"{path}: {why_not}: predictions start cold"

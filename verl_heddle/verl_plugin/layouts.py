@@ -166,6 +166,7 @@ class Layouts:
 
     async def _change(self, layout: tuple[int, ...]) -> None:
         began = time.monotonic()
+        before = dict(self._engines)
         fresh = [span for span in spans(layout) if span not in self._engines]
         await self._make_room(spans(layout))
         try:
@@ -176,13 +177,25 @@ class Layouts:
             await self._shut_down([span for span in fresh if span in self._engines])
             say(f"layout {list(layout)} cannot be had ({type(error).__name__}: {error}); it stays at {list(self.layout)}")
             if gone := [span for span in spans(self.layout) if span not in self._engines]:
-                await self._start(gone)
-                await self._take_up(self.layout)
+                try:
+                    await self._start(gone)
+                    await self._take_up(self.layout)
+                except Exception as again:  # verl is putting its replicas to sleep here, and must get on
+                    say(f"nor can that layout's engines ({type(again).__name__}: {again}); the next rollout begins with repairs")
+                    await self._end_others(before)
             return
         await self._take_up(layout)
         self.counts["switches"] += 1
         self.counts["switch_s"] += time.monotonic() - began
         say(f"layout {list(layout)} ({len(fresh)} engines launched, {time.monotonic() - began:.1f} s)")
+
+    async def _end_others(self, before: dict[Span, HeddleReplica]) -> None:
+        """Back to these engines, dead ones among them; what has been launched since goes, since its name and memory will be wanted."""
+        others = [engine for span, engine in self._engines.items() if engine is not before.get(span)]
+        self._engines = before
+        await asyncio.gather(*(end(server) for engine in others for server in engine.servers), return_exceptions=True)
+        with suppress(Exception):  # some ranks may have been told of the others
+            await self._seat(spans(self.layout))
 
     async def _start(self, fresh: Sequence[Span]) -> None:
         """Launch engines, while all others sleep, and put them to sleep as well."""
@@ -270,8 +283,9 @@ class Layouts:
         try:
             asyncio.run(self._start_over(dead))
         except Exception as error:
-            self._engines = before
-            return say(f"that failed ({type(error).__name__}: {error}); the run goes on with the engines that live")
+            asyncio.run(self._end_others(before))
+            say(f"that failed ({type(error).__name__}: {error}); the run goes on with the engines that live")
+        # In either case those that live have been put to sleep, which costs them their weights.
         ray.get(self._group.update_weights(global_steps=global_steps, mode="naive"), timeout=LAUNCH_S)
 
     def _dead(self) -> list[Span]:

@@ -5,6 +5,7 @@ announces each batch, and collects what the workers have recorded at the end of 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -47,6 +48,10 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
         self.fleet: dict[str, Replica] = {}
         self.servers: dict[str, Any] = {}
         """Actor handles of `fleet`, by name; the client's own table."""
+        self.learnt: bytes | None = None
+        """What the router knew of lengths when it was last asked, for one that is restarted."""
+        self._learnt_asked: Any = None
+        self._latency: LatencyModel | None = None
         self._configure_router(self.options.deadlines.start_s)  # its process imports verl first
         self._samples = (int(rollout.n), int(rollout.val_kwargs.n))
         self._step_times = StepTimes()
@@ -62,6 +67,9 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
         self.agent_loop_workers_class = ray.remote(HeddleWorker)  # after super(), which sets verl's own
         self._plans = not self.options.observe and self.options.place.enable and len(self.servers) > 1
         self._router_lost = False
+        self._fallbacks = 0
+        """Turns that workers placed without the router, since the start of the run."""
+        self._troubles: Counter[str] = Counter()
         self._silent = 0
         self._weights = -1
         self.layouts = layouts.LAYOUTS
@@ -89,11 +97,9 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
 
     def generate_sequences(self, prompts: Any) -> None:
         """Dispatch a batch; see `AgentLoopManagerTQ.generate_sequences`."""
-        if self.layouts is not None and (weights := weights_of(prompts)) != self._weights:
-            self._weights = weights  # the engines have just got them, and nobody is at work
-            self.layouts.repair(weights)
+        self._recover("engines", lambda: self._repair_engines(prompts))
         if self._router_lost:
-            self._try_router()
+            self._recover("router", self._try_router)
         facts = facts_of_batch(prompts) if self._plans or (self.planner is not None and not validates(prompts)) else None
         if self.planner is not None:
             try:
@@ -106,6 +112,19 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
             except Exception as error:
                 say_once(f"trajectories are placed one by one, not as a batch ({type(error).__name__}: {error})")
         super().generate_sequences(prompts)
+
+    def _recover(self, what: str, attempt: Callable[[], None]) -> None:
+        """Recovery that fails leaves things as they are: a step goes on by verl's own rule, which needs neither router nor layout."""
+        try:
+            attempt()
+        except Exception as error:
+            self._troubles[f"recovery_{what}"] += 1
+            say_once(f"recovery of {what} failed ({type(error).__name__}: {error}); the step goes on with what works")
+
+    def _repair_engines(self, prompts: Any) -> None:
+        if self.layouts is not None and (weights := weights_of(prompts)) != self._weights:
+            self._weights = weights  # the engines have just got them, and nobody is at work
+            self.layouts.repair(weights)
 
     def collect(self) -> tuple[Columns, Counter[str]]:
         """Records since the last call and counts since the start; a worker that is silent too long is left out and counted."""
@@ -125,7 +144,9 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
             counts.update(trouble)
             self._visits += visits
         counts["worker_silent"] = self._silent
-        self._router_lost = self._router_lost or counts["fallback_router"] > 0
+        counts.update(self._troubles)
+        self._router_lost = self._router_lost or counts["fallback_router"] > self._fallbacks
+        self._fallbacks = counts["fallback_router"]
         return records, counts
 
     def step_ended(self, step: int, train: Columns) -> dict[str, float]:
@@ -138,10 +159,27 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
         if self.layouts is not None:
             self.layouts.wanted = self.chooser.next(step + 1, records, self.layouts.layout, self.layouts.reshard_s)
         try:
-            return ray.get(self.router.step_ended.remote(step), timeout=self.options.deadlines.router_s)
+            counts = ray.get(self.router.step_ended.remote(step), timeout=self.options.deadlines.router_s)
         except Exception:
             self._router_lost = True
             return {}
+        self._note_learnt()
+        return counts
+
+    def _note_learnt(self) -> None:
+        """Take what the router told of what it knew a step ago, and ask what it knows now: it answers while the trainer updates."""
+        try:
+            if self._learnt_asked is not None:
+                ready, _ = ray.wait([self._learnt_asked], timeout=0)
+                if not ready:
+                    return
+                asked, self._learnt_asked = self._learnt_asked, None
+                self.learnt = ray.get(asked) or self.learnt
+            if not self.options.observe:
+                self._learnt_asked = self.router.learnt.remote()
+        except Exception as error:  # of a router that died meanwhile
+            self._learnt_asked = None
+            say_once(f"what the router has learnt is known as of an earlier step ({type(error).__name__})")
 
     def shaped(self, step: int) -> dict[str, float]:
         """What shaping did in a training step that is complete, after `step_ended`; empty when it is off."""
@@ -150,6 +188,7 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
         return {} if self.planner is None else self.planner.step_ended(step, records, visits)
 
     def _step_times_known(self, latency: LatencyModel) -> None:
+        self._latency = latency
         if self.planner is not None:
             self.planner.latency = latency
         if self._plans:
@@ -176,7 +215,8 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
         """Give the router the user's options and what the engines are like."""
         servers = self.servers or ray.get(self.router.handles.remote(), timeout=deadline_s)
         self._know(servers, deadline_s)
-        ray.get(self.router.configure.remote(self.options, self._deterministic, self._told_fleet, self._cap_tokens), timeout=deadline_s)
+        told = (self.options, self._deterministic, self._told_fleet, self._cap_tokens, self.learnt)
+        ray.get(self.router.configure.remote(*told), timeout=deadline_s)
 
     @property
     def _told_fleet(self) -> dict[str, tuple[Replica, Any]]:
@@ -198,7 +238,10 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
         self.servers.update(found)
 
     def _relaid(self, servers: dict[str, Any]) -> None:
-        """Another layout has been taken up, between steps."""
+        """Another layout has been taken up, between steps; never raises, since engines wait for their weights."""
+        self._recover("layout", lambda: self._tell_fleet(servers))
+
+    def _tell_fleet(self, servers: dict[str, Any]) -> None:
         deadline_s = self.options.deadlines.collect_s
         self._know(servers, deadline_s)
         try:
@@ -209,11 +252,23 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
         ray.wait(told, num_returns=len(told), timeout=deadline_s)  # a worker that is silent asks the router again
 
     def _try_router(self) -> None:
-        """Between steps, see whether Ray has restarted the router; if so, set it up and send the workers back to it."""
+        """Between steps, see whether the router answers; if so, send the workers back to it.
+
+        One that was only late knows all it knew. One that Ray has restarted is set up, and told what the one before it had learnt.
+        """
+        deadline_s = self.options.deadlines.router_s
         try:
-            self._configure_router(self.options.deadlines.router_s)
+            if not ray.get(self.router.configured.remote(), timeout=deadline_s):
+                self._note_learnt()  # the last answer of the process that died may have come
+                self._learnt_asked = None
+                self._configure_router(deadline_s)
+                if self._plans and self._latency is not None:
+                    self.router.step_times_known.remote(self._latency)
+            elif self.layouts is not None:  # it may have missed a change
+                ray.get(self.router.fleet_is.remote(self._told_fleet), timeout=deadline_s)
         except Exception:
             return
-        ray.get([worker.router_is_back.remote() for worker in self.agent_loop_workers], timeout=self.options.deadlines.collect_s)
+        told = [worker.router_is_back.remote() for worker in self.agent_loop_workers]
+        ray.wait(told, num_returns=len(told), timeout=self.options.deadlines.collect_s)
         self._router_lost = False
         say("the router is back")

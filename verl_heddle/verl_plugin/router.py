@@ -35,6 +35,15 @@ TOLD = ("turn_finished", "turn_withdrawn", "tool_started", "transferred", "traje
 """What may come by `told`."""
 
 
+class NotConfiguredError(Exception):
+    """The servers that a restarted router was built with may sleep or be gone since, and the user's options are not known."""
+
+
+def _restarted() -> bool:
+    """Whether Ray has started this actor again."""
+    return ray.is_initialized() and bool(ray.get_runtime_context().was_current_actor_reconstructed)
+
+
 def alike(servers: Mapping[str, Any], tp: int = 1, slots: int = 256, kv_tokens: int | None = None) -> dict[str, tuple[Replica, Any]]:
     """A fleet of equal replicas, as `HeddleRouter.configure` takes it."""
     return {name: (Replica(name, tp, slots, kv_tokens), handle) for name, handle in servers.items()}
@@ -50,7 +59,10 @@ class HeddleRouter:
 
     def __init__(self, servers: dict[str, Any], yaml_config: dict | None = None) -> None:
         self._servers: dict[str, Any] = {}
-        self._options = Options()
+        self._options = Options(observe=True)
+        """verl's rule, and nobody is held, until `configure`."""
+        self._configured = False
+        self._restarted = _restarted()
         self._fleet: dict[str, Replica] = {}
         """What is known of the servers; one that somebody else adds is taken to be like the others."""
         self._latency: LatencyModel | None = None
@@ -73,11 +85,17 @@ class HeddleRouter:
         self.add_servers({name: handle for name, handle in servers.items() if name is not None})
 
     def configure(
-        self, options: Options, deterministic: bool, fleet: dict[str, tuple[Replica, Any]], cap_tokens: int | None = None
+        self,
+        options: Options,
+        deterministic: bool,
+        fleet: dict[str, tuple[Replica, Any]],
+        cap_tokens: int | None = None,
+        learnt: bytes | None = None,
     ) -> None:
         """Start over with the user's options and with these replicas and actor handles, by server id. Called before the first turn, and
-        after a restart.
+        after a restart, with what the process before it had `learnt`.
         """
+        self._configured = True
         self._options, self._cap_tokens = options, cap_tokens
         self._orchestrator = Orchestrator(options, deterministic, cap_tokens)
         self._fleet, self._latency = {}, None
@@ -85,6 +103,12 @@ class HeddleRouter:
         for promises in (self._held, self._orders):  # this orchestrator knows of none of them
             promises.drop_all()
         self.fleet_is(fleet)
+        if learnt is not None and (why_not := self.learn_again(learnt)) is not None:
+            say(f"{why_not}: predictions start cold")
+
+    def configured(self) -> bool:
+        """Whether this process has been told the user's options: one that Ray has restarted has not."""
+        return self._configured
 
     def fleet_is(self, fleet: dict[str, tuple[Replica, Any]]) -> None:
         """These replicas, with their actor handles, and no others; by server id. Between steps."""
@@ -130,7 +154,10 @@ class HeddleRouter:
 
         Raises:
             RuntimeError: there is no server.
+            NotConfiguredError: a restarted process does not know the fleet; the worker does, and goes by verl's rule.
         """
+        if self._restarted and not self._configured:
+            raise NotConfiguredError("the router has been restarted and not been set up yet")
         try:
             decision = self._orchestrator.turn_started(turn, time.monotonic())
             self._verls_rule.note(turn.conversation, decision.replica)

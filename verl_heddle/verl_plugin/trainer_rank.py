@@ -98,7 +98,7 @@ def _adapter() -> type:
 
         def _sit_down(self) -> None:
             """Feed the engine this rank is told to, by the names that verl gives to engines."""
-            if SEAT is None or self._seat == SEAT:
+            if SEAT is None or self._seat is SEAT:  # the same seat given anew: its engine has been launched anew
                 return
             self._seat, (self.replica_rank, self.rollout_rank) = SEAT, SEAT
             job = self.zmq_handle.rsplit("-replica-", 1)[0]

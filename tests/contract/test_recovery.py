@@ -83,7 +83,8 @@ def made(monkeypatch):
     manager.servers, manager.fleet = {"s0": server}, {}
     manager._deterministic, manager._cap_tokens, manager._samples = False, 20_000, (2, 1)
     manager.learnt = manager._learnt_asked = manager._latency = manager.planner = manager.layouts = None
-    manager._fallbacks = manager._silent = 0
+    manager._fallbacks = manager._silent = manager._replicas_lost = 0
+    manager._replicas = 8
     manager._troubles, manager._visits, manager._plans, manager._router_lost, manager._weights = Counter(), [], False, False, -1
     manager.agent_loop_workers, manager.dispatched = [Actor(worker)], []
     manager._configure_router(1.0)
@@ -201,3 +202,15 @@ def test_a_layout_that_cannot_be_told_does_not_raise_where_engines_wait_for_weig
     monkeypatch.setattr(HeddleAgentLoopManager, "_know", lambda *args: 1 / 0)
     manager._relaid({"s0": object()})
     assert manager._troubles["recovery_layout"] == 1
+
+
+def test_what_is_lost_with_a_replica_is_said_once(made, capsys):
+    manager, router, _ = made
+    router.target.add_servers({"s1": "h1", "s2": "h2"})
+    router.target.replica_lost("s1")
+    for number in (1, 2):
+        step(manager, number)
+    assert capsys.readouterr().err.count("1 of 8 replicas have died; 7 are left for the rest of the run") == 1
+    router.target.replica_lost("s2")
+    step(manager, 3)
+    assert "2 of 8 replicas have died; 6 are left" in capsys.readouterr().err

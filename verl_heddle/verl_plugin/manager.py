@@ -53,6 +53,8 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
         self._learnt_asked: Any = None
         self._latency: LatencyModel | None = None
         self._configure_router(self.options.deadlines.start_s)  # its process imports verl first
+        self._replicas, self._replicas_lost = len(self.fleet), 0
+        """At the start of the run, and of them those that have died."""
         self._samples = (int(rollout.n), int(rollout.val_kwargs.n))
         self._step_times = StepTimes()
         shapes = self.options.shape.enable and not self.options.observe
@@ -164,7 +166,19 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
             self._router_lost = True
             return {}
         self._note_learnt()
+        self._note_losses(int(counts.get("replicas_lost", 0)))
         return counts
+
+    def _note_losses(self, lost: int) -> None:
+        """Say what the run has lost with its replicas, since nobody launches them again: verl's trainer ranks, its list of servers and its
+        metrics know a replica by what it was when the run began, and an engine that comes up needs memory that the trainer holds by then.
+        Engines of a layout are ours, so there it is done (`layouts.Layouts.repair`)."""
+        if lost > self._replicas_lost and self.layouts is None:
+            left = max(0, self._replicas - lost)
+            say(
+                f"{lost} of {self._replicas} replicas have died; {left} are left for the rest of the run (heddle.layout launches them again)"
+            )
+        self._replicas_lost = max(lost, self._replicas_lost)
 
     def _note_learnt(self) -> None:
         """Take what the router told of what it knew a step ago, and ask what it knows now: it answers while the trainer updates."""

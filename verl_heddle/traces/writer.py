@@ -15,7 +15,6 @@ import atexit
 import gzip
 import os
 import queue
-import re
 import shutil
 import threading
 import weakref
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from verl_heddle.traces.columns import Columns
+from verl_heddle.traces.io import segment, segments
 from verl_heddle.traces.schema import encode
 
 MOST_PENDING = 8
@@ -112,28 +112,18 @@ class TraceWriter:
             file.write(b"".join(lines))
 
     def _close_segment(self) -> None:
-        closed = self._path.with_name(f"{self._stem}.{max(self._segments(), default=0) + 1:04d}.jsonl.gz")
-        os.rename(self._path, closed)
-        _compress(closed)
+        closed = segments(self._path)
+        last = int(closed[-1].name.split(".")[-3]) if closed else 0
+        name = segment(self._path, last + 1)
+        os.rename(self._path, name)
+        _compress(name)
 
     def _compress_left(self) -> None:
-        for file in self._segments().values():
+        for file in segments(self._path):
             with open(file, "rb") as content:
                 plain = content.read(2) != _GZIP_MAGIC
             if plain:
                 _compress(file)
-
-    def _segments(self) -> dict[int, Path]:
-        """Closed ones by number."""
-        if not self._path.parent.is_dir():
-            return {}
-        pattern = re.compile(rf"{re.escape(self._stem)}\.(\d{{4,9}})\.jsonl\.gz")
-        found = ((pattern.fullmatch(file.name), file) for file in self._path.parent.iterdir())
-        return {int(match[1]): file for match, file in found if match}
-
-    @property
-    def _stem(self) -> str:
-        return self._path.name.removesuffix(".jsonl")
 
 
 def _compress(file: Path) -> None:

@@ -41,8 +41,7 @@ def crowded(seed: int, rule: Rule, capacity: int | None) -> Engine:
 def described(engine: Engine):
     """Everything that the law asks about, from everybody: nothing is left out for speed."""
     cache, block = engine.cache, engine.cache.block
-    running = [engine._described(request) for request in engine.running]
-    running.sort(key=lambda turn: preempt.order(turn, engine.options.preempt), reverse=True)
+    running = preempt.worst_first(map(engine._described, engine.running), engine.options.preempt)
     queue = sorted((item[3] for item in engine.queue._heap if item[3].waiting), key=lambda r: (r.rank, r.arrival_s, r.order))
     waiting = [preempt.Waiting(str(r.order), r.priority, r.arrival_s, -(-cache.need(r) // block)) for r in dict.fromkeys(queue)]
     free = module.UNLIMITED if cache.capacity is None else (cache.capacity - cache.in_use - engine.decoding) // block
@@ -66,7 +65,7 @@ def test_the_engine_exchanges_whom_the_law_says(rule, capacity):
         assert victims == expected
         assert engine.queue.count == queued  # victims come back when the step has begun
         exchanged += len(victims)
-    assert exchanged > 0 or rule.max_preemptions == 1 and capacity == 1200
+    assert exchanged > 0 or (rule.max_preemptions == 1 and capacity == 1200)
 
 
 class ByTrial(Stock):

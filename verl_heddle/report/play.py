@@ -287,12 +287,22 @@ class CrossFitted:
         self._inner.tool_started(replace(start, trajectory=self._known_as(start.trajectory)), now)
 
     def admitted(self, now: float) -> list[str]:
-        """Pass on."""
-        return self._inner.admitted(now)
+        """Pass on under the true names."""
+        return [self._true_request(request) for request in self._inner.admitted(now)]
 
     def reprioritised(self, now: float) -> dict[str, dict[str, int]]:
+        """Pass on under the true names."""
+        changed = self._inner.reprioritised(now)
+        return {name: {self._true_request(request): priority for request, priority in table.items()} for name, table in changed.items()}
+
+    @property
+    def refresh_due_s(self) -> float | None:
         """Pass on."""
-        return self._inner.reprioritised(now)
+        return self._inner.refresh_due_s
+
+    def _true_request(self, request: str) -> str:
+        key, _, turn = request.rpartition(":")
+        return f"{self._true_keys[key]}:{turn}"
 
     def turn_finished(self, turn: TurnEnd, now: float) -> Any:
         """Pass on under the half's name."""

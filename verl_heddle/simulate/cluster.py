@@ -254,10 +254,15 @@ class Cluster:
                     self._submit(request, engine, decision.priority, now)
 
     def _refresh(self, now: float) -> None:
-        """Give turns under way the priorities that the policy has changed."""
+        """Give turns under way the priorities that the policy has changed, until it has no more to tell."""
         if self._reprioritised is None:
             return
-        for name, table in self._reprioritised(now).items():
+        self._take(self._reprioritised(now), now)
+        while (due := getattr(self._policy, "refresh_due_s", None)) is not None and due <= now:
+            self._take(self._reprioritised(now), now)
+
+    def _take(self, changed: dict[str, dict[str, int]], now: float) -> None:
+        for name, table in changed.items():
             engine = self._by_name.get(name)
             for request_name, priority in table.items():
                 state = self._by_key[request_name.rpartition(":")[0]]

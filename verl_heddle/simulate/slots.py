@@ -15,7 +15,7 @@ from heapq import heappop, heappush
 from math import inf
 
 from verl_heddle.fleet import Replica
-from verl_heddle.schedule.preempt import Room, Running, Waiting, order, preemptions
+from verl_heddle.schedule.preempt import Room, Running, Waiting, preemptions, worst_first
 from verl_heddle.simulate.cache import PrefixCache
 from verl_heddle.simulate.options import EngineOptions, HostTier
 from verl_heddle.simulate.policy import Latency
@@ -24,14 +24,6 @@ from verl_heddle.simulate.workload import Request
 
 UNLIMITED = 2**60
 """Blocks where KV cache is not limiting."""
-
-
-class Blocks(int):
-    """A count of blocks that may be asked for by a call: the law counts a victim's blocks only where they matter."""
-
-    def __call__(self) -> int:
-        """The count."""
-        return int(self)
 
 
 class Slots:
@@ -192,12 +184,7 @@ class Slots:
         free = UNLIMITED if cache.capacity is None else (cache.capacity - cache.in_use - self.decoding) // block
         room = Room(self.replica.slots - len(self.running), free, block, self.options.prefix_cache)
         waiting: list[Request] = []
-        plan = preemptions(
-            sorted((self._described(request) for request in asked.values()), key=lambda turn: order(turn, rule), reverse=True),
-            self._wanted(waiting),
-            room,
-            rule,
-        )
+        plan = preemptions(worst_first(map(self._described, asked.values()), rule), self._wanted(waiting), room, rule)
         for request in waiting:
             self.queue.push(request)
         victims = [asked[pair[0].key] for pair in plan.pairs]
@@ -217,8 +204,12 @@ class Slots:
         """A request in a slot as the law sees it."""
         context = request.context if request.owed else request.context + request.left - (request.ends - self.step)
         tokens = context - (request.owed or 1)
-        own = Blocks(self.cache.alone(request, context) // self.cache.block)
-        return Running(str(request.ticket), request.priority, request.arrival_s, self.step - request.since, request.yielded, tokens, own)
+        ran = self.step - request.since
+
+        def freed() -> int:
+            return self.cache.alone(request, context) // self.cache.block
+
+        return Running(str(request.ticket), request.priority, request.arrival_s, ran, request.yielded, tokens, freed)
 
 
 def _tier(tier: HostTier | None, replica: Replica, latency: Latency) -> tuple[float, float]:

@@ -7,7 +7,7 @@ holds what types cannot say. `verl-heddle overrides` and the docs page are made 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
 
@@ -211,6 +211,16 @@ class Options:
     def predicts(self) -> bool:
         """Whether some decision asks how long trajectories will be."""
         return not self.observe and (self.place.enable or (self.priority.enable and self.priority.order == "longest"))
+
+
+    def decisions(self) -> dict[str, Any]:
+        """What of this decides about turns, for the trace: `preempt` (its settings; None: off), `per_slot` (None: no bound)."""
+        preempts = not self.observe and self.priority.enable and self.preempt.enable
+        bounded = not self.observe and self.admission.per_slot > 0
+        return {
+            "preempt": {name: value for name, value in asdict(self.preempt).items() if name != "enable"} if preempts else None,
+            "per_slot": self.admission.per_slot if bounded else None,
+        }
 
 
 ORDERS = ("longest", "first_turn")

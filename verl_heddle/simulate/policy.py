@@ -52,7 +52,8 @@ class Policy(Protocol):
     A policy may have more methods, with the meaning they have in `Orchestrator`: `batch_expected(batch, now)`, told all first turns before
     anything starts; `tool_started(start, now)`, told when a tool begins; `admitted(now)`, asked after a turn left and after a trajectory
     ended whether turns it held may go; `reprioritised(now)`, asked after a trajectory ended, and again while
-    `refresh_due_s` is not later than now; `prewarms(now)`, asked after turns and trajectories end, and `transferred(key, now)`, told when a pre-warm is done.
+    `refresh_due_s` is not later than now; `prewarms(now)`, asked after turns and trajectories end, and `transferred(key, now)`, told when
+    a pre-warm is done.
     """
 
     def replicas_added(self, replicas: Iterable[Replica]) -> None:

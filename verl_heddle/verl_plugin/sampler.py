@@ -123,7 +123,11 @@ class _Watch:
     def _engines(self, manager: Any) -> dict[str, Any]:
         """What a reader of the trace must know of the engines, to ask what would have happened on others."""
         rollout = manager.config.actor_rollout_ref.rollout
+        held = [replica.kv_tokens for replica in manager.fleet.values()]
         return {
+            **self._options.decisions(),
+            "utilization": float(rollout.gpu_memory_utilization),
+            "kv_tokens": min((one for one in held if one is not None), default=None),
             "tp": int(rollout.tensor_model_parallel_size),
             "slots": min((replica.slots for replica in manager.fleet.values()), default=rollout.max_num_seqs),
             "replicas": len(manager.servers),

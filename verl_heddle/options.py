@@ -212,14 +212,13 @@ class Options:
         """Whether some decision asks how long trajectories will be."""
         return not self.observe and (self.place.enable or (self.priority.enable and self.priority.order == "longest"))
 
-
     def decisions(self) -> dict[str, Any]:
-        """What of this decides about turns, for the trace: `preempt` (its settings; None: off), `per_slot` (None: no bound)."""
+        """What of this decides about turns, for the trace: `preempt` (its settings; False: off) and `per_slot` (0: no bound)."""
         preempts = not self.observe and self.priority.enable and self.preempt.enable
         bounded = not self.observe and self.admission.per_slot > 0
         return {
-            "preempt": {name: value for name, value in asdict(self.preempt).items() if name != "enable"} if preempts else None,
-            "per_slot": self.admission.per_slot if bounded else None,
+            "preempt": {name: value for name, value in asdict(self.preempt).items() if name != "enable"} if preempts else False,
+            "per_slot": self.admission.per_slot if bounded else 0,
         }
 
 

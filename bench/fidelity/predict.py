@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, median
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from bench.fidelity.configurations import BATCH_TOKENS, BLOCK_TOKENS, CALIBRATIO
 from verl_heddle.fleet import Replica
 from verl_heddle.latency import LatencyModel, calibrate
 from verl_heddle.orchestrator import Orchestrator
-from verl_heddle.report.play import preempting
+from verl_heddle.report.play import preempt_rule
 from verl_heddle.simulate import EngineOptions, Result, simulate
 from verl_heddle.traces import read
 from verl_heddle.trajectory import Trajectory
@@ -86,7 +85,7 @@ def predict(configuration: Configuration, seed: int, machine: Machine) -> Result
     overhead_s = sum(machine.overheads_s.values())
     engine = EngineOptions(order=configuration.order, batch_tokens=BATCH_TOKENS, block_tokens=BLOCK_TOKENS, turn_overhead_s=overhead_s)
     if configuration.preempt:
-        engine = preempting(SimpleNamespace(engine=lambda order, plain=engine: replace(plain, order=order)))
+        engine = replace(engine, preempt=preempt_rule(configuration.options(seed)))
     fleet = [Replica(name, slots=configuration.slots, kv_tokens=configuration.kv_tokens(seed)) for name in REPLICAS]
     return simulate(work, fleet, machine.latency, policy, engine=engine)
 

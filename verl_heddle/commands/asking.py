@@ -230,6 +230,16 @@ def _positive(text: str) -> int:
     return number
 
 
+def _share(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"needs a number above 0, at most 1, got {text!r}")
+    return number
+
+
 def _parameter(text: str) -> tuple[str, float | int]:
     name, equals, value = text.partition("=")
     try:

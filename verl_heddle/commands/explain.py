@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from verl_heddle.commands.asking import _positive, answered, one_line
+from verl_heddle.commands.asking import _positive, _share, answered, one_line
 
 EXAMPLES = """\
 examples:
@@ -43,6 +43,12 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--slots", type=_positive, metavar="N", help="max_num_seqs of the run, if its trace does not say")
     parser.add_argument("--model", metavar="MODEL", help="with --gpu: step times from the shipped table, e.g. qwen3-8b")
     parser.add_argument("--gpu", metavar="GPU", help="h100 or h200")
+    parser.add_argument(
+        "--gpu-memory-utilization",
+        type=_share,
+        metavar="X",
+        help="of the run, if its trace does not say; with --model (default 0.5, verl's)",
+    )
     parser.add_argument("--json", metavar="FILE", help="everything as JSON; - prints it instead of the text")
 
 
@@ -66,7 +72,7 @@ def _run(args: argparse.Namespace) -> int:
         from verl_heddle.latency import load
 
         table = load(args.gpu, args.model)
-    answer = why(Path(args.run), args.step, args.arm, args.pair, args.tp, args.slots, table)
+    answer = why(Path(args.run), args.step, args.arm, args.pair, args.tp, args.slots, table, args.gpu_memory_utilization)
     if args.json != "-":
         print(text(answer), end="")
     if args.json is not None:

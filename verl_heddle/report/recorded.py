@@ -9,11 +9,18 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from math import ceil
+from typing import Any
 
 from verl_heddle.fleet import Replica
-from verl_heddle.latency import LatencyModel, calibrate
-from verl_heddle.simulate import DEFAULT_SLOTS, Bound, EngineOptions, Policy, Result, lower_bound, simulate
+from verl_heddle.latency import HOST_STEP_S, LatencyModel, calibrate, calibrate_host
+from verl_heddle.options import Options
+from verl_heddle.report.setting import UTILIZATION
+from verl_heddle.schedule.admission import Admission
+from verl_heddle.schedule.preempt import Rule
+from verl_heddle.schedule.priority import longest_first
+from verl_heddle.simulate import DEFAULT_SLOTS, Bound, EngineOptions, HostTier, Policy, Result, lower_bound, simulate
 from verl_heddle.traces import replayable
 from verl_heddle.trajectory import Decision, Reason, Trajectory, TrajectoryEnd, TurnEnd, TurnStart
 
@@ -30,6 +37,16 @@ class Engines:
     replicas: int
     order: str
     assumed: tuple[str, ...] = ()
+    kv_tokens: int | None = None
+    """Of a replica, as its engine told; None: not known."""
+    utilization: float | None = None
+    """vLLM's `gpu_memory_utilization`; None: not known."""
+    preempt: Rule | None = None
+    """Preemption on arrival, where the run had it."""
+    per_slot: float = 0.0
+    """The run's bound on turns in flight per slot (`heddle.admission.per_slot`); 0: none."""
+    as_released: bool = False
+    """The trace does not tell the last two, and they are taken to be heddle's defaults."""
 
     @property
     def gpus(self) -> int:
@@ -37,18 +54,33 @@ class Engines:
         return self.tp * self.replicas
 
 
-def engines_of(trajectories: Sequence[Trajectory], tp: int | None = None, slots: int | None = None) -> Engines:
-    """The engines of a recorded run; `tp` and `slots` go before what the trace says."""
+def engines_of(
+    trajectories: Sequence[Trajectory], tp: int | None = None, slots: int | None = None, utilization: float | None = None
+) -> Engines:
+    """The engines of a recorded run; `tp`, `slots` and `utilization` go before what the trace says.
+
+    Raises:
+        ValueError: the trace tells settings of preemption that cannot be.
+    """
     meta = trajectories[0].meta
     seen = {turn.replica for item in trajectories for turn in item.steps if turn.replica is not None}
     assumed = [name for name, given in (("tp", tp), ("slots", slots)) if given is None and name not in meta]
     ordered = any(turn.priority for item in trajectories for turn in item.steps)
+    default = Options()
+    silent = ordered and "preempt" not in meta and meta.get("order") != "fcfs"
+    preempt = asdict(default.preempt) if silent else meta.get("preempt") or {}
+    preempt.pop("enable", None)
     return Engines(
         tp=tp or int(meta.get("tp", 1)),
         slots=slots or int(meta.get("slots", DEFAULT_SLOTS)),
         replicas=max(int(meta.get("replicas", 0)), len(seen), 1),
         order=str(meta.get("order", "priority" if ordered else "fcfs")),
         assumed=tuple(assumed),
+        kv_tokens=meta.get("kv_tokens") if tp in (None, meta.get("tp")) and utilization is None else None,
+        utilization=utilization or meta.get("utilization"),
+        preempt=Rule.of(preempt) if preempt else None,
+        per_slot=default.admission.per_slot if silent else float(meta.get("per_slot") or 0.0),
+        as_released=silent,
     )
 
 
@@ -74,6 +106,11 @@ def calibrated(steps: Iterable[Sequence[Trajectory]], tp: int) -> LatencyModel:
     Raises:
         ValueError: too few turns with the times that are needed.
     """
+    return calibrate(_enough(steps), tp)
+
+
+def _enough(steps: Iterable[Sequence[Trajectory]]) -> list[Trajectory]:
+    """Trajectories of the first steps, until they have `CALIBRATION_TURNS` turns."""
     records: list[Trajectory] = []
     turns = 0
     for step in steps:
@@ -81,7 +118,7 @@ def calibrated(steps: Iterable[Sequence[Trajectory]], tp: int) -> LatencyModel:
             break
         records += step
         turns += sum(len(item.steps) for item in step)
-    return calibrate(records, tp)
+    return records
 
 
 def overhead_s(step: Sequence[Trajectory]) -> float:
@@ -106,10 +143,17 @@ class Machine:
         told = f"; half of the turns are explained within {100 * fit.median_error:.0f} %" if fit else ""
         return f"{self.latency.source}{told}"
 
+    def held(self, tp: int) -> int | None:
+        """KV tokens of a replica of that degree: as its engine told, or by the table at the run's `gpu_memory_utilization` (not known:
+        verl's default); None: not limiting."""
+        if tp == self.engines.tp and self.engines.kv_tokens is not None:
+            return self.engines.kv_tokens
+        return self.latency.kv_tokens(tp, self.engines.utilization or UTILIZATION)
+
     def fleet(self, tp: int | None = None, slots: int | None = None, replicas: int | None = None) -> list[Replica]:
         """Replicas as recorded but for what is given."""
         degree = tp or self.engines.tp
-        held = self.latency.kv_tokens(degree)
+        held = self.held(degree)
         return [
             Replica(f"r{number}", degree, slots or self.engines.slots, held)
             for number in range(replicas or self.engines.gpus // degree)
@@ -117,7 +161,8 @@ class Machine:
 
     def bound(self, step: Sequence[Trajectory]) -> Bound:
         """What no schedule on these GPUs could beat, with no time lost between turns; over all `tps`."""
-        return lower_bound(ready(step), self.engines.gpus, self.latency, self.tps, slots=self.engines.slots)
+        held = {tp: self.held(tp) for tp in self.tps}
+        return lower_bound(ready(step), self.engines.gpus, self.latency, self.tps, slots=self.engines.slots, kv_tokens=held)
 
     def run(
         self,
@@ -127,20 +172,30 @@ class Machine:
         order: str = "fcfs",
         fleet: Sequence[Replica] | None = None,
         overhead: float = 0.0,
+        tier: HostTier | None = None,
+        preempt: Rule | None = None,
     ) -> Result:
         """Simulate trajectories (from `ready`) as they arrived."""
         starts = [item.meta["start_s"] for item in step]
-        engine = EngineOptions("priority" if order == "priority" else "fcfs", turn_overhead_s=overhead)
+        engine = EngineOptions("priority" if order == "priority" else "fcfs", turn_overhead_s=overhead, tier=tier, preempt=preempt)
         arrivals = [start - min(starts) for start in starts]
         return simulate(step, self.fleet() if fleet is None else fleet, self.latency, policy, engine=engine, arrivals_s=arrivals)
 
     def replayed(self, step: Sequence[Trajectory]) -> Result:
-        """The step again, with every turn's recorded replica and priority."""
-        return self.run(ready(step), AsRecorded(step, self.fleet()), order=self.engines.order, overhead=overhead_s(step))
+        """The step again, with every turn's recorded replica and priority, and what the run had on."""
+        return self.again(step, ready(step), overhead=overhead_s(step))
+
+    def again(
+        self, step: Sequence[Trajectory], work: Sequence[Trajectory], fleet: Sequence[Replica] | None = None, **changed: Any
+    ) -> Result:
+        """`work`, trajectories of the step as `ready` makes them, decided as recorded but for what is `changed` (as in `run`)."""
+        fleet = self.fleet() if fleet is None else fleet
+        policy = AsRecorded(step, fleet, self.engines.per_slot)
+        return self.run(work, policy, order=self.engines.order, fleet=fleet, preempt=self.engines.preempt, **changed)
 
 
 def machine(steps: Iterable[Sequence[Trajectory]], engines: Engines, table: LatencyModel | None = None) -> Machine:
-    """The machine of a run, from its own times or from a `table`.
+    """The machine of a run, from its own times, or from a `table` with the host time that the run shows beyond it.
 
     Raises:
         ValueError: the run does not suffice, or the table does not know the degree.
@@ -149,25 +204,36 @@ def machine(steps: Iterable[Sequence[Trajectory]], engines: Engines, table: Late
         return Machine(engines, calibrated(steps, engines.tp), (engines.tp,))
     if engines.tp not in table.tps:
         raise ValueError(f"{table.name} knows tensor-parallel degrees {', '.join(map(str, table.tps))}, the run has {engines.tp}")
-    return Machine(engines, table, tuple(tp for tp in table.tps if tp <= engines.gpus and table.fits(tp)))
+    try:
+        table = calibrate_host(table, _enough(steps), engines.tp)
+    except ValueError:  # too few turns
+        table = table.with_host(HOST_STEP_S, "assumed: too few turns to measure it")
+    memory = engines.utilization or UTILIZATION
+    fitting = tuple(tp for tp in table.tps if tp == engines.tp or (tp <= engines.gpus and table.fits(tp, memory)))
+    return Machine(engines, table, fitting)
 
 
 class AsRecorded:
-    """Policy: every turn goes where it went, with the priority it had, or with `remaining` the true tokens still to come, most first."""
+    """Policy: every turn goes where it went, with the priority it had, or with `known` the true tokens of its trajectory, most first.
 
-    def __init__(self, step: Sequence[Trajectory], fleet: Sequence[Replica], remaining: bool = False) -> None:
+    The whole length and not what is left of it: by what is left, whoever runs falls behind whoever waits (`schedule.priority`). `per_slot`:
+    turns in flight per slot of a replica, the rest held as the plugin's router holds them; 0: no bound.
+    """
+
+    def __init__(self, step: Sequence[Trajectory], fleet: Sequence[Replica], per_slot: float = 0.0, known: bool = False) -> None:
+        self._gate = Admission(Options().admission.hold_s) if per_slot else None
+        if self._gate is not None:
+            for replica in fleet:
+                self._gate.add(replica.name, ceil(per_slot * replica.slots))
         names = sorted({turn.replica for item in step for turn in item.steps if turn.replica is not None})
         place = {name: fleet[number % len(fleet)].name for number, name in enumerate(names)}
         self._turns: dict[tuple[str, str], list[tuple[str, int]]] = {}
-        for item, source in zip(
-            ready(step), [one for one in step if any(turn.output_tokens is not None for turn in one.steps)], strict=True
-        ):
-            left = item.output_tokens
-            rows = []
-            for turn, told in zip(item.steps, source.steps, strict=True):
-                rows.append((place.get(told.replica or "", fleet[0].name), -left if remaining else told.priority or 0))
-                left -= turn.output_tokens or 0
-            self._turns[item.prompt_id, str(item.trial)] = rows
+        known_length = [one for one in step if any(turn.output_tokens is not None for turn in one.steps)]
+        for item, source in zip(ready(step), known_length, strict=True):
+            whole = longest_first(item.output_tokens, Options().priority.quantum_tokens)
+            self._turns[item.prompt_id, str(item.trial)] = [
+                (place.get(told.replica or "", fleet[0].name), whole if known else told.priority or 0) for told in source.steps
+            ]
 
     def replicas_added(self, replicas: Iterable[Replica]) -> None:
         """The fleet is known already."""
@@ -178,10 +244,18 @@ class AsRecorded:
     def turn_started(self, turn: TurnStart, now: float) -> Decision:
         """As it was."""
         replica, priority = self._turns[turn.trajectory.prompt, str(turn.trajectory.sample)][turn.turn]
-        return Decision(replica, priority, Reason.STICKY)
+        begun = turn.generated_tokens > 0
+        held = self._gate is not None and not self._gate.ask(turn.request, replica, priority, now, begun)
+        return Decision(replica, priority, Reason.STICKY, held=held)
+
+    def admitted(self, now: float) -> list[str]:
+        """Held turns that may go."""
+        return [] if self._gate is None else self._gate.admitted(now)
 
     def turn_finished(self, turn: TurnEnd, now: float) -> None:
-        """Nothing to learn."""
+        """One less in flight."""
+        if self._gate is not None:
+            self._gate.left(turn.request, turn.replica, now if turn.completed else None)
 
     def trajectory_ended(self, end: TrajectoryEnd, now: float) -> None:
         """Nothing to learn."""

@@ -1,7 +1,8 @@
 """What would have helped a recorded step: other decisions, engines and tools, simulated one at a time, on the machine the run had.
 
 Every answer is a ratio to the simulation of the step *as it was* (`Machine.replayed`), so that what the simulator gets wrong in both
-cancels as far as it can. Nothing is combined: effects do not add up. Where lengths were known in advance, it says so; no live policy
+cancels as far as it can; what the run had on (preemption on arrival, the bound on turns in flight) stays on where its own decisions stay.
+Nothing is combined: effects do not add up. Where lengths were known in advance, it says so; no live policy
 knows them.
 """
 
@@ -10,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from verl_heddle.options import Options
+from verl_heddle.report.play import preempt_rule
 from verl_heddle.report.recorded import AsRecorded, Machine, overhead_s, ready
-from verl_heddle.simulate import Result
-from verl_heddle.simulate.baselines import LptOracle, Slime, Stock
+from verl_heddle.simulate import HostTier, Result
+from verl_heddle.simulate.baselines import LptOracle, Slime, Stock, TrajectoryFcfs
 from verl_heddle.simulate.workload import most_kv
 from verl_heddle.trajectory import Trajectory
 
@@ -42,48 +45,44 @@ def what_ifs(step: Sequence[Trajectory], machine: Machine, base: Result, last: T
 
 
 def _cases(step: Sequence[Trajectory], machine: Machine, last: Trajectory) -> Iterator[tuple[str, str, str, int | None, Result]]:
-    work, fleet, lost = ready(step), machine.fleet(), overhead_s(step)
-    order, engines = machine.engines.order, machine.engines
-    same = AsRecorded(step, fleet)
-    run = machine.run
-    known = AsRecorded(step, fleet, remaining=True)
-    yield "known_order", "order", "lengths known: longest first, each where it was", None, run(work, known, order="priority", overhead=lost)
-    yield (
-        "known_all",
-        "order",
-        "lengths known: longest first, placed anew",
-        None,
-        run(work, LptOracle(work), order="priority", overhead=lost),
-    )
+    work, lost, engines = ready(step), overhead_s(step), machine.engines
+    run, again, order = machine.run, machine.again, engines.order
+    plugin = Options()
+    bound, rule = (engines.per_slot, engines.preempt) if order == "priority" else (plugin.admission.per_slot, preempt_rule(plugin))
+    known = AsRecorded(step, machine.fleet(), bound, known=True)
+    told = "lengths known: longest first, each where it was"
+    yield "known_order", "order", told, None, run(work, known, order="priority", overhead=lost, preempt=rule)
+    told = "lengths known: longest first, placed anew"
+    yield "known_all", "order", told, None, run(work, LptOracle(work), order="priority", overhead=lost)
+    told = "the trajectory that came first runs first, nothing predicted"
+    yield "trajectory_fcfs", "order", told, None, run(work, TrajectoryFcfs(), order="priority", overhead=lost)
     yield "least_loaded", "place", "every turn to the least loaded replica", None, run(work, Slime(), order=order, overhead=lost)
     if order == "priority":
         yield "stock", "order", "verl's own placement and order", None, run(work, Stock(), overhead=lost)
+    if machine.held(engines.tp) is not None and machine.latency.kv_bytes(engines.tp) is not None:
+        tier = HostTier()
+        told = f"evicted KV cache kept on the host, read back at {tier.bytes_per_s / 1e9:g} GB/s per GPU"
+        yield "kv_offload", "memory", told, None, again(step, work, overhead=lost, tier=tier)
     if any(turn.tool_latency_s for item in work for turn in item.steps):
         quick = [replace(item, steps=tuple(replace(turn, tool_latency_s=0.0) for turn in item.steps)) for item in work]
-        yield "no_tools", "tools", "tools take no time", None, run(quick, same, order=order, overhead=lost)
+        yield "no_tools", "tools", "tools take no time", None, again(step, quick, overhead=lost)
     if lost > 0:
-        yield "no_overhead", "between", "no time between engine and tools", None, run(work, same, order=order)
+        yield "no_overhead", "between", "no time between engine and tools", None, again(step, work)
     more = engines.slots * 2
-    yield (
-        "more_slots",
-        "slots",
-        f"{more} slots a replica",
-        more,
-        run(work, same, order=order, fleet=machine.fleet(slots=more), overhead=lost),
-    )
+    roomy = machine.fleet(slots=more)
+    yield "more_slots", "slots", f"{more} slots a replica", more, again(step, work, roomy, overhead=lost)
     if (fewer := engines.slots // 2) >= 1:
         few = machine.fleet(slots=fewer)
-        yield "fewer_slots", "slots", f"{fewer} slots a replica", fewer, run(work, same, order=order, fleet=few, overhead=lost)
+        yield "fewer_slots", "slots", f"{fewer} slots a replica", fewer, again(step, work, few, overhead=lost)
     for tp in machine.tps:
         if tp != engines.tp and engines.gpus % tp == 0 and _holds(machine, tp, work):
             yield f"tp_{tp}", "tp", f"tp={tp} on the same GPUs, verl's rule", tp, run(work, Stock(), fleet=machine.fleet(tp), overhead=lost)
     double = machine.fleet(replicas=2 * engines.replicas)
     yield "more_replicas", "replicas", "twice the replicas, verl's rule", None, run(work, Stock(), fleet=double, overhead=lost)
     if others := ready(step, without=last):
-        rest = run(others, AsRecorded(step, fleet), order=order, overhead=lost)
-        yield "without_last", "shape", "without the trajectory that ended last", None, rest
+        yield "without_last", "shape", "without the trajectory that ended last", None, again(step, others, overhead=lost)
 
 
 def _holds(machine: Machine, tp: int, work: Sequence[Trajectory]) -> bool:
-    held = machine.latency.kv_tokens(tp)
+    held = machine.held(tp)
     return held is None or held >= most_kv(work)

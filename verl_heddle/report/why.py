@@ -16,7 +16,7 @@ from verl_heddle.compare.ledger import Ledger
 from verl_heddle.compare.plan import FILE, read_plan
 from verl_heddle.latency import LatencyModel
 from verl_heddle.report.attribution import Split, split
-from verl_heddle.report.recorded import Engines, Machine, engines_of, machine, ready
+from verl_heddle.report.recorded import UTILIZATION, Engines, Machine, engines_of, machine, ready
 from verl_heddle.report.steps import WARM_UP_STEPS, metrics_of
 from verl_heddle.report.whatif import WhatIf, what_ifs
 from verl_heddle.simulate import Bound
@@ -69,6 +69,7 @@ def why(
     tp: int | None = None,
     slots: int | None = None,
     table: LatencyModel | None = None,
+    utilization: float | None = None,
 ) -> Why:
     """Explain a step of a recorded run; `step` None: the slowest after the first.
 
@@ -77,6 +78,7 @@ def why(
         arm, pair: of a comparison, which runs.
         tp, slots: of the engines, where the trace does not say.
         table: step times instead of a calibration.
+        utilization: gpu_memory_utilization, where the trace does not say.
 
     Raises:
         ValueError: nothing there to explain; one line.
@@ -85,7 +87,7 @@ def why(
     items = steps[number]
     last = max(items, key=lambda item: item.meta["end_s"])
     metrics = metrics_of(items)
-    engines = engines_of(list(steps.values())[-1], tp, slots)
+    engines = engines_of(list(steps.values())[-1], tp, slots, utilization)
     known = Why(
         source=name,
         step=number,
@@ -97,7 +99,7 @@ def why(
         late_s=metrics["last/late_start_s"],
         split=split(last),
         engines=engines,
-        notes=(*left, *_notes(engines, items)),
+        notes=(*left, *_notes(engines, items, table)),
     )
     measured = list(steps.values())
     simulated: dict[str, Any]
@@ -153,8 +155,16 @@ def _traces(run: Path, arm: str | None, pair: int | None) -> Iterator[tuple[str,
     yield str(run), next((file for file in inside if file.is_file() or segments(file)), run)
 
 
-def _notes(engines: Engines, items: Sequence[Trajectory]) -> tuple[str, ...]:
+def _notes(engines: Engines, items: Sequence[Trajectory], table: LatencyModel | None) -> tuple[str, ...]:
     notes = []
+    if table is not None and engines.kv_tokens is None and engines.utilization is None:
+        notes.append(
+            f"The trace does not say how much KV cache there was; assumed: --gpu-memory-utilization {UTILIZATION:g}, verl's default."
+        )
+    if engines.as_released:
+        notes.append(
+            "The trace does not say what of heddle was on; assumed: preemption on arrival and the bound on turns in flight, as released."
+        )
     if engines.assumed:
         words = {"tp": f"--tp {engines.tp}", "slots": f"--slots {engines.slots}"}
         notes.append(f"The trace does not say what the engines were; assumed: {', '.join(words[name] for name in engines.assumed)}.")
@@ -162,6 +172,6 @@ def _notes(engines: Engines, items: Sequence[Trajectory]) -> tuple[str, ...]:
     if cut:
         notes.append(f"{cut} trajectories failed or were cancelled; they count as long as they had run.")
     lost = sum(turn.preemptions or 0 for item in items for turn in item.steps)
-    if lost:
+    if lost and table is None and engines.kv_tokens is None:
         notes.append(f"{lost} turns lost their slot in the engine; without a table of KV memory (--model, --gpu) that is not simulated.")
     return tuple(notes)

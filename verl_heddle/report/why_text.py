@@ -107,6 +107,12 @@ def settings(answer: Why) -> list[dict[str, Any]]:
     else:
         add("known_order", None, "better predictions of length could still give this; they get better with every epoch over the prompts")
         add("stock", "+plugin=observe", "verl's own decisions would have been faster in this step")
+    add("trajectory_fcfs", "+plugin=heddle heddle.priority.order=first_turn", "turns of trajectories that began wait behind new ones")
+    add(
+        "kv_offload",
+        f"+{ROLLOUT}.engine_kwargs.vllm.kv_offloading_size=<GiB>",
+        "contexts evicted from KV cache are computed again; needs no plugin",
+    )
     add("least_loaded", None, "placement: the replica of the last trajectory was fuller than others")
     add("no_tools", None, "tools: make them faster, or give them a deadline")
     add("no_overhead", f"{ROLLOUT}.agent.num_workers=<more>", "time between turns: routing, transport, parsing, reward")

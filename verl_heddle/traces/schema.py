@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from math import isfinite
 from typing import Any, NamedTuple
 
+from verl_heddle.schedule.preempt import Rule as PreemptRule
 from verl_heddle.trajectory import Outcome, Trajectory, Turn
 
 MAX_LINE_BYTES = 4 * 2**20
@@ -81,6 +82,14 @@ def _is_number(value: Any, low: float, high: float) -> bool:
 
 def _is_name(value: Any) -> bool:
     return isinstance(value, str) and value != ""
+
+
+def _is_rule(value: Any) -> bool:
+    """Settings that `schedule.preempt.Rule` takes."""
+    try:
+        return isinstance(value, dict) and bool(PreemptRule.of(value))
+    except (ValueError, OverflowError):
+        return False
 
 
 def _or_null(rule: _Rule) -> _Rule:
@@ -158,6 +167,10 @@ _META: Mapping[str, _Rule] = {
     "slots": _or_null(_up_to(MAX_SLOTS)),
     "replicas": _or_null(_up_to(MAX_REPLICAS)),
     "order": _or_null(_one_of("fcfs", "priority")),
+    "utilization": _or_null(_Rule(lambda value: _is_number(value, 0, 1) and value > 0, "above 0, at most 1")),
+    "kv_tokens": _or_null(_up_to(MAX_TOKENS)),
+    "per_slot": _or_null(_Rule(lambda value: _is_number(value, 0, MAX_SLOTS), "turns per slot from 0")),
+    "preempt": _or_null(_Rule(lambda value: value is False or _is_rule(value), "false, or the settings of preemption on arrival")),
 }
 _STEP_REQUIRED = tuple(_STEP)[:4]
 _STEP_OPTIONAL = tuple(_STEP)[4:]

@@ -33,6 +33,9 @@ DRAWS = {4: 6, 16: 3, 64: 2, 128: 1, 256: 1}
 MORE_MEMORY = 0.8
 """gpu_memory_utilization of the second map."""
 
+ARMS = ("stock_best_tp", "stock_tier", "trajectory_fcfs", "heddle", "heddle_best_tp")
+"""Beside stock."""
+
 TOOLS = (Tool("tool", 1.0, 1.0, 0.8),)
 LONGEST_TOOL = 8.0
 """A tool call takes at most this many times the mean."""
@@ -66,7 +69,7 @@ def measure(cell: Cell) -> dict[str, Any]:
     where = setting(cell.model, GPU, GPUS, None, SLOTS, cell.utilization)
     draws = tuple(draw(cell, where, seed) for seed in range(DRAWS[cell.concurrency]))
     about = {"steps": 1}
-    answer = study(where, Source("map", draws, about), ("stock_best_tp", "heddle", "heddle_best_tp"), jobs=1)
+    answer = study(where, Source("map", draws, about), ARMS, jobs=1)
     rows = answer.rows
     stock, best = rows["stock"], rows["stock_best_tp"]
     return {
@@ -83,6 +86,8 @@ def measure(cell: Cell) -> dict[str, Any]:
         "best_over_bound": median_low(1 / share for share in best.bound_fractions),
         "best_speedup": best.speedup,
         "heddle_speedup": rows["heddle"].speedup,
+        "fcfs_speedup": rows["trajectory_fcfs"].speedup,
+        "tier_speedup": rows["stock_tier"].speedup,
         "heddle_best_speedup": median_low(rows["heddle_best_tp"].ratios(best)),
         "queue_share": stock.typical.queue_share,
         "preemptions": stock.typical.preemptions,

@@ -40,6 +40,9 @@ def markdown(result: dict[str, Any]) -> str:
         parts.append(_table(known, mine, lambda c: f"{c['stock_over_bound']:.2f} → {c['best_over_bound']:.2f} ({c['best_tp']})"))
         parts.append(f"heddle over stock at tp={mine[0]['tp']}; at stock's best tp:")
         parts.append(_table(known, mine, lambda c: f"{c['heddle_speedup']:.2f}; {c['heddle_best_speedup']:.2f}"))
+        if all("fcfs_speedup" in cell for cell in mine):
+            parts.append(f"Without a prediction, over stock at tp={mine[0]['tp']}: trajectory-FCFS; stock with KV offload:")
+            parts.append(_table(known, mine, lambda c: f"{c['fcfs_speedup']:.2f}; {c['tier_speedup']:.2f}"))
     if more:
         parts += [f"## With gpu_memory_utilization={more[0]['utilization']:g}", _memory(known, more, cells)]
     return "\n\n".join(parts) + "\n"
@@ -133,6 +136,7 @@ def _assumed(known: dict[str, Any], base: float) -> str:
         "simulated step differs (`tool_share_stock` in the JSON).",
         "All trajectories are submitted at once and the step ends with the last. No early stop, no redundancy.",
         f"heddle: {known['heddle']}",
+        *known.get("beside", ()),
         f"Draws per cell: {draws} trajectories per GPU; medians.",
     )
     return "\n".join(f"- {line}" for line in lines)

@@ -1,6 +1,6 @@
 """A map of where there is something to win: concurrency per GPU x tail weight x tool share x model, all simulated.
 
-    python bench/regimes/run.py                      the map, about ten minutes on one core; writes bench/results/simulated/regimes.json too
+    python bench/regimes/run.py                      the map, about 20 minutes on one core; writes bench/results/simulated/regimes.json too
     python bench/regimes/run.py --jobs 8             the same numbers, sooner
     python bench/regimes/run.py --from FILE          only write docs/regimes.md and docs/regimes.png again
 
@@ -23,7 +23,7 @@ from picture import heat_maps
 from reading import markdown
 
 import verl_heddle
-from verl_heddle.latency import load
+from verl_heddle.report.setting import OVERHEAD_S, setting
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results" / "simulated" / "regimes.json"
@@ -32,6 +32,12 @@ HEDDLE = (
     "many other samples."
 )
 """The arm called heddle, in words; stored with the numbers."""
+BESIDE = [
+    "Trajectory-FCFS: the trajectory whose first turn came first, by vLLM's priorities. KV offload: what is evicted stays in the host's "
+    "memory, without limit, and is read back at 25 GB/s per GPU.",
+    f"A turn spends {1e3 * OVERHEAD_S:g} ms outside engine and tool.",
+]
+"""More that was assumed, in words."""
 PAGE, PICTURE = ROOT / "docs" / "regimes.md", ROOT / "docs" / "regimes.png"
 
 
@@ -63,8 +69,9 @@ def simulated(jobs: int) -> dict[str, Any]:
         "kind": "simulated",
         "version": verl_heddle.__version__,
         "assumptions": {
-            "latency": load(GPU, MODELS[0]).source,
+            "latency": setting(MODELS[0], GPU, GPUS).latency.source,
             "heddle": HEDDLE,
+            "beside": BESIDE,
             "gpu": GPU,
             "gpus": GPUS,
             "slots": SLOTS,

@@ -1,12 +1,13 @@
 """What the order inside a replica is worth, simulated: the slot-limited places of the regime map, and the open traces.
 
-    python bench/schedule/simulated.py            # about ten minutes on one core; JSON and the table of bench/schedule/README.md
+    python bench/schedule/simulated.py            # about twenty minutes on one core; JSON and the table of bench/schedule/README.md
     python bench/schedule/simulated.py --quick    # one place and one trace, printed only
 
-Placement is verl's in every arm, so that only the order differs. `stock`: first come, first served. `plas`: least served first (Autellix).
-`heddle`: longest predicted first with preemption on arrival, the prediction learnt from one earlier epoch. `heddle, order alone`: without
-preemption and ageing. `true lengths`: heddle's order with an oracle. `true, by what is left`: the oracle, by remaining instead of whole
-length.
+Placement is verl's in every arm, so that only the order differs. `stock`: first come, first served. `stock + tier`: the same with KV
+cache kept in the host's memory, read back at 25 GB/s per GPU, without limit. `trajectory-FCFS`: the trajectory that came first. `plas`:
+least served first (Autellix). `heddle`: longest predicted first with preemption on arrival and the bound on turns in flight, the
+prediction learnt from one earlier epoch. `heddle, order alone`: without preemption and ageing. `true lengths`: `heddle` with an oracle for
+its predictor, all else alike. `true, by what is left`: the oracle, by remaining instead of whole length.
 Open traces are read from --traces, by default VERL_HEDDLE_TRACES or ../shared/traces; without them those rows are left out.
 """
 
@@ -26,19 +27,20 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench" / "regimes")]
 
-from cells import GPU, GPUS, SLOTS, Cell, _draw
+from cells import GPU, GPUS, SLOTS, Cell
+from cells import draw as drawn
 
 from bench.marked import fill
-from verl_heddle.options import Options, Preempt
+from verl_heddle.options import Options
 from verl_heddle.orchestrator import Orchestrator
+from verl_heddle.predict.quantities import Estimate
 from verl_heddle.report.draws import Draw, recorded
-from verl_heddle.report.play import CrossFitted, halves, teach
+from verl_heddle.report.play import CrossFitted, halves, preempting, teach
 from verl_heddle.report.setting import Setting, setting
-from verl_heddle.schedule.priority import longest_first
-from verl_heddle.simulate import EngineOptions, Policy, simulate
-from verl_heddle.simulate.baselines import Plas, RoundRobin, Stock
+from verl_heddle.simulate import EngineOptions, HostTier, Policy, simulate
+from verl_heddle.simulate.baselines import Plas, RoundRobin, Stock, TrajectoryFcfs
 from verl_heddle.traces import TraceError, trace_files
-from verl_heddle.trajectory import Decision, Trajectory, TurnStart
+from verl_heddle.trajectory import ToolStart, Trajectory, TrajectoryEnd, TurnEnd, TurnStart
 
 RESULT = ROOT / "bench" / "results" / "simulated" / "schedule.json"
 README = Path(__file__).parent / "README.md"
@@ -55,19 +57,46 @@ TRACE_SLOTS = (8, 32)
 """Slots of each of two replicas of tp 4 (contexts reach 850,000 tokens) for the open traces, whose steps have 92 to 1,600 trajectories."""
 
 
-class TrueOrder(Stock):
-    """verl's placement; the priority is the true length, or what is left of it."""
+class Lengths:
+    """A predictor that knows every trajectory: what is left of it, tokens and tool seconds.
 
-    def __init__(self, trajectories: Sequence[Trajectory], seed: int, left: bool) -> None:
-        super().__init__(seed)
-        self._tokens = {(item.prompt_id, item.trial): item.output_tokens for item in trajectories}
+    `left`: what has been generated is taken off once more, so that the orchestrator, which orders by what was generated and what is
+    predicted together, orders by what is left.
+    """
+
+    def __init__(self, trajectories: Sequence[Trajectory], left: bool) -> None:
+        self._of = {(item.prompt_id, item.trial): item for item in trajectories}
         self._left = left
+        self._live: dict[str, tuple[Trajectory, TurnStart]] = {}
 
-    def turn_started(self, turn: TurnStart, now: float) -> Decision:
-        """verl's rule, and the priority."""
-        total = self._tokens[turn.trajectory.prompt, turn.trajectory.sample]
-        length = total - turn.generated_tokens if self._left else total
-        return replace(super().turn_started(turn, now), priority=longest_first(length, Options().priority.quantum_tokens))
+    def turn_started(self, turn: TurnStart) -> None:
+        """Who it is, and how far it has come."""
+        self._live[turn.trajectory.key] = self._of[turn.trajectory.prompt, turn.trajectory.sample], turn
+
+    def predict(self, key: str) -> Estimate:
+        """What is left."""
+        item, turn = self._live[key]
+        rest = item.steps[turn.turn :]
+        tokens = float(item.output_tokens - turn.generated_tokens - (turn.generated_tokens if self._left else 0))
+        return Estimate(tokens, tokens, float(len(rest)), sum(one.tool_latency_s or 0.0 for one in rest))
+
+    def turn_finished(self, turn: TurnEnd) -> None:
+        """Nothing to learn."""
+
+    def tool_started(self, start: ToolStart) -> None:
+        """Nothing to learn."""
+
+    def trajectory_ended(self, end: TrajectoryEnd) -> None:
+        """Nothing to learn."""
+
+
+def knowing(draw: Draw, left: bool) -> Policy:
+    """heddle with true lengths: the same gate, the same key, the same engines as `learned`, so that only the prediction differs."""
+    options = Options(seed=draw.seed)
+    options.priority.refresh_s = 0.0  # what is known does not change
+    policy = Orchestrator(options, cap_tokens=draw.cap_tokens)
+    policy.predictor = Lengths(draw.steps[0], left)
+    return policy
 
 
 def learned(draw: Draw) -> Policy:
@@ -80,17 +109,18 @@ def learned(draw: Draw) -> Policy:
 def arms(draw: Draw, where: Setting) -> dict[str, tuple[Policy, EngineOptions]]:
     """Policy and engine of every arm, fresh."""
     fcfs, order = where.engine("fcfs"), where.engine("priority")
-    rule = Preempt()
-    ours = replace(order, preempt_margin=rule.margin, preempt_limit=rule.max_preemptions, ageing_per_s=rule.ageing_per_s)
-    step, seed = draw.steps[0], draw.seed
+    ours = preempting(where)
+    seed = draw.seed
     return {
         "stock": (Stock(seed), fcfs),
+        "stock + tier": (Stock(seed), replace(fcfs, tier=HostTier())),
+        "trajectory-FCFS": (TrajectoryFcfs(seed), order),
         "round_robin": (RoundRobin(seed), fcfs),
         "plas": (Plas(seed), order),
         "heddle": (learned(draw), ours),
         "heddle, order alone": (learned(draw), order),
-        "true lengths": (TrueOrder(step, seed, left=False), ours),
-        "true, by what is left": (TrueOrder(step, seed, left=True), ours),
+        "true lengths": (knowing(draw, left=False), ours),
+        "true, by what is left": (knowing(draw, left=True), ours),
     }
 
 
@@ -116,7 +146,7 @@ def places(quick: bool) -> Iterator[dict[str, Any]]:
     """The rows of the map."""
     for cell, tp in PLACES[:1] if quick else PLACES:
         where = setting(cell.model, GPU, GPUS, None, SLOTS, cell.utilization)
-        draws = [_draw(cell, where, seed) for seed in SEEDS[: 1 if quick else 2]]
+        draws = [drawn(cell, where, seed) for seed in SEEDS[: 1 if quick else 2]]
         name = f"{cell.model} tp {tp}, {cell.concurrency} per GPU, tools {cell.tool_share:.0%}"
         yield measure(name, where, tp, draws) | {"kind": "generated"}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from verl_heddle.options import Options
-from verl_heddle.schedule.preempt import AGEING_PER_S, MARGIN, MAX_PREEMPTIONS
+from verl_heddle.report.play import preempt_rule
 from verl_heddle.simulate import EngineOptions
 from verl_heddle.traces import Tool, Workload, generate
 from verl_heddle.trajectory import Outcome, Trajectory, TrajectoryEnd, TrajectoryId
@@ -77,13 +77,11 @@ def options(arm: str, seed: int) -> Options:
 
 
 def engine(arm: str, overhead_s: float) -> EngineOptions:
-    """The same engine in the simulator; of the rule it knows margin and cap."""
+    """The same engine in the simulator, with the same law of preemption on arrival."""
     return EngineOptions(
         order="fcfs" if arm == "stock" else "priority",
         batch_tokens=BATCH_TOKENS,
         block_tokens=BLOCK_TOKENS,
-        preempt_margin=MARGIN if arm == "heddle" else None,
-        preempt_limit=MAX_PREEMPTIONS,
-        ageing_per_s=AGEING_PER_S if arm == "heddle" else 0.0,
+        preempt=preempt_rule(options(arm, 0)) if arm == "heddle" else None,
         turn_overhead_s=overhead_s,
     )

@@ -153,7 +153,7 @@ def test_result_and_table(tmp_path):
     assert len(result["repeated"]) == 2 and len(result["rounds"]) == 2
 
     readme = tmp_path / "README.md"
-    readme.write_text(f"head\n<!-- table: begin -->\nold\n<!-- table: end -->\ntail\n")
+    readme.write_text("head\n<!-- table: begin -->\nold\n<!-- table: end -->\ntail\n")
     table.write_readme(readme, result)
     text = readme.read_text()
     table.write_readme(readme, result)

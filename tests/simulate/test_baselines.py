@@ -10,7 +10,18 @@ from simulate_cases import FULL, lengths, trajectory
 from verl_heddle.fleet import Replica
 from verl_heddle.latency.model import LatencyModel, Memory
 from verl_heddle.simulate import EngineOptions, best, fixed_tp_arms, make_fleet, peer_arms, run_arms, simulate
-from verl_heddle.simulate.baselines import AffinityMargin, DualThreshold, LptOracle, PeerReason, Plas, RoundRobin, Slime, Stock, VerlStar
+from verl_heddle.simulate.baselines import (
+    AffinityMargin,
+    DualThreshold,
+    LptOracle,
+    PeerReason,
+    Plas,
+    RoundRobin,
+    Slime,
+    Stock,
+    TrajectoryFcfs,
+    VerlStar,
+)
 from verl_heddle.simulate.baselines.loads import Loads
 from verl_heddle.traces import generate
 from verl_heddle.trajectory import Reason, TrajectoryId, TurnEnd, TurnStart
@@ -171,3 +182,14 @@ def test_loads_like_a_plain_table(events):
         if plain:
             assert (loads.fewest, loads.most) == (min(plain.values()), max(plain.values()))
             assert plain[loads.least(Random(0))] == loads.fewest
+
+
+def test_trajectory_fcfs_lets_the_first_go_on():
+    """Two trajectories of three turns on one slot: under stock they take turns, in the order of first turns the first runs through."""
+    work = [trajectory(f"p{k}", 0, [(0, 10, 0.0), (0, 10, 0.0), (0, 10, 0.0)], 1) for k in range(2)]
+    fleet, latency = [Replica("r", slots=1)], LatencyModel.affine(1.0)
+    stock = simulate(work, fleet, latency, Stock(), engine=EngineOptions(share_prompts=False))
+    first = simulate(work, fleet, latency, TrajectoryFcfs(), engine=EngineOptions("priority", share_prompts=False))
+    assert stock.finish_s.tolist() == [50.0, 60.0] and first.finish_s.tolist() == [30.0, 60.0]
+    priorities = dict(zip(first.turns.column("trajectory").tolist(), first.turns.column("priority").tolist(), strict=True))
+    assert priorities == {0: 0, 1: 1}, "it never changes"

@@ -133,3 +133,29 @@ def test_reshard_moves_what_is_left():
     assert result.makespan_s == 8.0 + 4 / 4 + 8 / 4  # six tokens by 6
     assert result.output_tokens[0] == 18 and result.migrations == 1
     assert policy.inflight == {"b": 0}
+
+
+def test_a_policy_is_asked_for_its_held_turns_after_a_trajectory_ends():
+    """It lets the second trajectory in only once the first has ended, which no later turn tells."""
+
+    class OneAtATime(Stock):
+        def __init__(self):
+            super().__init__()
+            self.first, self.held, self.free = None, [], False
+
+        def turn_started(self, turn, now):
+            self.first = self.first or turn.trajectory.key
+            held = turn.trajectory.key != self.first
+            self.held += [turn.request] * held
+            return Decision(super().turn_started(turn, now).replica, 0, Reason.STICKY, held=held)
+
+        def trajectory_ended(self, end, now):
+            self.free = True
+
+        def admitted(self, now):
+            let, self.held = (self.held, []) if self.free else ([], self.held)
+            return let
+
+    work = [trajectory("p", 0, [(0, 5, 3.0)], 1), trajectory("q", 0, [(0, 5, 0.0)], 1)]
+    result = simulate(work, [Replica("r")], STEP, OneAtATime())
+    assert result.finish_s.tolist() == [8.0, 13.0] and result.queue_s[1] == 8.0

@@ -11,8 +11,13 @@ def filled(page: Path, name: str, table: str) -> str:
     Raises:
         ValueError: the page has no such marks.
     """
+    return replaced(page.read_text(), name, table, page)
+
+
+def replaced(text: str, name: str, table: str, page: Path) -> str:
+    """The same for a text that is not on disk yet; `page` only names the place in the error."""
     begin, end = (f"<!-- {name}: {word} -->" for word in ("begin", "end"))
-    head, found, rest = page.read_text().partition(begin)
+    head, found, rest = text.partition(begin)
     _, ended, tail = rest.partition(end)
     if not found or not ended:
         raise ValueError(f"{page} has no place for the table {name!r}: {begin} ... {end}")

@@ -41,7 +41,8 @@ ENVIRONMENT = {
 }
 """As in `+machine=cpu`; and the engine-core process has to find our scheduler."""
 
-START_TIMEOUT_S = 300
+START_TIMEOUT_S = 900
+"""A start takes half a minute of both cores; a machine with neighbours takes its time."""
 CONFIG = OmegaConf.create({"actor_rollout_ref": {"rollout": {"name": "vllm", "scheduling_policy": "priority"}}})
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from statistics import median
+from statistics import geometric_mean, median
 from typing import Any
 
 Cell = dict[str, Any]
@@ -88,13 +88,14 @@ def _heddle(cells: Sequence[Cell]) -> str:
     parts = []
     for share in sorted({c["tool_share"] for c in waiting}):
         made = sorted(c["heddle_best_speedup"] for c in waiting if c["tool_share"] == share)
-        parts.append(f"{made[len(made) // 2]:.2f} at the median, {made[0]:.2f} to {made[-1]:.2f}, with {share:.0%} tool time")
+        parts.append(f"{geometric_mean(made):.2f} in the mean, {made[0]:.2f} to {made[-1]:.2f}, with {share:.0%} tool time")
     speeds = [c["heddle_best_speedup"] for c in waiting]
     gain, loss = sum(x >= SAME for x in speeds), sum(x <= 1 / SAME for x in speeds)
     return text + (
         f"In the other {len(waiting)} its speedup over stock at the same degree is {'; '.join(parts)}: 2 % faster or more in {gain}, 2 % "
-        f"slower or more in {loss}. Most of these cells are one draw; a few percent either way is chance. The rest of the "
-        "distance to the bound takes placement, layout and shaping."
+        f"slower or more in {loss}. Most of these cells are one draw; a few percent either way is chance. Of the rest of "
+        "the distance to the bound the plugin's other parts take little: see what [planned placement](../bench/placement/README.md), "
+        "[mixed degrees](../bench/layout/README.md) and [shaping](../bench/shaping/README.md) are worth. The bound knows every length."
     )
 
 
@@ -124,7 +125,8 @@ def _of(some: Sequence[Cell], every: Sequence[Cell]) -> str:
 def _assumed(known: dict[str, Any], base: float) -> str:
     draws = ", ".join(f"{count} at {place}" for place, count in known["draws"].items())
     lines = (
-        f"Step times: {known['latency']}; one node, no time between steps, no network. The simulator's error: `bench/fidelity`.",
+        f"Step times: {known['latency']}, composed from operators and not measured as steps; one node, no time between steps, no network. "
+        "The simulator's error, with and without KV pressure: `bench/fidelity`.",
         f"{known['gpus']} {known['gpu'].upper()}, max_num_seqs {known['slots']}, gpu_memory_utilization {base:g}: verl's defaults. The "
         "usual degree is the smallest with room for 100,000 KV tokens, and at least 2 for Qwen3-32B.",
         "Workload: synthetic, the coding law of `verl_heddle.traces` (turns, contexts, tool answers) with log-normal lengths, 70 % of the "

@@ -1,4 +1,4 @@
-"""Tables of the pages that are written from data (`make docs`): what works with what, and the recipes' sizes.
+"""Parts of the pages that are written from data (`make docs`): what works with what, the recipes' sizes, and what is claimed of speed.
 
 What works with what is kept here, and tests hold it against what they run. Versions are read from the files that environments are built
 from. A row that says "runs" names the tests that show it; what is refused is refused by the plugin's own check of the configuration; what
@@ -17,7 +17,8 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from bench.marked import filled  # noqa: E402
+from bench import claims  # noqa: E402
+from bench.marked import replaced  # noqa: E402
 
 README = ROOT / "README.md"
 SIZES = ROOT / "recipes" / "config" / "README.md"
@@ -129,14 +130,19 @@ def sizes() -> str:
     return "\n".join([head, "|---|---|---|---|---|---|---|", *lines])
 
 
-TABLES = {README: ("tested", support), SIZES: ("sizes", sizes)}
-"""Page -> the name of its markers, and what stands between them."""
+TABLES = {
+    README: {"figure": claims.pictured, "helps": claims.where_it_helps, "accuracy": claims.accuracy, "tested": support},
+    SIZES: {"sizes": sizes},
+}
+"""Page -> the names of its markers, and what stands between them."""
 
 
 def written(page: Path) -> str:
-    """The page with its table in it as it must be."""
-    name, table = TABLES[page]
-    return filled(page, name, table())
+    """The page with its tables in it as they must be."""
+    text = page.read_text()
+    for name, table in TABLES[page].items():
+        text = replaced(text, name, table(), page)
+    return text
 
 
 if __name__ == "__main__":

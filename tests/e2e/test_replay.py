@@ -35,12 +35,17 @@ ASKED = [trajectory("a", 90, 40, tool_s=0.4), trajectory("b", 33, 1, 64, tool_s=
 
 
 @pytest.fixture(scope="module")
-def records(tmp_path_factory):
+def engines(tmp_path_factory):
     arguments = EngineArguments(
         str(make_model(tmp_path_factory.mktemp("model"))), max_num_seqs=4, max_num_batched_tokens=512, block_size=BLOCK
     )
-    with Engines(arguments, cores=(None,)) as engines:
-        return engines.replay(ASKED, Options(observe=True), slots=2, order="fcfs")
+    with Engines(arguments, cores=(None,)) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def records(engines):
+    return engines.replay(ASKED, Options(observe=True), slots=2, order="fcfs")
 
 
 def test_every_length_is_exactly_as_asked(records):
@@ -80,3 +85,13 @@ def test_the_record_is_an_ordinary_trace(records, tmp_path):
     assert list(read(tmp_path / "trace.jsonl")) == records
     assert all(0.99 < accounted(record) < 1.01 for record in records)
     assert {record.meta["outcome"] for record in records} == {"finished"}
+
+
+def test_a_small_kv_cache_throws_turns_out_and_loses_no_token(engines):
+    work = [trajectory(name, 100, 60, tool_s=0.05) for name in "efgh"]
+    held = {}
+    for number, (order, kv_tokens) in enumerate((("fcfs", 13 * BLOCK), ("preempt", 13 * BLOCK), ("fcfs", None)), start=1):
+        records = engines.replay(work, Options(observe=order == "fcfs"), 4, order, step=number, kv_tokens=kv_tokens)
+        assert [[turn.output_tokens for turn in record.steps] for record in records] == [[100, 60]] * len(work)
+        held[order, kv_tokens] = sum(turn.preemptions for record in records for turn in record.steps)
+    assert held["fcfs", 13 * BLOCK] > 0 and held["preempt", 13 * BLOCK] > 0 and held["fcfs", None] == 0, held

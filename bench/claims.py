@@ -1,0 +1,112 @@
+"""What the README claims of speed, in its own words, computed from the results of the benches: worst beside best, whole tables.
+
+`make docs` writes these between marks of the README; a test finds them out of date when a bench was run again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from math import exp, log
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+SLOWER = 0.995
+"""A ratio below this reads 0.99x or less."""
+
+FEW, MANY = 16, 128
+"""Trajectories per GPU up to which every turn finds a slot, and from which on most wait."""
+
+SINGLE_TURNS = "math8"
+"""The open trace of single turns, told apart because it is another kind of work."""
+
+
+def results(name: str) -> dict[str, Any] | None:
+    """A bench's results; None where they have not been made."""
+    path = RESULTS / name
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def pictured() -> str:
+    """What stands under the figure."""
+    pairs = results("cpu/schedule.json")["workloads"]["agentic"]["ratios"]["stock/heddle"]
+    low, high = min(pairs["pairs"]), max(pairs["pairs"])
+    return (
+        "*Simulated: 8 H200, step times composed by AIConfigurator from tables of single operators, not measured; no GPU run has been\n"
+        "made yet. Left: what there is to win, and that most of it is often the tensor-parallel degree, which needs no plugin. Right:\n"
+        "what heddle's order of turns gives over stock, all rows, those where it loses included ([numbers](bench/schedule/README.md)).\n"
+        f"Measured, on one real vLLM engine on a CPU with lengths known: {pairs['median']:.2f}x, the median of {len(pairs['pairs'])} pairs "
+        f"from {low:.2f}x to {high:.2f}x; forecast {pairs['forecast_median']:.2f}x.*"
+    )
+
+
+def where_it_helps() -> str:
+    """The table of heddle's order over stock by kind of rollout, and what it leaves out."""
+    regimes = results("simulated/regimes.json")
+    cells = [cell for cell in regimes["cells"] if cell["utilization"] == 0.5]
+    rows = results("simulated/schedule.json")["rows"]
+    traces = [row for row in rows if row["kind"] != "generated"]
+
+    def of(some: Iterable[dict[str, Any]]) -> list[float]:
+        return [cell[key] for cell in some for key in ("heddle_speedup", "heddle_best_speedup")]
+
+    def drawn(some: Iterable[dict[str, Any]]) -> list[float]:
+        return [value for row in some for value in row["draws"]["heddle"]]
+
+    between = sorted({cell["concurrency"] for cell in cells if FEW < cell["concurrency"] < MANY})
+    lines = [
+        "| your rollout | mean | worst to best | slower than stock |",
+        "|---|---|---|---|",
+        _row(f"4 to {FEW} trajectories per GPU: every turn finds a slot", of(c for c in cells if c["concurrency"] <= FEW)),
+        *(_row(f"{number} per GPU", of(c for c in cells if c["concurrency"] == number)) for number in between),
+    ]
+    many = [cell for cell in cells if cell["concurrency"] >= MANY]
+    for share in sorted({cell["tool_share"] for cell in many}):
+        what = f"tools are {100 * share:.0f} % of the time" if share else "no tool time"
+        lines.append(_row(f"{MANY} and more per GPU, {what}", of(c for c in many if c["tool_share"] == share)))
+    agents, single = ([row for row in traces if (SINGLE_TURNS in row["name"]) is alone] for alone in (False, True))
+    lines.append(_row("open traces of agents, few slots", drawn(agents)))
+    lines.append(_row(f"single turns whose length their prompt does not tell (`{SINGLE_TURNS}`)", drawn(single)))
+    drawn_most = max(count for place, count in regimes["assumptions"]["draws"].items() if int(place) >= MANY)
+    told = "one draw" if drawn_most == 1 else f"the median of at most {drawn_most} draws"
+    best = max(cell["best_speedup"] for cell in cells)
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "All simulated: makespan of stock over heddle's at the same degree, geometric mean; the map counts at the usual degree and",
+            f"at stock's best, traces by draw. Single steps scatter, a cell with {MANY} and more is {told} here. The",
+            f"tensor-parallel degree alone, without the plugin, is worth up to {best:.1f}x: `verl-heddle plan`.",
+        ]
+    )
+
+
+def accuracy() -> str:
+    """How far the simulator is from engines, and where that was looked at."""
+    roomy, bound = results("cpu/fidelity.json"), results("cpu/fidelity_kv.json")
+    text = (
+        f"Against two real vLLM engines on a CPU, {_errors(roomy)} ([bench/fidelity](bench/fidelity/README.md)).\n"
+        "That is at most 24 trajectories, contexts to 1,900 tokens, KV cache for all of them and no preemption. "
+    )
+    if bound is None:
+        return text + "The gains above come from KV pressure,\nwhere the simulator has not been held against engines."
+    return text + (
+        "The gains above come from KV pressure.\nWith KV cache for a quarter to a third of the contexts, in one configuration with "
+        f"preemption on arrival: {_errors(bound)}."
+    )
+
+
+def _errors(result: dict[str, Any]) -> str:
+    over = result["overall"]
+    median, most = (100 * over[f"makespan_error_{which}"] for which in ("median", "max"))
+    bias = f", {100 * over['makespan_bias']:+.1f} % with sign" if abs(over["makespan_bias"]) >= 0.5 * over["makespan_error_median"] else ""
+    named = f"{len(result['configurations'])} configurations, {over['runs']} runs"
+    return f"{named}: makespan error {median:.1f} % in the median, {most:.1f} % at worst{bias}"
+
+
+def _row(what: str, values: Sequence[float]) -> str:
+    mean = exp(sum(map(log, values)) / len(values))
+    slower = sum(value < SLOWER for value in values)
+    return f"| {what} | {mean:.2f}x | {min(values):.2f}x to {max(values):.2f}x | {slower} of {len(values)} |"

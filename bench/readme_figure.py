@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 RESULTS = ROOT / "bench" / "results"
-SOURCES = (RESULTS / "simulated" / "regimes.json", RESULTS / "simulated" / "schedule.json", RESULTS / "cpu" / "fidelity_kv.json")
+SOURCES = (RESULTS / "simulated" / "regimes.json", RESULTS / "simulated" / "schedule.json", RESULTS / "cpu" / "fidelity.json")
 PICTURE = ROOT / "docs" / "speed.png"
 KEY = "Sources"
 """Name of the PNG's text field that holds the digest."""
@@ -47,7 +47,7 @@ def draw(path: Path = PICTURE) -> None:
     _gain(right, schedule["rows"])
     figure.supxlabel(
         "Simulated, not measured: 8 H200, step times of vLLM as AIConfigurator composes them. Against real vLLM engines on a CPU, "
-        f"under KV pressure, the simulator's makespans are off by {error:.1%} (median).",
+        f"without KV pressure, the simulator's makespans are off by {error:.1%} (median).",
         fontsize=8.5,
         color=FAINT,
     )

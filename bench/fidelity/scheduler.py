@@ -51,5 +51,5 @@ class AdjustableScheduler(HeddleScheduler):
         self.rule = self._configured if order == PREEMPT else None
 
 
-EngineCore.fidelity_adjust = lambda core, *settings: core.scheduler.adjust(*settings)
-"""Utility call, run by the engine core between two steps."""
+EngineCore.fidelity_adjust = lambda core, slots, order, kv_tokens=None: core.scheduler.adjust(slots, order, kv_tokens)
+"""Utility call, run by the engine core between two steps; vLLM counts its parameters."""

@@ -94,6 +94,30 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + [""] + [f"- {note}" for note in notes(result)])
 
 
+def rules_table(result: dict[str, Any]) -> str:
+    """The table of `rules.py`: the simulator against vLLM's scheduler on a virtual clock."""
+    lines = [
+        "| configuration | runs | makespan error, median | most | with sign | finish error p50 | p90 | slots lost | simulated |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, over in [*result["configurations"].items(), ("**all**", result["overall"])]:
+        runs = [run for run in result["runs"] if run["configuration"] == name] or result["runs"]
+        cells = [
+            name,
+            over["runs"],
+            _percent(over["makespan_error_median"]),
+            _percent(over["makespan_error_max"]),
+            _percent(over["makespan_bias"], sign=True),
+            _percent(over["finish_error_median"]),
+            _percent(over["finish_error_p90"]),
+            sum(run["preemptions"] for run in runs),
+            sum(run["predicted_preemptions"] for run in runs),
+        ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items() if name in ("verl-heddle", "vllm"))
+    return "\n".join([*lines, "", f"Made at commit `{result['commit'][:12]}`; {versions}."])
+
+
 def write_readme(path: Path, result: dict[str, Any], name: str = "table") -> None:
     """Put a table between its marks.
 

@@ -10,8 +10,8 @@ from omegaconf import OmegaConf
 
 pytest.importorskip("verl")
 
-from verl_heddle.verl_plugin import lint
-from verl_heddle.verl_plugin.overrides import GROUPS, arguments_of, compose, read
+from verl_heddle.verl_plugin import lint, parts, startup
+from verl_heddle.verl_plugin.overrides import GROUPS, compose, read
 
 BASE = ["actor_rollout_ref.rollout.name=vllm", "trainer.default_local_dir=/tmp/heddle-test"]
 
@@ -52,6 +52,34 @@ def test_every_key_says_why_and_can_be_overridden_after_the_flag(group):
         assert value in (7, "7"), item.key
 
 
+def test_what_stock_verl_takes_with_a_plus_it_takes_beside_the_flag():
+    """Hydra refuses `+key` where the key has a value: the flag must not be what gives it one."""
+    stock = [item for item in read("plugin/heddle") if item.stock is None and "heddle" not in item.key]
+    assert len(stock) >= 6
+    for sign in ("+", "++"):
+        words = [f"{sign}{item.key}=7" for item in stock]
+        composed, ours = plain([*BASE, *words]), plain([*BASE, "+plugin=heddle", *words])
+        assert all(composed[item.key] == ours[item.key] == 7 for item in stock)
+    assert all(plain([*BASE, *words, "+plugin=heddle"])[item.key] == 7 for item in stock), "in any order"
+    config = compose([*BASE, "+plugin=heddle"])
+    for item in stock:  # and where nobody does, they are the flag's
+        assert str(OmegaConf.select(config, item.key)).endswith(str(item.value).rpartition(":")[2].rstrip("}")), item.key
+
+
+@pytest.mark.parametrize("name", ["project_name", "experiment_name"])
+def test_a_run_without_a_name_has_a_trace_all_the_same(name):
+    config = compose([*BASE, "+plugin=heddle", f"trainer.{name}=null"])
+    assert lint.lint(config) == [] and lint.options_or_none(config).trace.workload
+
+
+def test_what_the_flag_hands_on_may_be_missing():
+    config = compose(
+        [*BASE, "+plugin=heddle", "~algorithm.filter_groups", "~reward.reward_model", "~trainer.v1.sampler.sync_refill_failed_groups"]
+    )
+    ours = OmegaConf.to_container(config.trainer.v1.sampler.sampler_kwargs.heddle, resolve=True)
+    assert ours["filter_groups"] is None and ours["reward_model"] is None and not ours["sync_refill_failed_groups"]
+
+
 def test_options_can_be_set_and_are_typed():
     config = compose([*BASE, "+plugin=heddle", "heddle.priority.quantum_tokens=8", "heddle.observe=true"])
     assert config.heddle.priority.quantum_tokens == 8 and lint.options_or_none(config).observe
@@ -84,6 +112,97 @@ def test_a_flag_that_verl_is_told_not_to_load_is_refused(monkeypatch):
 def test_what_weakens_heddle_is_a_warning(override, word):
     findings = lint.lint(compose([*BASE, "+plugin=heddle", override]))
     assert [f.fatal for f in findings] == [False] and word in findings[0].text
+
+
+VLLM = "actor_rollout_ref.rollout.engine_kwargs.vllm"
+
+TAKEN = {
+    "its scheduler": (["~" + VLLM], ["priority under way", "preemption"]),
+    "another scheduler": ([f"{VLLM}.scheduler_cls=theirs.Scheduler"], ["priority under way", "preemption"]),
+    "a KV connector": ([f"+{VLLM}={{kv_transfer_config: {{kv_connector: NixlConnector}}}}"], ["preemption"]),
+    "speculative decoding": ([f"+{VLLM}.speculative_config={{method: ngram}}"], ["preemption"]),
+    "verl's speculative decoding": (
+        ["actor_rollout_ref.model.mtp.enable=true", "actor_rollout_ref.model.mtp.enable_rollout=true"],
+        ["preemption"],
+    ),
+    "pipeline parallelism": (["actor_rollout_ref.rollout.pipeline_model_parallel_size=2"], ["preemption"]),
+    "pipeline parallelism in vLLM's words": ([f"+{VLLM}.pipeline_parallel_size=2"], ["preemption"]),
+    "no statistics in vLLM's words": ([f"+{VLLM}.disable_log_stats=true"], ["queueing"]),
+    "no sampler": (
+        ["trainer.v1.sampler.custom_sampler.path=null"],
+        ["metrics", "trace", "prediction", "checkpoint"],
+    ),
+    "a callback": (["trainer.checkpoint_callback_class=theirs.Callback"], ["checkpoint"]),
+    "the ranks' module": (["actor_rollout_ref.model.external_lib=theirs"], ["replica loss"]),
+    "a router": (["actor_rollout_ref.rollout.router_config_path=theirs.yaml"], "everything"),
+    "a manager": (["actor_rollout_ref.rollout.agent.agent_loop_manager_class=theirs.Manager"], "everything"),
+    "no manager": (["actor_rollout_ref.rollout.agent.agent_loop_manager_class=null"], "everything"),
+}
+"""Accepted by verl -> overrides, and the parts that are off by it."""
+
+
+@pytest.mark.parametrize("what", TAKEN)
+def test_the_table_shows_what_a_configuration_takes_away(what):
+    overrides, off = TAKEN[what]
+    config = compose([*BASE, "+plugin=heddle", *overrides])
+    options = lint.options_or_none(config)
+    wanted = [part for part, why in parts.asked(options).items() if not why]
+    assert [row.part for row in parts.table(config, options) if not row.on and row.part in wanted] == (
+        wanted if off == "everything" else off
+    )
+    findings = lint.lint(config)
+    assert findings and not any(finding.fatal for finding in findings), "stock would run"
+    assert any(finding.grave for finding in findings) == (what in ("a router", "a manager", "no manager", "no sampler"))
+    assert (lint.idle(config) is not None) == (off == "everything")
+
+
+def test_the_table_shows_what_is_off_by_choice():
+    config = compose([*BASE, "+plugin=heddle"])
+    off = {row.part: row.why for row in parts.table(config, lint.options_or_none(config)) if not row.on}
+    assert off == {
+        "placement": "heddle.place.enable=false",
+        "layout": "heddle.layout.enable=false",
+        "shaping": "heddle.shape.enable=false",
+        "stopping": "heddle.shape.enable=false",
+    }
+    quiet = compose([*BASE, "+plugin=heddle", f"+{VLLM}.kv_transfer_config={{a: 1}}", "heddle.preempt.enable=false"])
+    assert lint.lint(quiet) == [], "a part nobody asked for is not missed"
+
+
+def test_what_the_engine_is_told_beside_verls_keys_counts():
+    findings = lint.lint(compose([*BASE, "+plugin=heddle", f"+{VLLM}.max_num_seqs=512"]))
+    assert len(findings) == 1 and "set actor_rollout_ref.rollout.max_num_seqs=512" in findings[0].text
+    findings = lint.lint(compose([*BASE, "+plugin=heddle", f"+{VLLM}.scheduling_policy=fcfs"]))
+    assert [f.fatal for f in findings] == [True] and f"{VLLM}.scheduling_policy=priority" in findings[0].text
+    findings = lint.lint(compose([*BASE, "+plugin=heddle", f"++{VLLM}.additional_config=null"]))
+    assert [f.fatal for f in findings] == [False] and "heddle.preempt.* does not reach" in findings[0].text
+
+
+def test_a_class_that_derives_from_heddles_is_heddles(tmp_path, monkeypatch):
+    (tmp_path / "theirs_on_ours.py").write_text(
+        "from verl_heddle.verl_plugin import gate\n"
+        "class Manager(gate.AgentLoopManager): pass\nclass Callback(gate.CheckpointCallback): pass\nclass Other: pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    keys = "actor_rollout_ref.rollout.agent.agent_loop_manager_class", "trainer.checkpoint_callback_class"
+    assert lint.lint(compose([*BASE, "+plugin=heddle", f"{keys[0]}=theirs_on_ours.Manager", f"{keys[1]}=theirs_on_ours.Callback"])) == []
+    assert lint.idle(compose([*BASE, "+plugin=heddle", f"{keys[0]}=theirs_on_ours.Other"])) is not None
+
+
+def test_a_trainer_that_derives_from_verls_sync_is_taken(monkeypatch):
+    from verl.trainer.ppo.v1 import PPOTrainer, PPOTrainerSync, trainer_base
+
+    theirs = {"sync_theirs": type("Theirs", (PPOTrainerSync,), {}), "other": type("Other", (PPOTrainer,), {})}
+    monkeypatch.setattr(trainer_base, "TRAINER_REGISTRY", trainer_base.TRAINER_REGISTRY | theirs)
+    known = {
+        "sync_theirs": "",
+        "other": "does not derive from verl's PPOTrainerSync",
+        "nowhere": "VERL_USE_EXTERNAL_MODULES",
+        "colocate_async": "aborts and resumes",
+    }
+    for mode, why in known.items():
+        findings = lint.lint(compose([*BASE, "+plugin=heddle", f"trainer.v1.trainer_mode={mode}"]))
+        assert [f.fatal for f in findings] == [True] * bool(why) and all(why in f.text for f in findings)
 
 
 def test_weights_need_an_estimator_that_takes_them():
@@ -120,6 +239,10 @@ LAYOUT = [
         (["heddle.layout.fixed=[4,4]", "heddle.observe=true"], "observe"),
         (["heddle.layout.fixed=[4,4]", "actor_rollout_ref.rollout.tensor_model_parallel_size=2"], "set it to 1"),
         (["heddle.layout.fixed=[4,4]", "actor_rollout_ref.rollout.custom=null"], "without effect"),
+        (["heddle.layout.fixed=[4,4]", "actor_rollout_ref.model.lora_rank=8"], "does not go with LoRA"),
+        (["heddle.layout.fixed=[4,4]", "actor_rollout_ref.model.lora.rank=8"], "does not go with LoRA"),
+        (["heddle.layout.schedule={1: [8], 5: [4,4]}", "+actor_rollout_ref.rollout.enable_sleep_mode=false"], "give their memory back"),
+        (["heddle.layout.times=qwen3-8b/h200", "actor_rollout_ref.rollout.free_cache_engine=false"], "give their memory back"),
     ],
 )
 def test_layouts_that_cannot_be_are_refused_with_the_reason(overrides, word, tmp_path):
@@ -131,14 +254,15 @@ def test_layouts_that_cannot_be_are_refused_with_the_reason(overrides, word, tmp
 def test_layouts_that_can_be_are_not():
     for good in ("heddle.layout.fixed=[4,2,1,1]", "heddle.layout.schedule={1: [8], 5: [4,4]}", "heddle.layout.times=qwen3-8b/h200"):
         assert lint.lint(compose([*BASE, *LAYOUT, good])) == []
+    for good in (
+        ["heddle.layout.fixed=[4,4]", "actor_rollout_ref.rollout.free_cache_engine=false"],
+        ["heddle.layout.schedule={1: [8], 5: [8]}", "actor_rollout_ref.rollout.free_cache_engine=false"],
+        ["heddle.layout.schedule={1: [8], 5: [4,4]}", "+machine=cpu", "trainer.n_gpus_per_node=8"],
+        ["heddle.layout.fixed=[4,4]", "actor_rollout_ref.model.lora_rank=8", "actor_rollout_ref.model.lora.merge=true"],
+    ):
+        assert lint.lint(compose([*BASE, *LAYOUT, *good])) == [], good
     words = [*LAYOUT[:2], LAYOUT[3], "heddle.layout.fixed=[8]"]
     assert [f.fatal for f in lint.lint(compose([*BASE, *words]))] == [False], "without placement: a warning"
-
-
-def test_arguments_of_a_command_line():
-    command = ["python", "-W", "ignore", "-m", "verl.trainer.main_ppo", "a.b=1", "+plugin=heddle", "~c"]
-    assert arguments_of(command) == ["a.b=1", "+plugin=heddle", "~c"]
-    assert arguments_of(["a.b=1"]) == ["a.b=1"]
 
 
 BAD = {
@@ -177,6 +301,26 @@ def test_bad_config_ends_in_one_clear_line_before_ray_starts(name, tmp_path):
     assert len(ours) == 1 or (not ours and hydras), done.stderr
     assert "Traceback" not in done.stderr
     assert "Started a local Ray instance" not in done.stderr
+
+
+def test_the_banner_tells_what_is_on(capsys, monkeypatch):
+    monkeypatch.setattr(startup.nodes, "ready", lambda config: True)
+    start = startup.Startup().on_job_start
+    start(compose([*BASE, "+plugin=heddle"]))
+    assert ", preempting on arrival" in capsys.readouterr().err
+    start(compose([*BASE, "+plugin=heddle", "actor_rollout_ref.rollout.pipeline_model_parallel_size=2"]))
+    assert ", preempting on arrival" not in capsys.readouterr().err
+    start(compose([*BASE, "+plugin=heddle", "actor_rollout_ref.rollout.router_config_path=theirs.yaml"]))
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and "heddle does nothing" in said[0] and "OFF, the run goes on as without the flag" in said[1]
+
+
+def test_a_sweep_is_checked_job_by_job(tmp_path):
+    command = [sys.executable, "-W", "ignore", "-m", "verl.trainer.main_ppo", *BASE, "+plugin=heddle", f"hydra.sweep.dir={tmp_path}"]
+    done = subprocess.run([*command, "heddle.poll_interval_s=-1,-2", "-m"], capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 2 and "heddle: error: heddle.poll_interval_s" in done.stderr and "Ray instance" not in done.stderr, (
+        done.stderr
+    )
 
 
 def test_without_the_flag_verls_config_is_byte_for_byte_the_same(tmp_path):

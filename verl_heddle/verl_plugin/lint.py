@@ -145,7 +145,7 @@ def _layout(config: DictConfig, options: Options) -> list[str]:
         )
     if changes and get(config, "trainer.device") != "cpu":
         for name in ("enable_sleep_mode", "free_cache_engine"):
-            if not get(config, f"{rollout}.{name}"):
+            if get(config, f"{rollout}.{name}") is False:
                 problems.append(
                     f"layouts that change need engines that give their memory back, but {rollout}.{name}=false: set it to true, "
                     "or name one layout for the whole run with heddle.layout.fixed"

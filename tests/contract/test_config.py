@@ -174,7 +174,7 @@ def test_what_the_engine_is_told_beside_verls_keys_counts():
     assert len(findings) == 1 and "set actor_rollout_ref.rollout.max_num_seqs=512" in findings[0].text
     findings = lint.lint(compose([*BASE, "+plugin=heddle", f"+{VLLM}.scheduling_policy=fcfs"]))
     assert [f.fatal for f in findings] == [True] and f"{VLLM}.scheduling_policy=priority" in findings[0].text
-    findings = lint.lint(compose([*BASE, "+plugin=heddle", f"++{VLLM}.additional_config=null"]))
+    findings = lint.lint(compose([*BASE, "+plugin=heddle", "actor_rollout_ref.rollout.custom=null"]))
     assert [f.fatal for f in findings] == [False] and "heddle.preempt.* does not reach" in findings[0].text
 
 

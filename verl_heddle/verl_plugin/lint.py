@@ -17,7 +17,7 @@ from verl_heddle.layout.feasible import problems as layout_problems
 from verl_heddle.options import Options, check
 from verl_heddle.shape.settings import check as shape_problems
 from verl_heddle.verl_plugin.layout_choice import first, times
-from verl_heddle.verl_plugin.parts import EVERYTHING, ROLLOUT, VLLM, engine, get, losses
+from verl_heddle.verl_plugin.parts import EVERYTHING, ROLLOUT, VLLM, carrier, engine, get, losses
 from verl_heddle.verl_plugin.settings import ADVANTAGES, options_of
 
 MODES = {
@@ -150,10 +150,10 @@ def _layout(config: DictConfig, options: Options) -> list[str]:
                     f"layouts that change need engines that give their memory back, but {rollout}.{name}=false: set it to true, "
                     "or name one layout for the whole run with heddle.layout.fixed"
                 )
-    if not get(config, f"{rollout}.custom.heddle.layout"):
+    if get(config, key := carrier("heddle.layout.enable")) is None:
         problems.append(
-            f"{rollout}.custom has no heddle, so heddle.layout.enable=true would be without effect: "
-            "add heddle to it as configs/plugin/heddle.yaml has it, or set heddle.layout.enable=false"
+            f"{key} is gone, so heddle.layout.enable=true would be without effect: "
+            "leave it as configs/plugin/heddle.yaml has it, or set heddle.layout.enable=false"
         )
     per_node, nodes = int(get(config, "trainer.n_gpus_per_node") or 1), int(get(config, "trainer.nnodes") or 1)
     heads, kv_heads = model_heads(str(get(config, "actor_rollout_ref.model.path")))

@@ -7,12 +7,14 @@ server; so does the table.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from verl_heddle.options import Options
+from verl_heddle.verl_plugin.overrides import read
 
 GATE = "verl_heddle.verl_plugin.gate"
 TRAINER_RANK = "verl_heddle.verl_plugin.trainer_rank"
@@ -53,7 +55,6 @@ def asked(options: Options) -> dict[str, str]:
     def unless(enabled: bool, key: str, policy: bool = True) -> str:
         return (watching if policy else "") or ("" if enabled else key)
 
-    predicts = options.priority.enable or options.place.enable
     return {
         "trajectories": "",
         "metrics": "",
@@ -64,7 +65,7 @@ def asked(options: Options) -> dict[str, str]:
         "priority under way": unless(options.priority.enable and options.priority.refresh_s > 0, "heddle.priority.refresh_s=0"),
         "preemption": unless(options.preempt.enable, "heddle.preempt.enable=false"),
         "admission": unless(options.admission.per_slot > 0, "heddle.admission.per_slot=0"),
-        "prediction": unless(predicts, "neither heddle.priority.enable nor heddle.place.enable"),
+        "prediction": unless(options.predicts, "no part needs it"),
         "checkpoint": unless(options.predict.checkpoint, "heddle.predict.checkpoint=false"),
         "placement": unless(options.place.enable, "heddle.place.enable=false"),
         "layout": unless(options.layout.enable, "heddle.layout.enable=false"),
@@ -115,6 +116,12 @@ def losses(config: DictConfig, options: Options) -> list[Loss]:
 def get(config: DictConfig, key: str) -> Any:
     """A value of the configuration; None where there is none."""
     return OmegaConf.select(config, key, throw_on_missing=False)
+
+
+@cache
+def carrier(option: str) -> str:
+    """The key of verl's by which the flag hands an option on to where only a part of verl's configuration is seen."""
+    return next(item.key for item in read("plugin/heddle", OmegaConf.create()) if item.value == f"${{{option}}}")
 
 
 def engine(config: DictConfig, name: str, vllms: str | None = None) -> Any:
@@ -168,9 +175,9 @@ def _engine(config: DictConfig) -> list[Loss]:
     if get(config, f"{VLLM}.scheduler_cls") != SCHEDULER:
         text = "no preemption on arrival, no new priorities for turns under way, and samples of no more use run to their turn's end"
         found.append(Loss(ours, f"{VLLM}.scheduler_cls is not heddle's: {text}; leave the key to the flag"))
-    if get(config, f"{ROLLOUT}.custom.heddle.preempt") is None:
+    if get(config, key := carrier("heddle.preempt.enable")) is None:
         text = "heddle.preempt.* does not reach the engines, where the rule's defaults hold; add your keys to the node, do not replace it"
-        found.append(Loss(("preemption",), f"{ROLLOUT}.custom has no heddle.preempt: {text}", off=False))
+        found.append(Loss(("preemption",), f"{key} is gone: {text}", off=False))
     unchecked = {
         f"{VLLM}.kv_transfer_config": ("a KV connector", get(config, f"{VLLM}.kv_transfer_config")),
         f"{VLLM}.kv_offloading_size": ("a KV connector", get(config, f"{VLLM}.kv_offloading_size")),

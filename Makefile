@@ -61,6 +61,7 @@ docs: venv  ## write docs/configuration.md and what is generated in README.md
 	@.venv/bin/verl-heddle overrides --markdown >docs/configuration.md
 	@$(PY) tests/docs/docs_support.py
 	@$(PY) bench/readme_figure.py
+	@$(PY) bench/provenance.py
 
 clean:  ## remove what was built
 	rm -rf .venv .venv-pins .venv-newest .setup outputs

@@ -7,6 +7,7 @@ test sees that it is up to date.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import sys
@@ -116,5 +117,6 @@ def _clean(axes: Any, grid: str) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     draw()
     print(f"{PICTURE.relative_to(ROOT)}: sources {digest()}")

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from bench.fidelity.configurations import KV_BOUND, PREDICTED
 from bench.fidelity.predict import evaluate
 from bench.fidelity.table import README, console, write_readme
+from bench.provenance import save
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULT = ROOT / "bench/results/cpu/fidelity.json"
@@ -85,8 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     usual = KV_RESULT if args.kv else RESULT
     out = args.out or (None if args.quick else usual)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
+        save(out, result)
         if out == usual:
             write_readme(README, result, "kv" if args.kv else "table")
 

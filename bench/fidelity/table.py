@@ -5,6 +5,7 @@ python bench/fidelity/table.py      write the README's tables anew from bench/re
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Iterable
@@ -156,5 +157,6 @@ def _span(values: Iterable[float], form: str = "%.1f", unit: str = "") -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for name, file in TABLES.items():
         write_readme(README, json.loads((RESULTS / file).read_text()), name)

@@ -9,6 +9,7 @@ beside its prediction. A rehearsal in the results' folder is an error, not a row
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from bench.gpu import results
+from bench.provenance import block
 
 FOLDER = ROOT / "bench/results/h200"
 PAGE = ROOT / "docs/gpu.md"
@@ -53,7 +55,7 @@ def render(forecast: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]]) 
     """The page."""
     measured = sum(row["measured"] is not None for told in found.values() for row in told["rows"])
     whole = sum(len(one["rows"]) for one in forecast["experiments"])
-    lines = [HEAD]
+    lines = [HEAD, f"{block(['h200/forecast.json'])}\n"]
     lines.append(NONE_YET if not measured else f"{measured} quantities measured; {whole} were forecast.")
     lines.append(f"\nForecasts made {forecast['made']} at commit `{_short(forecast['commit'])}`.\n")
     for one in forecast["experiments"]:
@@ -106,9 +108,7 @@ def _number(value: float, unit: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the page."""
-    if argv or sys.argv[1:]:
-        print(__doc__)
-        return
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
     PAGE.write_text(render(*gather(FOLDER)))
     print(PAGE)
 

@@ -27,6 +27,7 @@ from bench.gpu.device import commit, device
 from bench.gpu.engines import EAGER
 from bench.gpu.one import NAMES, experiment, kind_of
 from bench.gpu.profiles import PROFILES, Profile
+from bench.provenance import record
 from verl_heddle.compare.launch import MARK
 from verl_heddle.compare.process import Run, stop, tail
 
@@ -110,6 +111,7 @@ def forecast() -> None:
         print(f"{name}: {len(made.rows)} rows", flush=True)
     document = {"schema": 1, "kind": results.FORECAST, "profile": "h200", "made": results.now(), "commit": commit(), "experiments": told}
     results.store(FORECAST, document)
+    record(FORECAST)
     print(FORECAST)
 
 

@@ -12,10 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import aiconfigurator_core
-from aiconfigurator.sdk import config, models, perf_database
-from aiconfigurator.sdk.backends.factory import get_backend
-from aiconfigurator.sdk.inference_session import InferenceSession
 from sizes import STEP_TOKENS
 
 WANTED = "0.12.0"
@@ -60,6 +56,11 @@ class Source:
 
     def __init__(self, gpu: str, model: str, tp: int) -> None:
         logging.disable(logging.WARNING)  # it announces fallback tables of models that are not asked for here
+        from aiconfigurator.sdk import config, models, perf_database  # here: only this environment of its own has it, and --help needs none
+        from aiconfigurator.sdk.backends.factory import get_backend
+        from aiconfigurator.sdk.inference_session import InferenceSession
+
+        self._runtime = config.RuntimeConfig
         self._database = perf_database.get_database(GPUS[gpu].system, "vllm", VLLM)
         experts = {"moe_tp_size": tp, "moe_ep_size": 1} if shape(model).get("num_experts") else {}
         self._model = models.get_model(MODELS[model][0], config.ModelConfig(tp_size=tp, **experts), "vllm")
@@ -68,12 +69,12 @@ class Source:
 
     def decode_ms(self, batch: int, context: int) -> float:
         """One decode step of `batch` sequences with `context` tokens each."""
-        asked = config.RuntimeConfig(batch_size=batch, isl=context, osl=2)
+        asked = self._runtime(batch_size=batch, isl=context, osl=2)
         return float(self._session.run_static_latency_only(asked, "static_gen", stride=1))
 
     def prefill_ms(self, new: int, context: int) -> float:
         """Prefill of `new` tokens of one sequence after `context` cached ones, in one piece."""
-        asked = config.RuntimeConfig(batch_size=1, isl=new + context, osl=2, prefix=context)
+        asked = self._runtime(batch_size=1, isl=new + context, osl=2, prefix=context)
         return float(self._session.run_static_latency_only(asked, "static_ctx"))
 
     def overhead_bytes(self) -> int:
@@ -89,6 +90,8 @@ def shape(model: str) -> dict[str, Any]:
     """The Hugging Face config of a model, bundled or beside this file."""
     path = Path(MODELS[model][0])
     if not path.is_dir():
+        import aiconfigurator_core
+
         bundled = Path(aiconfigurator_core.__file__).parent / "model_configs"
         return dict(json.loads((bundled / f"{MODELS[model][0].replace('/', '--')}_config.json").read_text()))
     return dict(json.loads((path / "config.json").read_text()))

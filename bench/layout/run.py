@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 from bench.layout import exhaustive, regimes, simulated
 from bench.layout.times import times
 from bench.marked import fill
+from bench.provenance import save
 
 RESULT = ROOT / "bench" / "results" / "simulated" / "layout.json"
 PAGE = Path(__file__).with_name("README.md")
@@ -107,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     told = json.loads(RESULT.read_text()) if args.table else measure(args.quick)
     if not args.quick:
         if not args.table:
-            RESULT.write_text(json.dumps(told, indent=1) + "\n")
+            save(RESULT, told)
         fill(PAGE, "layout", tables(told))
     print(tables(told))
     return 0

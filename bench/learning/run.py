@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from bench.marked import fill
+from bench.provenance import save
 from verl_heddle.compare.campaign import numbers
 from verl_heddle.compare.launch import METRICS
 from verl_heddle.compare.ledger import Ledger
@@ -244,7 +245,7 @@ def main() -> None:
     if not args.report_only:
         compare(args.out, args.seeds, args.steps, args.overrides)
     answer = gathered(args.out, args.timed_from)
-    args.json.write_text(json.dumps(answer, indent=1) + "\n")
+    save(args.json, answer)
     draw(answer, args.png)
     lines = table(answer)
     if args.json == RESULT:

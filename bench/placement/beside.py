@@ -7,6 +7,7 @@ Cells of bench/regimes: coding workload, Qwen3-8B on 8 H200. Ratios are stock's 
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from itertools import product
@@ -26,6 +27,7 @@ ARMS = ("heddle", "heddle_place")
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     every: dict[str, list[float]] = {arm: [] for arm in ARMS}
     for tp, concurrency, share in product(TPS, CONCURRENCY, TOOL_SHARES):
         cell = Cell("Qwen3-8B", concurrency, SIGMA, share)

@@ -22,6 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from engines import prepared, runner
 
+from bench.provenance import save
 from verl_heddle.traces.io import read
 
 STEPS, PROMPTS, SAMPLES, REPLICAS = 3, 12, 4, 3
@@ -81,7 +82,7 @@ def main() -> None:
             found = one(Path(folder), seed)
             log = found.pop("log")
             told.append(found)
-            args.json.write_text(json.dumps(told, indent=1) + "\n")
+            save(args.json, told, kept=args.first > 0)
             print(seed, found["kills"], f"{found['struck']} died;", "; ".join(found["wrong"]) or "nothing lost, nothing twice", flush=True)
             if found["wrong"]:
                 sys.exit(log)

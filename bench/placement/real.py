@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 from bench.fidelity.model import make_model
 from bench.fidelity.replay import Engines
 from bench.fidelity.server import EngineArguments
+from bench.provenance import save
 from bench.schedule import work
 from bench.schedule.pairs import calm, facts, makespan, outside_s, summary, tell, turned, write_table
 from verl_heddle.fleet import Replica
@@ -132,11 +133,11 @@ def main(argv: list[str] | None = None) -> None:
             rows.append(bench.pair(seed))
             print(json.dumps(rows[-1]), flush=True)
             if not args.quick:
-                save(args.out, name, rows, args.replicas)
+                store(args.out, name, rows, args.replicas)
     tell(name, summary(rows, VERSUS))
 
 
-def save(out: Path, name: str, rows: list[dict[str, Any]], replicas: int) -> None:
+def store(out: Path, name: str, rows: list[dict[str, Any]], replicas: int) -> None:
     """After every pair, so that nothing is lost; on the page as well where it is the result."""
     kept = json.loads(out.read_text()) if out.exists() else {"workloads": {}}
     result = facts("engines on one core each" if replicas == 2 else "engines on any core", slots=SLOTS, per_replica=PER_REPLICA)
@@ -144,8 +145,7 @@ def save(out: Path, name: str, rows: list[dict[str, Any]], replicas: int) -> Non
     rows = [row for row in kept["workloads"].get(name, {"pairs": []})["pairs"] if row["seed"] not in seeds] + rows
     told = {"date": result["date"], "ratios": summary(rows, VERSUS), "pairs": rows}
     result["workloads"] = kept["workloads"] | {name: told}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    save(out, result, kept=True)
     if out == RESULT:
         write_table(README, {name: one["ratios"] for name, one in result["workloads"].items()})
 

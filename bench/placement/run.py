@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from bench.placement.cases import Case, regimes, select, traces
+from bench.provenance import save
 from verl_heddle.place.replan import Replanner
 from verl_heddle.predict.predictor import Predictor
 from verl_heddle.predict.recall import recall
@@ -197,10 +198,9 @@ def main(argv: list[str] | None = None) -> int:
             if name.startswith(("plan", "online", "learned")) and (one["ratio"] < SLOWEST or one["moves"] > MOST_MOVES):
                 bad.append(f"{case.name}, {name}: {one['ratio']:.3f}x, {one['moves']:.2f} moves")
         if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
             order = [case.name for case in cases]
             kept = sorted(results.values(), key=lambda one: order.index(one["case"]) if one["case"] in order else len(order))
-            args.json.write_text(json.dumps({"kind": "simulated", "cases": kept}, indent=1) + "\n")
+            save(args.json, {"kind": "simulated", "cases": kept}, kept=True)
     for line in bad:
         print("MISSED", line)
     return int(bool(bad))

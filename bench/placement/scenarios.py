@@ -11,7 +11,6 @@ result is the true staircase makespan of its groups. Ratios are stock's (mean of
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from bench.provenance import save
 from verl_heddle.fleet import Replica
 from verl_heddle.latency import load
 from verl_heddle.place.cost import Cost, Degree, Floats, Reach, price, work
@@ -148,8 +148,7 @@ def main(argv: list[str] | None = None) -> None:
         told[name] = {"ratio": middle, "ms": 1e3 * seconds[name] / draws / len(qualities)}
         print(f"{name:<22}" + "".join(f"{one:>14.3f}" for one in middle.values()) + f"{told[name]['ms']:>12.1f}")
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"kind": "simulated", "draws": draws, "prices": told}, indent=1) + "\n")
+        save(args.json, {"kind": "simulated", "draws": draws, "prices": told})
 
 
 def even(rng: np.random.Generator) -> Groups:

@@ -10,7 +10,6 @@ three. Exit code 1 if a target is missed.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from functools import partial
@@ -24,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from bench.placement.heddle import anneal, presorted_dp
+from bench.provenance import save
 from verl_heddle.fleet import Replica
 from verl_heddle.latency import load
 from verl_heddle.place.cost import Cost, Degree, Floats, work
@@ -153,8 +153,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{size['annealing_over_exact']:.3f}x the exact makespan"
         )
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        save(args.json, result)
     return int(against["worse"] > 0 or not all(row["met"] for row in result["sizes"]))
 
 

@@ -1,8 +1,8 @@
 """How well is the rest of a trajectory predicted, and what does it cost? Writes `bench/results/prediction.json` and the README's table.
 
-    python -m bench.prediction.run                    everything
-    python -m bench.prediction.run --only taubench    one source; the others' results stay
-    python -m bench.prediction.run --dev              development prompts only, printed, nothing written
+    python bench/prediction/run.py                    everything
+    python bench/prediction/run.py --only taubench    one source; the others' results stay
+    python bench/prediction/run.py --dev              development prompts only, printed, nothing written
 
 Traces are read from --traces, by default VERL_HEDDLE_TRACES or ../shared/traces; without them the open sources are skipped. The results
 hold aggregates only.
@@ -13,18 +13,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 
 from bench.prediction.cost import censoring, cost
 from bench.prediction.experiment import SETTINGS, is_dev, looks
 from bench.prediction.metrics import measure
 from bench.prediction.replay import LOOKS
 from bench.prediction.table import write_readme
+from bench.provenance import save
 from verl_heddle.traces import WORKLOADS, TraceError, generate, read, trace_files
 from verl_heddle.trajectory import Trajectory
 
-ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results" / "prediction.json"
 FOLDS, FOLDS_MANY, MANY = 5, 3, 1000
 """Folds; fewer for sources of more than `MANY` trajectories, whose training sets are large enough without the last few per cent."""
@@ -73,12 +77,9 @@ def main() -> None:
 
 
 def _store(name: str, entry: dict) -> None:
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     results[name] = entry
-    draft = RESULTS.with_suffix(f".{os.getpid()}")
-    draft.write_text(json.dumps(_rounded(dict(sorted(results.items()))), indent=1) + "\n")
-    draft.replace(RESULTS)
+    save(RESULTS, _rounded(dict(sorted(results.items()))), kept=len(results) > 1)
 
 
 def _rounded(value):

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from bench.provenance import block
+
 README = Path(__file__).with_name("README.md")
 
 HEAD = """# Prediction: what is known of a trajectory's rest
 
-Made by `python -m bench.prediction.run` from `bench/results/prediction.json`; do not edit.
+Made by `python bench/prediction/run.py` from `bench/results/prediction.json`; do not edit.
 
 Each source is split by prompt (sub-agents with their parent, BFCL scenarios with their variants): trees, pool and fitted lines know the
 other prompts only. Replay in time order at a fixed decode rate; a sibling is finished only after its simulated end. A quarter of the
@@ -27,7 +29,7 @@ NAMES = {"recall": "recall@20%", "spearman": "Spearman", "pearson": "Pearson of 
 def write_readme(results: dict[str, Any]) -> None:
     """Replace README.md."""
     sources = {name: entry for name, entry in results.items() if "settings" in entry}
-    parts = [HEAD]
+    parts = [HEAD, "\n" + block(["prediction.json"]) + "\n"]
     for turns in ("2", "0", "1", "5"):
         parts.append(f"\n## After {turns} turns\n")
         for metric, title in NAMES.items():

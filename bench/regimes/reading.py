@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import geometric_mean, median
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from bench.provenance import block
 
 Cell = dict[str, Any]
 
@@ -32,7 +38,15 @@ def markdown(result: dict[str, Any]) -> str:
     base = min(cell["utilization"] for cell in every)
     cells = [cell for cell in every if cell["utilization"] == base]
     more = [cell for cell in every if cell["utilization"] != base]
-    parts = [HEAD, "![heat maps](regimes.png)", "## Reading it", reading(cells), "## What was assumed", _assumed(known, base)]
+    parts = [
+        HEAD,
+        block(["simulated/regimes.json"]),
+        "![heat maps](regimes.png)",
+        "## Reading it",
+        reading(cells),
+        "## What was assumed",
+        _assumed(known, base),
+    ]
     for model in dict.fromkeys(cell["model"] for cell in cells):
         mine = [cell for cell in cells if cell["model"] == model]
         parts.append(f"## {model}")

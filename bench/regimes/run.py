@@ -22,10 +22,13 @@ from cells import CONCURRENCY, DRAWS, GPU, GPUS, MEAN_TOKENS, MODELS, SAMPLES, S
 from picture import heat_maps
 from reading import markdown
 
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
 import verl_heddle
+from bench.provenance import save
 from verl_heddle.report.setting import OVERHEAD_S, setting
 
-ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results" / "simulated" / "regimes.json"
 HEDDLE = (
     "verl's placement, longest predicted trajectory first with preemption on arrival, the prediction learnt from one earlier epoch of as "
@@ -48,8 +51,7 @@ def main() -> None:
     arguments = parser.parse_args()
     result = json.loads(arguments.known.read_text()) if arguments.known else simulated(arguments.jobs)
     if not arguments.known:
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+        save(RESULTS, result)
     PAGE.write_text(markdown(result))
     heat_maps(result, PICTURE)
     print(f"wrote {PAGE.relative_to(ROOT)} and {PICTURE.relative_to(ROOT)}", file=sys.stderr)

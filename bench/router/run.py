@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
+from bench.provenance import save
 from bench.router import page
 from bench.router.alone import OPTIONS, Alone, resident_mib, rss_mib, shape, step_times
 from bench.router.load import Loader, cpu_s
@@ -230,9 +231,8 @@ def main(argv: list[str] | None = None) -> int:
         if "curve" in args.part:
             found["curve"] = curve(name, args.rates, seconds, args.loaders)
         if not args.quick:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
             result |= facts()
-            args.json.write_text(json.dumps(result, indent=1) + "\n")
+            save(args.json, result, kept=True)
             if args.json == RESULT:
                 page.write(result)
     return 0

@@ -11,7 +11,6 @@ fitted to runs of stock scheduling under other seeds.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 from bench.fidelity.model import make_model
 from bench.fidelity.replay import Engines
 from bench.fidelity.server import EngineArguments
+from bench.provenance import save
 from bench.schedule import work
 from bench.schedule.pairs import calm, facts, makespan, outside_s, summary, tell, turned, write_table
 from verl_heddle.fleet import Replica
@@ -106,8 +106,7 @@ def main(argv: list[str] | None = None) -> None:
         tell(name, one)
     out = args.out or (None if args.quick else RESULT)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
+        save(out, result)
         if out == RESULT:
             write_table(README, told)
 

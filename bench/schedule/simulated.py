@@ -1,7 +1,7 @@
 """What the order inside a replica is worth, simulated: the slot-limited places of the regime map, and the open traces.
 
     python bench/schedule/simulated.py            # about twenty minutes on one core; JSON and the table of bench/schedule/README.md
-    python bench/schedule/simulated.py --quick    # one place and one trace, printed only
+    python bench/schedule/simulated.py --quick    # one small place and one trace, printed only
 
 Placement is verl's in every arm, so that only the order differs. `stock`: first come, first served. `stock + tier`: the same with KV
 cache kept in the host's memory, read back at 25 GB/s per GPU, without limit. `trajectory-FCFS`: the trajectory that came first. `plas`:
@@ -14,7 +14,6 @@ Open traces are read from --traces, by default VERL_HEDDLE_TRACES or ../shared/t
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -31,6 +30,7 @@ from cells import GPU, GPUS, SLOTS, Cell
 from cells import draw as drawn
 
 from bench.marked import fill
+from bench.provenance import save
 from verl_heddle.options import Options
 from verl_heddle.orchestrator import Orchestrator
 from verl_heddle.predict.quantities import Estimate
@@ -51,6 +51,7 @@ PLACES = tuple(
     for model, tp in (("Qwen3-8B", 1), ("Qwen3-8B", 8), ("Qwen3-32B", 2), ("Qwen3-32B", 8))
     for concurrency, sigma, share in ((256, 0.9, 0.0), (128, 0.9, 0.0), (256, 0.9, 0.3))
 )
+QUICK = ((Cell("Qwen3-8B", 4, 0.9, 0.0), 1),)
 """Where more trajectories want to run than slots or KV cache allow, at a usual and at a high degree."""
 
 TRACE_SLOTS = (8, 32)
@@ -144,7 +145,7 @@ def measure(name: str, where: Setting, tp: int, draws: Sequence[Draw]) -> dict[s
 
 def places(quick: bool) -> Iterator[dict[str, Any]]:
     """The rows of the map."""
-    for cell, tp in PLACES[:1] if quick else PLACES:
+    for cell, tp in QUICK if quick else PLACES:
         where = setting(cell.model, GPU, GPUS, None, SLOTS, cell.utilization)
         draws = [drawn(cell, where, seed) for seed in SEEDS[: 1 if quick else 2]]
         name = f"{cell.model} tp {tp}, {cell.concurrency} per GPU, tools {cell.tool_share:.0%}"
@@ -180,7 +181,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one place and one trace, printed only")
+    parser.add_argument("--quick", action="store_true", help="one small place and one trace, printed only")
     parser.add_argument("--traces", default=os.environ.get("VERL_HEDDLE_TRACES", ROOT.parent / "shared" / "traces"))
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
@@ -192,8 +193,7 @@ def main() -> None:
 
 def store(rows: Sequence[dict[str, Any]]) -> None:
     """Write JSON and table."""
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(json.dumps({"kind": "simulated", "rows": rows}, indent=1) + "\n")
+    save(RESULT, {"kind": "simulated", "rows": rows})
     fill(README, "simulated", table(rows))
 
 

@@ -31,6 +31,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from bench.provenance import save
 from verl_heddle.predict.quantities import LOGISTIC
 from verl_heddle.shape.censored import Law
 from verl_heddle.shape.select import Rule, Sample, choose
@@ -124,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{pattern:<6}{name:<34}{told}", flush=True)
     if args.json:
         document = json.loads(args.json.read_text()) if args.json.exists() else {"kind": "simulated", "cases": []}
-        args.json.write_text(json.dumps(document | {"correction": rows}, indent=1) + "\n")
+        save(args.json, document | {"correction": rows}, kept=True)
     return 0
 
 

@@ -22,6 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from bench.provenance import save
 from bench.shaping.arms import ARMS, play
 from bench.shaping.cases import Case, regimes, traces
 from bench.shaping.orders import arrival
@@ -89,8 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         results[case.name] = measure(case, args.seeds)
         print(table(results[case.name]), f"   ({time.process_time() - begun:.0f} s)", sep="\n", flush=True)
         if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(document | {"cases": list(results.values())}, indent=1) + "\n")
+            save(args.json, document | {"cases": list(results.values())}, kept=True)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -113,6 +114,7 @@ def correction(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     document = json.loads(RESULT.read_text())
     cases = document["cases"]
     lines = ["### Speed", "", *speeds(cases), "", "### What is kept", "", *kept(cases)]

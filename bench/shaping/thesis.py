@@ -47,6 +47,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from bench.provenance import save
 from bench.shaping.arms import FREE
 from bench.shaping.cases import Pool, pooled
 from verl_heddle.layout.price import Coming, Priced, free, priced
@@ -272,7 +273,7 @@ def main(argv: list[str] | None = None) -> int:
             document = json.loads(args.json.read_text()) if args.json.exists() else {"kind": "simulated", "cases": []}
             same = ("model", "per_gpu", "turns", "tools_s")
             rest = [one for one in document.get("thesis", []) if any(one[name] != found[name] for name in same)]
-            args.json.write_text(json.dumps(document | {"thesis": [*rest, found]}, indent=1) + "\n")
+            save(args.json, document | {"thesis": [*rest, found]}, kept=True)
     return 0
 
 

@@ -19,7 +19,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parents[1] / "results" / "simulated" / "speed.json"
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from bench.provenance import save
+
+RESULTS = ROOT / "bench" / "results" / "simulated" / "speed.json"
 GPUS = (16, 64, 256, 1024)
 TRAJECTORIES_PER_GPU = 100
 LIMITS = {64: (8.0, 1024.0), 1024: (240.0, None)}
@@ -35,7 +40,9 @@ def measure(gpus: int, policy_name: str) -> dict[str, Any]:
     from verl_heddle.traces import generate
 
     number = min(TRAJECTORIES_PER_GPU * gpus, 100_000)
+    begun = time.process_time()
     work = generate("coding", -(-number // 16), 16, seed=1, median_turns=10.5)[:number]
+    generate_s = time.process_time() - begun
     latency = load("h200", "Qwen3-8B")
     fleet = make_fleet(gpus, 1, latency)
     policy = Orchestrator(Options(observe=policy_name == "stock"))
@@ -51,6 +58,7 @@ def measure(gpus: int, policy_name: str) -> dict[str, Any]:
         "trajectories": len(work),
         "turns": turns,
         "turns_per_trajectory": turns / len(work),
+        "generate_s": generate_s,
         "cpu_s": cpu,
         "wall_s": wall,
         "us_per_turn": cpu / turns * 1e6,
@@ -92,8 +100,7 @@ def main() -> int:
                 f"{row['us_per_turn']:>9.1f}{row['peak_mib']:>8.0f}  {verdict}",
                 flush=True,
             )
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    save(args.json, rows)
     return int(worst)
 
 

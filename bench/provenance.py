@@ -1,0 +1,186 @@
+"""Which commit was each result measured on, and has the code it measures changed since?
+
+    python bench/provenance.py            print every result that is out of date, and write the line of every page that shows results
+
+`bench/results/measured.json` holds, for every file beside it, the commit, whether the measured code had uncommitted changes, and a
+fingerprint of that code. Benches write results with `save`, which keeps the record. The fingerprint leaves comments, docstrings and layout
+out, so that an edit of words makes nothing stale. A file that was written in another way is `unrecorded`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from bench.marked import fill, filled
+
+FOLDER = ROOT / "bench" / "results"
+RECORD = FOLDER / "measured.json"
+
+DECIDES = (
+    *("verl_heddle/orchestrator.py", "verl_heddle/options.py"),
+    *(f"verl_heddle/{name}" for name in ("place", "predict", "schedule", "shape")),
+)
+STUDIES = tuple(f"verl_heddle/report/{name}.py" for name in ("draws", "play", "setting", "study"))
+WORK = ("verl_heddle/traces/generate.py", "verl_heddle/traces/workloads.py")
+SIMULATED = (*DECIDES, *WORK, "verl_heddle/simulate", "verl_heddle/latency", "verl_heddle/data/latency.json.gz")
+LIVE = (*DECIDES, "verl_heddle/verl_plugin")
+SCHEDULER = ("verl_heddle/schedule", "verl_heddle/verl_plugin/vllm_scheduler.py")
+
+MEASURES: dict[str, tuple[str, ...]] = {
+    "cpu/fidelity.json": (*SIMULATED, "bench/fidelity/run.py", "bench/fidelity/model.py", "bench/fidelity/predict.py"),
+    "cpu/kills.json": (*LIVE, "bench/placement/kills.py"),
+    "cpu/learning.json": (*LIVE, "bench/learning/run.py"),
+    "cpu/placement.json": (*DECIDES, *SCHEDULER, "bench/placement/real.py", "bench/placement/heddle.py"),
+    "cpu/router.json": (*DECIDES, "verl_heddle/verl_plugin/router.py", "bench/router/alone.py", "bench/router/load.py"),
+    "cpu/schedule.json": (*SCHEDULER, "bench/schedule/pairs.py", "bench/schedule/work.py"),
+    "h200/forecast.json": (*SIMULATED, "bench/gpu/experiments"),
+    "prediction.json": (*WORK, "verl_heddle/predict", "bench/prediction/experiment.py", "bench/prediction/replay.py"),
+    "simulated/layout.json": (*SIMULATED, "verl_heddle/layout", "bench/layout"),
+    "simulated/placement.json": (*SIMULATED, "bench/placement/run.py", "bench/placement/cases.py"),
+    "simulated/placement_prices.json": ("verl_heddle/place", "verl_heddle/latency", "bench/placement/scenarios.py"),
+    "simulated/placement_solver.json": ("verl_heddle/place", "verl_heddle/latency", "bench/placement/solver.py"),
+    "simulated/regimes.json": (*SIMULATED, *STUDIES, "bench/regimes/cells.py"),
+    "simulated/schedule.json": (*SIMULATED, *STUDIES, "bench/schedule/simulated.py", "bench/regimes/cells.py"),
+    "simulated/shaping.json": (*SIMULATED, "bench/shaping"),
+    "simulated/speed.json": (*SIMULATED, "bench/simulate_speed/run.py"),
+}
+"""Result, below `FOLDER` -> files and folders whose code it measures, the bench's own included."""
+
+PAGES: dict[str, tuple[str, ...]] = {
+    "README.md": ("simulated/schedule.json", "simulated/regimes.json", "cpu/schedule.json", "cpu/fidelity.json"),
+    "bench/fidelity/README.md": ("cpu/fidelity.json",),
+    "bench/layout/README.md": ("simulated/layout.json",),
+    "bench/learning/README.md": ("cpu/learning.json",),
+    "bench/placement/README.md": (
+        *("simulated/placement.json", "simulated/placement_prices.json", "simulated/placement_solver.json"),
+        *("cpu/placement.json", "cpu/kills.json"),
+    ),
+    "bench/prediction/README.md": ("prediction.json",),
+    "bench/router/README.md": ("cpu/router.json",),
+    "bench/schedule/README.md": ("simulated/schedule.json", "cpu/schedule.json"),
+    "bench/shaping/README.md": ("simulated/shaping.json",),
+    "docs/gpu.md": ("h200/forecast.json",),
+    "docs/regimes.md": ("simulated/regimes.json",),
+}
+"""Page -> results it shows. Its line stands between the marks `measured`."""
+
+FRESH, CHANGED, UNRECORDED = "fresh", "changed", "unrecorded"
+
+
+def fingerprint(paths: Iterable[str], commit: str | None = None) -> str:
+    """Of the code in these files and folders, in the working tree or in a commit; what does not exist counts as nothing."""
+    found = hashlib.sha256()
+    for name, data in sorted(_files(paths, commit)):
+        found.update(f"{name}\n".encode() + (_code(data) if name.endswith(".py") else data) + b"\n")
+    return found.hexdigest()[:16]
+
+
+def _files(paths: Iterable[str], commit: str | None) -> list[tuple[str, bytes]]:
+    if commit:
+        names = _git("ls-tree", "-r", "--name-only", commit, "--", *paths).decode().splitlines()
+        return [(name, _git("show", f"{commit}:{name}")) for name in names]
+    made = [file for path in paths for file in ([ROOT / path] if (ROOT / path).is_file() else (ROOT / path).rglob("*")) if file.is_file()]
+    kept = {file for file in made if "__pycache__" not in file.parts}
+    return [(str(file.relative_to(ROOT)), file.read_bytes()) for file in kept]
+
+
+def _code(source: bytes) -> bytes:
+    """A module without comments, docstrings and layout."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [line for line in body if not (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant))]
+    return ast.dump(tree).encode()
+
+
+def _git(*words: str) -> bytes:
+    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, check=True).stdout
+
+
+def save(path: Path, document: Any, kept: bool = False) -> None:
+    """Write a result, and, below `FOLDER`, what it was measured on.
+
+    Args:
+        kept: parts of the file that was there are kept. If they measured other code, the result stays out of date until all is measured.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".draft")
+    draft.write_text(json.dumps(document, indent=1) + "\n")
+    draft.replace(path)
+    record(path, kept)
+
+
+def record(path: Path, kept: bool = False) -> None:
+    """Note what a result that was just written is measured on; a file outside `FOLDER` has no record. See `save`."""
+    name = str(path.resolve().relative_to(FOLDER)) if path.resolve().is_relative_to(FOLDER) else ""
+    if name not in MEASURES:
+        return
+    known, code = _known(), fingerprint(MEASURES[name])
+    before = known.get(name, {})
+    older = [*before.get("older", ()), before["commit"]] if before and before["code"] != code else before.get("older", [])
+    commit = _git("rev-parse", "HEAD").decode().strip()
+    dirty = bool(_git("status", "--porcelain", "--", *MEASURES[name]).strip())
+    entry = {"commit": commit, "dirty": dirty, "code": code, "data": _data(name)} | ({"older": older} if kept and older else {})
+    RECORD.write_text(json.dumps(dict(sorted((known | {name: entry}).items())), indent=1) + "\n")
+
+
+def _known() -> dict[str, dict[str, Any]]:
+    return json.loads(RECORD.read_text()) if RECORD.exists() else {}
+
+
+def _data(name: str) -> str:
+    return hashlib.sha256((FOLDER / name).read_bytes()).hexdigest()[:16]
+
+
+def state(name: str, code: Callable[[Iterable[str]], str] = fingerprint) -> tuple[str, str]:
+    """(`FRESH`, `CHANGED` or `UNRECORDED`; the commit, empty if unrecorded) of a result."""
+    entry = _known().get(name)
+    if entry is None or entry["data"] != _data(name):
+        return UNRECORDED, ""
+    return FRESH if entry["code"] == code(MEASURES[name]) and not entry.get("older") else CHANGED, entry["commit"]
+
+
+def line(names: Iterable[str]) -> str:
+    """What a page says of the results it shows."""
+    words = []
+    for name in names:
+        found, commit = state(name)
+        since = {FRESH: "", CHANGED: ", **the code it measures has changed since**", UNRECORDED: "**no record of the commit**"}[found]
+        words.append(f"{name} {f'`{commit[:7]}`' if commit else ''}{since}")
+    return f"*Measured on commit:* {'; '.join(words)}."
+
+
+def block(names: Iterable[str]) -> str:
+    """The line between its marks, for pages that are generated as a whole."""
+    return f"<!-- measured: begin -->\n{line(names)}\n<!-- measured: end -->"
+
+
+def page(name: str) -> str:
+    """The text of a page with its line as it must be."""
+    return filled(ROOT / name, "measured", line(PAGES[name]))
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    for name in MEASURES:
+        found, commit = state(name)
+        if found != FRESH:
+            print(f"{name}: {found}{f' since {commit[:12]}' if commit else ''}")
+    for name, names in PAGES.items():
+        fill(ROOT / name, "measured", line(names))
+
+
+if __name__ == "__main__":
+    main()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import hashlib
 import json
 import subprocess
@@ -95,6 +96,7 @@ def _files(paths: Iterable[str], commit: str | None) -> list[tuple[str, bytes]]:
     return [(str(file.relative_to(ROOT)), file.read_bytes()) for file in kept]
 
 
+@functools.cache
 def _code(source: bytes) -> bytes:
     """A module without comments, docstrings and layout."""
     tree = ast.parse(source)
@@ -154,12 +156,11 @@ def state(name: str, code: Callable[[Iterable[str]], str] = fingerprint) -> tupl
 
 def line(names: Iterable[str]) -> str:
     """What a page says of the results it shows."""
-    words = []
-    for name in names:
-        found, commit = state(name)
-        since = {FRESH: "", CHANGED: ", **the code it measures has changed since**", UNRECORDED: "**no record of the commit**"}[found]
-        words.append(f"{name} {f'`{commit[:7]}`' if commit else ''}{since}")
-    return f"*Measured on commit:* {'; '.join(words)}."
+    found = {name: state(name) for name in names}
+    words = ", ".join(f"{name} {f'`{commit[:7]}`' if commit else '**without a record**'}" for name, (_, commit) in found.items())
+    changed = [name for name, (how, _) in found.items() if how == CHANGED]
+    which = "" if len(changed) == len(found) else f": {', '.join(changed)}"
+    return f"*Measured on commit:* {words}." + (f" **The code measured has changed since{which}.**" if changed else "")
 
 
 def block(names: Iterable[str]) -> str:

@@ -10,11 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = sorted(
-    str(path.relative_to(ROOT))
-    for path in (ROOT / "bench").rglob("*.py")
-    if re.search(r'^if __name__ == "__main__"', path.read_text(), re.M)
-)
+MAIN = re.compile('^if __name__ == "__main__"', re.M)
+SCRIPTS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "bench").rglob("*.py") if MAIN.search(path.read_text()))
 SMALL = {
     "bench/placement/scenarios.py": ["--quick", "--json", "out.json"],
     "bench/sandbox.py": ["--runs", "2"],

@@ -31,7 +31,8 @@ class FakeCore:
         return self.answers[engine[0]][method]
 
     async def call_utility_async(self, method, *args):
-        return [await self._call_utility_async(method, *args, engine=engine) for engine in self.core_engines][0]
+        first, *_ = [await self._call_utility_async(method, *args, engine=engine) for engine in self.core_engines]
+        return first
 
 
 def server(answers=({},), scheduler=HeddleScheduler, preempt=None, **cache):

@@ -307,7 +307,7 @@ def steady(make, monkeypatch, settings, waiting=40):
 
 
 def test_a_refusal_holds_until_something_changes(make, monkeypatch):
-    """While four requests decode 200 tokens, nobody comes or goes: the rule is asked in a few of the steps, and counted as refusing in all."""
+    """While four requests decode 200 tokens, nobody comes or goes: the rule is asked in few of the steps, and counted as refusing in all."""
     scheduler, asked, arrivals = steady(make, monkeypatch, EAGER)
     drive(scheduler, arrivals)
     while_running = [step for step in asked if step <= 200]
@@ -317,7 +317,7 @@ def test_a_refusal_holds_until_something_changes(make, monkeypatch):
 
 def test_what_changes_a_refusal_is_seen_in_the_next_step(make, monkeypatch):
     """A new best one, a new priority of a waiting one and of a running one."""
-    scheduler, asked, arrivals = steady(make, monkeypatch, EAGER)
+    scheduler, _, arrivals = steady(make, monkeypatch, EAGER)
     seen = {}
 
     def disturb(scheduler):

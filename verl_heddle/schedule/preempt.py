@@ -29,7 +29,7 @@ Invariants (tests/unit/test_preempt.py checks each by brute force)
 - after all pairs the block count is not negative.
 
 Source: Heddle section 4, Algorithm 1, preempts whenever the order says so; margin, cap, run length, ageing, cost and the bounds are ours.
-Cost of a decision: O(STARTS * running) comparisons at worst, and the blocks of `WEIGHED` victims for each winner; nothing while nobody waits.
+Cost of a decision: O(STARTS * running) comparisons at worst, and the blocks of `WEIGHED` victims a winner; nothing while nobody waits.
 A winner is asked of no victim whose aged priority is within the margin, so that the usual refusal looks at one. vLLM asks again only when
 something has changed, or after `REFUSAL_STEPS` (`verl_plugin.vllm_scheduler`).
 """
@@ -134,8 +134,8 @@ class Waiting(NamedTuple):
 
 
 class Running(NamedTuple):
-    """A turn in a slot. `steps` since it (re)started, `preemptions` by this rule so far, `tokens` with KV; `blocks()` are freed if it leaves,
-    counted only when they matter."""
+    """A turn in a slot. `steps` since it (re)started, `preemptions` by this rule so far, `tokens` with KV; `blocks()` are freed if it
+    leaves, counted only when they matter."""
 
     key: str
     priority: int

@@ -6,9 +6,9 @@ timestamped QUEUED / SCHEDULED / PREEMPTED events with its outputs when statisti
 by the flag). The server reads them as they pass and puts the sums into `TokenOutput.extra_fields["heddle"]`; the client takes
 them out again, so that agent loops see what stock verl gives them.
 
-What the scheduler is to do (`rollout.custom.heddle.preempt`, set by the flag) goes into the environment of the server, of which the engine's
-processes are children; once they are up, the scheduler is asked what it does, and what differs is said. With `data_parallel_size` above 1 a
-server has several engines: all are told and asked, and a replica has the slots and the KV cache of all.
+What the scheduler is to do (`rollout.custom.heddle.preempt`, set by the flag) goes into the environment of the server, which the engine's
+processes inherit; once they are up, the scheduler is asked what it does, and a difference is logged. With `data_parallel_size` above 1 a
+server has several engines: all of them are told and asked, and the replica has their slots and KV cache together.
 
 A dead engine takes its server with it, so that there is one kind of death. On it, clients go elsewhere (`client`), the router drops the
 replica, and the trainer's ranks keep their weights to themselves (`trainer_rank`).

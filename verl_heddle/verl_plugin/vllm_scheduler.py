@@ -18,8 +18,8 @@ is still compiled, or whose step defers prefills, wins nothing until that is ove
 
 Live requests get new priorities and limits, and counts are read, by utility calls of the engine client:
 `await engine.engine_core.call_utility_async("heddle_set_priorities", {caller_id: priority})`, `("heddle_set_limits", {caller_id: tokens})`,
-`("heddle_counts")`, and `("heddle_why_off")`. None of them raises in the engine. Limits do not need the rule. Priorities are whole numbers as the caller gave them; `Request.priority` of a live
-request holds the aged one.
+`("heddle_counts")`, and `("heddle_why_off")`. None of them raises in the engine. Limits do not need the rule. Priorities are whole numbers
+as the caller gave them; `Request.priority` of a live request holds the aged one.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
-from vllm.v1.core.sched.request_queue import SchedulingPolicy
+from vllm.v1.core.sched.request_queue import SchedulingPolicy, create_request_queue
 
 from verl_heddle.schedule.preempt import REFUSAL_STEPS, Objection, Plan, Room, Rule, Running, Waiting, aged, preemptions
 from verl_heddle.verl_plugin import vllm_seams
@@ -171,17 +171,22 @@ class HeddleScheduler(AsyncScheduler):
         self._refused_at, self._refused_why, self._ask_again = situation, plan.refused, self.step + REFUSAL_STEPS
         if plan.refused is not None:
             self.tally[f"refused_{plan.refused}"] += 1
-        held, now = [], time.monotonic()
-        for loser, winner in plan.pairs:
-            victim = self.requests[loser.key]
-            self.running.remove(victim)
-            self._preempt_request(victim, now)
-            self.waiting.remove_request(victim)
-            victim.heddle.preemptions += 1
-            self.requests[winner.key].heddle.won = True
-            held.append(victim)
-        self.tally["preempted_by_rule"] += len(held)
-        return held
+        return self._throw_out([(self.requests[loser.key], self.requests[winner.key]) for loser, winner in plan.pairs])
+
+    def _throw_out(self, pairs: list[tuple[Any, Any]]) -> list[Any]:
+        """Take the victims' slots; returns them, in no queue."""
+        waiting, now = self.waiting, time.monotonic()
+        self.waiting = create_request_queue(self.policy)  # takes the victims; out of the full heap each would cost a pass over it
+        try:
+            for victim, winner in pairs:
+                self.running.remove(victim)
+                self._preempt_request(victim, now)
+                victim.heddle.preemptions += 1
+                winner.heddle.won = True
+        finally:
+            self.waiting = waiting
+        self.tally["preempted_by_rule"] += len(pairs)
+        return [victim for victim, _ in pairs]
 
     def _situation(self) -> tuple[Any, ...]:
         """Stays the same only while nobody starts, ends, loses his place, gets a new priority, or comes before the first of a queue."""

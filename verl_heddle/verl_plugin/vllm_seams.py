@@ -24,8 +24,8 @@ SIGNATURES = {
     f"{ASYNC}._update_request_with_output": ("self request new_token_ids", "self request new_token_ids is_stale"),
     f"{QUEUE}.add_request": ("self request",),
     f"{QUEUE}.peek_request": ("self",),
-    f"{QUEUE}.remove_request": ("self request",),
     f"{QUEUE}.remove_requests": ("self requests",),
+    "vllm.v1.core.sched.request_queue:create_request_queue": ("policy",),
     "vllm.v1.core.kv_cache_manager:KVCacheManager.get_blocks": ("self request_id",),
     "vllm.v1.core.block_pool:BlockPool.get_num_free_blocks": ("self",),
 }

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -11,8 +12,9 @@ pytest.importorskip("verl")
 
 from verl.workers.rollout.router import GlobalRequestLoadBalancer, get_router_handle  # noqa: F401
 
+from verl_heddle.fleet import Replica
 from verl_heddle.latency.model import LatencyModel
-from verl_heddle.options import Admission, Options, Place
+from verl_heddle.options import Admission, Options, Place, Priority
 from verl_heddle.place.sticky import CACHE_SIZE, StickyLeastInflight
 from verl_heddle.trajectory import Outcome, Reason, ToolStart, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
 from verl_heddle.verl_plugin.router import HeddleRouter, alike
@@ -169,6 +171,95 @@ def test_a_held_turn_waits_in_the_router_until_another_leaves():
         assert router.get_total_inflight() == 0
 
     asyncio.run(play())
+
+
+def test_whoever_may_go_is_let_in_after_every_event(monkeypatch):
+    """Not after turns alone: the end of a trajectory, and replicas that come and go, may make room too."""
+
+    async def play():
+        router = HeddleRouter({"s0": "h0"})
+        router.configure(Options(), False, alike({"s0": "h0"}))
+        asked = []
+        admitted = router._orchestrator.admitted
+        monkeypatch.setattr(router._orchestrator, "admitted", lambda now: asked.append(1) or admitted(now))
+        who = turn(0)
+        router.turn_started(who)
+        events = {
+            "turn_finished": lambda: router.told([("turn_finished", TurnEnd(who.trajectory, "c0", "s0", 0, 5))]),
+            "trajectory_ended": lambda: router.trajectory_ended(TrajectoryEnd(who.trajectory, Outcome.FINISHED, 5, 1)),
+            "add_servers": lambda: router.add_servers({"s1": "h1"}),
+            "replica_lost": lambda: router.replica_lost("s1"),
+            "fleet_is": lambda: router.fleet_is(alike({"s2": "h2"})),
+        }
+        for name, event in events.items():
+            asked.clear()
+            event()
+            assert asked, name
+        asked.clear()
+        await router.step_ended(1)
+        assert asked, "turns of dead workers have left"
+
+    asyncio.run(play())
+
+
+def test_turns_of_dead_workers_are_not_counted_after_the_next_step():
+    async def play():
+        router = HeddleRouter({"s0": "h0"})
+        router.configure(Options(), False, alike({"s0": "h0"}))
+        router.turn_started(turn(0))
+        router.acquire_server("somebody")
+        await router.step_ended(1)
+        assert router.get_total_inflight() == 2, "it is of this step"
+        stats = await router.step_ended(2)
+        assert stats["lost_trajectories"] == 1 and router.get_total_inflight() == 1 and set(router._orchestrator.inflight.values()) == {0}
+        await router.turn_finished(TurnEnd(turn(0).trajectory, "c0", "s0", 0, 5))
+        assert router.get_total_inflight() == 1, "somebody's is left alone"
+
+    asyncio.run(play())
+
+
+def test_questions_are_answered_between_slices_of_new_priorities(monkeypatch):
+    monkeypatch.setattr("verl_heddle.orchestrator.SLICE", 5)
+
+    async def play():
+        sent = []
+        handle = SimpleNamespace(heddle_priorities=SimpleNamespace(remote=sent.append))
+        router = HeddleRouter({"s0": handle})
+        router.configure(Options(admission=Admission(per_slot=0)), False, alike({"s0": handle}))
+        for sample in range(40):
+            router.turn_started(turn(sample))
+        log, reprioritised = [], router._orchestrator.reprioritised
+        monkeypatch.setattr(router._orchestrator, "reprioritised", lambda now: log.append("slice") or reprioritised(now))
+
+        async def worker():
+            for sample in range(100, 110):
+                router.turn_started(turn(sample))
+                log.append("answer")
+                await asyncio.sleep(0)
+
+        router.told([("trajectory_ended", TrajectoryEnd(turn(0).trajectory, Outcome.FINISHED, 50_000, 1))])
+        assert log == [], "who tells does not wait for it"
+        await asyncio.gather(worker(), router._refresh)
+        assert log.count("slice") == 8 == len(sent) and "slice slice" not in " ".join(log[: 2 * 8])
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize("slots", [8, 256, 990, 1024, 4096])
+def test_admission_knows_how_many_calls_verl_lets_a_server_take(slots):
+    from verl.workers.rollout.replica import RolloutReplica
+
+    from verl_heddle.schedule.admission import most_turns
+    from verl_heddle.verl_plugin.replicas import HeddleReplica, calls_of
+
+    config = SimpleNamespace(max_num_seqs=slots)
+    calls = RolloutReplica.max_concurrency.fget(SimpleNamespace(config=config))
+    assert calls_of(config) == calls and HeddleReplica.max_concurrency is RolloutReplica.max_concurrency
+    assert slots <= most_turns(slots, calls) <= calls - 16
+    router = HeddleRouter({"s0": "h0"})
+    router.configure(Options(priority=Priority(enable=False)), False, {"s0": (Replica("s0", slots=slots, calls=calls), "h0")})
+    held = sum(router.turn_started(turn(sample)).held for sample in range(5000))
+    assert held == 5000 - min(4 * slots, most_turns(slots, calls))
 
 
 def test_between_steps_it_fits_and_what_it_learnt_can_be_kept():

@@ -1,5 +1,7 @@
 """Turns through the client and the router where names could clash: loops that share verl's request id, several generations of one
-trajectory at a time, `full_determinism`. The engines are fakes that refuse two requests of one name; the client, the router and verl's own `generate`
+trajectory at a time, `full_determinism`.
+
+The engines are fakes that refuse two requests of one name; the client, the router and verl's own `generate`
 are the real ones. Real engines: tests/e2e/test_engine.py."""
 
 from __future__ import annotations

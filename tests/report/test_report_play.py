@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from report_cases import lived, trace
 
-from verl_heddle.options import Options
+from verl_heddle.options import Admission, Options, Priority
 from verl_heddle.orchestrator import Orchestrator
 from verl_heddle.report.draws import Draw, generated, recorded
 from verl_heddle.report.play import RULES, CrossFitted, bound, measured, play, teach
@@ -60,6 +60,17 @@ def test_heddle_knows_the_cap_as_in_the_cluster(name, monkeypatch):
     for parameters in ({}, {"cap_tokens": 3000}):
         play(name, 1, WHERE, generated("search", 2, 2, [0], **parameters).draws[0])
     assert caps == [SEARCH.cap_tokens, 3000]
+
+
+def test_turns_held_and_reordered_bear_their_true_names_behind_the_halves(tmp_path):
+    """The simulator knows a held turn by the name it gave."""
+    items = [lived(f"q{i}", s, (50 * (i + 1),) * 3) for i in range(8) for s in range(4)]
+    (draw,) = recorded(trace(tmp_path, items), [0]).draws
+    halves = {(item.prompt_id, item.trial): item.trial % 2 for item in draw.steps[0]}
+    options = Options(admission=Admission(per_slot=1.0), priority=Priority(refresh_s=0.001, quantum_tokens=1))
+    policy = CrossFitted(Orchestrator(options), halves)
+    result = simulate(draw.steps[0], WHERE.fleet(4), WHERE.latency, policy, engine=PRIORITY)
+    assert (result.finish_s > 0).all() and len(policy._inner.admission) == 0
 
 
 def test_a_trace_never_predicts_a_trajectory_from_itself(tmp_path):

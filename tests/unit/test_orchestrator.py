@@ -1,11 +1,19 @@
 """The orchestrator as a state machine: random lives of random trajectories."""
 
+from collections import Counter
+from dataclasses import replace
+from random import Random
+
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from verl_heddle.fleet import Replica
-from verl_heddle.options import Admission, Options, Priority
+from verl_heddle.latency.model import LatencyModel
+from verl_heddle.options import Admission, Options, Place, Priority
 from verl_heddle.orchestrator import Orchestrator
+from verl_heddle.place.sticky import CACHE_SIZE, StickyLeastInflight
+from verl_heddle.predict.predictor import Predictor
 from verl_heddle.trajectory import Outcome, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
 
 LIVES = st.lists(st.lists(st.integers(1, 500), min_size=1, max_size=6), min_size=1, max_size=12)
@@ -40,9 +48,9 @@ def live(orchestrator: Orchestrator, lives: list[list[int]], order) -> list:
     return decisions
 
 
-def build(options: Options) -> Orchestrator:
+def build(options: Options, slots: int = 256) -> Orchestrator:
     orchestrator = Orchestrator(options)
-    orchestrator.replicas_added(Replica(f"r{i}") for i in range(3))
+    orchestrator.replicas_added(Replica(f"r{i}", slots=slots) for i in range(3))
     return orchestrator
 
 
@@ -147,3 +155,189 @@ def test_by_first_turn_the_order_is_constant_and_nothing_is_predicted():
     for sample in (7, 3, 5):
         orchestrator.trajectory_ended(TrajectoryEnd(identity(sample), Outcome.FINISHED, 30, 3), 2.0)
     assert ask(3, 0) == 0, "numbered from 0 again"
+
+
+KINDS = {
+    "default": Options(admission=Admission(per_slot=1.0)),
+    "first turn": Options(admission=Admission(per_slot=1.0), priority=Priority(order="first_turn")),
+    "planned": Options(admission=Admission(per_slot=1.0), place=Place(enable=True)),
+    "planned, no refresh": Options(priority=Priority(refresh_s=0.0), place=Place(enable=True)),
+    "planned, no priority": Options(priority=Priority(enable=False), place=Place(enable=True)),
+    "stock": Options(observe=True),
+}
+
+
+class Crowd:
+    """Trajectories that talk in shared conversations, several turns at a time, of workers that repeat themselves, lose replicas or die."""
+
+    def __init__(self, options: Options, rng: Random, trajectories: int) -> None:
+        self.mind, self.rng, self.now = build(options, slots=2), rng, 0.0
+        self.mind.step_times_known(LatencyModel.affine(0.02, 0.01, prefill_per_token_s=1e-5))
+        self.todo = {TrajectoryId(f"p{n % 3}", f"u{n % 4}", n, 1): rng.randint(1, 6) for n in range(trajectories)}
+        self.begun: Counter[TrajectoryId] = Counter()
+        self.tokens: Counter[TrajectoryId] = Counter()
+        self.open: dict[str, tuple[TurnStart, str]] = {}
+        self.held: set[str] = set()
+
+    def event(self) -> None:
+        """One thing that may happen."""
+        self.now += self.rng.choice((0.01, 1.0))
+        kind = self.rng.choice("ssseeerldx")
+        ready = [who for who, left in self.todo.items() if left]
+        free = sorted(set(self.open) - self.held)
+        if kind == "s" and ready:
+            who = self.rng.choice(ready)
+            self.todo[who] -= 1
+            conversation = f"c{self.rng.randint(0, 2)}"
+            self.start(TurnStart(who, conversation, self.begun[who], 100, self.tokens[who], self.rng.choice((None, 3.0, float("nan")))))
+            self.begun[who] += 1
+        elif kind in "el" and free:
+            turn, replica = self.open[self.rng.choice(free)]
+            self.end(turn, replica, kind == "e")
+            if kind == "l":  # its replica was lost, or it is sent again for another reason
+                self.start(replace(turn, leg=turn.leg + 1))
+            elif self.rng.random() < 0.2:
+                self.mind.turn_finished(TurnEnd(turn.trajectory, turn.conversation, replica, turn.turn, 9, leg=turn.leg), self.now)
+        elif kind == "r" and self.open:  # the answer did not arrive
+            self.start(self.open[self.rng.choice(sorted(self.open))][0])
+        elif kind == "d" and self.held:  # gives up waiting
+            turn, replica = self.open[self.rng.choice(sorted(self.held))]
+            self.end(turn, replica, False)
+        elif kind == "x":
+            over = [who for who, left in self.todo.items() if not left and not any(t.trajectory == who for t, _ in self.open.values())]
+            if over:
+                who = self.rng.choice(over)
+                del self.todo[who]
+                end = TrajectoryEnd(who, Outcome.FINISHED, self.tokens[who], self.begun[who])
+                self.mind.trajectory_ended(end, self.now)
+        self.mind.reprioritised(self.now)
+        self.mind.prewarms(self.now)
+        self.let_in()
+        assert sum(self.mind.inflight.values()) == len(self.open) == len(self.mind._open)
+        assert set(self.mind._changed) <= set(self.mind._of_group)
+
+    def start(self, turn: TurnStart) -> None:
+        decision = self.mind.turn_started(turn, self.now)
+        self.open[turn.request] = (turn, decision.replica)
+        self.held.discard(turn.request)
+        if decision.held:
+            self.held.add(turn.request)
+
+    def end(self, turn: TurnStart, replica: str, completed: bool) -> None:
+        del self.open[turn.request]
+        self.held.discard(turn.request)
+        tokens = self.rng.randint(1, 3000) if completed else 0
+        self.tokens[turn.trajectory] += tokens
+        seconds = self.rng.choice((None, 0.02 * tokens, float("inf")))
+        self.mind.turn_finished(
+            TurnEnd(turn.trajectory, turn.conversation, replica, turn.turn, tokens, completed, seconds, turn.leg), self.now
+        )
+
+    def let_in(self) -> None:
+        for request in self.mind.admitted(self.now):
+            self.held.remove(request)  # once, and only if it was held
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(sorted(KINDS)), st.integers(1, 12), st.integers(0, 10_000))
+def test_whatever_turns_share_and_whoever_dies_nothing_is_left(kind, trajectories, seed):
+    crowd = Crowd(KINDS[kind], Random(seed), trajectories)
+    for _ in range(120):
+        crowd.event()
+    mind = crowd.mind
+    assert mind.step_ended(1) == 0, "they are of this step"
+    alive = {who for who in crowd.todo if crowd.begun[who]}
+    assert mind.step_ended(2) == len(alive), "their workers have died"
+    assert set(mind.inflight.values()) == {0}
+    assert not (mind._open or mind._of_group or mind._lives or mind._changed or (mind.admitted(crowd.now) and not crowd.held))
+    assert mind.admission is None or (not mind.admission and not any(mind.admission.inside(name) for name in mind.inflight))
+    audit = mind._placement._audit
+    assert not audit._shadow and set(audit._stock.inflight.values()) == {0}
+    if mind.predictor is not None:
+        assert Predictor.from_bytes(mind.predictor.to_bytes())
+
+
+def test_a_conversation_stays_while_its_trajectory_lives_however_many_there_are():
+    many = CACHE_SIZE + 500
+    for observe in (False, True):
+        mind = build(Options(observe=observe, priority=Priority(enable=False), admission=Admission(per_slot=0)))
+        stock = StickyLeastInflight(Random(0))
+        for name in ("r0", "r1", "r2"):
+            stock.add(name)
+        homes: dict[int, str] = {}
+        moved = 0
+        for number in range(2):
+            for sample in range(many):
+                turn = TurnStart(identity(sample), f"c{sample}", number, 10, number)
+                replica = mind.turn_started(turn, 0.0).replica
+                mind.turn_finished(TurnEnd(turn.trajectory, turn.conversation, replica, number, 1), 0.0)
+                expected, _ = stock.acquire(turn.conversation)
+                stock.release(expected)
+                if observe:
+                    assert replica == expected, "stock's choice, though stock forgets"
+                moved += homes.setdefault(sample, replica) != replica
+        assert (moved > 0) == observe
+        mind.homes_forgotten()
+        for sample in range(many):
+            mind.trajectory_ended(TrajectoryEnd(identity(sample), Outcome.FINISHED, 2, 2), 0.0)
+        assert not mind._lives
+
+
+def test_new_priorities_come_in_slices_predicted_together(monkeypatch):
+    monkeypatch.setattr("verl_heddle.orchestrator.SLICE", 10)
+    mind = build(Options(admission=Admission(per_slot=0)))
+    first = {}
+    for sample in range(35):
+        turn = TurnStart(identity(sample), f"c{sample}", 0, 10, 0)
+        first[turn.request] = mind.turn_started(turn, 0.0).priority
+    asked, many = [], mind.predictor.predict_many
+    mind.predictor.predict_many = lambda keys: asked.append(len(keys)) or many(keys)
+    mind.predictor.predict = None  # not one by one
+    assert mind.refresh_due_s is None
+    for sample in range(100, 108):
+        who = identity(sample)
+        mind.predictor.turn_started(TurnStart(who, "c", 0, 10, 0))
+        mind.trajectory_ended(TrajectoryEnd(who, Outcome.FINISHED, 50_000, 1), 1.0)
+    assert mind.refresh_due_s == float("-inf")
+    told: dict[str, int] = {}
+    while mind.refresh_due_s is not None:
+        for table in mind.reprioritised(2.0).values():
+            told |= table
+    assert asked == [10, 10, 10, 5] and set(told) == set(first) and all(told[name] < first[name] - 100 for name in told)
+    mind.trajectory_ended(TrajectoryEnd(identity(0), Outcome.FINISHED, 5, 1), 2.1)
+    assert mind.refresh_due_s == 3.0 and mind.reprioritised(2.9) == {}, "once a second"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
+def test_a_time_that_is_no_time_was_not_measured(bad):
+    def play(seconds: float | None) -> tuple[list, bytes]:
+        mind, decisions = build(Options()), []
+        for sample in range(6):
+            who = identity(sample)
+            for number in range(3):
+                turn = TurnStart(who, f"c{sample}", number, 100 * number, 50 * number, seconds if number == 1 else 2.0 * number or None)
+                decisions.append(mind.turn_started(turn, 0.0))
+                end = TurnEnd(who, f"c{sample}", decisions[-1].replica, number, 50, True, seconds if number == 1 else 1.0)
+                mind.turn_finished(end, 0.0)
+            mind.trajectory_ended(TrajectoryEnd(who, Outcome.FINISHED, 150, 3), 0.0)
+        return decisions, mind.predictor.to_bytes()
+
+    assert play(bad) == play(None)
+
+
+def test_the_whole_length_counts_tools_that_have_run():
+    mind = build(Options(priority=Priority(quantum_tokens=1)))
+
+    def second(sample: int, tool_s: float) -> int:
+        who = TrajectoryId(f"p{sample}", f"u{sample}", 0, 1)
+        first = mind.turn_started(TurnStart(who, who.key, 0, 100, 0), 0.0)
+        mind.turn_finished(TurnEnd(who, who.key, first.replica, 0, 1000, True, 100.0), 1.0)
+        turn = TurnStart(who, who.key, 1, 1100, 1000, tool_s)
+        lost = mind.turn_started(turn, 2.0)
+        mind.turn_finished(TurnEnd(who, who.key, lost.replica, 1, 0, False), 3.0)
+        again = mind.turn_started(replace(turn, leg=1), 4.0)
+        assert again.priority == lost.priority, "counted once"
+        return again.priority
+
+    left = {tool_s: second(number, tool_s) for number, tool_s in enumerate((1.0, 1000.0))}
+    assert left[1000.0] <= left[1.0] - 9000, "999 s at 0.1 s per token are 9,990 tokens"

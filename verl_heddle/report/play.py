@@ -258,6 +258,10 @@ class CrossFitted:
         self._true_keys[known.key], self._known_keys[identity.key] = identity.key, known.key
         return known
 
+    def _true_name(self, request: str) -> str:
+        key, _, turn = request.rpartition(":")
+        return f"{self._true_keys[key]}:{turn}"
+
     def replicas_added(self, replicas: Iterable[Replica]) -> None:
         """Pass on."""
         self._inner.replicas_added(replicas)
@@ -288,21 +292,17 @@ class CrossFitted:
 
     def admitted(self, now: float) -> list[str]:
         """Pass on under the true names."""
-        return [self._true_request(request) for request in self._inner.admitted(now)]
+        return [self._true_name(request) for request in self._inner.admitted(now)]
 
     def reprioritised(self, now: float) -> dict[str, dict[str, int]]:
         """Pass on under the true names."""
-        changed = self._inner.reprioritised(now)
-        return {name: {self._true_request(request): priority for request, priority in table.items()} for name, table in changed.items()}
+        tables = self._inner.reprioritised(now)
+        return {replica: {self._true_name(request): one for request, one in table.items()} for replica, table in tables.items()}
 
     @property
     def refresh_due_s(self) -> float | None:
         """Pass on."""
         return self._inner.refresh_due_s
-
-    def _true_request(self, request: str) -> str:
-        key, _, turn = request.rpartition(":")
-        return f"{self._true_keys[key]}:{turn}"
 
     def turn_finished(self, turn: TurnEnd, now: float) -> Any:
         """Pass on under the half's name."""

@@ -123,6 +123,11 @@ class PrefixCache:
             self._free[state_index] = kept
             self.held -= entry - kept
 
+    def demote(self, state_index: int) -> None:
+        """Nobody will come back soon to what the trajectory left: it goes first when there is need."""
+        if state_index in self._free:
+            self._free.move_to_end(state_index, last=False)
+
     def clear(self) -> None:
         """Forget everything that is not in use, in the tier as well: the weights have changed."""
         self._free.clear()

@@ -52,6 +52,10 @@ class Cluster:
         self._policy = policy
         self._tool_started = getattr(policy, "tool_started", None)
         self._admitted = getattr(policy, "admitted", None)
+        self._due_s = getattr(policy, "due_s", None)
+        self._released = getattr(policy, "released", None)
+        self._checked_s = inf
+        """When a check of the policy's timers is in the calendar."""
         self._reprioritised = getattr(policy, "reprioritised", None)
         self._prewarms = getattr(policy, "prewarms", None)
         self._transferred = getattr(policy, "transferred", None)
@@ -208,6 +212,14 @@ class Cluster:
         tool_s = state.steps[state.turn - 1].tool_latency_s if state.turn else None
         turn = TurnStart(state.id, state.key, state.turn, request.context, generated, tool_s)
         decision = self._policy.turn_started(turn, now)
+        if decision.held and not decision.replica:
+            request.reason = self.log.reason_number(decision.reason)
+            request.predicted = decision.predicted_remaining
+            self._held[turn.request] = (request, decision)
+            request.queued_s = now
+            request.engine = -1
+            self._let_in(now)
+            return
         engine = self._by_name.get(decision.replica)
         if engine is None:
             raise ValueError(f"the policy chose replica {decision.replica!r}, which is not in the fleet")
@@ -225,6 +237,7 @@ class Cluster:
             request.queued_s = now
         else:
             self._submit(request, engine, decision.priority, now)
+            self._let_in(now)
 
     def _submit(self, request: Request, engine: Engine, priority: int, now: float) -> None:
         request.priority = priority
@@ -243,15 +256,36 @@ class Cluster:
 
     def _let_in(self, now: float) -> None:
         """Submit the held turns that the policy admits."""
+        if self._released is not None:
+            for key, replica in self._released(now):
+                self._by_name[replica].cache.demote(self._by_key[key].index)
         if self._held and self._admitted is not None:
             for name in self._admitted(now):
+                name, chosen = name if isinstance(name, tuple) else (name, None)
                 request, decision = self._held.pop(name)
                 request.queue_s += now - request.queued_s
+                if chosen is not None:
+                    state, engine = request.trajectory, self._by_name[chosen]
+                    decision = replace(decision, replica=chosen)
+                    if state.last is not engine:
+                        self.migrations += state.last is not None
+                        state.last = engine
                 engine = self._by_name.get(decision.replica)
                 if engine is None:  # it left meanwhile
                     self._left(request, now)
                 else:
                     self._submit(request, engine, decision.priority, now)
+        if self._due_s is not None:
+            due = self._due_s(now)
+            if due < self._checked_s:
+                self._checked_s = due
+                self._at(max(due, now), CHANGE, self._check)
+
+    def _check(self, now: float) -> None:
+        """A timer of the policy may have run out."""
+        self._checked_s = inf
+        self._policy.tick(now)
+        self._let_in(now)
 
     def _refresh(self, now: float) -> None:
         """Give turns under way the priorities that the policy has changed, until it has no more to tell."""
@@ -365,6 +399,7 @@ class Cluster:
         self._let_in(now)
         if actions:
             self._act(actions, now)
+        self._let_in(now)
         self._refresh(now)
         self._warm(now)
 

@@ -1,0 +1,214 @@
+"""The resident set against its own law, event by event, and whole steps of it in the simulator."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import inf
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from verl_heddle.fleet import Replica
+from verl_heddle.schedule.residents import ORDERS, Residents
+from verl_heddle.trajectory import Outcome, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
+
+HOLD_S = 10.0
+PROMPT = 50
+
+
+def identity(number: int) -> TrajectoryId:
+    return TrajectoryId(prompt=f"p{number // 3}", uid=f"u{number // 3}", sample=number % 3, step=0)
+
+
+def started(number: int, turn: int, context: int, generated: int = 0) -> TurnStart:
+    return TurnStart(identity(number), identity(number).key, turn, context, generated)
+
+
+def finished(turn: TurnStart, replica: str, tokens: int) -> TurnEnd:
+    return TurnEnd(turn.trajectory, turn.conversation, replica, turn.turn, tokens)
+
+
+def ended(number: int) -> TrajectoryEnd:
+    return TrajectoryEnd(identity(number), Outcome.FINISHED, 0, 0)
+
+
+def resident_set(order: str = "least_served", kv: int | None = 1000, slots: int = 4, replicas: int = 1) -> Residents:
+    residents = Residents(ORDERS[order])
+    for number in range(replicas):
+        residents.add(Replica(f"r{number}", slots=slots, kv_tokens=kv), HOLD_S)
+    return residents
+
+
+class Play:
+    """A random step: every trajectory takes turns, tools take time; after each event the set is checked from scratch."""
+
+    def __init__(self, residents: Residents, kv: int, slots: int, order: str) -> None:
+        self.residents, self.kv, self.slots, self.order = residents, kv, slots, order
+        self.now = 0.0
+        self.turns: dict[int, TurnStart] = {}
+        """The open turn of each trajectory."""
+        self.where: dict[int, str] = {}
+        """Open turns that have been let in."""
+        self.contexts: dict[int, tuple[int, int]] = {}
+        """Of trajectories between turns: context and turns so far."""
+        self.named: set[str] = set()
+        self.over: set[int] = set()
+
+    def start(self, number: int, prompt: int = PROMPT) -> None:
+        context, turn = self.contexts.pop(number, (prompt, 0))
+        self.turns[number] = started(number, turn, context)
+        replica = self.residents.turn_started(self.turns[number], self.now)
+        if replica is not None:
+            self.let_in(number, replica)
+        self.check()
+
+    def let_in(self, number: int, replica: str) -> None:
+        name = f"{number}:{self.turns[number].turn}"
+        assert name not in self.named, "a turn is let in once"
+        self.named.add(name)
+        self.where[number] = replica
+
+    def finish(self, number: int, tokens: int) -> None:
+        turn, replica = self.turns.pop(number), self.where.pop(number)
+        self.contexts[number] = (turn.context_tokens + tokens, turn.turn + 1)
+        self.residents.turn_finished(finished(turn, replica, tokens), self.now)
+        self.check()
+
+    def withdraw(self, number: int) -> None:
+        turn = self.turns.pop(number)
+        self.contexts[number] = (turn.context_tokens, turn.turn + 1)
+        self.residents.turn_finished(replace(finished(turn, "", 0), completed=False), self.now)
+        self.check()
+
+    def end(self, number: int) -> None:
+        self.contexts.pop(number)
+        self.over.add(number)
+        self.residents.trajectory_ended(ended(number), self.now)
+        self.check()
+
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+        self.residents.tick(self.now)
+        self.check()
+
+    def check(self) -> None:
+        keys = {identity(number).key: number for number in self.turns}
+        for request, replica in self.residents.admitted():
+            self.let_in(keys[request.rpartition(":")[0]], replica)
+        for number, replica in self.where.items():
+            assert self.residents.home_of(identity(number).key) == replica, "whoever runs is resident"
+        held = [number for number in self.turns if number not in self.where]
+        for name in self.residents.homes():
+            used, residents = self.residents.used(name), self.residents.residents(name)
+            counted = sum(live.own for live in residents) + sum(PROMPT for _ in {live.prompt for live in residents})
+            assert used == pytest.approx(counted), "the books are right"
+            if used > self.kv + 1e-6:
+                assert not self.residents.idle(name), "over capacity nobody is idle"
+            if held:
+                assert self.residents.residents(name), "nobody waits while a replica is empty"
+        if held:
+            assert self.residents.due_s() > self.now, "nobody outstays the rent while somebody waits"
+
+
+@given(data=st.data(), order=st.sampled_from(sorted(ORDERS)), replicas=st.integers(1, 3), slots=st.integers(1, 4))
+@settings(max_examples=60, deadline=None)
+def test_the_law_holds_after_every_event(data, order, replicas, slots):
+    kv = 1000
+    play = Play(resident_set(order, kv, slots, replicas), kv, slots, order)
+    for _ in range(data.draw(st.integers(1, 60))):
+        running, held = sorted(play.where), sorted(set(play.turns) - set(play.where))
+        choices = ["start", "wait"] + ["finish"] * bool(running) + ["withdraw"] * bool(held) + ["end"] * bool(play.contexts)
+        match data.draw(st.sampled_from(choices)):
+            case "start":
+                free = [number for number in range(12) if number not in play.turns and number not in play.over]
+                if free:
+                    play.start(data.draw(st.sampled_from(free)))
+            case "finish":
+                play.finish(data.draw(st.sampled_from(running)), data.draw(st.integers(0, 500)))
+            case "withdraw":
+                play.withdraw(data.draw(st.sampled_from(held)))
+            case "end":
+                play.end(data.draw(st.sampled_from(sorted(play.contexts))))
+            case "wait":
+                play.wait(data.draw(st.floats(0, 15)))
+    for _ in range(10_000):  # everybody ends
+        if play.where:
+            number = min(play.where)
+            play.finish(number, 1)
+            play.end(number)
+        elif play.turns:
+            raise AssertionError(f"held for ever: {play.turns}")
+        elif play.contexts:
+            play.end(min(play.contexts))
+        else:
+            break
+    assert all(play.residents.used(name) == pytest.approx(0) for name in play.residents.homes())
+
+
+def test_a_resident_goes_in_at_once_however_full_it_is():
+    residents = resident_set(kv=100)
+    first = started(0, 0, 90)
+    assert residents.turn_started(first, 0.0) == "r0"
+    assert residents.turn_started(started(3, 0, 50), 0.0) is None
+    residents.turn_finished(finished(first, "r0", 5), 1.0)
+    assert residents.turn_started(started(0, 1, 95), 2.0) == "r0"
+    assert residents.admitted() == []
+
+
+def test_an_idle_resident_gives_way_when_its_rent_is_over_and_only_if_somebody_waits():
+    residents = resident_set(kv=100)
+    first = started(0, 0, 90)
+    residents.turn_started(first, 0.0)
+    residents.turn_finished(finished(first, "r0", 5), 1.0)
+    residents.tick(100.0)
+    assert residents.home_of(identity(0).key) == "r0" and residents.due_s() == inf
+    assert residents.turn_started(started(3, 0, 50), 100.0) == "r0"
+    assert residents.home_of(identity(0).key) is None
+    assert (identity(0).key, "r0") in residents.released()
+
+
+def test_an_idle_resident_is_held_until_the_rent_is_over():
+    residents = resident_set(kv=100)
+    first = started(0, 0, 90)
+    residents.turn_started(first, 0.0)
+    residents.turn_finished(finished(first, "r0", 5), 1.0)
+    assert residents.turn_started(started(3, 0, 50), 2.0) is None
+    assert residents.due_s() == 1.0 + HOLD_S
+    residents.tick(1.0 + HOLD_S)
+    assert residents.admitted() == [(started(3, 0, 50).request, "r0")]
+
+
+def test_a_tool_that_is_known_to_be_long_is_not_waited_for():
+    residents = resident_set(kv=100)
+    first = started(0, 0, 90)
+    residents.turn_started(first, 0.0)
+    residents.turn_started(started(3, 0, 50), 0.5)
+    residents.turn_finished(finished(first, "r0", 5), 1.0, tool_s=HOLD_S + 1)
+    assert residents.admitted() == [(started(3, 0, 50).request, "r0")]
+
+
+def test_siblings_count_their_prompt_once():
+    residents = resident_set(kv=100)
+    assert [residents.turn_started(started(number, 0, 90), 0.0) for number in (0, 1, 2)] == ["r0"] * 3
+    assert residents.turn_started(started(3, 0, 20), 0.0) is None
+
+
+def test_the_evicted_return_wherever_there_is_room():
+    residents = resident_set(kv=100, replicas=2)
+    turns = [started(number, 0, 90) for number in (0, 3)]
+    homes = [residents.turn_started(turn, 0.0) for turn in turns]
+    residents.turn_finished(finished(turns[0], homes[0], 5), 1.0)
+    assert residents.turn_started(started(6, 0, 90), 20.0) == homes[0]
+    residents.turn_finished(finished(turns[1], homes[1], 1), 21.0)
+    residents.trajectory_ended(ended(3), 21.0)
+    assert residents.turn_started(started(0, 1, 95), 22.0) == homes[1]
+
+
+def test_a_replica_that_leaves_frees_its_residents():
+    residents = resident_set(kv=100, replicas=2)
+    turn = started(0, 0, 90)
+    home = residents.turn_started(turn, 0.0)
+    residents.remove(home)
+    residents.turn_finished(replace(finished(turn, home, 3), completed=False), 1.0)
+    assert residents.turn_started(started(0, 0, 93), 2.0) not in (None, home)

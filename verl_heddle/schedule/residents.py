@@ -1,0 +1,344 @@
+"""The resident set: which trajectories a replica keeps, rather than which turns it takes.
+
+A trajectory is *resident* on a replica from its admission until it ends or is evicted; through its tool calls its context stays counted
+against the replica's KV cache, so that its next turn finds it there. Whoever is not resident belongs to no replica.
+
+Law
+- Footprint: the context of a trajectory, and while a turn of it runs what a turn adds in the mean; a prompt counts once per replica,
+  however many samples share it.
+- Admission: the first of the waiting, in the policy's order, is admitted to a replica with room: footprints within `ADMIT` of its KV cache,
+  and a free slot. First choice is the replica where its context lay last, then one with a sibling, then the one with the most room. A
+  replica without residents takes anything, so nothing waits for ever.
+- A resident's turn goes in at once.
+- Holding is renting (ski rental): holding c tokens through a tool call of t seconds costs c * t token-seconds, evicting them costs c / r
+  seconds of an engine with C tokens of KV, which is c * C / r. They are equal at t* = C / r, whatever c is. An idle resident is held for
+  t*, then evicted if somebody waits; at once if its tool is predicted to take longer. At most twice the best without knowing t.
+- Over `FULL` (contexts grow): idle residents are evicted, the last in the order first.
+
+Invariants (tests/unit/test_residents.py): after every event no replica over `FULL` has an idle resident; every waiting turn is admitted exactly once or withdrawn; with waiters, some replica is busy. Time comes in by arguments only.
+Cost: O(log n) per event.
+Source: ski rental (Karlin et al. 1988); Continuum (arXiv 2511.02230) for the time to live; ThunderAgent (arXiv 2602.13692) for admitting
+programs rather than requests.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from itertools import count
+from math import inf
+
+from verl_heddle.fleet import Replica
+from verl_heddle.trajectory import TrajectoryEnd, TurnEnd, TurnStart
+
+ADMIT, FULL = 0.95, 1.0
+"""Shares of a replica's KV cache: up to the first newcomers are admitted, over the second idle residents are evicted. The gap keeps one
+turn's growth from evicting somebody for whom somebody else is admitted at once: with both at 1.0 five times as much is read again."""
+
+MEMORY = 1000.0
+"""Turns until the mean growth of a turn forgets by a factor e."""
+
+
+@dataclass(slots=True, eq=False)
+class Live:
+    """What is known of a live trajectory; a policy's order reads it."""
+
+    key: str
+    prompt: str
+    number: int
+    """Order of its first turn."""
+    prompt_tokens: int
+    context: int
+    """Tokens after its last event."""
+    served: int = 0
+    """Tokens generated."""
+    home: str | None = None
+    """Where it is resident."""
+    last: str | None = None
+    """Where it was resident last."""
+    running: set[str] = field(default_factory=set)
+    """Turns in the engine of its home."""
+    waiting: list[str] = field(default_factory=list)
+    """Turns that wait for admission."""
+    idle_since_s: float = inf
+    """Since when it has had no turn; only while resident."""
+    entry: int = 0
+    """Identifies its newest entry in a heap."""
+    own: float = 0.0
+    """Tokens counted against its home for it alone."""
+
+
+Order = Callable[[Live], float]
+"""The lowest goes first; ties by number of the first turn."""
+
+
+@dataclass(slots=True)
+class _Home:
+    replica: Replica
+    capacity: float
+    hold_s: float
+    used: float = 0.0
+    running: int = 0
+    residents: dict[str, Live] = field(default_factory=dict)
+    prompts: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Of each prompt, how many residents share it and its tokens."""
+    idle: list[tuple[float, int, int, Live]] = field(default_factory=list)
+    """Heap: last in the order first."""
+    rent: list[tuple[float, int, Live]] = field(default_factory=list)
+    """Heap of idle residents by the time their rent runs out."""
+
+
+class Residents:
+    """The resident sets of all replicas.
+
+    Args:
+        order: which of the waiting goes first, which of the idle is evicted last.
+    """
+
+    def __init__(self, order: Order) -> None:
+        self._order = order
+        self._homes: dict[str, _Home] = {}
+        self._live: dict[str, Live] = {}
+        self._queue: list[tuple[float, int, int, Live]] = []
+        self._number = count()
+        self._entry = count(1)
+        self._growth = self._turns = 0.0
+        self._admitted: dict[str, str] = {}
+        self._released: list[tuple[str, str]] = []
+        self.counts: Counter[str] = Counter()
+        """Evictions by reason, admissions."""
+
+    # --- the fleet --------------------------------------------------------------------------------------------------------
+
+    def add(self, replica: Replica, hold_s: float) -> None:
+        """A replica joins, empty; `hold_s` is its t*."""
+        self._homes[replica.name] = _Home(replica, inf if replica.kv_tokens is None else replica.kv_tokens, hold_s)
+        self._fill()
+
+    def remove(self, name: str) -> None:
+        """A replica leaves; its residents have no home any more, their running turns end elsewhere."""
+        home = self._homes.pop(name, None)
+        if home is not None:
+            for live in home.residents.values():
+                live.home, live.running, live.idle_since_s, live.own = None, set(), inf, 0.0
+
+    # --- events -----------------------------------------------------------------------------------------------------------
+
+    def turn_started(self, turn: TurnStart, now: float) -> str | None:
+        """Where the turn goes at once; None: it waits until `admitted` names it."""
+        key = turn.trajectory.key
+        live = self._live.get(key)
+        if live is None:
+            number = next(self._number)
+            live = self._live[key] = Live(key, turn.trajectory.prompt, number, turn.context_tokens, turn.context_tokens)
+        live.context, live.served = turn.context_tokens, max(live.served, turn.generated_tokens)
+        if live.home is not None:
+            home = self._homes[live.home]
+            live.running.add(turn.request)
+            home.running += 1
+            live.idle_since_s = inf
+            self._count(home, live)
+            self._shrink(home)
+            return live.home
+        live.waiting.append(turn.request)
+        if len(live.waiting) == 1:
+            self._wait(live)
+        self.tick(now)
+        return self._admitted.pop(turn.request, None)
+
+    def turn_finished(self, turn: TurnEnd, now: float, tool_s: float | None = None) -> None:
+        """The turn is over or withdrawn. `tool_s`: the predicted time until the next one; None: not predicted."""
+        live = self._live.get(turn.trajectory.key)
+        if live is None:
+            return
+        self._admitted.pop(turn.request, None)
+        if turn.request in live.waiting:
+            live.waiting.remove(turn.request)
+            return
+        live.served += turn.output_tokens
+        live.context += turn.output_tokens
+        keep = 1 - 1 / MEMORY
+        self._growth, self._turns = self._growth * keep + turn.output_tokens, self._turns * keep + 1
+        if live.home is None or turn.request not in live.running:  # its replica left meanwhile
+            return
+        home = self._homes[live.home]
+        live.running.discard(turn.request)
+        home.running -= 1
+        self._count(home, live)
+        if not live.running:
+            live.idle_since_s = now
+            live.entry = next(self._entry)
+            heappush(home.idle, (-self._order(live), -live.number, live.entry, live))
+            ends = now if tool_s is not None and tool_s > home.hold_s else now + home.hold_s
+            heappush(home.rent, (ends, live.entry, live))
+        self._shrink(home)
+        self.tick(now)
+
+    def trajectory_ended(self, end: TrajectoryEnd, now: float) -> None:
+        """The trajectory is over."""
+        live = self._live.pop(end.trajectory.key, None)
+        if live is None:
+            return
+        live.waiting.clear()
+        if live.home is not None:
+            home = self._homes[live.home]
+            home.running -= len(live.running)
+            self._leave(home, live)
+        self.tick(now)
+
+    def tick(self, now: float) -> None:
+        """Rents may have run out: evict whom it pays to evict, admit whom there is room for."""
+        self._fill()
+        while self._head() is not None:
+            expired = [(home.rent[0], home) for home in self._homes.values() if self._rent(home) <= now]
+            if not expired:
+                break
+            _, home = min(expired, key=lambda pair: pair[0][:2])
+            live = home.rent[0][2]
+            heappop(home.rent)
+            self._evict(home, live, "rent")
+            self._fill()
+
+    def due_s(self) -> float:
+        """When `tick` should be called next if no event comes before; inf: no need."""
+        return inf if self._head() is None else min(map(self._rent, self._homes.values()), default=inf)
+
+    def admitted(self) -> list[tuple[str, str]]:
+        """(turn, replica) of those admitted since the last call."""
+        result, self._admitted = list(self._admitted.items()), {}
+        return result
+
+    def released(self) -> list[tuple[str, str]]:
+        """(trajectory, replica): contexts nobody will come back to soon, for the engine to drop first; since the last call."""
+        result, self._released = self._released, []
+        return result
+
+    # --- what is known ----------------------------------------------------------------------------------------------------
+
+    def homes(self) -> list[str]:
+        """Names of the replicas."""
+        return list(self._homes)
+
+    def home_of(self, key: str) -> str | None:
+        """Where a trajectory is resident."""
+        live = self._live.get(key)
+        return None if live is None else live.home
+
+    def residents(self, name: str) -> list[Live]:
+        """Residents of a replica."""
+        return list(self._homes[name].residents.values())
+
+    def idle(self, name: str) -> list[Live]:
+        """Its residents that have no turn."""
+        return [live for live in self.residents(name) if not live.running]
+
+    def used(self, name: str) -> float:
+        """Tokens counted against its KV cache."""
+        return self._homes[name].used
+
+    # --- how --------------------------------------------------------------------------------------------------------------
+
+    def _count(self, home: _Home, live: Live) -> None:
+        """Count a resident's footprint anew."""
+        growth = self._growth / self._turns if self._turns else 0.0
+        own = max(0, live.context - live.prompt_tokens) + growth * len(live.running)
+        home.used += own - live.own
+        live.own = own
+
+    def _wait(self, live: Live) -> None:
+        live.entry = next(self._entry)
+        heappush(self._queue, (self._order(live), live.number, live.entry, live))
+
+    def _head(self) -> Live | None:
+        queue = self._queue
+        while queue:
+            _, _, entry, live = queue[0]
+            if live.entry == entry and live.waiting and live.home is None:
+                return live
+            heappop(queue)
+        return None
+
+    def _rent(self, home: _Home) -> float:
+        """When the next rent runs out."""
+        rent = home.rent
+        while rent and (rent[0][2].entry != rent[0][1] or rent[0][2].idle_since_s == inf):
+            heappop(rent)
+        return rent[0][0] if rent else inf
+
+    def _fill(self) -> None:
+        """Admit the waiting in order while there is room for the first."""
+        while (live := self._head()) is not None:
+            home = self._room(live)
+            if home is None:
+                return
+            heappop(self._queue)
+            self._admit(home, live)
+
+    def _room(self, live: Live) -> _Home | None:
+        growth = self._growth / self._turns if self._turns else 0.0
+        own = max(0, live.context - live.prompt_tokens) + growth
+        best, key = None, None
+        for name, home in self._homes.items():
+            shared = live.prompt in home.prompts
+            need = own + (0 if shared else live.prompt_tokens)
+            if home.residents and (home.used + need > home.capacity * ADMIT or home.running >= home.replica.slots):
+                continue
+            free = (home.capacity - home.used - need) / home.capacity if home.capacity < inf else -float(home.running) / home.replica.slots
+            rank = (name == live.last, free)
+            if key is None or rank > key:
+                best, key = home, rank
+        return best
+
+    def _admit(self, home: _Home, live: Live) -> None:
+        name = home.replica.name
+        live.home, live.own, live.idle_since_s = name, 0.0, inf
+        live.running = set(live.waiting)
+        home.running += len(live.running)
+        sharing, tokens = home.prompts.get(live.prompt, (0, live.prompt_tokens))
+        home.prompts[live.prompt] = (sharing + 1, tokens)
+        home.used += 0 if sharing else tokens
+        home.residents[live.key] = live
+        self._count(home, live)
+        self._admitted |= dict.fromkeys(live.waiting, name)
+        live.waiting.clear()
+        self.counts["admitted"] += 1
+        self._shrink(home)
+
+    def _shrink(self, home: _Home) -> None:
+        """Contexts have grown over the capacity: evict idle residents, the last in the order first."""
+        while home.used > home.capacity * FULL and home.idle:
+            _, _, entry, live = heappop(home.idle)
+            if live.entry == entry and live.idle_since_s < inf and live.home == home.replica.name:
+                self._evict(home, live, "full")
+
+    def _evict(self, home: _Home, live: Live, why: str) -> None:
+        self.counts[why] += 1
+        self._leave(home, live)
+
+    def _leave(self, home: _Home, live: Live) -> None:
+        name = home.replica.name
+        del home.residents[live.key]
+        home.used -= live.own
+        sharing, tokens = home.prompts.pop(live.prompt)
+        if sharing > 1:
+            home.prompts[live.prompt] = (sharing - 1, tokens)
+        else:
+            home.used -= tokens
+        live.home, live.last, live.idle_since_s, live.own, live.running = None, name, inf, 0.0, set()
+        self._released.append((live.key, name))
+
+
+def by_arrival(live: Live) -> float:
+    """In the order of first turns."""
+    return 0.0
+
+
+def least_served(live: Live) -> float:
+    """Who has generated least goes first (PLAS, Autellix): the long reveal themselves early, and no prediction is needed."""
+    return float(live.served)
+
+
+ORDERS: Mapping[str, Order] = {"by_arrival": by_arrival, "least_served": least_served}
+"""Those that need no prediction, by name."""

@@ -1,6 +1,7 @@
 """The flag on verl's own config: stock without it, documented keys with it, everything overridable, mistakes refused early."""
 
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,18 @@ def test_what_stock_verl_takes_with_a_plus_it_takes_beside_the_flag():
     config = compose([*BASE, "+plugin=heddle"])
     for item in stock:  # and where nobody does, they are the flag's
         assert str(OmegaConf.select(config, item.key)).endswith(str(item.value).rpartition(":")[2].rstrip("}")), item.key
+
+
+def test_the_flags_values_hold_in_the_task_runners_process(tmp_path):
+    """verl resolves the configuration there, once Ray has carried it over."""
+    (tmp_path / "config").write_bytes(pickle.dumps(compose([*BASE, "+plugin=heddle"])))
+    code = (
+        "import pickle, verl; from omegaconf import OmegaConf\n"
+        f"config = pickle.load(open({str(tmp_path / 'config')!r}, 'rb')); OmegaConf.resolve(config)\n"
+        "print(config.trainer.v1.sampler.custom_sampler, config.actor_rollout_ref.rollout.router_config_path)"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300)
+    assert "{'path': 'pkg://verl_heddle.verl_plugin.gate', 'name': 'Sampler'}" in done.stdout and "router.yaml" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("name", ["project_name", "experiment_name"])

@@ -128,9 +128,11 @@ def ask(nodes: Sequence[Mapping[str, Any]], timeout_s: float) -> dict[str, Answe
 
     task = ray.remote(look)
     refs = {}
-    for node in nodes:
+    addresses = [str(node["NodeManagerAddress"]) for node in nodes]
+    for node, address in zip(nodes, addresses, strict=True):
+        name = address if addresses.count(address) == 1 else f"{address} {node['NodeID'][:8]}"
         strategy = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
-        refs[task.options(num_cpus=0, max_retries=0, scheduling_strategy=strategy).remote()] = str(node["NodeManagerAddress"])
+        refs[task.options(num_cpus=0, max_retries=0, scheduling_strategy=strategy).remote()] = name
     if not refs:
         return {}
     done, late = ray.wait(list(refs), num_returns=len(refs), timeout=timeout_s)

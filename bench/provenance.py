@@ -1,6 +1,7 @@
 """Which commit was each result measured on, and has the code it measures changed since?
 
-    python bench/provenance.py            print every result that is out of date, and write the line of every page that shows results
+    python bench/provenance.py                              print what is out of date, and write the line of every page that shows results
+    python bench/provenance.py --adopt cpu/x.json COMMIT    a result that was written without a record: say where it was measured
 
 `bench/results/measured.json` holds, for every file beside it, the commit, whether the measured code had uncommitted changes, and a
 fingerprint of that code. Benches write results with `save`, which keeps the record. The fingerprint leaves comments, docstrings and layout
@@ -16,7 +17,7 @@ import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ SCHEDULER = ("verl_heddle/schedule", "verl_heddle/verl_plugin/vllm_scheduler.py"
 
 MEASURES: dict[str, tuple[str, ...]] = {
     "cpu/fidelity.json": (*SIMULATED, "bench/fidelity/run.py", "bench/fidelity/model.py", "bench/fidelity/predict.py"),
+    "cpu/fidelity_kv.json": (*SIMULATED, "bench/fidelity/run.py", "bench/fidelity/model.py", "bench/fidelity/predict.py"),
+    "cpu/fidelity_rules.json": ("verl_heddle/simulate", *SCHEDULER, "bench/fidelity/rules.py"),
     "cpu/kills.json": (*LIVE, "bench/placement/kills.py"),
     "cpu/learning.json": (*LIVE, "bench/learning/run.py"),
     "cpu/placement.json": (*DECIDES, *SCHEDULER, "bench/placement/real.py", "bench/placement/heddle.py"),
@@ -129,13 +132,16 @@ def record(path: Path, kept: bool = False) -> None:
     name = str(path.resolve().relative_to(FOLDER)) if path.resolve().is_relative_to(FOLDER) else ""
     if name not in MEASURES:
         return
-    known, code = _known(), fingerprint(MEASURES[name])
-    before = known.get(name, {})
+    before, code = _known().get(name, {}), fingerprint(MEASURES[name])
     older = [*before.get("older", ()), before["commit"]] if before and before["code"] != code else before.get("older", [])
     commit = _git("rev-parse", "HEAD").decode().strip()
     dirty = bool(_git("status", "--porcelain", "--", *MEASURES[name]).strip())
-    entry = {"commit": commit, "dirty": dirty, "code": code, "data": _data(name)} | ({"older": older} if kept and older else {})
-    RECORD.write_text(json.dumps(dict(sorted((known | {name: entry}).items())), indent=1) + "\n")
+    _write(name, {"commit": commit, "dirty": dirty, "code": code, "data": _data(name)} | ({"older": older} if kept and older else {}))
+
+
+def _write(name: str, entry: Mapping[str, Any]) -> None:
+    """Into the record. `dirty` None: nobody knows whether the measured code had uncommitted changes."""
+    RECORD.write_text(json.dumps(dict(sorted((_known() | {name: entry}).items())), indent=1) + "\n")
 
 
 def _known() -> dict[str, dict[str, Any]]:
@@ -143,15 +149,17 @@ def _known() -> dict[str, dict[str, Any]]:
 
 
 def _data(name: str) -> str:
+    if not (FOLDER / name).exists():
+        return ""
     return hashlib.sha256((FOLDER / name).read_bytes()).hexdigest()[:16]
 
 
-def state(name: str, code: Callable[[Iterable[str]], str] = fingerprint) -> tuple[str, str]:
+def state(name: str) -> tuple[str, str]:
     """(`FRESH`, `CHANGED` or `UNRECORDED`; the commit, empty if unrecorded) of a result."""
     entry = _known().get(name)
     if entry is None or entry["data"] != _data(name):
         return UNRECORDED, ""
-    return FRESH if entry["code"] == code(MEASURES[name]) and not entry.get("older") else CHANGED, entry["commit"]
+    return FRESH if entry["code"] == fingerprint(MEASURES[name]) and not entry.get("older") else CHANGED, entry["commit"]
 
 
 def line(names: Iterable[str]) -> str:
@@ -174,8 +182,12 @@ def page(name: str) -> str:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    for name in MEASURES:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--adopt", nargs=2, action="append", default=[], metavar=("RESULT", "COMMIT"), help="it was measured there")
+    for name, revision in parser.parse_args().adopt:
+        commit = _git("rev-parse", revision).decode().strip()
+        _write(name, {"commit": commit, "dirty": None, "code": fingerprint(MEASURES[name], commit), "data": _data(name)})
+    for name in filter(lambda name: (FOLDER / name).exists(), MEASURES):
         found, commit = state(name)
         if found != FRESH:
             print(f"{name}: {found}{f' since {commit[:12]}' if commit else ''}")

@@ -9,8 +9,8 @@ disturbs, and what differs is admission, eviction, preemption and counting of KV
 
 from __future__ import annotations
 
+import argparse
 import heapq
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,6 +29,7 @@ from bench.fidelity.replay import identity, words
 from bench.fidelity.run import facts
 from bench.fidelity.table import README, rules_table
 from bench.marked import fill
+from bench.provenance import save
 from verl_heddle.fleet import Replica
 from verl_heddle.latency import LatencyModel
 from verl_heddle.orchestrator import Orchestrator
@@ -208,8 +209,9 @@ def measured(configurations: Sequence[Configuration] = KV_BOUND, seeds: Sequence
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     result = facts() | measured()
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    save(RESULT, result)
     fill(README, "rules", rules_table(result))
     print(rules_table(result))
 

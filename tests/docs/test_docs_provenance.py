@@ -18,8 +18,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_every_result_has_a_record_and_a_page():
     results = {str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*.json") if path != RECORD}
     ours = {name for name in results if not name.startswith("h200/")}  # measurements on a GPU host name their commit themselves
-    assert ours | {"h200/forecast.json"} == set(MEASURES), "say in bench/provenance.py what a new result measures"
-    assert {name for name in MEASURES if state(name)[0] == UNRECORDED} == set(), "results are written by `bench.provenance.save`"
+    assert ours | {"h200/forecast.json"} <= set(MEASURES), "say in bench/provenance.py what a new result measures"
+    unrecorded = {name for name in MEASURES if (FOLDER / name).exists() and state(name)[0] == UNRECORDED}
+    assert unrecorded == set(), "results are written by `bench.provenance.save`"
     assert {name for names in PAGES.values() for name in names} <= set(MEASURES)
     assert all((ROOT / path).exists() for paths in MEASURES.values() for path in paths)
 

@@ -56,8 +56,13 @@ class Preempt:
 class Admission:
     """`heddle.admission.*`: how many turns are in flight per replica; the rest wait in the router, most urgent first."""
 
-    per_slot: float = option(4.0, "Turns in flight per slot (rollout.max_num_seqs) of a replica; 0: no bound, as in stock verl.")
-    hold_s: float = option(600.0, "Longest time a turn is held back; after it, it goes to its replica whatever the bound.")
+    per_slot: float = option(
+        4.0,
+        "Turns in flight per slot (rollout.max_num_seqs) of a replica from which on new trajectories wait; 0: no bound, as in stock verl.",
+    )
+    hold_s: float = option(
+        600.0, "Seconds without a completed turn after which a replica counts as silent: turns held that long go there whatever the bound."
+    )
 
 
 @dataclass

@@ -100,7 +100,8 @@ class Loader:
         self._seen.append((time.monotonic() - sent, sent - due))
         if decision.held:
             self._held += 1
-            await answer(self._router.wait_for_turn.remote(life.last.request), 2 * DEADLINE_S)
+            while not await answer(self._router.wait_for_turn.remote(life.last.request), 2 * DEADLINE_S):
+                pass
         await asyncio.sleep(turn_s)
         end, after = self._crowd.finish(life, decision.replica)
         if self._warms:

@@ -29,6 +29,7 @@ from verl_heddle.predict.predictor import Predictor
 from verl_heddle.predict.store import StateError
 from verl_heddle.trajectory import Decision, Prewarm, Reason, ToolStart, TrajectoryEnd, TurnEnd, TurnStart
 from verl_heddle.verl_plugin.calls import ANSWER_S, Promises
+from verl_heddle.verl_plugin.router_status import PoolStatus
 from verl_heddle.verl_plugin.voice import say, say_once
 
 TOLD = ("turn_finished", "turn_withdrawn", "tool_started", "transferred", "trajectory_ended")
@@ -49,7 +50,7 @@ def alike(servers: Mapping[str, Any], tp: int = 1, slots: int = 256, kv_tokens: 
     return {name: (Replica(name, tp, slots, kv_tokens), handle) for name, handle in servers.items()}
 
 
-class HeddleRouter:
+class HeddleRouter(PoolStatus):
     """One per run; Ray serialises its calls.
 
     Args:
@@ -355,14 +356,6 @@ class HeddleRouter:
         """Counterpart of `acquire_server`."""
         self._verls_rule.release(server_id)
 
-    def require_acquire_fields(self) -> list[str]:
-        """Nothing: `turn_started` carries what we need."""
-        return []
-
-    def require_release_fields(self) -> list[str]:
-        """Nothing."""
-        return []
-
     def add_servers(self, servers: dict[str, Any]) -> None:
         """Replicas joined."""
         self._servers.update(servers)
@@ -383,27 +376,6 @@ class HeddleRouter:
         self._orchestrator.replicas_removed(server_ids)
         self._drop_orders()
         self._go_on()
-
-    def get_all_servers(self) -> list[str]:
-        """Server ids in the pool."""
-        return list(self._servers)
-
-    def get_inflight_count(self, server_id: str) -> int:
-        """Requests in flight on one server."""
-        return self._verls_rule.inflight.get(server_id, 0)
-
-    def get_total_inflight(self) -> int:
-        """Requests in flight on all servers."""
-        return sum(self._verls_rule.inflight.values())
-
-    def get_status(self) -> dict[str, Any]:
-        """verl's debugging view."""
-        return {
-            "servers": dict(self._verls_rule.inflight),
-            "total_inflight": self.get_total_inflight(),
-            "active_servers": len(self._servers),
-            "registered_handles": list(self._servers),
-        }
 
     def clear_sticky_cache(self) -> dict[str, Any]:
         """Conversations are placed anew at their next turn."""

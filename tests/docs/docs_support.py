@@ -25,7 +25,11 @@ SIZES = ROOT / "recipes" / "config" / "README.md"
 
 RUNS, ACCEPTED, REFUSED, UNTRIED = "runs", "accepted", "refused at start-up", "**not run yet**"
 
-ENVIRONMENTS = {"cpu": "all tests: `make test`", "cpu-pins": "contract and engine tests: `make test-pins`; verl's own pin for GPUs"}
+ENVIRONMENTS = {
+    "cpu": "all tests: `make test`",
+    "cpu-pins": "contract and engine tests: `make test-pins`; verl's own pin for GPUs",
+    "cpu-newest": "contract and engine tests: `make test-newest`; the newest that installs beside verl",
+}
 """Files of envs/ that tests run in, and what runs in them."""
 
 

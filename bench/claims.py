@@ -94,7 +94,7 @@ def accuracy() -> str:
     return (
         f"Against two real vLLM engines on a CPU, {_errors(roomy)}\n"
         "([bench/fidelity](bench/fidelity/README.md)). That is at most 24 trajectories, contexts to 1,900 tokens, KV cache for all of\n"
-        "them and no preemption, while the gains above come from KV pressure. With KV cache for a quarter to a third of the contexts:\n"
+        "them and no preemption, while the gains above come from KV pressure. With KV cache for a quarter of the contexts:\n"
         f"against vLLM's own scheduler on a virtual clock, {_errors(rules)};\n{engines}"
     )
 

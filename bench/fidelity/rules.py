@@ -1,6 +1,6 @@
 """KV-bound runs on vLLM's own scheduler and block pool, on a virtual clock: what the simulator's *rules* get wrong, and no more.
 
-    python bench/fidelity/rules.py           all configurations of `KV_BOUND`, ten seeds; minutes; writes JSON and README's table
+    python bench/fidelity/rules.py           all configurations of `KV_BOUND`, five seeds; minutes; writes JSON and README's table
 
 No model runs: vLLM's scheduler (the plugin's, with its rule where a configuration has preemption on arrival) decides every step of two
 replicas, a step takes what the simulator's own law says, and the same orchestrator decides where turns go. So step times are exact, nobody
@@ -36,7 +36,7 @@ from verl_heddle.orchestrator import Orchestrator
 from verl_heddle.trajectory import Outcome, TrajectoryEnd, TurnEnd, TurnStart
 
 RESULT = ROOT / "bench/results/cpu/fidelity_rules.json"
-SEEDS = range(10)
+SEEDS = range(5)
 OVERHEAD_S = 0.015
 STEP_TIMES = LatencyModel.affine(0.0073, 0.00063, 1.45e-6, prefill_per_token_s=6.7e-5, prefill_base_s=0.0073)
 """The middle of what was calibrated on the engines of this bench (README.md)."""
@@ -49,7 +49,7 @@ def scheduler(folder: Path, configuration: Configuration, kv_tokens: int) -> Any
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
     from vllm.v1.structured_output import StructuredOutputManager
 
-    from verl_heddle.verl_plugin.vllm_scheduler import SETTINGS, HeddleScheduler
+    from verl_heddle.verl_plugin.vllm_scheduler import HeddleScheduler
 
     arguments = EngineArgs(
         model=str(folder),
@@ -60,7 +60,6 @@ def scheduler(folder: Path, configuration: Configuration, kv_tokens: int) -> Any
         max_num_batched_tokens=BATCH_TOKENS,
         block_size=BLOCK_TOKENS,
         scheduling_policy=configuration.order,
-        additional_config={SETTINGS: {"enable": configuration.preempt}},
     )
     config = arguments.create_engine_config()
     config.scheduler_config.async_scheduling = False
@@ -70,8 +69,9 @@ def scheduler(folder: Path, configuration: Configuration, kv_tokens: int) -> Any
     kv = KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)])
     outputs = StructuredOutputManager(config)
     built = HeddleScheduler(vllm_config=config, kv_cache_config=kv, structured_output_manager=outputs, block_size=BLOCK_TOKENS)
-    if (built.rule is not None) != configuration.preempt:
-        raise RuntimeError(f"preemption on arrival is {built.rule}, {built.off}")
+    if configuration.preempt and built.rule is None:
+        raise RuntimeError(f"preemption on arrival is off: {built.off}")
+    built.rule = built.rule if configuration.preempt else None
     built._epoch = 0.0
     return built
 

@@ -175,9 +175,8 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
         Engines of a layout are ours, so there it is done (`layouts.Layouts.repair`)."""
         if lost > self._replicas_lost and self.layouts is None:
             left = max(0, self._replicas - lost)
-            say(
-                f"{lost} of {self._replicas} replicas have died; {left} are left for the rest of the run (heddle.layout launches them again)"
-            )
+            again = "only heddle.layout launches engines again"
+            say(f"{lost} of {self._replicas} replicas have died; {left} are left for the rest of the run ({again})")
         self._replicas_lost = max(lost, self._replicas_lost)
 
     def _note_learnt(self) -> None:

@@ -32,7 +32,7 @@ from verl_heddle.fleet import Replica
 from verl_heddle.latency import LatencyModel, calibrate
 from verl_heddle.options import Admission, Options, Place, Priority
 from verl_heddle.orchestrator import Orchestrator
-from verl_heddle.report.attribution import moves
+from verl_heddle.report.attribution import step_metrics
 from verl_heddle.simulate import EngineOptions, simulate
 from verl_heddle.traces import generate
 from verl_heddle.trajectory import Trajectory
@@ -110,7 +110,7 @@ class Bench:
         for arm in turned(ARMS, seed):
             records, row["disturbed"][arm] = calm(lambda arm=arm: self.replay(arm, step, seed))
             row["makespan_s"][arm] = makespan(records)
-            row["moves"][arm] = moves(records)
+            row["moves"][arm] = int(step_metrics(records)["moves"])
             row["forecast_s"][arm], row["forecast_moves"][arm] = self.forecast(arm, step, seed)
         return row
 

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from verl_heddle.verl_plugin import voice
+from verl_heddle.verl_plugin.client import HeddleClient
 from verl_heddle.verl_plugin.overrides import compose
 from verl_heddle.verl_plugin.replicas import HeddleHttpServer, vLLMHttpServer
 from verl_heddle.verl_plugin.settings import handed_on
@@ -103,6 +104,17 @@ async def test_what_the_scheduler_does_not_do_is_said_once_it_is_up(monkeypatch,
     assert seen == [json.dumps(preempt) if preempt else "before"], "the engine's processes inherit it"
     said = [line for line in capsys.readouterr().err.splitlines() if "preemption" in line]
     assert [word in line and "OFF on replica 3" in line for line in said] == [True] * (word is not None)
+
+
+@pytest.mark.parametrize(
+    ("given", "most"), [({}, 60), ({"max_tokens": 20}, 20), ({"max_new_tokens": 20}, 20), ({"max_new_tokens": 90}, 60)]
+)
+def test_a_limited_turn_names_its_tokens_once(given, most):
+    """verl takes `max_tokens` and then hands a `max_new_tokens` beside it on to vLLM's SamplingParams, which refuses it."""
+    client = object.__new__(HeddleClient)
+    client.config = OmegaConf.create({"actor_rollout_ref": {"rollout": {"response_length": 500, "prompt_length": 500}}})
+    turn = SimpleNamespace(context_tokens=100, generated_tokens=40)
+    assert client._limited({"top_p": 0.9, **given}, turn, limit=100) == {"top_p": 0.9, "max_tokens": most}
 
 
 def vllm_arguments(*overrides):

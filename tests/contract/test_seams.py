@@ -22,6 +22,14 @@ def test_a_missing_attribute_is_found():
         compat.has("verl.workers.rollout.router:GlobalRequestLoadBalancer", "acquire_server", "nonsense")
 
 
+def test_an_attribute_that_a_scheduler_lost_is_found(monkeypatch):
+    """By `doctor`, which builds no scheduler: vLLM 0.31 dropped one that we read."""
+    from verl_heddle.verl_plugin import vllm_seams
+
+    monkeypatch.setattr(vllm_seams, "ATTRIBUTES", (*vllm_seams.ATTRIBUTES, "nonsense"))
+    assert vllm_seams.mismatch() == "the scheduler has no nonsense"
+
+
 def test_require_names_the_seam_and_the_supported_versions(monkeypatch):
     def broken():
         raise TypeError("moved")

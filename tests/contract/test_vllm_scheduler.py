@@ -307,7 +307,7 @@ def steady(make, monkeypatch, settings, waiting=40):
 
 
 def test_a_refusal_holds_until_something_changes(make, monkeypatch):
-    """While four requests decode 200 tokens, nobody comes or goes: the rule is asked in few of the steps, and counted as refusing in all."""
+    """While four requests decode 200 tokens, nobody comes or goes: it is asked in few of the steps, and counted as refusing in all."""
     scheduler, asked, arrivals = steady(make, monkeypatch, EAGER)
     drive(scheduler, arrivals)
     while_running = [step for step in asked if step <= 200]

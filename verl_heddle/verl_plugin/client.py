@@ -237,9 +237,8 @@ class HeddleClient(LLMServerClient):
         rollout = self.config.actor_rollout_ref.rollout
         left = min(rollout.response_length, rollout.prompt_length + rollout.response_length - turn.context_tokens)
         own = sampling_params.get("max_tokens", sampling_params.get("max_new_tokens", left))
-        others = {
-            name: value for name, value in sampling_params.items() if name != "max_new_tokens"
-        }  # verl hands it to vLLM beside the other
+        # Of the two, verl takes the first and hands the second on to vLLM, which does not know it.
+        others = {name: value for name, value in sampling_params.items() if name != "max_new_tokens"}
         return {**others, "max_tokens": max(1, min(own, limit - turn.generated_tokens))}
 
     async def _warm(self, order: Any, turn: TurnStart, context: list[int]) -> None:

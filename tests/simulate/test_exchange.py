@@ -65,7 +65,7 @@ def test_the_engine_exchanges_whom_the_law_says(rule, capacity):
         assert victims == expected
         assert engine.queue.count == queued  # victims come back when the step has begun
         exchanged += len(victims)
-    assert exchanged > 0 or (rule.max_preemptions == 1 and capacity == 1200)
+    assert exchanged > 0 or capacity == 1200  # where KV is that short, slots are hardly ever full
 
 
 class ByTrial(Stock):
@@ -81,11 +81,12 @@ def test_a_turn_pays_back_its_prefill_first():
     assert result.finish_s.tolist() == [100.0, 8.0 + 50.0]
 
 
-def test_a_turn_makes_way_for_want_of_blocks_too():
-    """Slots are free, KV cache is not: the plugin's scheduler makes room, and so does the simulated engine."""
+def test_nobody_makes_way_for_want_of_kv_while_a_slot_is_free():
     work = [*lengths(60, prompt_tokens=40), trajectory("q", 1, [(0, 20, 0.0)], 30)]
     options = EngineOptions("priority", preempt=Rule(min_steps=0, ageing_per_s=0.0), block_tokens=1, share_prompts=False)
     result = simulate(work, [Replica("r", slots=4, kv_tokens=100)], module_step(), ByTrial(), engine=options, arrivals_s=[0.0, 40.5])
+    assert result.preemptions == 0
+    result = simulate(work, [Replica("r", slots=1, kv_tokens=100)], module_step(), ByTrial(), engine=options, arrivals_s=[0.0, 40.5])
     assert result.preemptions == 1 and result.finish_s.argmin() == 1
 
 
@@ -93,7 +94,7 @@ def test_what_costs_more_than_it_gains_is_left():
     work = [*lengths(60, prompt_tokens=40), trajectory("q", 1, [(0, 20, 0.0)], 30)]
     dear = Rule(min_steps=0, ageing_per_s=0.0, tokens_per_step=1e-3)
     options = EngineOptions("priority", preempt=dear, block_tokens=1, share_prompts=False)
-    result = simulate(work, [Replica("r", slots=4, kv_tokens=100)], module_step(), ByTrial(), engine=options, arrivals_s=[0.0, 40.5])
+    result = simulate(work, [Replica("r", slots=1, kv_tokens=100)], module_step(), ByTrial(), engine=options, arrivals_s=[0.0, 40.5])
     assert result.preemptions == 0
 
 

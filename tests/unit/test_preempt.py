@@ -10,6 +10,7 @@ from verl_heddle.schedule.preempt import (
     STARTS,
     WEIGHED,
     Objection,
+    Plan,
     Room,
     Rule,
     Running,
@@ -75,7 +76,7 @@ def test_every_pair_obeys_the_law_and_no_allowed_pair_is_left_out(case):
     victims, winners = [v.key for v, _ in plan.pairs], [w.key for _, w in plan.pairs]
     assert len(set(victims)) == len(victims) and len(set(winners)) == len(winners)
     slots, free, spare, pairs, left = room.slots, room.blocks, room.blocks, dict(zip(winners, plan.pairs, strict=True)), list(running)
-    stopped = False
+    stopped = short = False
     for turn in waiting:
         if turn.key not in pairs:
             if stopped:
@@ -83,12 +84,14 @@ def test_every_pair_obeys_the_law_and_no_allowed_pair_is_left_out(case):
             if slots > 0 and turn.blocks <= free:
                 slots, free, spare = slots - 1, free - turn.blocks, max(0, spare - turn.blocks)
                 continue
-            assert all(objection(v, turn, free, spare, room, rule) is not None for v in left), "somebody would have made way"
-            stopped = True
+            no_slot = slots <= 0
+            if no_slot:
+                assert all(objection(v, turn, free, spare, room, rule) is not None for v in left), "somebody would have made way"
+            stopped, short = True, not no_slot
             continue
         assert not stopped, "the winners are the first of the waiting order"
         victim, _ = pairs[turn.key]
-        assert slots <= 0 or turn.blocks > free, "it could have started by itself"
+        assert slots <= 0, "it has a slot: what it lacks is KV, or nothing"
         gain = victim.priority - turn.priority
         assert gain >= rule.margin >= 1
         assert aged(victim.priority, victim.arrival_s, rule.ageing_per_s) > aged(turn.priority, turn.arrival_s, rule.ageing_per_s)
@@ -101,7 +104,8 @@ def test_every_pair_obeys_the_law_and_no_allowed_pair_is_left_out(case):
         left.remove(victim)
         free, spare = free + victim.blocks() - turn.blocks, max(0, spare - turn.blocks)
         assert free >= 0
-    assert (plan.refused is not None) == (stopped and bool(left))
+    assert (plan.refused is not None) == (stopped and (bool(left) or short))
+    assert (plan.refused is Objection.KV_SHORT) == short
 
 
 @settings(max_examples=150, deadline=None)
@@ -161,9 +165,9 @@ def test_each_objection(victim, winner, room, why):
     assert bool(plan.pairs) == (why is None)
 
 
-def test_a_turn_with_a_free_slot_preempts_nobody_but_one_without_blocks_may():
-    assert preemptions([run()], [wait()], Room(1, 100, 16), PLAIN).pairs == ()
-    assert len(preemptions([run()], [wait()], Room(1, 2, 16), PLAIN).pairs) == 1
+def test_a_turn_with_a_free_slot_preempts_nobody():
+    assert preemptions([run()], [wait()], Room(1, 100, 16), PLAIN) == Plan()
+    assert preemptions([run()], [wait()], Room(1, 2, 16), PLAIN) == Plan((), Objection.KV_SHORT)
 
 
 def test_running_turns_are_not_looked_at_while_nobody_has_to_wait():

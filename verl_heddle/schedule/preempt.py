@@ -3,7 +3,9 @@
 Law. vLLM starts waiting turns in the order of (aged priority, arrival), lower first. Walk the first `STARTS` of them in that order. A turn
 that finds a free slot and its KV blocks starts by itself. The first that does not is the *winner* of a pair if some running turn, the
 *victim*, has no objection, asked from the worst aged priority on; then the next waiting turn is asked. The first winner without a victim
-ends the walk, because vLLM would let nobody overtake it. A victim objects, in this order:
+ends the walk, because vLLM would let nobody overtake it. So does one that finds a free slot and lacks KV blocks only (KV_SHORT): where KV
+is what is short, an exchange frees nothing and reads contexts again, 0.84x to 0.93x of stock's speed in three simulated steps that are
+1.02x to 1.09x without. A victim objects, in this order:
 
 1. MARGIN: its own priority, or its aged one, is not worse than the winner's by at least `margin`;
 2. CAPPED: it has lost its place to this rule `max_preemptions` times already;
@@ -22,7 +24,7 @@ it takes no place by itself, as MARGIN asks for the own priorities too. Bound: a
 nobody whose priority is worse by D or less, so whoever waits, waits for a finite number of turns.
 
 Invariants (tests/unit/test_preempt.py checks each by brute force)
-- a winner could not start without its pair: no slot is free, or not enough blocks;
+- a winner could not start without its pair: no slot is free;
 - a victim's own priority is strictly worse than its winner's: equal ones never preempt, and no pair is ever the reverse of an earlier one;
 - every turn is in at most one pair; a turn loses its place at most `max_preemptions` times, so the rule comes to rest;
 - the winners, together with those that start by themselves, are the first of the waiting order;
@@ -83,6 +85,7 @@ class Objection(StrEnum):
     YOUNG = "young"
     NO_ROOM = "no_room"
     COST = "cost"
+    KV_SHORT = "kv_short"
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +219,8 @@ def preemptions(running: Iterable[Running], waiting: Iterable[Waiting], room: Ro
         if slots > 0 and winner.blocks <= free:
             slots, free, spare = slots - 1, free - winner.blocks, max(0, spare - winner.blocks)
             continue
+        if slots > 0:
+            return Plan(tuple(pairs), Objection.KV_SHORT)
         victim, refused = _ask(chain(tuple(stay), _kept(more, stay)), winner, free, spare, room, rule)
         if victim is None:
             return Plan(tuple(pairs), refused)

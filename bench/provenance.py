@@ -62,8 +62,8 @@ MEASURES: dict[str, tuple[str, ...]] = {
 """Result, below `FOLDER` -> files and folders whose code it measures, the bench's own included."""
 
 PAGES: dict[str, tuple[str, ...]] = {
-    "README.md": ("simulated/schedule.json", "simulated/regimes.json", "cpu/schedule.json", "cpu/fidelity.json"),
-    "bench/fidelity/README.md": ("cpu/fidelity.json",),
+    "README.md": ("simulated/schedule.json", "simulated/regimes.json", "cpu/schedule.json", "cpu/fidelity.json", "cpu/fidelity_rules.json"),
+    "bench/fidelity/README.md": ("cpu/fidelity.json", "cpu/fidelity_rules.json"),
     "bench/layout/README.md": ("simulated/layout.json",),
     "bench/learning/README.md": ("cpu/learning.json",),
     "bench/placement/README.md": (

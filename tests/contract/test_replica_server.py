@@ -53,14 +53,14 @@ def server(answers=({},), scheduler=HeddleScheduler, preempt=None, **cache):
 
 async def test_the_engine_is_asked_what_it_is_not_verls_config():
     """`rollout.max_num_seqs` is null here, and says another number where engine_kwargs.vllm does."""
-    assert await server().heddle_facts() == {"tp": 2, "slots": 48, "kv_tokens": 1600}
-    assert await server(kv_cache_size_tokens=900).heddle_facts() == {"tp": 2, "slots": 48, "kv_tokens": 900}
-    assert await server(num_gpu_blocks=None).heddle_facts() == {"tp": 2, "slots": 48, "kv_tokens": None}
+    assert await server().heddle_facts() == {"tp": 2, "slots": 48, "kv_tokens": 1600, "calls": 1000}
+    assert await server(kv_cache_size_tokens=900).heddle_facts() == {"tp": 2, "slots": 48, "kv_tokens": 900, "calls": 1000}
+    assert await server(num_gpu_blocks=None).heddle_facts() == {"tp": 2, "slots": 48, "kv_tokens": None, "calls": 1000}
 
 
 async def test_a_data_parallel_server_has_the_slots_of_all_its_engines():
     facts = await server(({}, {}), num_gpu_blocks=200, kv_cache_size_tokens=1600).heddle_facts()
-    assert facts == {"tp": 2, "slots": 96, "kv_tokens": 3200}
+    assert facts == {"tp": 2, "slots": 96, "kv_tokens": 3200, "calls": 1000}
 
 
 async def test_every_engine_of_a_data_parallel_server_is_asked():

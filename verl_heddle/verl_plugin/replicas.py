@@ -178,7 +178,7 @@ class HeddleHttpServer(vLLMHttpServer):
 
 def calls_of(rollout: Any) -> int:
     """Calls that a server actor takes at a time (verl: `RolloutReplica.max_concurrency`); the others wait in Ray's queue."""
-    return max(1000, int(rollout.max_num_seqs) + CONTROL_METHOD_CONCURRENCY)
+    return max(1000, int(rollout.max_num_seqs or 0) + CONTROL_METHOD_CONCURRENCY)
 
 
 class HeddleReplica(vLLMReplica):

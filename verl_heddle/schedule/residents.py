@@ -15,8 +15,9 @@ Law
   t*, then evicted if somebody waits; at once if its tool is predicted to take longer. At most twice the best without knowing t.
 - Over `FULL` (contexts grow): idle residents are evicted, the last in the order first.
 
-Invariants (tests/unit/test_residents.py): after every event no replica over `FULL` has an idle resident; every waiting turn is admitted exactly once or withdrawn; with waiters, some replica is busy. Time comes in by arguments only.
-Cost: O(log n) per event.
+Invariants (tests/unit/test_residents.py): after every event no replica over `FULL` has an idle resident; every waiting turn is admitted
+exactly once or withdrawn; while somebody waits, every replica has residents and none of them outstays its rent. Time comes in by arguments
+only. Cost per event: O(log n) for n live trajectories, and O(replicas).
 Source: ski rental (Karlin et al. 1988); Continuum (arXiv 2511.02230) for the time to live; ThunderAgent (arXiv 2602.13692) for admitting
 programs rather than requests.
 """
@@ -225,6 +226,10 @@ class Residents:
         """Where a trajectory is resident."""
         live = self._live.get(key)
         return None if live is None else live.home
+
+    def number_of(self, key: str) -> int:
+        """Order of a live trajectory's first turn."""
+        return self._live[key].number
 
     def residents(self, name: str) -> list[Live]:
         """Residents of a replica."""

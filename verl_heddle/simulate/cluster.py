@@ -1,8 +1,7 @@
 """The simulated cluster: trajectories alternate between a replica and their tools, and a policy says which replica.
 
-Law: a discrete-event loop. An event is a trajectory that wants its next turn (or ends), a replica's next step boundary, a change of the
-fleet, or the end of a tool where tools are limited. Simultaneous events: the last two first, then trajectories, then replicas, each in the
-order they were scheduled; so a replica starts a step knowing everybody who came at that instant. The policy is told of simulated time only.
+Law: the discrete-event loop over the calendar of `stage.py`. The policy is told of simulated time only. A turn that the policy holds
+without naming a replica belongs to none until it is admitted.
 Invariants: every `turn_started` gets one `turn_finished`; every trajectory one `trajectory_ended`; after it nothing of it is in
 an engine. Cost: O(log n) per event, about five events per turn; plus what the policy costs.
 """
@@ -13,26 +12,21 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from heapq import heappop, heappush
-from itertools import count, pairwise
+from heapq import heappop
 from math import inf, nan
-from typing import Any
 
 from verl_heddle.fleet import Replica
 from verl_heddle.predict.tools import names
 from verl_heddle.schedule.preempt import aged
 from verl_heddle.simulate.engine import Engine
-from verl_heddle.simulate.options import EngineOptions, FleetChange, Outage
+from verl_heddle.simulate.options import EngineOptions
 from verl_heddle.simulate.policy import Action, Cancel, Latency, Policy, StopAt
-from verl_heddle.simulate.records import TurnLog
+from verl_heddle.simulate.stage import CHANGE, TURN, WAKE, Stage
 from verl_heddle.simulate.workload import Request, TrajectoryState
 from verl_heddle.trajectory import Decision, Outcome, ToolStart, TrajectoryEnd, TurnEnd, TurnStart
 
-CHANGE, TURN, WAKE = 0, 1, 2
-"""Kinds of events, in the order in which simultaneous ones happen."""
 
-
-class Cluster:
+class Cluster(Stage):
     """One simulation: `schedule` changes, `run` once, then read `engines`, `log` and the states given."""
 
     def __init__(
@@ -44,115 +38,28 @@ class Cluster:
         work: Sequence[TrajectoryState],
         tools_at_once: float = inf,
     ) -> None:
-        self.engines: list[Engine] = []
-        self.log = TurnLog()
+        super().__init__(fleet, latency, policy, options)
         self.migrations = 0
         """Turns placed on another replica than the trajectory's turn before."""
-        self._latency = latency
-        self._policy = policy
         self._tool_started = getattr(policy, "tool_started", None)
         self._admitted = getattr(policy, "admitted", None)
         self._due_s = getattr(policy, "due_s", None)
         self._released = getattr(policy, "released", None)
-        self._checked_s = inf
-        """When a check of the policy's timers is in the calendar."""
+        self._timer_s = inf
+        """Of the policy, the next that is in the calendar."""
         self._reprioritised = getattr(policy, "reprioritised", None)
         self._prewarms = getattr(policy, "prewarms", None)
         self._transferred = getattr(policy, "transferred", None)
         self._held: dict[str, tuple[Request, Decision]] = {}
-        """Turns the policy has placed and not yet admitted, by `TurnStart.request`."""
-        self._options = options
+        """Turns the policy has not yet admitted, by `TurnStart.request`."""
         self._overhead_s = options.turn_overhead_s
         self._tools_free = tools_at_once
         self._tool_queue: deque[tuple[TrajectoryState, float, float]] = deque()
         """Who waits for a tool, how long that will take, since when."""
         self._work = work
         self._by_key = {state.key: state for state in work}
-        self._by_name: dict[str, Engine] = {}
-        self._events: list[tuple[float, int, int, Any]] = []
-        self._number = count()
-        if not fleet:
-            raise ValueError("the fleet is empty")
-        self._add(fleet)
-
-    # --- the fleet --------------------------------------------------------------------------------------------------------
-
-    def _add(self, fleet: Iterable[Replica], paused: bool = False) -> list[Engine]:
-        fresh = []
-        for replica in fleet:
-            if replica.name in self.log.replicas:
-                raise ValueError(f"two replicas are named {replica.name!r}")
-            engine = Engine(replica, self._latency, self._options, len(self.engines))
-            engine.paused = paused
-            self.engines.append(engine)
-            self._by_name[replica.name] = engine
-            self.log.replicas.append(replica.name)
-            fresh.append(engine)
-        self._policy.replicas_added([engine.replica for engine in fresh])
-        return fresh
-
-    def schedule(self, changes: Iterable[Outage | FleetChange]) -> None:
-        """Put outages and fleet changes into the calendar.
-
-        Raises:
-            ValueError: an interval ends before it begins, begins before 0, or overlaps another of the same replica.
-        """
-        changes = list(changes)
-        outages = sorted((item for item in changes if isinstance(item, Outage)), key=lambda item: (item.replica, item.start_s))
-        for one, other in pairwise(outages):
-            if one.replica == other.replica and other.start_s < one.end_s:
-                raise ValueError(f"outages of replica {one.replica!r} overlap: {one} and {other}")
-        for change in changes:
-            if isinstance(change, Outage):
-                if not 0 <= change.start_s < change.end_s < inf:
-                    raise ValueError(f"an outage needs 0 <= start_s < end_s, got {change}")
-                self._at(change.start_s, CHANGE, partial(self._outage, change, True))
-                self._at(change.end_s, CHANGE, partial(self._outage, change, False))
-            else:
-                if not (0 <= change.at_s < inf and change.ready_s < inf):
-                    raise ValueError(f"a fleet change needs finite times from 0, got {change}")
-                self._at(change.at_s, CHANGE, partial(self._change, change))
-
-    def _outage(self, outage: Outage, begins: bool, now: float) -> None:
-        engine = self._by_name.get(outage.replica)
-        if engine is None:
-            if outage.replica in self.log.replicas:  # it has left meanwhile
-                return
-            raise ValueError(f"outage of replica {outage.replica!r}, which is not in the fleet")
-        if begins:
-            engine.pause(now, outage.keep_cache)
-        else:
-            engine.resume(now)
-        self._wake_later(engine)
-
-    def _change(self, change: FleetChange, now: float) -> None:
-        late = change.ready_s > now
-        for engine in self._add(change.add, paused=late):
-            if late:
-                self._at(change.ready_s, CHANGE, partial(self._ready, engine))
-        leaving = []
-        for name in change.remove:
-            if name not in self._by_name:
-                raise ValueError(f"cannot remove replica {name!r}: it is not in the fleet")
-            leaving.append(self._by_name.pop(name))
-        self._policy.replicas_removed(change.remove)
-        for engine in leaving:
-            for request in engine.drain(now):
-                self._left(request, now)
-            self._wake_later(engine)
-
-    def _ready(self, engine: Engine, now: float) -> None:
-        engine.resume(now)
-        self._wake_later(engine)
 
     # --- the loop ---------------------------------------------------------------------------------------------------------
-
-    def _at(self, time: float, kind: int, what: Any) -> None:
-        heappush(self._events, (time, kind, next(self._number), what))
-
-    def _wake_later(self, engine: Engine) -> None:
-        if engine.next_s != inf:
-            heappush(self._events, (engine.next_s, WAKE, next(self._number), engine))
 
     def run(self, times: Sequence[float]) -> None:
         """Submit every trajectory at its time, seconds, and play until all have ended.
@@ -212,32 +119,29 @@ class Cluster:
         tool_s = state.steps[state.turn - 1].tool_latency_s if state.turn else None
         turn = TurnStart(state.id, state.key, state.turn, request.context, generated, tool_s)
         decision = self._policy.turn_started(turn, now)
-        if decision.held and not decision.replica:
-            request.reason = self.log.reason_number(decision.reason)
-            request.predicted = decision.predicted_remaining
-            self._held[turn.request] = (request, decision)
-            request.queued_s = now
-            request.engine = -1
-            self._let_in(now)
-            return
-        engine = self._by_name.get(decision.replica)
-        if engine is None:
-            raise ValueError(f"the policy chose replica {decision.replica!r}, which is not in the fleet")
-        capacity, most = engine.replica.kv_tokens, request.context + request.left - 1
-        if capacity is not None and most > capacity:
-            raise ValueError(f"turn {state.turn} of {state.key} needs KV for {most} tokens, replica {decision.replica} holds {capacity}")
         request.reason = self.log.reason_number(decision.reason)
         request.predicted = decision.predicted_remaining
-        if state.last is not engine:
-            self.migrations += state.last is not None
-            state.last = engine
-        request.engine = engine.index
+        if decision.replica or not decision.held:
+            self._go_to(request, decision.replica)
         if decision.held:
             self._held[turn.request] = (request, decision)
             request.queued_s = now
         else:
-            self._submit(request, engine, decision.priority, now)
-            self._let_in(now)
+            self._submit(request, self.engines[request.engine], decision.priority, now)
+        self._let_in(now)
+
+    def _go_to(self, request: Request, replica: str) -> None:
+        """The policy has chosen a replica."""
+        state, engine = request.trajectory, self._by_name.get(replica)
+        if engine is None:
+            raise ValueError(f"the policy chose replica {replica!r}, which is not in the fleet")
+        capacity, most = engine.replica.kv_tokens, request.context + request.left - 1
+        if capacity is not None and most > capacity:
+            raise ValueError(f"turn {state.turn} of {state.key} needs KV for {most} tokens, replica {replica} holds {capacity}")
+        if state.last is not engine:
+            self.migrations += state.last is not None
+            state.last = engine
+        request.engine = engine.index
 
     def _submit(self, request: Request, engine: Engine, priority: int, now: float) -> None:
         request.priority = priority
@@ -255,36 +159,31 @@ class Cluster:
             self._wake_later(engine)
 
     def _let_in(self, now: float) -> None:
-        """Submit the held turns that the policy admits."""
+        """Submit the held turns that the policy admits; take up what it releases, and its next timer."""
         if self._released is not None:
             for key, replica in self._released(now):
-                self._by_name[replica].cache.demote(self._by_key[key].index)
+                if replica in self._by_name:
+                    self._by_name[replica].cache.demote(self._by_key[key].index)
         if self._held and self._admitted is not None:
-            for name in self._admitted(now):
-                name, chosen = name if isinstance(name, tuple) else (name, None)
+            for admitted in self._admitted(now):
+                name, replica = (admitted, None) if isinstance(admitted, str) else admitted
                 request, decision = self._held.pop(name)
                 request.queue_s += now - request.queued_s
-                if chosen is not None:
-                    state, engine = request.trajectory, self._by_name[chosen]
-                    decision = replace(decision, replica=chosen)
-                    if state.last is not engine:
-                        self.migrations += state.last is not None
-                        state.last = engine
-                engine = self._by_name.get(decision.replica)
+                if replica is not None:
+                    self._go_to(request, replica)
+                engine = self._by_name.get(replica or decision.replica)
                 if engine is None:  # it left meanwhile
                     self._left(request, now)
                 else:
                     self._submit(request, engine, decision.priority, now)
-        if self._due_s is not None:
-            due = self._due_s(now)
-            if due < self._checked_s:
-                self._checked_s = due
-                self._at(max(due, now), CHANGE, self._check)
+        if self._due_s is not None and (due := self._due_s(now)) < self._timer_s:
+            self._timer_s = due
+            self._at(max(due, now), CHANGE, self._tick)
 
-    def _check(self, now: float) -> None:
+    def _tick(self, now: float) -> None:
         """A timer of the policy may have run out."""
-        self._checked_s = inf
-        self._policy.tick(now)
+        self._timer_s = inf
+        self._policy.tick(now)  # type: ignore[attr-defined]
         self._let_in(now)
 
     def _refresh(self, now: float) -> None:
@@ -328,7 +227,7 @@ class Cluster:
         complete = not request.left
         if state.generated + made >= state.stop_at and (request.left or state.turn + 1 < len(state.steps)):
             state.cancelled = True
-        name = self.engines[request.engine].replica.name
+        name = self.engines[request.engine].replica.name if request.engine >= 0 else ""  # held, and it belonged to none
         actions = self._policy.turn_finished(
             TurnEnd(state.id, state.key, name, state.turn, made - request.told, complete, self._engine_s(request, now)), now
         )
@@ -399,7 +298,6 @@ class Cluster:
         self._let_in(now)
         if actions:
             self._act(actions, now)
-        self._let_in(now)
         self._refresh(now)
         self._warm(now)
 

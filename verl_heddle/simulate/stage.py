@@ -1,0 +1,122 @@
+"""The stage of a simulation: its engines, its calendar, and what happens to the fleet while trajectories run (`cluster.py`).
+
+Law: a discrete-event calendar. An event is a trajectory that wants its next turn (or ends), a replica's next step boundary, a change of the
+fleet, the end of a tool where tools are limited, or a timer of the policy. Simultaneous events: the last three first, then trajectories,
+then replicas, each in the order they were scheduled; so a replica starts a step knowing everybody who came at that instant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from heapq import heappush
+from itertools import count, pairwise
+from math import inf
+from typing import Any
+
+from verl_heddle.fleet import Replica
+from verl_heddle.simulate.engine import Engine
+from verl_heddle.simulate.options import EngineOptions, FleetChange, Outage
+from verl_heddle.simulate.policy import Latency, Policy
+from verl_heddle.simulate.records import TurnLog
+from verl_heddle.simulate.workload import Request
+
+CHANGE, TURN, WAKE = 0, 1, 2
+"""Kinds of events, in the order in which simultaneous ones happen."""
+
+
+class Stage:
+    """The replicas and the calendar. A subclass says what happens to a request that has to leave (`_left`)."""
+
+    def __init__(self, fleet: Sequence[Replica], latency: Latency, policy: Policy, options: EngineOptions) -> None:
+        self.engines: list[Engine] = []
+        self.log = TurnLog()
+        self._latency, self._policy, self._options = latency, policy, options
+        self._by_name: dict[str, Engine] = {}
+        self._events: list[tuple[float, int, int, Any]] = []
+        self._number = count()
+        if not fleet:
+            raise ValueError("the fleet is empty")
+        latency_known = getattr(policy, "latency_known", None)
+        if latency_known is not None:
+            latency_known(latency)
+        self._add(fleet)
+
+    def _left(self, request: Request, now: float) -> None:
+        """The request is out of its engine: with its last token, cancelled, or because its replica leaves."""
+        raise NotImplementedError
+
+    def _at(self, time: float, kind: int, what: Any) -> None:
+        heappush(self._events, (time, kind, next(self._number), what))
+
+    def _wake_later(self, engine: Engine) -> None:
+        if engine.next_s != inf:
+            heappush(self._events, (engine.next_s, WAKE, next(self._number), engine))
+
+    def _add(self, fleet: Iterable[Replica], paused: bool = False) -> list[Engine]:
+        fresh = []
+        for replica in fleet:
+            if replica.name in self.log.replicas:
+                raise ValueError(f"two replicas are named {replica.name!r}")
+            engine = Engine(replica, self._latency, self._options, len(self.engines))
+            engine.paused = paused
+            self.engines.append(engine)
+            self._by_name[replica.name] = engine
+            self.log.replicas.append(replica.name)
+            fresh.append(engine)
+        self._policy.replicas_added([engine.replica for engine in fresh])
+        return fresh
+
+    def schedule(self, changes: Iterable[Outage | FleetChange]) -> None:
+        """Put outages and fleet changes into the calendar.
+
+        Raises:
+            ValueError: an interval ends before it begins, begins before 0, or overlaps another of the same replica.
+        """
+        changes = list(changes)
+        outages = sorted((item for item in changes if isinstance(item, Outage)), key=lambda item: (item.replica, item.start_s))
+        for one, other in pairwise(outages):
+            if one.replica == other.replica and other.start_s < one.end_s:
+                raise ValueError(f"outages of replica {one.replica!r} overlap: {one} and {other}")
+        for change in changes:
+            if isinstance(change, Outage):
+                if not 0 <= change.start_s < change.end_s < inf:
+                    raise ValueError(f"an outage needs 0 <= start_s < end_s, got {change}")
+                self._at(change.start_s, CHANGE, partial(self._outage, change, True))
+                self._at(change.end_s, CHANGE, partial(self._outage, change, False))
+            else:
+                if not (0 <= change.at_s < inf and change.ready_s < inf):
+                    raise ValueError(f"a fleet change needs finite times from 0, got {change}")
+                self._at(change.at_s, CHANGE, partial(self._change, change))
+
+    def _outage(self, outage: Outage, begins: bool, now: float) -> None:
+        engine = self._by_name.get(outage.replica)
+        if engine is None:
+            if outage.replica in self.log.replicas:  # it has left meanwhile
+                return
+            raise ValueError(f"outage of replica {outage.replica!r}, which is not in the fleet")
+        if begins:
+            engine.pause(now, outage.keep_cache)
+        else:
+            engine.resume(now)
+        self._wake_later(engine)
+
+    def _change(self, change: FleetChange, now: float) -> None:
+        late = change.ready_s > now
+        for engine in self._add(change.add, paused=late):
+            if late:
+                self._at(change.ready_s, CHANGE, partial(self._ready, engine))
+        leaving = []
+        for name in change.remove:
+            if name not in self._by_name:
+                raise ValueError(f"cannot remove replica {name!r}: it is not in the fleet")
+            leaving.append(self._by_name.pop(name))
+        self._policy.replicas_removed(change.remove)
+        for engine in leaving:
+            for request in engine.drain(now):
+                self._left(request, now)
+            self._wake_later(engine)
+
+    def _ready(self, engine: Engine, now: float) -> None:
+        engine.resume(now)
+        self._wake_later(engine)

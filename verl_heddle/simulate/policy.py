@@ -49,11 +49,12 @@ class Policy(Protocol):
     Every `turn_started` is followed by exactly one `turn_finished`, then perhaps by another `turn_started` of the same
     trajectory, and every trajectory by exactly one `trajectory_ended`.
 
-    A policy may have more methods, with the meaning they have in `Orchestrator`: `batch_expected(batch, now)`, told all first turns before
-    anything starts; `tool_started(start, now)`, told when a tool begins; `admitted(now)`, asked after every event whether turns it held may
-    go: names of turns, or (name, replica) of those that were held without a replica; `released(now)`, asked at the same moments for
-    (trajectory, replica) whose cached context is to be dropped first; `tick(now)`, called at `due_s(now)`, seconds, inf for never;
-    `latency_known(latency)`, told what steps and reading take before anything starts; `reprioritised(now)`, asked after a trajectory ended, and again while
+    A policy may have more methods, with the meaning they have in `Orchestrator`:
+    `latency_known(latency)`, told what steps and reading take before anything starts, as measured on idle engines;
+    `batch_expected(batch, now)`, told all first turns before anything starts; `tool_started(start, now)`, told when a tool begins;
+    `admitted(now)`, asked after every event whether turns it held may go: names of turns, or (name, replica) of those that were held
+    without a replica; `released(now)`, asked at the same moments for (trajectory, replica) whose cached context is to be dropped first;
+    `tick(now)`, called at `due_s(now)`, seconds, inf for never; `reprioritised(now)`, asked after a trajectory ended, and again while
     `refresh_due_s` is not later than now; `prewarms(now)`, asked after turns and trajectories end, and `transferred(key, now)`, told when
     a pre-warm is done.
     """

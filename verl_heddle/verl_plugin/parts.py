@@ -197,14 +197,12 @@ def _engine(config: DictConfig) -> list[Loss]:
         if there
     ]
     if int(engine(config, "data_parallel_size") or 1) > 1:
-        text = "new priorities and limits for requests under way reach one engine of each replica only"
-        found.append(Loss(("priority under way", "stopping"), f"{ROLLOUT}.data_parallel_size > 1: {text}", off=False))
+        text = "vLLM shares a replica's turns out among its engines, so that a turn may land on one that does not hold its context"
+        found.append(Loss(("placement",), f"{ROLLOUT}.data_parallel_size > 1: {text}", off=False))
     slots, told = get(config, f"{VLLM}.max_num_seqs"), get(config, f"{ROLLOUT}.max_num_seqs")
     if slots is not None and slots != told:
-        text = f"heddle would count {told} slots where the engine has {slots}; set {ROLLOUT}.max_num_seqs={slots} instead"
-        found.append(
-            Loss(("admission", "placement", "shaping"), f"{VLLM}.max_num_seqs={slots} contradicts {ROLLOUT}.max_num_seqs={told}: {text}")
-        )
+        text = f"verl sizes its server for {told} where the engine has {slots}; set {ROLLOUT}.max_num_seqs={slots} instead"
+        found.append(Loss(("admission",), f"{VLLM}.max_num_seqs={slots} contradicts {ROLLOUT}.max_num_seqs={told}: {text}", off=False))
     return found
 
 

@@ -26,7 +26,10 @@ DEFAULT_ARMS = (
     "lpt_oracle",
 )
 
-OTHER_ARMS = ("round_robin", "dual_threshold", "affinity_margin", "plas")
+OTHER_ARMS = (
+    *("round_robin", "dual_threshold", "affinity_margin", "plas"),
+    *("thunder_agent", "continuum", "wave_admission", "lfs", "uniboost"),
+)
 
 FILES = {"json": "simulate.json", "png": "timeline.png", "perfetto": "perfetto.json.gz", "html": "report.html"}
 """What `--out DIR` writes."""

@@ -21,14 +21,19 @@ from verl_heddle.schedule.preempt import Rule as PreemptRule
 from verl_heddle.simulate import Bound, EngineOptions, Policy, Result, lower_bound, simulate
 from verl_heddle.simulate.baselines import (
     AffinityMargin,
+    Continuum,
     DualThreshold,
+    Lfs,
     LptOracle,
     Plas,
     RoundRobin,
     Slime,
     Stock,
+    ThunderAgent,
     TrajectoryFcfs,
+    UniBoost,
     VerlStar,
+    WaveAdmission,
 )
 from verl_heddle.trajectory import Decision, Prewarm, ToolStart, Trajectory, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
 
@@ -64,6 +69,11 @@ RULES: Mapping[str, Rule] = {
     "dual_threshold": Rule("SGLang dual threshold (verl #6533)", DualThreshold),
     "affinity_margin": Rule("affinity margin 2 (verl #7435)", AffinityMargin),
     "plas": Rule("PLAS: least served first (Autellix)", Plas, "priority"),
+    "thunder_agent": Rule("ThunderAgent: pauses and resumes programs", ThunderAgent),
+    "continuum": Rule("Continuum: KV kept for a time to live", Continuum, "priority"),
+    "wave_admission": Rule("llm-d wave admission: free KV against growth", WaveAdmission),
+    "lfs": Rule("NeMo-RL #4007: probes, then longest groups", Lfs),
+    "uniboost": Rule("UniBoost: short reads put forward", UniBoost, "priority"),
     "heddle": Rule("heddle, as released", options=Options()),
     "heddle_place": PLACING,
     "heddle_mixed": replace(PLACING, title="heddle on mixed degrees, placing", mixed=True),

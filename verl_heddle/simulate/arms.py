@@ -10,14 +10,19 @@ from typing import Any
 from verl_heddle.fleet import Replica
 from verl_heddle.simulate.baselines import (
     AffinityMargin,
+    Continuum,
     DualThreshold,
+    Lfs,
     LptOracle,
     Plas,
     RoundRobin,
     Slime,
     Stock,
+    ThunderAgent,
     TrajectoryFcfs,
+    UniBoost,
     VerlStar,
+    WaveAdmission,
 )
 from verl_heddle.simulate.layouts import DEFAULT_SLOTS, make_fleet
 from verl_heddle.simulate.options import EngineOptions, HostTier
@@ -67,6 +72,11 @@ def peer_arms(trajectories: Sequence[Trajectory], fleet: Sequence[Replica]) -> d
         "dual_threshold": Arm(DualThreshold, fleet),
         "affinity_margin": Arm(AffinityMargin, fleet),
         "plas": Arm(Plas, fleet, PRIORITY),
+        "thunder_agent": Arm(ThunderAgent, fleet),
+        "continuum": Arm(Continuum, fleet, PRIORITY),
+        "wave_admission": Arm(WaveAdmission, fleet),
+        "lfs": Arm(Lfs, fleet),
+        "uniboost": Arm(UniBoost, fleet, PRIORITY),
         "lpt_oracle": Arm(lambda seed: LptOracle(trajectories, seed), fleet, PRIORITY),
     }
 

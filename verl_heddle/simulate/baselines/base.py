@@ -23,6 +23,8 @@ class PeerReason(StrEnum):
     ROUND_ROBIN = "round_robin"
     REBALANCED = "rebalanced"
     """Moved off its home because of the load."""
+    ADMITTED = "admitted"
+    """A program starts or comes back, at once or when its law lets it."""
     ORACLE = "oracle"
     """Planned with true lengths."""
 

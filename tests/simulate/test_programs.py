@@ -1,4 +1,4 @@
-"""What holds for all the peers' laws over programs, whatever the workload."""
+"""What holds for all the peers' laws over programs, and for the resident set, whatever the workload."""
 
 from functools import partial
 from math import inf
@@ -13,6 +13,7 @@ from verl_heddle.fleet import Replica
 from verl_heddle.simulate import EngineOptions, FleetChange, simulate
 from verl_heddle.simulate.baselines import Continuum, Lfs, ThunderAgent, UniBoost, WaveAdmission
 from verl_heddle.simulate.baselines.programs import Programs
+from verl_heddle.simulate.resident import Resident
 
 LAWS = {
     "thunder_agent": ThunderAgent,
@@ -23,11 +24,16 @@ LAWS = {
     "lfs": Lfs,
     "lfs, not sticky": partial(Lfs, sticky=False),
     "uniboost": UniBoost,
+    "residents": lambda seed: Resident(),
+    "residents, by arrival": lambda seed: Resident("by_arrival"),
 }
 
 
 def settled(policy):
     """Nothing is left in the books once everybody has ended."""
+    if isinstance(policy, Resident):
+        assert all(abs(policy.residents.used(name)) < 1e-6 for name in policy.residents.homes()) and policy.due_s(0.0) == inf
+        return
     if not isinstance(policy, Programs):
         assert set(policy.inflight.values()) <= {0}
         return

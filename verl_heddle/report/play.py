@@ -35,6 +35,7 @@ from verl_heddle.simulate.baselines import (
     VerlStar,
     WaveAdmission,
 )
+from verl_heddle.simulate.resident import Resident
 from verl_heddle.trajectory import Decision, Prewarm, ToolStart, Trajectory, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
 
 TAIL = ("queue_s", "prefill_s", "generate_s", "tool_s", "other_s")
@@ -74,6 +75,7 @@ RULES: Mapping[str, Rule] = {
     "wave_admission": Rule("llm-d wave admission: free KV against growth", WaveAdmission),
     "lfs": Rule("NeMo-RL #4007: probes, then longest groups", Lfs),
     "uniboost": Rule("UniBoost: short reads put forward", UniBoost, "priority"),
+    "residents": Rule("resident set, least served first (not in the plugin yet)", lambda seed: Resident(), "priority"),
     "heddle": Rule("heddle, as released", options=Options()),
     "heddle_place": PLACING,
     "heddle_mixed": replace(PLACING, title="heddle on mixed degrees, placing", mixed=True),

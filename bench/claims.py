@@ -11,6 +11,8 @@ from math import exp, log
 from pathlib import Path
 from typing import Any
 
+from verl_heddle.report.setting import OVERHEAD_S
+
 RESULTS = Path(__file__).resolve().parent / "results"
 
 SLOWER = 0.995
@@ -79,8 +81,28 @@ def where_it_helps() -> str:
             "All simulated: makespan of stock over heddle's at the same degree, geometric mean; the map counts at the usual degree and",
             f"at stock's best, traces by draw. Single steps scatter, a cell with {MANY} and more is {told} here. The",
             f"tensor-parallel degree alone, without the plugin, is worth up to {best:.1f}x: `verl-heddle plan`.",
+            *_where_kv_is_short(),
         ]
     )
+
+
+def _where_kv_is_short() -> list[str]:
+    """The cells in which contexts want more KV than there is, and what else could be had there."""
+    rows = results("simulated/residents.json")["rows"]
+
+    def of(arm: str) -> str:
+        values = [row["arms"]["stock"]["makespan_s"] / row["arms"][arm]["makespan_s"] for row in rows]
+        return f"{exp(sum(map(log, values)) / len(values)):.2f}x ({min(values):.2f}x to {max(values):.2f}x)"
+
+    cells = len({row["cell"] for row in rows})
+    return [
+        "",
+        f"**Where KV is short** ({cells} cells, {len(rows)} steps, with host time in each step and {1000 * OVERHEAD_S:.0f} ms between",
+        f"turns, which the table above is without): heddle as released {of('heddle')}; a constant order, first turn first",
+        f"(about `heddle.priority.order=first_turn heddle.preempt.enable=false`), {of('trajectory_fcfs')}; stock verl with KV",
+        f"offloading to an ideal host tier {of('stock_tier')}; admitting trajectories instead of turns, which the plugin",
+        f"does not do yet, {of('residents')}: [bench/residents](bench/residents/README.md).",
+    ]
 
 
 def accuracy() -> str:

@@ -63,7 +63,10 @@ MEASURES: dict[str, tuple[str, ...]] = {
 """Result, below `FOLDER` -> files and folders whose code it measures, the bench's own included."""
 
 PAGES: dict[str, tuple[str, ...]] = {
-    "README.md": ("simulated/schedule.json", "simulated/regimes.json", "cpu/schedule.json", "cpu/fidelity.json", "cpu/fidelity_rules.json"),
+    "README.md": (
+        *("simulated/schedule.json", "simulated/regimes.json", "simulated/residents.json"),
+        *("cpu/schedule.json", "cpu/fidelity.json", "cpu/fidelity_rules.json"),
+    ),
     "bench/fidelity/README.md": ("cpu/fidelity.json", "cpu/fidelity_rules.json"),
     "bench/layout/README.md": ("simulated/layout.json",),
     "bench/learning/README.md": ("cpu/learning.json",),

@@ -1,6 +1,6 @@
 """Where KV is short: stock, heddle as released, the peers' rules of admission and the resident set on the same steps, all simulated.
 
-python bench/residents/run.py               all cells and draws, about half an hour of one core; writes bench/results/simulated/residents.json
+python bench/residents/run.py               all cells and draws; writes bench/results/simulated/residents.json and the README's table
 python bench/residents/run.py --quick       one cell, one draw, a quarter of the trajectories: does it run?
 python bench/residents/run.py --table       only write the README's table again
 """

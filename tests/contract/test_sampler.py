@@ -106,7 +106,16 @@ def test_a_full_disk_costs_the_trace_not_the_metrics(monkeypatch, tmp_path, caps
         """What the engine says of itself."""
         layouts = None
         config = OmegaConf.create(
-            {"actor_rollout_ref": {"rollout": {"tensor_model_parallel_size": 2, "max_num_seqs": 256, "scheduling_policy": "priority"}}}
+            {
+                "actor_rollout_ref": {
+                    "rollout": {
+                        "tensor_model_parallel_size": 2,
+                        "max_num_seqs": 256,
+                        "scheduling_policy": "priority",
+                        "gpu_memory_utilization": 0.5,
+                    }
+                }
+            }
         )
 
         def collect(self):

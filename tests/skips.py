@@ -51,3 +51,9 @@ class Skips:
         if lines and (path := os.environ.get(FILE_VARIABLE)):
             with Path(path).open("a") as file:
                 file.write("".join(f"{line}\n" for line in lines))
+
+
+def register(config: pytest.Config) -> None:
+    """Keep the skips of this run; under pytest-xdist in the main process, which hears of every worker's."""
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Skips(), "heddle-skips")

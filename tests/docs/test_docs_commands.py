@@ -23,21 +23,38 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from docs_pages import COMMANDED, ROOT, Command, commands
+from preloaded import Preloaded
 
 EVERY = [command for page in COMMANDED for command in commands(page)]
 SMALL = ["--prompts", "2", "--samples", "2", "--seeds", "1", "--jobs", "1"]
 
 
-def call(words: list[str], folder: Path, **more: str) -> subprocess.CompletedProcess:
-    from compare_cases import environment
+@dataclass(frozen=True)
+class Shell:
+    """Where commands are typed: `place` has what the pages name, `tmp` is empty, `python` is what the word stands for."""
 
-    known = environment(**{"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", "MODEL": "Qwen/Qwen3-0.6B", **more})
-    return subprocess.run(words, capture_output=True, text=True, timeout=180, cwd=folder, env=known)
+    place: Path
+    tmp: Path
+    python: Preloaded
+
+    def call(self, words: list[str], folder: Path, **more: str) -> subprocess.CompletedProcess[str]:
+        from compare_cases import environment
+
+        known = environment(**{"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", "MODEL": "Qwen/Qwen3-0.6B", **more})
+        if words[0] == "python":
+            return self.python.run(words[1:], folder, known)
+        return subprocess.run(words, capture_output=True, text=True, timeout=180, cwd=folder, env=known)
+
+    def heddle(self, command: Command, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+        assert command.words[0] == "verl-heddle"
+        words = ["python", "-m", "verl_heddle.cli", command.words[1], *more, *command.words[2:]]
+        return self.call(words, folder, **command.environment)
 
 
 def good(done: subprocess.CompletedProcess) -> str:
@@ -45,48 +62,49 @@ def good(done: subprocess.CompletedProcess) -> str:
     return done.stdout
 
 
-def simulate(command: Command, place: Path, tmp: Path) -> None:
-    out = good(heddle(command, place, *SMALL))
+def simulate(command: Command, shell: Shell) -> None:
+    out = good(shell.heddle(command, shell.place, *SMALL))
     assert "stock" in out and "no schedule on these" in out
 
 
-def plan(command: Command, place: Path, tmp: Path) -> None:
-    assert "python -m verl.trainer.main_ppo" in good(heddle(command, place, *SMALL))
+def plan(command: Command, shell: Shell) -> None:
+    assert "python -m verl.trainer.main_ppo" in good(shell.heddle(command, shell.place, *SMALL))
 
 
-def explain(command: Command, place: Path, tmp: Path) -> None:
-    assert "Its life, turn by turn" in good(heddle(command, place))
+def explain(command: Command, shell: Shell) -> None:
+    assert "Its life, turn by turn" in good(shell.heddle(command, shell.place))
 
 
-def compare(command: Command, place: Path, tmp: Path) -> None:
+def compare(command: Command, shell: Shell) -> None:
     goes_on = "--recipe" not in command.words and "--" not in command.words
     if goes_on and "--pairs" not in command.words:
-        done = heddle(command, place)
+        done = shell.heddle(command, shell.place)
         assert good(done) and "0 runs made, 4 kept" in done.stderr
     else:  # real runs of a recipe are tests/e2e's
-        assert good(heddle(command, place if goes_on else tmp, "--dry-run")).count("# pair ") >= 2
+        assert good(shell.heddle(command, shell.place if goes_on else shell.tmp, "--dry-run")).count("# pair ") >= 2
 
 
-def told(command: Command, place: Path, tmp: Path) -> None:
-    assert len(good(heddle(command, place))) > 500
+def told(command: Command, shell: Shell) -> None:
+    assert len(good(shell.heddle(command, shell.place))) > 500
 
 
-def trained(command: Command, place: Path, tmp: Path) -> None:
-    composed = good(call([sys.executable, "-W", "ignore", *command.words[1:], f"hydra.run.dir={tmp}", "--cfg", "job"], tmp))
+def trained(command: Command, shell: Shell) -> None:
+    words = [*command.words[1:], f"hydra.run.dir={shell.tmp}", "--cfg", "job"]
+    composed = good(shell.call(["python", *words], shell.tmp))
     assert "actor_rollout_ref:" in composed and ("\nheddle:" in composed) == any("plugin=" in word for word in command.words)
 
 
-def recipe(command: Command, place: Path, tmp: Path) -> None:
+def recipe(command: Command, shell: Shell) -> None:
     from verl_heddle.verl_plugin.lint import lint
     from verl_heddle.verl_plugin.overrides import arguments_of, compose
 
     assert os.access(ROOT / command.words[0], os.X_OK), "can be called as it stands"
-    python, record = tmp / "python", tmp / "record"
+    python, record = shell.tmp / "python", shell.tmp / "record"
     python.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]), file=open({str(record)!r}, 'a'))\n")
     python.chmod(0o755)
-    good(call(["bash", *command.words], ROOT, **{**command.environment, "PYTHON": str(python), "OUT": str(tmp / "out")}))
+    good(shell.call(["bash", *command.words], ROOT, **{**command.environment, "PYTHON": str(python), "OUT": str(shell.tmp / "out")}))
     prepare, train = (json.loads(line) for line in record.read_text().splitlines())
-    prepared(prepare, tmp)
+    prepared(prepare, shell)
     words = [word for word in arguments_of(train) if not word.startswith("hydra.") or word.startswith("hydra.searchpath")]
     config = compose(words)
     assert [finding for finding in lint(config) if finding.fatal] == []
@@ -95,20 +113,20 @@ def recipe(command: Command, place: Path, tmp: Path) -> None:
         assert config.trainer[key] == int(command.environment.get(name, config.trainer[key]))
 
 
-def prepared(words: list[str], folder: Path) -> None:
+def prepared(words: list[str], shell: Shell) -> None:
     """Run a recipe's prepare.py without a model; data of the hub only as far as the hub."""
-    done = call([sys.executable, *(word for word in words if word != "--model")], folder)
+    done = shell.call(["python", *(word for word in words if word != "--model")], shell.tmp)
     if "--data" in words and words[words.index("--data") + 1] != "generated":
         assert done.returncode == 2 and "lies on the Hugging Face hub and HF_HUB_OFFLINE is set" in done.stderr, done.stderr
     else:
         assert "train.parquet" in good(done)
 
 
-def make(command: Command, place: Path, tmp: Path) -> None:
-    assert good(call(["make", "-n", *command.words[1:]], ROOT))
+def make(command: Command, shell: Shell) -> None:
+    assert good(shell.call(["make", "-n", *command.words[1:]], ROOT))
 
 
-def pip(command: Command, place: Path, tmp: Path) -> None:
+def pip(command: Command, shell: Shell) -> None:
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     for word in command.words[2:]:
@@ -116,19 +134,14 @@ def pip(command: Command, place: Path, tmp: Path) -> None:
         assert name == setup["metadata"]["name"] and set((extras or "").split(",")) <= {"", *setup["options.extras_require"]}
 
 
-def sandbox(command: Command, place: Path, tmp: Path) -> None:
-    done = call([sys.executable, *command.words[1:]], place, PYTHONPATH=str(ROOT))
+def sandbox(command: Command, shell: Shell) -> None:
+    done = shell.call(["python", *command.words[1:]], shell.place, PYTHONPATH=str(ROOT))
     assert good(done) and ("level:" in done.stdout or "ok after" in done.stderr)
 
 
-def bench(command: Command, place: Path, tmp: Path) -> None:
-    told = good(call([sys.executable, *command.words[1:2], "--help"], ROOT))
+def bench(command: Command, shell: Shell) -> None:
+    told = good(shell.call(["python", *command.words[1:2], "--help"], ROOT))
     assert all(word.partition("=")[0] in told for word in command.words[2:] if word.startswith("-"))
-
-
-def heddle(command: Command, folder: Path, *more: str) -> subprocess.CompletedProcess:
-    assert command.words[0] == "verl-heddle"
-    return call([sys.executable, "-m", "verl_heddle.cli", command.words[1], *more, *command.words[2:]], folder, **command.environment)
 
 
 CLASSES = (
@@ -157,9 +170,9 @@ def test_commands_are_found_and_an_unknown_one_is_noticed():
 
 
 @pytest.mark.parametrize("command", EVERY, ids=str)
-def test_command(command, place, tmp_path):
+def test_command(command, place, tmp_path, preloaded):
     if find_spec("verl") is None:
         pytest.skip("verl is not here")
     check = class_of(command.words)
     assert check is not None, "this command is of no class that is checked: add a cheap form of it here, or leave it out"
-    check(command, place, tmp_path)
+    check(command, Shell(place, tmp_path, preloaded))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -28,8 +29,8 @@ def start(script: str, words: list[str], folder: Path) -> subprocess.CompletedPr
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_it_starts(script, tmp_path):
-    done = start(script, ["--help"], tmp_path)
+def test_it_starts(script, tmp_path, preloaded):
+    done = preloaded.run([str(ROOT / script), "--help"], tmp_path, os.environ)
     assert done.returncode == 0 and "usage: " in done.stdout, done.stderr
     assert not list(tmp_path.iterdir())
 

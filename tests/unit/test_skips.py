@@ -1,4 +1,4 @@
-"""What is skipped is shown with its reason, and only for listed reasons."""
+"""What is skipped is shown with its reason, and only for listed reasons; on one core and on several."""
 
 import os
 import subprocess
@@ -8,26 +8,33 @@ from pathlib import Path
 import pytest
 from skips import ALLOWED, FILE_VARIABLE
 
+ON = {"one process": [], "two workers": ["-n", "2", "--dist", "loadfile"]}
 
-def run(folder: Path, reason: str) -> subprocess.CompletedProcess[str]:
+
+@pytest.fixture(params=ON)
+def options(request):
+    return ON[request.param]
+
+
+def run(folder: Path, reason: str, options: list[str]) -> subprocess.CompletedProcess[str]:
     (folder / "test_one.py").write_text(f"import pytest\ndef test_is_left_out(): pytest.skip({reason!r})\ndef test_runs(): pass\n")
     (folder / "test_whole.py").write_text("import pytest\npytest.skip('no public traces here', allow_module_level=True)\n")
-    (folder / "conftest.py").write_text("from skips import Skips\ndef pytest_configure(config): config.pluginmanager.register(Skips())\n")
+    (folder / "conftest.py").write_text("from skips import register as pytest_configure\n")
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), FILE_VARIABLE: str(folder / "skipped")}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, str(folder)]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=120)
 
 
-def test_a_listed_reason_is_shown_and_kept(tmp_path):
-    done = run(tmp_path, "only root changes its user")
+def test_a_listed_reason_is_shown_and_kept(tmp_path, options):
+    done = run(tmp_path, "only root changes its user", options)
     assert done.returncode == 0, done.stdout
     lines = ["1 skipped, no public traces here: test_whole.py", "1 skipped, only root changes its user: test_one.py"]
     assert [line for line in done.stdout.splitlines() if " skipped, " in line and ":" in line] == lines
     assert (tmp_path / "skipped").read_text().splitlines() == lines
 
 
-def test_another_reason_fails_the_run(tmp_path):
-    done = run(tmp_path, "it is Sunday")
+def test_another_reason_fails_the_run(tmp_path, options):
+    done = run(tmp_path, "it is Sunday", options)
     assert done.returncode == 1 and "'it is Sunday' is no reason to skip" in done.stdout and "1 passed" in done.stdout
 
 

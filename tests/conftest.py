@@ -5,22 +5,36 @@ The same examples every time, so that a test fails where the code has changed; H
 
 from __future__ import annotations
 
+import io
 import os
+import pickle
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 import skips
 from engines import prepared, runner
 from hypothesis import settings
+from omegaconf import OmegaConf
 from preloaded import Preloaded
 from wheel_site import Installed, installed
 
-settings.register_profile("steady", derandomize=True)
-settings.register_profile("explore")
+settings.register_profile("steady", derandomize=True, deadline=None)  # a busy machine is no failure
+settings.register_profile("explore", deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 
 pytest_configure = skips.register
+
+
+@pytest.fixture(scope="session", autouse=True)
+def yaml_parsed_once() -> Iterator[None]:
+    """Hydra parses every file of verl's configuration each time it composes: what was parsed is kept, by the text."""
+    load = OmegaConf.load
+    parsed = cache(lambda text: pickle.dumps(load(io.StringIO(text))))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OmegaConf, "load", lambda file: pickle.loads(parsed(file.read())) if hasattr(file, "read") else load(file))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -24,25 +24,24 @@ from typing import NoReturn
 
 
 class Preloaded:
-    """Python that has imported `modules`; the imports happen at the first run."""
+    """A Python (ours, if no other is given) that has imported `modules`; the imports happen at the first run, in `environment`."""
 
-    def __init__(self, *modules: str) -> None:
-        self._modules = modules
+    def __init__(self, *modules: str, python: str | Path = sys.executable, environment: Mapping[str, str] | None = None) -> None:
+        self._modules, self._python, self._environment = modules, str(python), environment
         self._server: subprocess.Popen[str] | None = None
 
     def run(
         self, words: Sequence[str], folder: Path, environment: Mapping[str, str], timeout_s: float = 300
     ) -> subprocess.CompletedProcess[str]:
-        """What `python <words>` leaves: `words` are `-m MODULE ...` or `SCRIPT ...`.
+        """What `python <words>` leaves: `words` are `-m MODULE ...`, `-c CODE ...` or `SCRIPT ...`.
 
         Raises:
             subprocess.TimeoutExpired: the program (or the imports) took longer than `timeout_s`; it is killed.
         """
         if self._server is None:
-            command = [sys.executable, "-W", "ignore", __file__, *self._modules]
-            self._server = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/", start_new_session=True
-            )
+            command = [self._python, "-W", "ignore", __file__, *self._modules]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            self._server = subprocess.Popen(command, **pipes, cwd="/", env=self._environment, start_new_session=True)
         with tempfile.TemporaryDirectory() as kept:
             out, err = Path(kept, "out"), Path(kept, "err")
             request = {"words": list(words), "folder": str(folder), "environment": dict(environment), "out": str(out), "err": str(err)}
@@ -66,6 +65,7 @@ def serve(modules: Sequence[str]) -> list[str]:
     """Fork for each line on stdin and answer with its exit code. Returns in a fork alone: the words that it is to run."""
     answers = os.fdopen(os.dup(1), "w")  # what the modules say must not be taken for answers
     os.dup2(2, 1)
+    sys.path.remove(str(Path(__file__).parent))  # the folder of this script, not of those that it runs
     for name in modules:
         importlib.import_module(name)
     gc.freeze()  # else a fork copies every object as soon as it collects garbage
@@ -87,7 +87,6 @@ def become(request: dict) -> list[str]:
     os.environ.update(request["environment"])
     for number, name in ((0, os.devnull), (1, request["out"]), (2, request["err"])):
         os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
-    sys.path.remove(str(Path(__file__).parent))  # a script's own folder comes first
     found = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     sys.path[:] = [*found, *(path for path in sys.path if path not in found)]
     return request["words"]
@@ -101,6 +100,10 @@ def execute(words: Sequence[str]) -> NoReturn:
             sys.argv = list(words[1:])
             sys.path.insert(0, os.getcwd())
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        elif words[0] == "-c":
+            sys.argv = ["-c", *words[2:]]
+            sys.path.insert(0, "")
+            exec(compile(words[1], "<string>", "exec"), vars(sys.modules["__main__"]))
         else:
             sys.argv = list(words)
             sys.path.insert(0, str(Path(words[0]).resolve().parent))

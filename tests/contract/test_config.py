@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from verl_heddle.verl_plugin import lint, parts, startup
 from verl_heddle.verl_plugin.overrides import GROUPS, compose, read
 
 BASE = ["actor_rollout_ref.rollout.name=vllm", "trainer.default_local_dir=/tmp/heddle-test"]
-STOCK = compose([])
+stock_config = cache(partial(compose, []))
 
 
 def flat(config, prefix=""):
@@ -33,7 +34,7 @@ def plain(overrides):
 @pytest.mark.parametrize("flag", ["+plugin=heddle", "+plugin=observe", "+machine=cpu"])
 def test_with_a_flag_only_documented_keys_differ(flag):
     stock, ours = plain(BASE), plain([*BASE, flag])
-    documented = {item.key for group in GROUPS for item in read(group, STOCK)}
+    documented = {item.key for group in GROUPS for item in read(group, stock_config())}
     changed = {key for key in ours if key not in stock or ours[key] != stock[key]}
     undocumented = {key for key in changed if key not in documented and not key.startswith("heddle.")}
     # an interpolation of a whole node shows as its key; an empty node of verl's vanishes when it gets its first key
@@ -45,7 +46,7 @@ def test_with_a_flag_only_documented_keys_differ(flag):
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_key_says_why_and_can_be_overridden_after_the_flag(group):
-    flag, items = "+" + group.replace("/", "="), read(group, STOCK)
+    flag, items = "+" + group.replace("/", "="), read(group, stock_config())
     assert [item.key for item in items if not item.why] == []
     keys = [item.key for item in items if not item.key.startswith("hydra.") and "observe" not in item.key]
     composed = plain([*BASE, flag, *(f"{key}=7" for key in keys)])
@@ -54,7 +55,7 @@ def test_every_key_says_why_and_can_be_overridden_after_the_flag(group):
 
 def test_what_stock_verl_takes_with_a_plus_it_takes_beside_the_flag():
     """Hydra refuses `+key` where the key has a value: the flag must not be what gives it one."""
-    stock = [item for item in read("plugin/heddle", STOCK) if item.stock is None and "heddle" not in item.key]
+    stock = [item for item in read("plugin/heddle", stock_config()) if item.stock is None and "heddle" not in item.key]
     assert len(stock) >= 6
     for sign in ("+", "++"):
         words = [f"{sign}{item.key}=7" for item in stock]
@@ -326,26 +327,25 @@ def test_the_banner_tells_what_is_on(capsys, monkeypatch):
     assert len(said) == 2 and "heddle does nothing" in said[0] and "OFF, the run goes on as without the flag" in said[1]
 
 
-def test_a_sweep_is_checked_job_by_job(tmp_path):
-    command = [sys.executable, "-W", "ignore", "-m", "verl.trainer.main_ppo", *BASE, "+plugin=heddle", f"hydra.sweep.dir={tmp_path}"]
-    done = subprocess.run([*command, "heddle.poll_interval_s=-1,-2", "-m"], capture_output=True, text=True, timeout=300, cwd=tmp_path)
+def test_a_sweep_is_checked_job_by_job(tmp_path, preloaded):
+    words = ["-m", "verl.trainer.main_ppo", *BASE, "+plugin=heddle", f"hydra.sweep.dir={tmp_path}", "heddle.poll_interval_s=-1,-2", "-m"]
+    done = preloaded.run(words, tmp_path, os.environ)
     assert done.returncode == 2 and "heddle: error: heddle.poll_interval_s" in done.stderr and "Ray instance" not in done.stderr, (
         done.stderr
     )
 
 
-def test_without_the_flag_verls_config_is_byte_for_byte_the_same(tmp_path):
+def test_without_the_flag_verls_config_is_byte_for_byte_the_same(tmp_path, preloaded):
     """`--cfg job` with our distribution visible and with it hidden from Hydra and from verl's entry points."""
     hide = tmp_path / "hide"
     hide.mkdir()
     (hide / "sitecustomize.py").write_text(HIDE)
-    command = [sys.executable, "-W", "ignore", "-m", "verl.trainer.main_ppo", *BASE, "--cfg", "job"]
-    outputs = []
-    for extra in ({}, {"PYTHONPATH": str(hide)}):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=os.environ | extra)
-        assert done.returncode == 0, done.stderr
-        outputs.append(done.stdout)
-    assert "HIDDEN" in outputs[1] and outputs[1].replace("HIDDEN\n", "") == outputs[0]
+    words = ["-m", "verl.trainer.main_ppo", *BASE, "--cfg", "job"]
+    visible = preloaded.run(words, tmp_path, os.environ)
+    command, without = [sys.executable, "-W", "ignore", *words], os.environ | {"PYTHONPATH": str(hide)}
+    hidden = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=without)
+    assert visible.returncode == hidden.returncode == 0, visible.stderr + hidden.stderr
+    assert "HIDDEN" in hidden.stdout and hidden.stdout.replace("HIDDEN\n", "") == visible.stdout
 
 
 HIDE = """

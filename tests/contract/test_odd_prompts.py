@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("verl")
 
 import torch
+from odd_prompts import ODD, Unreadable, message, photo
 from verl_batches import BareWorker, batch
 
 from verl_heddle.options import Options
@@ -26,52 +27,6 @@ from verl_heddle.verl_plugin import prompts
 from verl_heddle.verl_plugin.agent_loop import HeddleWorker
 from verl_heddle.verl_plugin.prompts import facts_of, facts_of_batch, prompt_digest, prompt_text
 from verl_heddle.verl_plugin.shaping import SHARE, Selection
-
-
-class Unreadable:
-    @property
-    def __dict__(self):
-        raise OSError("no")
-
-    def __len__(self):
-        raise OSError("no")
-
-    def __repr__(self):
-        raise OSError("no")
-
-
-def photo(seed):
-    from PIL import Image
-
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (24, 24, 3), dtype=np.uint8))
-
-
-def message(*content):
-    return [{"role": "user", "content": list(content)}]
-
-
-circle: list = []
-circle.append(circle)
-
-ODD = {
-    "a string": "What is 2 + 2?",
-    "token ids": [5, 6, 7],
-    "an array of ids": np.array([5, 6, 7]),
-    "a tensor of ids": torch.tensor([5, 6, 7]),
-    "messages in an array": np.array([{"role": "user", "content": "hi"}], dtype=object),
-    "strings": ["one", "two"],
-    "nothing": None,
-    "no messages": [],
-    "content that is none": [{"role": "user", "content": None}],
-    "parts in parts": message({"type": "text", "text": "look"}, {"content": [{"text": "there"}]}),
-    "an image": message({"type": "image", "image": photo(1)}, {"type": "text", "text": "what is it?"}),
-    "bytes": message({"type": "image", "image": b"\x00\xff" * 50}),
-    "a bfloat16 tensor": message({"type": "image", "image": torch.ones(2, 3, dtype=torch.bfloat16)}),
-    "a number": 7,
-    "lone surrogates": "\ud800",
-    "an unreadable object": [Unreadable()],
-    "itself": circle,
-}
 
 
 class Client:
@@ -182,19 +137,22 @@ def test_a_picture_is_hashed_beside_the_event_loop(statuses, monkeypatch):
 SAME = """
 import numpy, sys, io
 sys.path[:0] = {paths!r}
-import test_odd_prompts as odd
+import odd_prompts as odd
+from verl_heddle.verl_plugin.prompts import prompt_digest
 for name in ("an image", "bytes", "a bfloat16 tensor", "parts in parts", "token ids", "an unreadable object"):
-    print(odd.prompt_digest(odd.ODD[name]))
+    print(prompt_digest(odd.ODD[name]))
 class Thing:
     def __init__(self): self.pixels = numpy.arange(9); self.name = "x"
-print(odd.prompt_digest([{{"image": Thing(), "file": io.BytesIO(b"abc")}}]))
+print(prompt_digest([{{"image": Thing(), "file": io.BytesIO(b"abc")}}]))
 """
 
 
-def test_the_same_in_every_process():
+def test_the_same_in_every_process(capsys, monkeypatch):
     script = SAME.format(paths=[str(Path(__file__).parent), str(Path(__file__).parents[2])])
-    told = [subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout for _ in range(2)]
-    assert told[0] == told[1] and len(set(told[0].split())) == 7
+    other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    exec(script, {"__name__": "here"})
+    assert other == capsys.readouterr().out and len(set(other.split())) == 7
 
 
 def test_what_differs_is_told_apart_and_what_is_the_same_is_not():

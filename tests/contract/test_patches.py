@@ -1,21 +1,20 @@
 """Each patch is still needed. A failure here is good news: drop the patch named in the test."""
 
 import inspect
-import subprocess
-import sys
+import os
 
 import pytest
 
 pytest.importorskip("verl")
 
 
-def test_verl_still_doubles_the_cpu_backend():
+def test_verl_still_doubles_the_cpu_backend(preloaded, tmp_path):
     """patches/cpu_process_group.md"""
     from verl.utils import distributed
 
     assert 'f"cpu:gloo,{get_device_name()}:{get_nccl_backend()}"' in inspect.getsource(distributed)
     code = "import torch.distributed as d; d.init_process_group('cpu:gloo,cpu:gloo', init_method='tcp://127.0.0.1:0', rank=0, world_size=1)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = preloaded.run(["-c", code], tmp_path, os.environ)
     assert done.returncode != 0 and "Duplicate device type cpu" in done.stderr
 
 
@@ -27,7 +26,7 @@ def test_vllm_still_packs_cpu_weights():
     assert "_supports_onednn" in source and "remove_weight" in source
 
 
-def test_vllm_workers_still_look_without_a_pause():
+def test_vllm_workers_still_look_without_a_pause(preloaded, tmp_path):
     """patches/cpu_quiet_worker.md"""
     from vllm.distributed.device_communicators import shm_broadcast
 
@@ -41,11 +40,11 @@ def test_vllm_workers_still_look_without_a_pause():
         "for _ in range(500): shm_broadcast.sched_yield()\n"
         "print(time.monotonic() - begun > 500 * cpu_platform.NAP_S)"
     )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120)
+    done = preloaded.run(["-c", code], tmp_path, os.environ)
     assert done.stdout.split()[-1:] == ["True"], done.stderr
 
 
-def test_the_cpu_platform_is_whole_and_never_chosen_by_itself():
+def test_the_cpu_platform_is_whole_and_never_chosen_by_itself(preloaded, tmp_path):
     """Every abstract method of verl's platform is there, and auto-detection passes it by."""
     code = (
         "from verl.plugin.platform.platform_manager import PlatformRegistry, _detect_platform_name\n"
@@ -55,5 +54,5 @@ def test_the_cpu_platform_is_whole_and_never_chosen_by_itself():
         "assert _detect_platform_name() != 'cpu'\n"
         "print(platform.device_name, platform.ray_resource_name(), platform.communication_backend_name())"
     )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120)
+    done = preloaded.run(["-c", code], tmp_path, os.environ)
     assert done.stdout.split() == ["cpu", "GPU", "gloo"], done.stderr

@@ -6,9 +6,11 @@ import json
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from preloaded import Preloaded
 from wheel_site import ROOT, SOURCES
 
 pytest.importorskip("verl")
@@ -28,7 +30,15 @@ def test_every_file_of_the_packages_is_in_the_wheel(wheel):
     assert sorted(expected - inside) == [] and sorted(inside - expected) == []
 
 
-def test_every_module_of_it_can_be_imported(wheel, tmp_path):
+@pytest.fixture(scope="module")
+def python(wheel) -> Iterator[Preloaded]:
+    """The wheel's Python, which has imported verl."""
+    python = Preloaded("verl.trainer.main_ppo", python=wheel.python, environment=wheel.environment)
+    yield python
+    python.close()
+
+
+def test_every_module_of_it_can_be_imported(wheel, python, tmp_path):
     code = (
         "import pkgutil, sys, verl_heddle\n"
         "from importlib import import_module\n"
@@ -41,12 +51,12 @@ def test_every_module_of_it_can_be_imported(wheel, tmp_path):
         "print(verl_heddle.__file__)\n"
         "sys.exit(str(bad) if bad else 0)"
     )
-    done = wheel.run("-c", code, folder=tmp_path)
+    done = python.run(["-c", code], tmp_path, wheel.environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert Path(done.stdout.split()[-1]).is_relative_to(wheel.site)
 
 
-def test_the_flag_composes(wheel, tmp_path):
+def test_the_flag_composes(wheel, python, tmp_path):
     code = (
         "import verl_heddle, hydra_plugins.verl_heddle_searchpath as plugin\n"
         "from verl_heddle.verl_plugin.overrides import compose\n"
@@ -54,7 +64,7 @@ def test_the_flag_composes(wheel, tmp_path):
         "config = compose(['+plugin=heddle', '+machine=cpu', 'actor_rollout_ref.rollout.name=vllm', 'data.train_files=x'])\n"
         "print(verl_heddle.__file__, plugin.CONFIGS, config.actor_rollout_ref.rollout.router_config_path, sorted(available())[0])"
     )
-    done = wheel.run("-c", code, folder=tmp_path)
+    done = python.run(["-c", code], tmp_path, wheel.environment)
     assert done.returncode == 0, done.stderr
     module, configs, router, _gpu = done.stdout.split()
     assert all(Path(path).is_relative_to(wheel.site) for path in (module, configs, router))
@@ -92,9 +102,9 @@ def place(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_command(wheel, place, name):
+def test_a_command(wheel, python, place, name):
     script = wheel.python.with_name("verl-heddle")
-    done = wheel.run(str(script), *COMMANDS[name], folder=place)
+    done = python.run([str(script), *COMMANDS[name]], place, wheel.environment)
     assert done.returncode in ((0, 1) if name == "doctor" else (0,)), done.stdout[-2000:] + done.stderr[-2000:]
     assert "Traceback" not in done.stdout + done.stderr
     made = {"simulate": place / "sim", "plan": place / "plan.html", "explain": place / "explain.json"}

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from verl_heddle.predict.bayes import Belief, Evidence, believe, remaining
@@ -19,9 +19,6 @@ from verl_heddle.predict.tools import MAX_PARALLEL, Tools, names
 from verl_heddle.predict.window import EMPTY, Batch, Window, looked_at, rows_of
 
 logs = st.floats(-2, 12)
-
-settings.register_profile("unhurried", deadline=None)  # a busy machine is no failure
-settings.load_profile("unhurried")
 
 
 @given(st.lists(logs, min_size=1, max_size=50))

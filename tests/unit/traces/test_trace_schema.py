@@ -5,15 +5,12 @@ import pickle
 from dataclasses import fields, replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from verl_heddle.traces import TraceError, decode, encode, from_dict, to_dict
-from verl_heddle.traces.schema import MAX_LINE_BYTES, MAX_SECONDS, MAX_TOKENS
+from verl_heddle.traces.schema import _META, MAX_LINE_BYTES, MAX_SECONDS, MAX_TOKENS
 from verl_heddle.trajectory import Reason, Trajectory, Turn
-
-settings.register_profile("traces", deadline=None, max_examples=100)
-settings.load_profile("traces")
 
 STEP = {"input_tokens": 0, "output_tokens": 5, "tool": "ls", "tool_latency_s": 0.5}
 RECORD = {
@@ -69,7 +66,11 @@ trajectories = st.builds(
     steps=st.lists(turns, max_size=4).map(tuple),
     reward=st.none() | st.floats(-1e300, 1e300),
     model=st.none() | names,
-    meta=st.dictionaries(names, st.none() | st.booleans() | st.integers() | names | st.lists(st.floats(-1, 1)), max_size=3),
+    meta=st.dictionaries(
+        names.filter(lambda name: name not in _META),
+        st.none() | st.booleans() | st.integers() | names | st.lists(st.floats(-1, 1)),
+        max_size=3,
+    ),
 )
 
 

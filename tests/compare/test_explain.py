@@ -23,12 +23,14 @@ DOCS = Path(__file__).resolve().parents[2] / "docs" / "explain.md"
 LATENCY = LatencyModel.affine(0.01, 0.0005, 1e-7, prefill_per_token_s=1e-5, prefill_base_s=0.01, tps=(1,))
 
 
-def recorded(folder: Path, slots: int = 4, steps: int = 3, slowest: int = 2, latency=LATENCY, told: bool = True, **workload) -> Path:
+def recorded(
+    folder: Path, slots: int = 4, steps: int = 3, slowest: int = 2, latency=LATENCY, told: bool = True, prompts: int = 6, **workload
+) -> Path:
     """A trace of simulated steps, as a live run under stock verl leaves it; step `slowest` has thrice the tokens."""
     lives = []
     for number in range(1, steps + 1):
         median = 300 if number == slowest else 100
-        drawn = generate("search", 6, 4, seed=number, **{"median_tokens": median, "cap_tokens": 2000, "tool_mean_s": 0.05} | workload)
+        drawn = generate("search", prompts, 4, seed=number, **{"median_tokens": median, "cap_tokens": 2000, "tool_mean_s": 0.05} | workload)
         work = [replayable(item) for item in drawn]
         result = simulate(
             work, make_fleet(2, 1, latency, slots), latency, Stock(number), engine=EngineOptions(turn_overhead_s=0.01), step=number

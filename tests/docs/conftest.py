@@ -21,6 +21,6 @@ def place(tmp_path_factory):
     assert done.code == 0, done.err
     for run in ("checkpoints/p/e/heddle", "your-run/heddle"):
         (folder / run).mkdir(parents=True)
-        recorded(folder / run, steps=12, median_tokens=60)
+        recorded(folder / run, steps=12, prompts=2, median_tokens=60)
     (folder / "program.py").write_text("print(1)\n")
     return folder

@@ -9,7 +9,8 @@ from dataclasses import fields
 from html.parser import HTMLParser
 
 import pytest
-from hypothesis import given, settings
+from drawn import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from nearly_right import COMMANDS, LIVES, ask, lines, page, run
 
@@ -69,7 +70,7 @@ def change(record: dict, where: str, name: str, value: object) -> None:
 def test_any_value_in_any_field_is_answered_or_is_one_line(command, tmp_path_factory):
     folder = tmp_path_factory.mktemp("asked")
 
-    @settings(max_examples=30, deadline=None)
+    @examples(15)
     @given(st.sampled_from(PLACES), st.sampled_from(NASTY), st.integers(0, 2 * LIVES - 1), st.booleans())
     def check(place, value, line, everywhere):
         records = run()

@@ -1,7 +1,8 @@
 """No schedule beats the bound, and where the optimum is known the bound is it."""
 
 import pytest
-from hypothesis import given, settings
+from drawn import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from simulate_cases import FULL, Anything, lengths, trajectory, workloads
 
@@ -13,7 +14,7 @@ from verl_heddle.simulate.baselines import LptOracle, Slime, Stock
 from verl_heddle.traces import generate
 
 
-@settings(max_examples=300, deadline=None)
+@examples(80)
 @given(
     workloads(),
     st.sampled_from([(1,), (2, 1), (4,), (1, 1, 1, 1), (4, 2, 1, 1)]),

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from drawn import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from simulate_cases import FULL, Anything, trajectory, workloads
 
@@ -66,7 +67,7 @@ def needed(work) -> int:
     return max(t.prompt_tokens + sum(s.input_tokens + s.output_tokens for s in t.steps) for t in work)
 
 
-@settings(max_examples=200, deadline=None)
+@examples(70)
 @given(workloads(), ENGINES, st.integers(1, 3), st.integers(1, 5), st.one_of(st.none(), st.integers(0, 150)), st.integers(0, 9))
 def test_nothing_is_lost_or_exceeded(work, engine, replicas, slots, spare, seed):
     with pytest.MonkeyPatch.context() as patch:
@@ -85,7 +86,7 @@ def test_nothing_is_lost_or_exceeded(work, engine, replicas, slots, spare, seed)
         assert 0 <= replica.recomputed_tokens <= replica.prefilled_tokens
 
 
-@settings(max_examples=200, deadline=None)
+@examples(70)
 @given(workloads(), ENGINES, st.integers(0, 99), st.floats(0.01, 1.0), st.booleans())
 def test_cancelled_and_reshuffled(work, engine, seed, when, keep):
     """Early stops, pre-warms, an outage and a reshard in the middle: the protocol still holds, and every trajectory ends once."""

@@ -1,6 +1,7 @@
 """The event-driven engine against closed forms and against a simulator that takes one step at a time."""
 
 import pytest
+from drawn import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulate_cases import FLAT, FULL, lengths, step_by_step, trajectory, workloads
@@ -104,7 +105,7 @@ class Ranked(Stock):
         return Decision(replica, self.ranks[turn.trajectory.prompt, turn.trajectory.sample], Reason.STICKY)
 
 
-@settings(max_examples=250, deadline=None)
+@examples(80)
 @given(
     workloads(),
     st.integers(1, 6),

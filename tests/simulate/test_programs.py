@@ -4,7 +4,8 @@ from functools import partial
 from math import inf
 
 import pytest
-from hypothesis import given, settings
+from drawn import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from simulate_cases import FULL, trajectory, workloads
 from test_conservation import needed, watch
@@ -43,7 +44,7 @@ def settled(policy):
 
 
 @pytest.mark.parametrize("name", LAWS)
-@settings(max_examples=60, deadline=None)
+@examples(20)
 @given(
     work=workloads(),
     order=st.sampled_from(["fcfs", "priority"]),
@@ -73,7 +74,7 @@ def test_everybody_ends_and_no_token_is_lost(name, work, order, replicas, slots,
 
 
 @pytest.mark.parametrize("name", LAWS)
-@settings(max_examples=30, deadline=None)
+@examples(12)
 @given(work=workloads(), spare=st.none() | st.integers(0, 100), when=st.floats(0.05, 1.0))
 def test_a_fleet_that_changes(name, work, spare, when):
     kv = None if spare is None else needed(work) + spare

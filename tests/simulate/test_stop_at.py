@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from drawn import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from simulate_cases import FLAT, FULL, lengths, trajectory, workloads
 
@@ -69,7 +70,7 @@ def test_a_turn_that_ends_on_the_limit_starts_no_tool():
 
 
 @given(workloads(), st.integers(1, 60), st.booleans(), st.sampled_from([None, 60, 200]))
-@settings(max_examples=150, deadline=None)
+@examples(50)
 def test_nobody_passes_a_limit_and_nobody_below_it_is_stopped(work, limit, each_turn, kv):
     """Whatever KV pressure and preemption do to the turn meanwhile."""
     if kv is not None:
@@ -87,7 +88,7 @@ def test_nobody_passes_a_limit_and_nobody_below_it_is_stopped(work, limit, each_
 
 
 @given(st.lists(st.lists(st.integers(1, 90), min_size=4, max_size=6), min_size=1, max_size=4), st.integers(0, 3), st.floats(0, 100))
-@settings(max_examples=100, deadline=None)
+@examples(50)
 def test_shaped_keeps_what_the_rule_keeps_whatever_the_speeds(groups, longest, patience):
     """Replicas of different load finish siblings in another order than their lengths; the kept are the same."""
     rule = Rule(3, longest, patience)

@@ -10,7 +10,8 @@ from collections import Counter
 from dataclasses import dataclass
 from random import Random
 
-from hypothesis import given, settings
+from drawn import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from verl_heddle.fleet import Replica
@@ -153,7 +154,7 @@ class Step:
         assert mind.predictor is None or not any(key in mind.predictor for key in self.clients)
 
 
-@settings(max_examples=300, deadline=None)
+@examples(100)
 @given(st.sampled_from(sorted(OPTIONS)), LIVES, KILLS, st.integers(0, 10_000))
 def test_every_trajectory_completes_once_whenever_a_replica_dies(name, lives, kills, seed):
     step, number = Step(OPTIONS[name], lives, Random(seed)), 0

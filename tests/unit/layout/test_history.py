@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from drawn import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from verl_heddle.layout.history import again
@@ -15,7 +16,7 @@ def record(tokens: int, predicted: float | None) -> Trajectory:
     return Trajectory("s", "w", "p", 0, 10, (Turn(0, tokens, predicted_remaining=predicted),))
 
 
-@settings(deadline=None)
+@examples(20)
 @given(st.integers(0, 99), st.floats(0.2, 5), st.floats(0.05, 1.0))
 def test_bias_and_spread_of_the_predictions_are_found_again(seed, bias, scale):
     rng = np.random.default_rng(seed)

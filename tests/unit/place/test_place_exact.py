@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from drawn import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from place_cases import contiguous, everything, layouts, random_case
 
@@ -76,7 +77,7 @@ def test_staircase_is_the_drain_time():
         assert price(work(tokens), range(len(tokens)), Degree(1, tau), Cost.STAIRCASE) == pytest.approx(played)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(30)
 @given(
     st.lists(st.just(0.0) | st.floats(1e-3, 1e5), min_size=1, max_size=60),
     st.integers(1, 16),

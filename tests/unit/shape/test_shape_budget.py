@@ -7,6 +7,7 @@ from math import inf
 
 import numpy as np
 import pytest
+from drawn import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -45,7 +46,7 @@ falls = st.lists(st.integers(0, 60), min_size=3, max_size=3).map(lambda steps: s
 
 
 @given(st.lists(st.tuples(st.integers(0, 200), falls), min_size=1, max_size=4), st.integers(0, 12))
-@settings(max_examples=300, deadline=None)
+@examples(100)
 def test_greedy_is_optimal_for_convex_costs(rows, spare):
     table = np.array([start - np.cumsum([0, *steps]) for start, steps in rows], dtype=float)
     given_out = allocate(table, spare)

@@ -8,6 +8,7 @@ from math import inf
 from random import Random
 
 import pytest
+from drawn import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -76,7 +77,7 @@ def completions(group: Group, top: int):
 
 
 @given(rules(), st.integers(0, 2), st.data())
-@settings(max_examples=400, deadline=None)
+@examples(150)
 def test_in_out_and_open_are_exact(rule, spares, data):
     """Nothing is said too early, and nothing too late: against all completions of up to three runners."""
     group = Group(rule, rule.size + spares)
@@ -101,7 +102,7 @@ def test_in_out_and_open_are_exact(rule, spares, data):
     st.lists(st.tuples(st.integers(1, 12), fates), min_size=1, max_size=16),
     st.integers(0, 2**32),
 )
-@settings(max_examples=400, deadline=None)
+@examples(150)
 def test_every_order_of_events_keeps_what_the_rule_keeps(rule, ends, seed):
     """Tokens and ends come in any order; what is out is stopped at once, and its true end is never looked at."""
     rng = Random(seed)

@@ -4,7 +4,8 @@ from dataclasses import fields, replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from drawn import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from verl_heddle.traces import CODING, WORKLOADS, Tool, TraceError, Workload, decode, encode, generate, split_variance, summary
@@ -122,7 +123,7 @@ def test_the_mean_counts_time_outs(sigma: float) -> None:
     assert np.mean(seconds) == pytest.approx(0.46, rel=0.1)
 
 
-@settings(max_examples=40, deadline=None)
+@examples(25)
 @given(st.data())
 def test_any_allowed_parameters_give_well_formed_trajectories(data: st.DataObject) -> None:
     chosen = {}

@@ -11,6 +11,7 @@ import pickle
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import skips
@@ -25,6 +26,15 @@ settings.register_profile("explore", deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 
 pytest_configure = skips.register
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    if config.option.dist != "loadfile":
+        return None
+    from side_by_side import ByFile
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

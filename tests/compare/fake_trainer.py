@@ -4,7 +4,7 @@ Takes verl's overrides, simulates each step (stock's rule, or longest first for 
 metrics file, heddle's trace, Hydra's config, lines on the console. The real twin of these tests is tests/e2e/test_compare.py.
 
 Environment: FAKE_STEP_S (seconds a step sleeps), FAKE_FAIL (an arm's name: it exits with 3), FAKE_HANG (an arm's name: it goes silent),
-FAKE_CHILD (a file: a child that ignores its parent's death is left behind, its pid written there).
+FAKE_CHILD (a file: a child that ignores its parent's death is left behind, its pid written there), FAKE_PARENT (the arm that does so).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main() -> None:
     arm = os.environ["WANDB_JOB_TYPE"]
     plugin, seed, steps = values.get("plugin"), int(values["data.seed"]), int(values.get("trainer.total_training_steps", 3))
     print("Started a local Ray instance.", flush=True)
-    if os.environ.get("FAKE_CHILD"):
+    if os.environ.get("FAKE_CHILD") and os.environ["FAKE_PARENT"] == arm:
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
         Path(os.environ["FAKE_CHILD"]).write_text(str(child.pid))
     if os.environ.get("FAKE_FAIL") == arm:

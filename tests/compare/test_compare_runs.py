@@ -14,7 +14,7 @@ import pytest
 from compare_cases import FAKE, compare, environment
 
 from verl_heddle.compare.launch import MARK
-from verl_heddle.compare.process import Run, marked, stop
+from verl_heddle.compare.process import Run, marked, outlived, stop
 
 
 def alive(pid: int) -> bool:
@@ -54,8 +54,9 @@ def test_everything_is_made_and_told(finished):
 def test_killed_in_the_middle_it_goes_on(tmp_path, moment):
     out, child = tmp_path / "cmp", tmp_path / "child"
     typed = [sys.executable, "-m", "verl_heddle.cli", "compare", "--out", str(out), "--pairs", "1", "--steps", "3", "--no-wandb"]
-    process = subprocess.Popen([*typed, "--", *FAKE], env=environment(FAKE_STEP_S="0.7", FAKE_CHILD=str(child)), stderr=subprocess.DEVNULL)
-    name = "p1-stock" if moment == "first run" else "p1-heddle"
+    arm = "stock" if moment == "first run" else "heddle"
+    name, fake = f"p1-{arm}", environment(FAKE_STEP_S="0.7", FAKE_CHILD=str(child), FAKE_PARENT=arm)
+    process = subprocess.Popen([*typed, "--", *FAKE], env=fake, stderr=subprocess.DEVNULL)
     waited_for(lambda: (out / "runs" / name / "metrics.jsonl").exists())
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -202,6 +203,16 @@ def test_stop_finds_what_left_its_session_and_spares_the_rest(tmp_path):
         for pid in family:
             if alive(pid):
                 os.kill(pid, signal.SIGKILL)
+
+
+def test_what_outlives_a_run_is_waited_for_and_ended(tmp_path):
+    mark = str(tmp_path / "run")
+    quick, slow = (subprocess.Popen(["sleep", seconds], env={**os.environ, MARK: mark}) for seconds in ("0.5", "99"))
+    try:
+        assert outlived(mark, wait_s=1.5) == 1, "what ends by itself in time is not counted"
+        assert slow.wait(60) < 0 and quick.wait(60) == 0 and outlived(mark) == 0
+    finally:
+        slow.kill()
 
 
 def test_help_teaches():

@@ -12,6 +12,8 @@ from omegaconf import OmegaConf
 
 pytest.importorskip("verl")
 
+from preloaded import Preloaded
+
 from verl_heddle.verl_plugin import lint, parts, startup
 from verl_heddle.verl_plugin.overrides import GROUPS, compose, read
 
@@ -67,7 +69,15 @@ def test_what_stock_verl_takes_with_a_plus_it_takes_beside_the_flag():
         assert str(OmegaConf.select(config, item.key)).endswith(str(item.value).rpartition(":")[2].rstrip("}")), item.key
 
 
-def test_the_flags_values_hold_in_the_task_runners_process(tmp_path):
+@pytest.fixture(scope="module")
+def bare():
+    """Python that has imported verl alone, as every process of a run does."""
+    python = Preloaded("verl")
+    yield python
+    python.close()
+
+
+def test_the_flags_values_hold_in_the_task_runners_process(tmp_path, bare):
     """verl resolves the configuration there, once Ray has carried it over."""
     (tmp_path / "config").write_bytes(pickle.dumps(compose([*BASE, "+plugin=heddle"])))
     code = (
@@ -75,7 +85,7 @@ def test_the_flags_values_hold_in_the_task_runners_process(tmp_path):
         f"config = pickle.load(open({str(tmp_path / 'config')!r}, 'rb')); OmegaConf.resolve(config)\n"
         "print(config.trainer.v1.sampler.custom_sampler, config.actor_rollout_ref.rollout.router_config_path)"
     )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300)
+    done = bare.run(["-c", code], tmp_path, os.environ)
     assert "{'path': 'pkg://verl_heddle.verl_plugin.gate', 'name': 'Sampler'}" in done.stdout and "router.yaml" in done.stdout, done.stderr
 
 
@@ -362,7 +372,7 @@ if any("main_ppo" in a for a in sys.orig_argv): print("HIDDEN")
 """
 
 
-def test_importing_the_plugin_imports_nothing_more_than_verl_does():
+def test_importing_the_plugin_imports_nothing_more_than_verl_does(tmp_path, bare):
     """But for modules of our own and of the standard library."""
     code = (
         "import verl, sys\n"
@@ -371,7 +381,7 @@ def test_importing_the_plugin_imports_nothing_more_than_verl_does():
         "import verl_heddle.verl_plugin.plugin\n"
         "print(sorted({n.partition('.')[0] for n in set(sys.modules) - before} - sys.stdlib_module_names))"
     )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300)
+    done = bare.run(["-c", code], tmp_path, os.environ)
     assert done.stdout.splitlines()[-1:] == ["['verl_heddle']"], done.stderr
 
 

@@ -1,6 +1,8 @@
 """Our replay buffer is configured as verl configures its own, with and without DAPO filtering and refill."""
 
+import copy
 import json
+from functools import cache
 from typing import ClassVar
 
 import pytest
@@ -22,6 +24,13 @@ CASES = {
 }
 
 
+@cache
+def resolved(*overrides):
+    config = compose(overrides)
+    OmegaConf.resolve(config)
+    return config
+
+
 class Trainer:
     """As much of verl's trainer as its own `_build_replay_buffer` reads."""
 
@@ -30,8 +39,7 @@ class Trainer:
 
     def __init__(self, overrides, mode="sync"):
         base = ["data.train_batch_size=8", "trainer.default_local_dir=/tmp/x", "actor_rollout_ref.rollout.name=vllm"]
-        self.config = compose([*base, f"trainer.v1.trainer_mode={mode}", *overrides])
-        OmegaConf.resolve(self.config)
+        self.config = copy.deepcopy(resolved(*base, f"trainer.v1.trainer_mode={mode}", *overrides))
         self.trainer_mode = mode
 
     def _add_prompts_to_generate(self, count):

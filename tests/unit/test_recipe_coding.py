@@ -82,7 +82,9 @@ def level_judge(request):
 
 
 @pytest.mark.parametrize("code", VERDICTS, ids=range(len(VERDICTS)))
-def test_the_judge(level_judge, code):
+def test_the_judge(level_judge, code, monkeypatch):
+    if "while True" in code:
+        monkeypatch.setattr(judge, "TEST_S", 1.0)  # else each of the tests takes four
     verdict = level_judge.judge(code, ECHO)
     assert verdict.passed == VERDICTS[code][0] and verdict.total == 2 and VERDICTS[code][1] in verdict.why and verdict.judged
     assert bool(verdict.why) == (verdict.passed < 2)

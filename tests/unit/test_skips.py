@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from skips import ALLOWED, FILE_VARIABLE
 
-ON = {"one process": [], "two workers": ["-n", "2", "--dist", "loadfile"]}
+ON = {"one process": [], "two workers": ["-p", "xdist", "-n", "2", "--dist", "loadfile"]}
 
 
 @pytest.fixture(params=ON)
@@ -20,7 +20,8 @@ def run(folder: Path, reason: str, options: list[str]) -> subprocess.CompletedPr
     (folder / "test_one.py").write_text(f"import pytest\ndef test_is_left_out(): pytest.skip({reason!r})\ndef test_runs(): pass\n")
     (folder / "test_whole.py").write_text("import pytest\npytest.skip('no public traces here', allow_module_level=True)\n")
     (folder / "conftest.py").write_text("from skips import register as pytest_configure\n")
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), FILE_VARIABLE: str(folder / "skipped")}
+    ours = {"PYTHONPATH": str(Path(__file__).parents[1]), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", FILE_VARIABLE: str(folder / "skipped")}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")} | ours
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, str(folder)]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=120)
 

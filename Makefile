@@ -43,8 +43,9 @@ lint: venv  ## format, lint, types
 test-fast: venv tools  ## all tests without Ray and engines, a file of tests to each core in turn
 	@$(PY) -m pytest -m "not e2e" -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-test-e2e: venv tools  ## real verl, real vLLM engines, real Ray
-	@$(PY) -m pytest -m e2e
+test-e2e: venv tools  ## real verl, real vLLM engines, real Ray: runs of verl two at a time, as most of a run is imports, one after the other
+	@$(PY) -m pytest -m "e2e and not alone" -n 2 --dist loadfile --no-loadscope-reorder
+	@$(PY) -m pytest -m "e2e and alone"
 
 test-pins: tools  ## contract and engine tests against the vLLM that verl pins for GPUs (0.24.0), in .venv-pins
 	@envs/setup.sh cpu-pins .venv-pins

@@ -25,7 +25,13 @@ settings.register_profile("steady", derandomize=True, deadline=None)  # a busy m
 settings.register_profile("explore", deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 
-pytest_configure = skips.register
+
+def pytest_configure(config: pytest.Config) -> None:
+    skips.register(config)
+    if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+        # Ray joins the cluster that was started last, of those with the same folder.
+        os.environ["RAY_TMPDIR"] = str(Path("/tmp") / f"heddle-{os.getuid()}-{worker}")
+        Path(os.environ["RAY_TMPDIR"]).mkdir(exist_ok=True)
 
 
 @pytest.hookimpl(optionalhook=True)

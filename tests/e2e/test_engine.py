@@ -21,7 +21,7 @@ from verl_heddle.verl_plugin.client import HeddleClient
 from verl_heddle.verl_plugin.live import CURRENT
 from verl_heddle.verl_plugin.router import HeddleRouter, alike
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.alone]
 
 ROLLOUT = {"name": "vllm", "scheduling_policy": "priority", "prompt_length": 500, "response_length": 1500}
 CONFIG = OmegaConf.create({"actor_rollout_ref": {"rollout": ROLLOUT}})

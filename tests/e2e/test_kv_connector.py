@@ -12,7 +12,7 @@ from moves import TRAJECTORIES, engines, play, second_turns
 from verl_heddle.options import Place
 from verl_heddle.trajectory import Reason
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.alone]
 
 
 @pytest.fixture(scope="module")

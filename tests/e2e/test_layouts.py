@@ -9,11 +9,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from engines import prepared, runner
 
 from verl_heddle.traces.io import read
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.alone]
 
 PROMPTS, SAMPLES, STEPS = 12, 4, 8
 SCHEDULE = "heddle.layout.schedule={1: [1,1,1], 3: [2,1], 5: [1,1,1], 7: [2,1]}"
@@ -44,18 +43,17 @@ def before():
 
 
 @pytest.fixture(scope="module")
-def run(before, tmp_path_factory):
-    folder = prepared("math", tmp_path_factory.mktemp("layouts"))
+def run(before, workspace, train):
     sizes = [f"data.train_batch_size={PROMPTS}", f"actor_rollout_ref.actor.ppo_mini_batch_size={PROMPTS}"]
     environment = {
-        "HEDDLE_WITNESS": str(folder / "witness.jsonl"),
+        "HEDDLE_WITNESS": str(workspace / "witness.jsonl"),
         "HEDDLE_KILL_AFTER": KILL_AFTER,
         "VLLM_ALLOW_INSECURE_SERIALIZATION": 1,
     }
     witness = "actor_rollout_ref.model.external_lib=[verl_heddle.verl_plugin.trainer_rank,weights_witness]"
     told = [f"+ray_kwargs.ray_init.runtime_env.env_vars.{name}='{value}'" for name, value in environment.items()]
     words = ["+plugin=heddle", "heddle.layout.enable=true", "heddle.place.enable=true", SCHEDULE, witness, *told, *sizes]
-    return runner("math", folder)("layouts", *words, steps=STEPS, replicas=3, env={"PYTHONPATH": str(Path(__file__).parent)})
+    return train("layouts", *words, steps=STEPS, replicas=3, env={"PYTHONPATH": str(Path(__file__).parent)})
 
 
 def test_every_step_has_its_rows_and_its_layout(run):

@@ -18,7 +18,7 @@ from verl_heddle.report.attribution import accounted
 from verl_heddle.traces import read, write
 from verl_heddle.trajectory import Trajectory, Turn
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.alone]
 
 BLOCK = 32
 LATE_S = 1.0

@@ -13,7 +13,7 @@ import time
 import pytest
 from engines import CPU_ENVIRONMENT
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.alone]
 
 SOAK_S = float(os.environ.get("HEDDLE_SOAK_S", "40"))
 SLOTS = 2

@@ -6,7 +6,6 @@ import json
 from collections import Counter, defaultdict
 
 import pytest
-from engines import prepared, runner
 
 from verl_heddle.traces.io import read
 
@@ -30,13 +29,8 @@ NEWS_S = 0.2
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    return runner("math", prepared("math", tmp_path_factory.mktemp("shaping")))
-
-
-@pytest.fixture(scope="module")
-def run(start):
-    return start("shaped", "+plugin=heddle", *FIXED, "trainer.save_freq=4", "trainer.test_freq=4", steps=STEPS)
+def run(train):
+    return train("shaped", "+plugin=heddle", *FIXED, "trainer.save_freq=4", "trainer.test_freq=4", steps=STEPS)
 
 
 def rows(run, step):
@@ -94,14 +88,14 @@ def test_the_page_says_what_it_did_to_the_gradient(run):
     assert any("shaping: spare samples, 2 a prompt" in line for line in run.said)
 
 
-def test_validation_is_not_shaped_and_prompts_are_remembered(run, start):
+def test_validation_is_not_shaped_and_prompts_are_remembered(run):
     checked = [item for item in read(run.trace) if item.meta["validate"]]
     assert checked and {item.meta["outcome"] for item in checked} == {"finished"}
     state = json.loads((run.folder / f"global_step_{STEPS}" / "heddle" / "shape.json").read_text())
     assert len(state["spreads"]["prompts"]) == PROMPTS
 
 
-def test_by_forecast_corrected_and_with_dapo_filtering(start):
+def test_by_forecast_corrected_and_with_dapo_filtering(train):
     """The default budget, which knows nothing in the first step; groups of equal reward are sampled anew; advantages are weighted."""
     dapo = [
         "algorithm.filter_groups.enable=true",
@@ -110,7 +104,7 @@ def test_by_forecast_corrected_and_with_dapo_filtering(start):
     ]
     forecast = ["heddle.shape.enable=true", "heddle.shape.unseen=true", "data.train_batch_size=8"]
     corrected = ["heddle.shape.corrected=true", "algorithm.adv_estimator=heddle_grpo"]
-    run = start("dapo", "+plugin=heddle", *forecast, *corrected, *dapo, "actor_rollout_ref.actor.ppo_mini_batch_size=8", steps=3)
+    run = train("dapo", "+plugin=heddle", *forecast, *corrected, *dapo, "actor_rollout_ref.actor.ppo_mini_batch_size=8", steps=3)
     assert run.code == 0, run.log[-3000:]
     for step, metrics in run.steps.items():
         keys = rows(run, step)

@@ -100,8 +100,9 @@ def _where_kv_is_short() -> list[str]:
         f"**Where KV is short** ({cells} cells, {len(rows)} steps, with host time in each step and {1000 * OVERHEAD_S:.0f} ms between",
         f"turns, which the table above is without): heddle as released {of('heddle')}; a constant order, first turn first",
         f"(about `heddle.priority.order=first_turn heddle.preempt.enable=false`), {of('trajectory_fcfs')}; stock verl with KV",
-        f"offloading to an ideal host tier {of('stock_tier')}; admitting trajectories instead of turns, which the plugin",
-        f"does not do yet, {of('residents')}: [bench/residents](bench/residents/README.md).",
+        f"offloading to an ideal host tier {of('stock_tier')}; admitting trajectories instead of turns",
+        f"(`heddle.residents.enable=true` with those two), {of('residents')}:",
+        "[bench/residents](bench/residents/README.md). There, use it; it becomes the default once real engines have confirmed it.",
     ]
 
 

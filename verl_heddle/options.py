@@ -53,15 +53,33 @@ class Preempt:
 
 
 @dataclass
+class Residents:
+    """`heddle.residents.*`: which trajectories a replica keeps, their contexts held through tool calls; the others wait in the router, and
+    go where there is room. Rests while heddle.place plans, and under rollout.full_determinism."""
+
+    enable: bool = option(
+        False,
+        "Admit trajectories as KV cache has room; off: turns are placed by verl's rule, bounded by heddle.admission. Goes with "
+        "heddle.priority.order=first_turn heddle.preempt.enable=false.",
+    )
+    order: str = option(
+        "least_served",
+        "Who of the waiting is admitted first. least_served: the trajectory that has generated least, so that the long ones show early. "
+        "by_arrival: the one that began first.",
+    )
+
+
+@dataclass
 class Admission:
     """`heddle.admission.*`: how many turns are in flight per replica; the rest wait in the router, most urgent first."""
 
     per_slot: float = option(
         4.0,
-        "Turns in flight per slot (rollout.max_num_seqs) of a replica from which on new trajectories wait; 0: no bound, as in stock verl.",
+        "Without heddle.residents: turns in flight per slot (rollout.max_num_seqs) of a replica from which on new trajectories wait; 0: no "
+        "bound, as in stock verl.",
     )
     hold_s: float = option(
-        600.0, "Seconds without a completed turn after which a replica counts as silent: turns held that long go there whatever the bound."
+        600.0, "Seconds without a completed turn after which a replica counts as silent: turns held that long go in whatever the bound."
     )
 
 
@@ -204,6 +222,7 @@ class Options:
     priority: Priority = field(default_factory=Priority)
     predict: Predict = field(default_factory=Predict)
     preempt: Preempt = field(default_factory=Preempt)
+    residents: Residents = field(default_factory=Residents)
     admission: Admission = field(default_factory=Admission)
     place: Place = field(default_factory=Place)
     layout: Layout = field(default_factory=Layout)
@@ -217,18 +236,28 @@ class Options:
         """Whether some decision asks how long trajectories will be."""
         return not self.observe and (self.place.enable or (self.priority.enable and self.priority.order == "longest"))
 
+    @property
+    def admits(self) -> bool:
+        """Whether replicas keep resident sets."""
+        return not self.observe and self.residents.enable and not self.place.enable
+
     def decisions(self) -> dict[str, Any]:
-        """What of this decides about turns, for the trace: `preempt` (its settings; False: off) and `per_slot` (0: no bound)."""
+        """What of this decides about turns, for the trace: `preempt` (its settings; False: off), `residents` (their order; False: off) and
+        `per_slot` (0: no bound)."""
         preempts = not self.observe and self.priority.enable and self.preempt.enable
-        bounded = not self.observe and self.admission.per_slot > 0
+        bounded = not (self.observe or self.admits) and self.admission.per_slot > 0
         return {
             "preempt": {name: value for name, value in asdict(self.preempt).items() if name != "enable"} if preempts else False,
+            "residents": self.residents.order if self.admits else False,
             "per_slot": self.admission.per_slot if bounded else 0,
         }
 
 
 ORDERS = ("longest", "first_turn")
 """Values of `heddle.priority.order`."""
+
+RESIDENT_ORDERS = ("least_served", "by_arrival")
+"""Values of `heddle.residents.order`."""
 
 TRANSPORTS = ("prewarm", "none")
 """Values of `heddle.place.transport`."""
@@ -252,6 +281,8 @@ def check(options: Options) -> list[str]:
         problems.append(f"heddle.priority.quantum_tokens must be at least 1, got {options.priority.quantum_tokens}")
     if options.priority.order not in ORDERS:
         problems.append(f"heddle.priority.order must be one of {', '.join(ORDERS)}, got {options.priority.order}")
+    if options.residents.order not in RESIDENT_ORDERS:
+        problems.append(f"heddle.residents.order must be one of {', '.join(RESIDENT_ORDERS)}, got {options.residents.order}")
     if not 0 <= options.priority.refresh_s <= 3600:
         problems.append(f"heddle.priority.refresh_s must lie between 0 and 3600 seconds, got {options.priority.refresh_s}")
     if options.preempt.margin < 1:

@@ -1,18 +1,20 @@
 """The one object that decides, in the cluster and in the simulator alike: events in, decisions out.
 
 A pure state machine. It owns no task, socket, clock or thread; the caller serialises its calls and passes the time. Each question has
-one policy in one file (`predict`, `schedule`, `place`, later `layout` and `shape`); this file only asks them in the right order.
+one policy in one file (`predict`, `schedule`, `place`); this file only asks them in the right order. Which replicas there are (`layout`)
+and how many samples a prompt gets (`shape`) is decided between steps, by the manager.
 
 Invariants
 - every `turn_started` is answered by one `turn_finished`, completed or not, and a second one has no effect; a trajectory may have several
   turns under way; in-flight counts return to zero when all have been answered, and when `step_ended` has closed what nobody will answer;
 - a held turn is named by `admitted` exactly once, unless its `turn_finished` comes first;
 - a pre-warm is ordered by `prewarms` at most once per move, and is over with the trajectory's next `turn_started`;
-- a conversation stays on its replica for as long as its trajectory lives, unless the replica leaves or the trajectory is moved;
-- decisions depend on the events and the seed only: the same sequence gives the same decisions;
-- with `observe`, or `priority.enable=False`, `place.enable=False` and no bound on admission, the decisions are those of stock verl; so is
-  the placement until there are step times to plan with (`step_times_known`). One exception without `observe`: stock verl forgets the
-  replica of a conversation once `sticky.CACHE_SIZE` others have asked since.
+- a conversation stays on its replica for as long as its trajectory lives, unless the replica leaves, or the trajectory is evicted or moved;
+- decisions depend on the events, their times and the seed only: the same sequence gives the same decisions;
+- with `observe`, or `priority.enable=False`, `place.enable=False`, `residents.enable=False` and no bound on admission, the decisions are
+  those of stock verl; so is the placement of resident sets while there is room for all, and planned placement until there are step times
+  to plan with (`step_times_known`). One exception without `observe`: stock verl forgets the replica of a conversation once
+  `sticky.CACHE_SIZE` others have asked since.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from math import ceil
+from math import ceil, inf
 from random import Random
 
 from verl_heddle.fleet import Replica
@@ -30,9 +32,18 @@ from verl_heddle.place.pace import Latency
 from verl_heddle.place.replan import Replanner
 from verl_heddle.place.transfers import LAST_PRIORITY, Transfer, Transfers
 from verl_heddle.predict.predictor import Predictor
+from verl_heddle.predict.quantities import Estimate
 from verl_heddle.schedule.admission import Admission, most_turns
 from verl_heddle.schedule.priority import Pace, first_come, longest_first, work_tokens
-from verl_heddle.trajectory import Decision, Prewarm, ToolStart, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
+from verl_heddle.schedule.residents import ORDERS, Residents
+from verl_heddle.trajectory import Decision, Prewarm, Reason, ToolStart, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
+
+READ_TOKENS = 8192
+"""verl's token budget of an engine step: an engine that reads contexts again reads that much at once."""
+
+FIRST_HOLD_S = 15.0
+"""How long a context is held through a tool call before step times are known: the KV cache of an H200 is read in 5 to 40 s, by model and
+degree."""
 
 SLICE = 256
 """Turns that one `reprioritised` predicts anew: 5 ms, in which no turn is answered."""
@@ -60,6 +71,7 @@ class _Open:
 
     turn: TurnStart
     replica: str
+    """Empty while it waits for admission to any."""
     priority: int
     life: _Life | None
     """None: the request belongs to no trajectory."""
@@ -83,7 +95,14 @@ class Orchestrator:
         self._transfers = Transfers()
         self.predictor = Predictor(cap_tokens) if options.predicts else None
         """What is known of lengths; None when nobody asks for it."""
-        self.admission = Admission(options.admission.hold_s) if self._decides and options.admission.per_slot else None
+        self.residents: Residents | None = None
+        """Which trajectories each replica keeps; None: turns go where `place` says, bounded by `admission`."""
+        self.admission: Admission | None = None
+        if options.admits and not deterministic:
+            self.residents = Residents(ORDERS[options.residents.order], Random(options.seed), options.admission.hold_s)
+        elif self._decides and options.admission.per_slot:
+            self.admission = Admission(options.admission.hold_s)
+        self._latency: Latency | None = None
         self._pace = Pace()
         self._replicas: dict[str, Replica] = {}
         self._lives: dict[str, _Life] = {}
@@ -112,6 +131,8 @@ class Orchestrator:
         for replica in replicas:
             self._replicas[replica.name] = replica
             self._placement.add(replica)
+            if self.residents is not None:
+                self.residents.add(replica, self._hold_s(replica))
             if self.admission is not None:
                 bound = ceil(self._options.admission.per_slot * replica.slots)
                 self.admission.add(replica.name, bound, most_turns(replica.slots, replica.calls))
@@ -122,6 +143,8 @@ class Orchestrator:
             self._replicas.pop(name, None)
             self._placement.remove(name)
             self._transfers.removed(name)
+            if self.residents is not None:
+                self.residents.remove(name)
             if self.admission is not None:
                 self.admission.remove(name)
 
@@ -129,13 +152,29 @@ class Orchestrator:
         """Forget where conversations live (verl's `clear_sticky_cache`); returns how many there were."""
         for life in self._lives.values():
             life.homes.clear()
+        if self.residents is not None:
+            self.residents.forget()
         return self._placement.forget()
 
     def step_times_known(self, latency: Latency | None) -> None:
-        """The times of the model on these replicas have been learnt, or learnt anew: placement is planned with them from now on. None: they
-        are not known any more."""
+        """The times of the model on these replicas have been learnt, or learnt anew: placement is planned with them from now on, and
+        contexts are held for as long as they say. None: they are not known any more."""
+        self._latency = latency
         if self._plans:
             self._placement.learn(latency)
+        if self.residents is not None:
+            for name, replica in self._replicas.items():
+                self.residents.hold(name, self._hold_s(replica))
+
+    def _hold_s(self, replica: Replica) -> float:
+        """For how long it pays to hold a context through a tool call: the time in which the replica reads its whole KV cache."""
+        if not replica.caches:
+            return 0.0
+        if replica.kv_tokens is None:
+            return inf
+        if self._latency is None:
+            return FIRST_HOLD_S
+        return replica.kv_tokens / READ_TOKENS * float(self._latency.prefill_s(replica.tp, READ_TOKENS))
 
     def batch_expected(self, batch: Sequence[TurnStart], now: float) -> None:
         """These first turns are about to start, their `context_tokens` perhaps a guess: time to place them as a whole. Optional."""
@@ -154,7 +193,7 @@ class Orchestrator:
             RuntimeError: the fleet is empty.
         """
         if turn.request in self._open:
-            self._void(self._open[turn.request])
+            self._void(self._open[turn.request], now)
         key, estimate, life = turn.trajectory.key, None, None
         if turn.trajectory.prompt:  # a request outside any trajectory has no prompt, and never ends
             life = self._started(turn)
@@ -163,30 +202,40 @@ class Orchestrator:
                 estimate = self.predictor.predict(key)
         priority = self._priority(turn, life, None if estimate is None else (estimate.median_tokens, estimate.tool_s))
         self._transfers.over(key)
-        home = life.homes.get(turn.conversation) if life is not None and self._decides else None
-        replica, reason = self._placement.acquire(turn, estimate, home)
+        replica, reason, held = self._where(turn, life, estimate, priority, now)
         self.counts[reason] += 1
         self._open[turn.request] = _Open(turn, replica, priority, life)
         self._of_group[turn.trajectory.uid][turn.request] = None
         if life is not None:
             life.homes[turn.conversation] = replica
             life.open.add(turn.request)
-        begun = turn.generated_tokens > 0
-        held = self.admission is not None and not self.admission.ask(turn.request, replica, priority, now, begun)
         if estimate is None:
             return Decision(replica, priority, reason, held=held)
         return Decision(replica, priority, reason, estimate.median_tokens, estimate.upper_tokens, held)
 
+    def _where(self, turn: TurnStart, life: _Life | None, estimate: Estimate | None, priority: int, now: float) -> tuple[str, Reason, bool]:
+        """Replica, why, and whether the turn is held."""
+        if self.residents is not None and life is not None and self._replicas:
+            resident = self.residents.home_of(turn.trajectory.key) is not None
+            replica = self.residents.turn_started(turn, now)
+            if replica is not None:
+                self._placement.acquire(turn, None, replica)
+            return replica or "", Reason.STICKY if resident else Reason.ADMITTED, replica is None
+        home = life.homes.get(turn.conversation) if life is not None and self._decides else None
+        replica, reason = self._placement.acquire(turn, estimate, home)
+        begun = turn.generated_tokens > 0
+        return replica, reason, self.admission is not None and not self.admission.ask(turn.request, replica, priority, now, begun)
+
     def turn_finished(self, turn: TurnEnd, now: float) -> None:
         """The engine is done with the turn, or it gave up waiting. Without effect if the turn is not under way."""
         if turn.request in self._open:
-            self._close(turn, now if turn.completed else None)
+            self._close(turn, now)
 
-    def _void(self, opened: _Open) -> None:
+    def _void(self, opened: _Open, now: float) -> None:
         turn = opened.turn
-        self._close(TurnEnd(turn.trajectory, turn.conversation, opened.replica, turn.turn, 0, False, leg=turn.leg), None)
+        self._close(TurnEnd(turn.trajectory, turn.conversation, opened.replica, turn.turn, 0, False, leg=turn.leg), now)
 
-    def _close(self, turn: TurnEnd, completed_s: float | None) -> None:
+    def _close(self, turn: TurnEnd, now: float) -> None:
         opened = self._open.pop(turn.request)
         group = self._of_group[turn.trajectory.uid]
         del group[turn.request]
@@ -196,7 +245,9 @@ class Orchestrator:
         if opened.life is not None:
             opened.life.open.discard(turn.request)
         if self.admission is not None:
-            self.admission.left(turn.request, turn.replica, completed_s)
+            self.admission.left(turn.request, turn.replica, now if turn.completed else None)
+        if self.residents is not None:
+            self.residents.turn_finished(turn, now)
         if turn.completed:
             self._pace.turn(turn.output_tokens, turn.engine_s)
         estimate = None
@@ -228,33 +279,68 @@ class Orchestrator:
 
     def trajectory_ended(self, end: TrajectoryEnd, now: float) -> None:
         """The episode is over; what it teaches goes into the history (validation runs under other sampling, so it teaches nothing)."""
-        self._forget(end.trajectory.key)
+        self._forget(end.trajectory.key, now)
         self._placement.ended(end)
         if self.predictor is not None:
             self.predictor.trajectory_ended(end)
             if self._refreshes and end.trajectory.uid in self._of_group:
                 self._changed[end.trajectory.uid] = None
 
-    def step_ended(self, step: int) -> int:
+    def step_ended(self, step: int, now: float) -> int:
         """The batch of a training step is complete: forget trajectories of earlier steps that never ended, and their turns; returns how
         many trajectories there were."""
         lost = {key for key, life in self._lives.items() if life.who.step < step}
         if self.predictor is not None:
             lost.update(self.predictor.abandon_before(step))  # those that were announced and never began, too
         for opened in [one for one in self._open.values() if one.life is not None and one.life.who.step < step]:
-            self._void(opened)
+            self._void(opened, now)
         for key in lost:
-            self._forget(key)
+            self._forget(key, now)
             self._placement.abandon(key)
         return len(lost)
 
     def metrics(self) -> dict[str, float]:
-        """What the planner thinks of itself; empty while verl's rule places."""
-        return self._placement.metrics() if self._placement.plans else {}
+        """What the planner thinks of itself, as `place/...`, and the resident sets, as `residents/...`; empty while verl's rule places."""
+        result = {f"place/{name}": value for name, value in self._placement.metrics().items()} if self._placement.plans else {}
+        if self.residents is not None:
+            result |= {f"residents/{name}": float(count) for name, count in self.residents.metrics().items()}
+        return result
 
-    def admitted(self, now: float) -> list[str]:
-        """Requests that were held and may go. To be asked after every event, and from time to time for those that waited too long."""
-        return self.admission.admitted(now) if self.admission is not None else []
+    def admitted(self, now: float) -> list[tuple[str, str]]:
+        """(request, replica) of those that were held and may go. To be asked after every event, and after `tick`."""
+        if self.residents is not None:
+            result = self.residents.admitted()
+            for request, replica in result:
+                opened = self._open[request]
+                opened.replica = replica
+                if opened.life is not None:
+                    opened.life.homes[opened.turn.conversation] = replica
+                self._placement.acquire(opened.turn, None, replica)
+            return result
+        if self.admission is None:
+            return []
+        return [(request, self._open[request].replica) for request in self.admission.admitted(now) if request in self._open]
+
+    @property
+    def overdue(self) -> int:
+        """Turns let in because nothing completed for `admission.hold_s`, since the start of the run."""
+        if self.residents is not None:
+            return self.residents.counts["overdue"]
+        return 0 if self.admission is None else self.admission.overdue
+
+    @property
+    def holds(self) -> bool:
+        """Whether turns are held."""
+        return bool(self.admission) or (self.residents is not None and self.residents.waits)
+
+    def tick(self, now: float) -> None:
+        """Time has passed: contexts may not be worth holding any more, or a silent fleet not worth waiting for."""
+        if self.residents is not None:
+            self.residents.tick(now)
+
+    def due_s(self, now: float) -> float:
+        """When `tick` should be called next if no event comes before; inf: no need."""
+        return inf if self.residents is None else self.residents.due_s()
 
     @property
     def refresh_due_s(self) -> float | None:
@@ -303,8 +389,10 @@ class Orchestrator:
             life.tool_s += turn.tool_s or 0.0
         return life
 
-    def _forget(self, key: str) -> None:
+    def _forget(self, key: str, now: float) -> None:
         self._transfers.over(key)
+        if self.residents is not None:
+            self.residents.trajectory_ended(key, now)
         self._lives.pop(key, None)
         if not self._lives:
             self._numbers = 0

@@ -27,6 +27,10 @@ class Reason(StrEnum):
     HASHED = "hashed"
     """`rollout.full_determinism`: the replica the request id hashes to (verl's own rule)."""
 
+    ADMITTED = "admitted"
+    """The trajectory was not resident anywhere: the replica with the fewest requests in flight of those with room for its context, or where
+    that lay last."""
+
     PLANNED = "planned"
     """First turn, or its replica left: where the step is expected to end clearly sooner, or else where verl's rule puts it."""
 
@@ -168,7 +172,7 @@ class Decision:
     predicted_upper: float | None = None
     """The same, its 0.9 quantile."""
     held: bool = False
-    """The replica has enough in flight: the turn waits until the orchestrator admits it."""
+    """The turn waits until the orchestrator admits it. `replica` may be empty then: it is chosen when there is room."""
 
 
 @dataclass(frozen=True, slots=True)

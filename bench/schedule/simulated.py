@@ -35,7 +35,7 @@ from verl_heddle.options import Options
 from verl_heddle.orchestrator import Orchestrator
 from verl_heddle.predict.quantities import Estimate
 from verl_heddle.report.draws import Draw, recorded
-from verl_heddle.report.play import CrossFitted, halves, preempting, teach
+from verl_heddle.report.play import CrossFitted, engine_for, halves, teach
 from verl_heddle.report.setting import Setting, setting
 from verl_heddle.simulate import EngineOptions, HostTier, Policy, simulate
 from verl_heddle.simulate.baselines import Plas, RoundRobin, Stock, TrajectoryFcfs
@@ -110,7 +110,7 @@ def learned(draw: Draw) -> Policy:
 def arms(draw: Draw, where: Setting) -> dict[str, tuple[Policy, EngineOptions]]:
     """Policy and engine of every arm, fresh."""
     fcfs, order = where.engine("fcfs"), where.engine("priority")
-    ours = preempting(where)
+    ours = engine_for(Options(), where)
     seed = draw.seed
     return {
         "stock": (Stock(seed), fcfs),

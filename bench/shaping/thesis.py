@@ -56,7 +56,7 @@ from verl_heddle.orchestrator import Orchestrator
 from verl_heddle.place.outlook import GRID, curves
 from verl_heddle.place.pace import Tempo, habit_of
 from verl_heddle.report.draws import Draw
-from verl_heddle.report.play import preempting, teach
+from verl_heddle.report.play import engine_for, teach
 from verl_heddle.report.setting import Setting, setting
 from verl_heddle.shape.outlook import live
 from verl_heddle.shape.plan import StepPlan, plain
@@ -165,7 +165,7 @@ class Step:
         teach(inner, Draw(self.seed, (tuple(batch),), (self.before,)))
         inner.step_times_known(self.where.latency)
         policy = self._selects(inner, plan, batch, step=1)
-        return simulate(batch, fleet, self.where.latency, policy, engine=preempting(self.where), step=1)
+        return simulate(batch, fleet, self.where.latency, policy, engine=engine_for(Options(), self.where), step=1)
 
     def layout(self, plan: StepPlan) -> list[int]:
         """Degrees of the layout that the robust plan would choose, knowing that groups end with their n-th sample."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from verl.workers.rollout.router import GlobalRequestLoadBalancer, get_router_ha
 
 from verl_heddle.fleet import Replica
 from verl_heddle.latency.model import LatencyModel
-from verl_heddle.options import Admission, Options, Place, Priority
+from verl_heddle.options import Admission, Options, Place, Preempt, Priority, Residents
 from verl_heddle.place.sticky import CACHE_SIZE, StickyLeastInflight
 from verl_heddle.trajectory import Outcome, Reason, ToolStart, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
 from verl_heddle.verl_plugin.router import HeddleRouter, alike
@@ -48,6 +49,9 @@ def test_choice_for_choice_like_verl(events, seed, deterministic):
         elif kind == "c":
             assert ours.forget() == theirs.clear_sticky_cache()["cleared_entries"]
         assert ours.inflight == theirs.get_status()["servers"]
+
+
+RESIDENTS = Options(residents=Residents(enable=True), priority=Priority(order="first_turn"), preempt=Preempt(enable=False))
 
 
 def test_same_cache_size():
@@ -160,15 +164,48 @@ def test_a_held_turn_waits_in_the_router_until_another_leaves():
         await asyncio.sleep(0)
         assert not any(wait.done() for wait in waits)
         await router.turn_finished(TurnEnd(turn(0).trajectory, "c0", "s0", 0, 5))
-        await asyncio.wait_for(waits[0], 1.0)
+        assert await asyncio.wait_for(waits[0], 1.0) == "s0"
         assert not waits[1].done()
-        await asyncio.wait_for(waits[1], 5.0)  # by the deadline
-        await asyncio.wait_for(router.wait_for_turn("nobody knows it"), 1.0)
+        assert await asyncio.wait_for(waits[1], 5.0) == "s0", "by the deadline"
+        with pytest.raises(LookupError):
+            await router.wait_for_turn("nobody knows it")
         assert router.stats()["held"] == 2 and router.stats()["hold_overdue"] == 1
         router.turn_withdrawn(turn(2))
         router.turn_withdrawn(turn(2))
         await router.turn_finished(TurnEnd(turn(1).trajectory, "c1", "s0", 0, 5))
         assert router.get_total_inflight() == 0
+
+    asyncio.run(play())
+
+
+def test_a_trajectory_without_a_home_waits_for_whichever_replica_has_room_first():
+    """At the end of another, where an idle context is not worth holding any more, and not at all once no replica is left."""
+
+    async def play():
+        def stranger(sample):
+            one = turn(sample)
+            return replace(one, trajectory=replace(one.trajectory, prompt=f"p{sample}"))
+
+        router = HeddleRouter({"s0": "h0", "s1": "h1"})
+        router.configure(RESIDENTS, False, alike({"s0": "h0", "s1": "h1"}, slots=4, kv_tokens=15))
+        router.step_times_known(LatencyModel.affine(0.01, 0.001, prefill_per_token_s=0.01))  # the KV cache is read in 0.3 s
+        homes = {sample: router.turn_started(stranger(sample)).replica for sample in (0, 1)}
+        assert set(homes.values()) == {"s0", "s1"}
+        held = [router.turn_started(stranger(sample)) for sample in (2, 3, 4)]
+        assert {(one.replica, one.held) for one in held} == {("", True)} and router.get_total_inflight() == 2
+        second, third, fourth = (asyncio.ensure_future(router.wait_for_turn(stranger(sample).request)) for sample in (2, 3, 4))
+        await asyncio.sleep(0)
+        await router.turn_finished(TurnEnd(stranger(1).trajectory, "c1", homes[1], 0, 5))
+        router.trajectory_ended(TrajectoryEnd(stranger(1).trajectory, Outcome.FINISHED, 5, 1))
+        assert await asyncio.wait_for(second, 1.0) == homes[1] and not third.done()
+        await router.turn_finished(TurnEnd(stranger(0).trajectory, "c0", homes[0], 0, 5))
+        assert not third.done(), "its tool may be quick"
+        assert await asyncio.wait_for(third, 5.0) == homes[0], "it was not"
+        stats = router.stats()
+        assert (stats["residents/admitted"], stats["residents/rent"], stats["residents/most_resident"], stats["held"]) == (4, 1, 2, 3)
+        router.remove_servers(["s0", "s1"])
+        with pytest.raises(LookupError):
+            await fourth
 
     asyncio.run(play())
 

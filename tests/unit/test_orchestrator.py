@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from verl_heddle.fleet import Replica
 from verl_heddle.latency.model import LatencyModel
-from verl_heddle.options import Admission, Options, Place, Priority
+from verl_heddle.options import Admission, Options, Place, Priority, Residents
 from verl_heddle.orchestrator import Orchestrator
 from verl_heddle.place.sticky import CACHE_SIZE, StickyLeastInflight
 from verl_heddle.predict.predictor import Predictor
@@ -48,9 +48,9 @@ def live(orchestrator: Orchestrator, lives: list[list[int]], order) -> list:
     return decisions
 
 
-def build(options: Options, slots: int = 256) -> Orchestrator:
+def build(options: Options, slots: int = 256, kv_tokens: int | None = None) -> Orchestrator:
     orchestrator = Orchestrator(options)
-    orchestrator.replicas_added(Replica(f"r{i}", slots=slots) for i in range(3))
+    orchestrator.replicas_added(Replica(f"r{i}", slots=slots, kv_tokens=kv_tokens) for i in range(3))
     return orchestrator
 
 
@@ -115,11 +115,11 @@ def test_turns_beyond_the_bound_wait_and_the_most_urgent_goes_first():
     assert [ask(name, "short", 1.0).held for name in "abcd"] == [False, False, True, True]
     assert ask("e", "long", 2.0).held and orchestrator.admitted(2.0) == []
     end("a", "short", 3.0)
-    assert orchestrator.admitted(3.0) == ["vlong_e:0"]
+    assert orchestrator.admitted(3.0) == [("vlong_e:0", "r")]
     end("c", "short", 4.0, completed=False)
     assert orchestrator.admitted(4.0) == [], "a held turn that gives up frees no place"
     assert orchestrator.admitted(102.9) == [], "a turn completed there 99.9 s ago"
-    assert orchestrator.admitted(103.0) == ["vshort_d:0"], "its replica is silent"
+    assert orchestrator.admitted(103.0) == [("vshort_d:0", "r")], "its replica is silent"
     for name, prompt in (("b", "short"), ("d", "short"), ("e", "long")):
         end(name, prompt, 104.0)
     assert set(orchestrator.inflight.values()) == {0} and len(orchestrator.admission) == 0
@@ -163,6 +163,7 @@ KINDS = {
     "planned": Options(admission=Admission(per_slot=1.0), place=Place(enable=True)),
     "planned, no refresh": Options(priority=Priority(refresh_s=0.0), place=Place(enable=True)),
     "planned, no priority": Options(priority=Priority(enable=False), place=Place(enable=True)),
+    "residents": Options(residents=Residents(enable=True), priority=Priority(order="first_turn")),
     "stock": Options(observe=True),
 }
 
@@ -171,7 +172,7 @@ class Crowd:
     """Trajectories that talk in shared conversations, several turns at a time, of workers that repeat themselves, lose replicas or die."""
 
     def __init__(self, options: Options, rng: Random, trajectories: int) -> None:
-        self.mind, self.rng, self.now = build(options, slots=2), rng, 0.0
+        self.mind, self.rng, self.now = build(options, slots=2, kv_tokens=4000), rng, 0.0
         self.mind.step_times_known(LatencyModel.affine(0.02, 0.01, prefill_per_token_s=1e-5))
         self.todo = {TrajectoryId(f"p{n % 3}", f"u{n % 4}", n, 1): rng.randint(1, 6) for n in range(trajectories)}
         self.begun: Counter[TrajectoryId] = Counter()
@@ -213,7 +214,8 @@ class Crowd:
         self.mind.reprioritised(self.now)
         self.mind.prewarms(self.now)
         self.let_in()
-        assert sum(self.mind.inflight.values()) == len(self.open) == len(self.mind._open)
+        assert sum(self.mind.inflight.values()) == sum(bool(replica) for _, replica in self.open.values())
+        assert len(self.open) == len(self.mind._open) and self.mind.holds == bool(self.held)
         assert set(self.mind._changed) <= set(self.mind._of_group)
 
     def start(self, turn: TurnStart) -> None:
@@ -234,8 +236,12 @@ class Crowd:
         )
 
     def let_in(self) -> None:
-        for request in self.mind.admitted(self.now):
+        self.mind.tick(self.now)
+        for request, replica in self.mind.admitted(self.now):
             self.held.remove(request)  # once, and only if it was held
+            turn, before = self.open[request]
+            assert before in ("", replica), "bound late, but once"
+            self.open[request] = (turn, replica)
 
 
 @settings(max_examples=150, deadline=None)
@@ -245,12 +251,13 @@ def test_whatever_turns_share_and_whoever_dies_nothing_is_left(kind, trajectorie
     for _ in range(120):
         crowd.event()
     mind = crowd.mind
-    assert mind.step_ended(1) == 0, "they are of this step"
+    assert mind.step_ended(1, crowd.now) == 0, "they are of this step"
     alive = {who for who in crowd.todo if crowd.begun[who]}
-    assert mind.step_ended(2) == len(alive), "their workers have died"
+    assert mind.step_ended(2, crowd.now) == len(alive), "their workers have died"
     assert set(mind.inflight.values()) == {0}
     assert not (mind._open or mind._of_group or mind._lives or mind._changed or (mind.admitted(crowd.now) and not crowd.held))
     assert mind.admission is None or (not mind.admission and not any(mind.admission.inside(name) for name in mind.inflight))
+    assert mind.residents is None or (not +mind.residents.now and not any(map(mind.residents.used, mind.residents.homes())))
     audit = mind._placement._audit
     assert not audit._shadow and set(audit._stock.inflight.values()) == {0}
     if mind.predictor is not None:

@@ -6,6 +6,7 @@ tests/faults/test_replica_death.py.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from dataclasses import dataclass
 from random import Random
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from verl_heddle.fleet import Replica
 from verl_heddle.latency import LatencyModel
-from verl_heddle.options import Admission, Options, Place
+from verl_heddle.options import Admission, Options, Place, Priority, Residents
 from verl_heddle.orchestrator import Orchestrator
 from verl_heddle.trajectory import Decision, Outcome, Reason, ToolStart, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
 
@@ -29,6 +30,7 @@ KILLS = st.lists(st.tuples(st.integers(0, 150), st.integers(0, REPLICAS - 1)), m
 OPTIONS = {
     "stock": Options(observe=True),
     "default": Options(admission=Admission(per_slot=1.0)),
+    "residents": Options(residents=Residents(enable=True), priority=Priority(order="first_turn")),
     "planned": Options(place=Place(enable=True), admission=Admission(per_slot=1.0)),
     "planned, none": Options(place=Place(enable=True, transport="none")),
 }
@@ -58,7 +60,7 @@ class Step:
         self.orchestrator, self.rng = Orchestrator(options), rng
         self.fleet = {f"r{number}" for number in range(REPLICAS)}
         self.dead: set[str] = set()
-        self.orchestrator.replicas_added(Replica(name, slots=slots) for name in sorted(self.fleet))
+        self.orchestrator.replicas_added(Replica(name, slots=slots, kv_tokens=5000) for name in sorted(self.fleet))
         self.orchestrator.step_times_known(LATENCY)
         names = [TrajectoryId(f"p{number // SAMPLES}", f"u{number // SAMPLES}", number, 1) for number in range(len(lives))]
         self.clients = {who.key: Client(who, turns) for who, turns in zip(names, lives, strict=True)}
@@ -96,7 +98,7 @@ class Step:
     def _ask(self, client: Client) -> None:
         self.warming.pop(client.who.key, None)
         client.decision = self.orchestrator.turn_started(client.start, self.clock)
-        assert client.decision.replica in self.fleet, "placed on a replica that is known to be lost"
+        assert client.decision.replica in self.fleet or client.decision.held, "placed on a replica that is known to be lost"
         client.held = client.decision.held
 
     def _answered(self, client: Client, decision: Decision) -> None:
@@ -131,10 +133,11 @@ class Step:
         self.orchestrator.transferred(key, self.clock)
 
     def _go_on(self) -> None:
-        for request in self.orchestrator.admitted(self.clock):
+        self.orchestrator.tick(self.clock)
+        for request, replica in self.orchestrator.admitted(self.clock):
             client = self.clients[request.rpartition(":")[0]]
-            assert client.held, "let in twice"
-            client.held = False
+            assert client.held and client.decision is not None, "let in twice"
+            client.held, client.decision = False, dataclasses.replace(client.decision, replica=replica)
         for order in self.orchestrator.prewarms(self.clock):
             client = self.clients[order.trajectory]
             assert client.decision is None and not client.over and order.replica in self.fleet
@@ -151,6 +154,7 @@ class Step:
         assert not mind._placement._live
         if mind.admission is not None:
             assert not len(mind.admission) and not any(gate.inside for gate in mind.admission._gates.values())
+        assert mind.residents is None or (not +mind.residents.now and not any(map(mind.residents.used, mind.residents.homes())))
         assert mind.predictor is None or not any(key in mind.predictor for key in self.clients)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import inf
+from random import Random
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from verl_heddle.fleet import Replica
 from verl_heddle.schedule.residents import ORDERS, Residents
-from verl_heddle.trajectory import Outcome, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
+from verl_heddle.trajectory import TrajectoryId, TurnEnd, TurnStart
 
 HOLD_S = 10.0
 PROMPT = 50
@@ -29,12 +30,8 @@ def finished(turn: TurnStart, replica: str, tokens: int) -> TurnEnd:
     return TurnEnd(turn.trajectory, turn.conversation, replica, turn.turn, tokens)
 
 
-def ended(number: int) -> TrajectoryEnd:
-    return TrajectoryEnd(identity(number), Outcome.FINISHED, 0, 0)
-
-
 def resident_set(order: str = "least_served", kv: int | None = 1000, slots: int = 4, replicas: int = 1) -> Residents:
-    residents = Residents(ORDERS[order])
+    residents = Residents(ORDERS[order], Random(0))
     for number in range(replicas):
         residents.add(Replica(f"r{number}", slots=slots, kv_tokens=kv), HOLD_S)
     return residents
@@ -84,7 +81,7 @@ class Play:
     def end(self, number: int) -> None:
         self.contexts.pop(number)
         self.over.add(number)
-        self.residents.trajectory_ended(ended(number), self.now)
+        self.residents.trajectory_ended(identity(number).key, self.now)
         self.check()
 
     def wait(self, seconds: float) -> None:
@@ -203,7 +200,7 @@ def test_the_evicted_return_wherever_there_is_room():
     residents.turn_finished(finished(turns[0], homes[0], 5), 1.0)
     assert residents.turn_started(started(6, 0, 90), 20.0) == homes[0]
     residents.turn_finished(finished(turns[1], homes[1], 1), 21.0)
-    residents.trajectory_ended(ended(3), 21.0)
+    residents.trajectory_ended(identity(3).key, 21.0)
     assert residents.turn_started(started(0, 1, 95), 22.0) == homes[1]
 
 

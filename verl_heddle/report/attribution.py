@@ -123,6 +123,7 @@ def step_metrics(trajectories: Columns | Sequence[Trajectory], replicas: Sequenc
         "accounted_share_worst": float(covered[finished].min()) if finished.any() else 1.0,
         "preemptions": int(np.nansum(table.numbers("preemptions"))),
         "moves": _moves(table),
+        **_reading(table),
     }
     names = table.turns["replica"]
     code = {name: number for number, name in enumerate(sorted({name for name in names if name is not None} | set(replicas)))}
@@ -138,6 +139,21 @@ def step_metrics(trajectories: Columns | Sequence[Trajectory], replicas: Sequenc
     for outcome, count in Counter(str(meta["outcome"]) for meta in metas).items():
         metrics[f"outcomes/{outcome}"] = count
     return metrics
+
+
+def _reading(table: Columns) -> dict[str, float]:
+    """`prefill_tokens`, read and not found in a prefix cache; `read_again_tokens` and their share `read_again_share`: what of it the
+    trajectory's turn before had left there, and was not found any more (engines cache whole blocks, so some tokens of each turn are among
+    them). Empty where the engines do not say."""
+    context, cached, made = (table.numbers(name) for name in ("ctx_tokens", "cached_tokens", "output_tokens"))
+    if not len(cached) or not np.isfinite(cached).any():
+        return {}
+    left = np.roll(context + made, 1)  # by the turn before
+    first = np.cumsum(table.counts) - table.counts
+    left[first[first < len(left)]] = 0.0
+    read = float(np.nansum(np.maximum(0.0, context - cached)))
+    again = float(np.nansum(np.maximum(0.0, np.minimum(left, context) - cached)))
+    return {"prefill_tokens": read, "read_again_tokens": again, "read_again_share": again / max(1.0, read)}
 
 
 def _moves(table: Columns) -> int:

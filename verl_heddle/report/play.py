@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from verl_heddle.fleet import Replica
-from verl_heddle.options import Options, Place
+from verl_heddle.options import Options, Place, Preempt, Priority, Residents
 from verl_heddle.orchestrator import Orchestrator
 from verl_heddle.predict.recall import recall
 from verl_heddle.report.draws import Draw, Step
@@ -35,7 +35,6 @@ from verl_heddle.simulate.baselines import (
     VerlStar,
     WaveAdmission,
 )
-from verl_heddle.simulate.resident import Resident
 from verl_heddle.trajectory import Decision, Prewarm, ToolStart, Trajectory, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
 
 TAIL = ("queue_s", "prefill_s", "generate_s", "tool_s", "other_s")
@@ -58,6 +57,9 @@ class Rule:
     """On `Setting.mixed`, where there is one, instead of one degree for all."""
 
 
+ADMITTING = Options(priority=Priority(order="first_turn"), preempt=Preempt(enable=False), residents=Residents(enable=True))
+"""Resident sets, as `heddle.residents` says to use them."""
+
 PLACING = Rule("heddle with heddle.place.enable", options=Options(place=Place(enable=True)))
 
 RULES: Mapping[str, Rule] = {
@@ -75,8 +77,8 @@ RULES: Mapping[str, Rule] = {
     "wave_admission": Rule("llm-d wave admission: free KV against growth", WaveAdmission),
     "lfs": Rule("NeMo-RL #4007: probes, then longest groups", Lfs),
     "uniboost": Rule("UniBoost: short reads put forward", UniBoost, "priority"),
-    "residents": Rule("resident set, least served first (not in the plugin yet)", lambda seed: Resident(), "priority"),
     "heddle": Rule("heddle, as released", options=Options()),
+    "residents": Rule("heddle.residents: resident sets, least served first", options=ADMITTING),
     "heddle_place": PLACING,
     "heddle_mixed": replace(PLACING, title="heddle on mixed degrees, placing", mixed=True),
     "lpt_oracle": Rule("oracle: longest first, true lengths", order="priority", knows=True),
@@ -139,7 +141,7 @@ def play(name: str, tp: int, setting: Setting, draw: Draw) -> list[Result]:
     """
     rule = RULES[name]
     fleet = setting.mixed_fleet() if rule.mixed and setting.mixed else setting.fleet(tp)
-    engine = preempting(setting) if rule.options else setting.engine(rule.order)
+    engine = setting.engine(rule.order) if rule.options is None else engine_for(rule.options, setting)
     if rule.tier:
         engine = replace(engine, tier=setting.tier)
     policy = rule.make(draw.seed) if rule.make else None
@@ -168,9 +170,10 @@ def preempt_rule(options: Options) -> PreemptRule:
     return PreemptRule.of(settings)
 
 
-def preempting(setting: Setting) -> EngineOptions:
-    """Engines with heddle's scheduler, as released."""
-    return replace(setting.engine("priority"), preempt=preempt_rule(Options()))
+def engine_for(options: Options, setting: Setting) -> EngineOptions:
+    """Engines as the plugin runs them with these options."""
+    engine = setting.engine("priority")
+    return replace(engine, preempt=preempt_rule(options)) if options.priority.enable and options.preempt.enable else engine
 
 
 def teach(policy: Orchestrator, draw: Draw) -> None:
@@ -302,9 +305,17 @@ class CrossFitted:
         """Pass on under the half's name."""
         self._inner.tool_started(replace(start, trajectory=self._known_as(start.trajectory)), now)
 
-    def admitted(self, now: float) -> list[str]:
+    def admitted(self, now: float) -> list[tuple[str, str]]:
         """Pass on under the true names."""
-        return [self._true_name(request) for request in self._inner.admitted(now)]
+        return [(self._true_name(request), replica) for request, replica in self._inner.admitted(now)]
+
+    def tick(self, now: float) -> None:
+        """Pass on."""
+        self._inner.tick(now)
+
+    def due_s(self, now: float) -> float:
+        """Pass on."""
+        return self._inner.due_s(now)
 
     def reprioritised(self, now: float) -> dict[str, dict[str, int]]:
         """Pass on under the true names."""

@@ -15,7 +15,8 @@ from typing import Any
 
 from verl_heddle.fleet import Replica
 from verl_heddle.latency import HOST_STEP_S, LatencyModel, calibrate, calibrate_host
-from verl_heddle.options import Options
+from verl_heddle.options import Options, Priority, Residents
+from verl_heddle.orchestrator import Orchestrator
 from verl_heddle.report.setting import UTILIZATION
 from verl_heddle.schedule.admission import Admission
 from verl_heddle.schedule.preempt import Rule
@@ -45,8 +46,10 @@ class Engines:
     """Preemption on arrival, where the run had it."""
     per_slot: float = 0.0
     """The run's bound on turns in flight per slot (`heddle.admission.per_slot`); 0: none."""
+    residents: str = ""
+    """Order of the run's resident sets (`heddle.residents.order`); empty: it had none."""
     as_released: bool = False
-    """The trace does not tell the last two, and they are taken to be heddle's defaults."""
+    """The trace does not tell of preemption and bound, and they are taken to be the defaults of `heddle.preempt` and `heddle.admission`."""
 
     @property
     def gpus(self) -> int:
@@ -80,6 +83,7 @@ def engines_of(
         utilization=utilization or meta.get("utilization"),
         preempt=Rule.of(preempt) if preempt else None,
         per_slot=default.admission.per_slot if silent else float(meta.get("per_slot") or 0.0),
+        residents=str(meta.get("residents") or ""),
         as_released=silent,
     )
 
@@ -182,15 +186,22 @@ class Machine:
         return simulate(step, self.fleet() if fleet is None else fleet, self.latency, policy, engine=engine, arrivals_s=arrivals)
 
     def replayed(self, step: Sequence[Trajectory]) -> Result:
-        """The step again, with every turn's recorded replica and priority, and what the run had on."""
+        """The step again, with every turn's recorded replica and priority, and what the run had on. A run with resident sets is decided
+        anew by their law, which binds to a replica when there is room."""
         return self.again(step, ready(step), overhead=overhead_s(step))
+
+    def admitting(self, order: str) -> Orchestrator:
+        """Heddle with resident sets on this machine."""
+        policy = Orchestrator(Options(priority=Priority(order="first_turn"), residents=Residents(enable=True, order=order)))
+        policy.step_times_known(self.latency)
+        return policy
 
     def again(
         self, step: Sequence[Trajectory], work: Sequence[Trajectory], fleet: Sequence[Replica] | None = None, **changed: Any
     ) -> Result:
         """`work`, trajectories of the step as `ready` makes them, decided as recorded but for what is `changed` (as in `run`)."""
         fleet = self.fleet() if fleet is None else fleet
-        policy = AsRecorded(step, fleet, self.engines.per_slot)
+        policy = self.admitting(self.engines.residents) if self.engines.residents else AsRecorded(step, fleet, self.engines.per_slot)
         return self.run(work, policy, order=self.engines.order, fleet=fleet, preempt=self.engines.preempt, **changed)
 
 

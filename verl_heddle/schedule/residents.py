@@ -7,13 +7,14 @@ Law
 - Footprint: the context of a trajectory, and while a turn of it runs what a turn adds in the mean; a prompt counts once per replica,
   however many samples share it.
 - Admission: the first of the waiting, in the policy's order, is admitted to a replica with room: footprints within `ADMIT` of its KV cache,
-  and a free slot. First choice is the replica where its context lay last, then one with a sibling, then the one with the most room. A
-  replica without residents takes anything, so nothing waits for ever.
+  and a free slot. First choice is the replica where its context lay last, then, as verl chooses, one of those with the fewest turns in
+  flight. A replica without residents takes anything, so nothing waits for ever.
 - A resident's turn goes in at once.
 - Holding is renting (ski rental): holding c tokens through a tool call of t seconds costs c * t token-seconds, evicting them costs c / r
   seconds of an engine with C tokens of KV, which is c * C / r. They are equal at t* = C / r, whatever c is. An idle resident is held for
   t*, then evicted if somebody waits; at once if its tool is predicted to take longer. At most twice the best without knowing t.
 - Over `FULL` (contexts grow): idle residents are evicted, the last in the order first.
+- Where no turn completes for `silent_s`, whoever has waited so long is admitted whatever the room: nothing waits for a silent fleet.
 
 Invariants (tests/unit/test_residents.py): after every event no replica over `FULL` has an idle resident; every waiting turn is admitted
 exactly once or withdrawn; while somebody waits, every replica has residents and none of them outstays its rent. Time comes in by arguments
@@ -30,9 +31,11 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import count
 from math import inf
+from random import Random
 
 from verl_heddle.fleet import Replica
-from verl_heddle.trajectory import TrajectoryEnd, TurnEnd, TurnStart
+from verl_heddle.schedule.admission import most_turns
+from verl_heddle.trajectory import TurnEnd, TurnStart
 
 ADMIT, FULL = 0.95, 1.0
 """Shares of a replica's KV cache: up to the first newcomers are admitted, over the second idle residents are evicted. The gap keeps one
@@ -63,6 +66,8 @@ class Live:
     """Turns in the engine of its home."""
     waiting: list[str] = field(default_factory=list)
     """Turns that wait for admission."""
+    since_s: float = 0.0
+    """Since when it waits."""
     idle_since_s: float = inf
     """Since when it has had no turn; only while resident."""
     entry: int = 0
@@ -79,6 +84,8 @@ Order = Callable[[Live], float]
 class _Home:
     replica: Replica
     capacity: float
+    most: float
+    """Residents at most: with a turn each they fill what its server takes."""
     hold_s: float
     used: float = 0.0
     running: int = 0
@@ -96,34 +103,60 @@ class Residents:
 
     Args:
         order: which of the waiting goes first, which of the idle is evicted last.
+        rng: for ties between replicas.
+        silent_s: seconds without a completed turn after which who has waited so long is admitted whatever the room.
     """
 
-    def __init__(self, order: Order) -> None:
-        self._order = order
+    def __init__(self, order: Order, rng: Random, silent_s: float = inf) -> None:
+        self._order, self._rng, self._silent_s = order, rng, silent_s
         self._homes: dict[str, _Home] = {}
         self._live: dict[str, Live] = {}
         self._queue: list[tuple[float, int, int, Live]] = []
         self._number = count()
         self._entry = count(1)
         self._growth = self._turns = 0.0
+        self._completed_s = -inf
+        """When a turn last completed."""
         self._admitted: dict[str, str] = {}
         self._released: list[tuple[str, str]] = []
         self.counts: Counter[str] = Counter()
         """Evictions by reason, admissions."""
+        self.now: Counter[str] = Counter()
+        """Trajectories that are resident, those of them that are idle, and those that wait."""
+        self._most: Counter[str] = Counter()
 
     # --- the fleet --------------------------------------------------------------------------------------------------------
 
     def add(self, replica: Replica, hold_s: float) -> None:
         """A replica joins, empty; `hold_s` is its t*."""
-        self._homes[replica.name] = _Home(replica, inf if replica.kv_tokens is None else replica.kv_tokens, hold_s)
+        most = most_turns(replica.slots, replica.calls)
+        self._homes[replica.name] = _Home(replica, inf if replica.kv_tokens is None else replica.kv_tokens, most, hold_s)
         self._fill()
+
+    def hold(self, name: str, hold_s: float) -> None:
+        """A replica's t* is known, or known better; residents whose tool runs keep what they were given."""
+        if name in self._homes:
+            self._homes[name].hold_s = hold_s
 
     def remove(self, name: str) -> None:
         """A replica leaves; its residents have no home any more, their running turns end elsewhere."""
         home = self._homes.pop(name, None)
         if home is not None:
             for live in home.residents.values():
-                live.home, live.running, live.idle_since_s, live.own = None, set(), inf, 0.0
+                self._busy(live)
+                live.home, live.running, live.own = None, set(), 0.0
+            self._change("resident", -len(home.residents))
+
+    def forget(self) -> int:
+        """Nobody's context is to be counted on any more (the engines have dropped their caches): who is idle has no home; returns how many
+        there were."""
+        idle = [(home, live) for home in self._homes.values() for live in home.residents.values() if not live.running]
+        for home, live in idle:
+            self._leave(home, live)
+            live.last = None
+        self._released.clear()
+        self._fill()
+        return len(idle)
 
     # --- events -----------------------------------------------------------------------------------------------------------
 
@@ -139,12 +172,13 @@ class Residents:
             home = self._homes[live.home]
             live.running.add(turn.request)
             home.running += 1
-            live.idle_since_s = inf
+            self._busy(live)
             self._count(home, live)
             self._shrink(home)
             return live.home
         live.waiting.append(turn.request)
         if len(live.waiting) == 1:
+            live.since_s = now
             self._wait(live)
         self.tick(now)
         return self._admitted.pop(turn.request, None)
@@ -157,11 +191,15 @@ class Residents:
         self._admitted.pop(turn.request, None)
         if turn.request in live.waiting:
             live.waiting.remove(turn.request)
+            if not live.waiting:
+                self._change("waiting", -1)
             return
         live.served += turn.output_tokens
         live.context += turn.output_tokens
-        keep = 1 - 1 / MEMORY
-        self._growth, self._turns = self._growth * keep + turn.output_tokens, self._turns * keep + 1
+        if turn.completed:
+            keep = 1 - 1 / MEMORY
+            self._growth, self._turns = self._growth * keep + turn.output_tokens, self._turns * keep + 1
+            self._completed_s = now
         if live.home is None or turn.request not in live.running:  # its replica left meanwhile
             return
         home = self._homes[live.home]
@@ -170,6 +208,7 @@ class Residents:
         self._count(home, live)
         if not live.running:
             live.idle_since_s = now
+            self._change("idle", 1)
             live.entry = next(self._entry)
             heappush(home.idle, (-self._order(live), -live.number, live.entry, live))
             ends = now if tool_s is not None and tool_s > home.hold_s else now + home.hold_s
@@ -177,15 +216,19 @@ class Residents:
         self._shrink(home)
         self.tick(now)
 
-    def trajectory_ended(self, end: TrajectoryEnd, now: float) -> None:
-        """The trajectory is over."""
-        live = self._live.pop(end.trajectory.key, None)
+    def trajectory_ended(self, key: str, now: float) -> None:
+        """The trajectory is over, whether its turns have been answered or not."""
+        live = self._live.pop(key, None)
         if live is None:
             return
-        live.waiting.clear()
+        if live.waiting:
+            live.waiting.clear()
+            self._change("waiting", -1)
         if live.home is not None:
             home = self._homes[live.home]
             home.running -= len(live.running)
+            for request in live.running:
+                self._admitted.pop(request, None)
             self._leave(home, live)
         self.tick(now)
 
@@ -201,10 +244,18 @@ class Residents:
             heappop(home.rent)
             self._evict(home, live, "rent")
             self._fill()
+        while (head := self._head()) is not None and self._homes and self._overdue_s(head) <= now:
+            heappop(self._queue)
+            self._admit(min(self._homes.values(), key=lambda home: home.running), head)
+            self.counts["overdue"] += 1
 
     def due_s(self) -> float:
         """When `tick` should be called next if no event comes before; inf: no need."""
-        return inf if self._head() is None else min(map(self._rent, self._homes.values()), default=inf)
+        head = self._head()
+        return inf if head is None else min(self._overdue_s(head), *map(self._rent, self._homes.values()), inf)
+
+    def _overdue_s(self, live: Live) -> float:
+        return max(live.since_s, self._completed_s) + self._silent_s
 
     def admitted(self) -> list[tuple[str, str]]:
         """(turn, replica) of those admitted since the last call."""
@@ -217,6 +268,18 @@ class Residents:
         return result
 
     # --- what is known ----------------------------------------------------------------------------------------------------
+
+    @property
+    def waits(self) -> bool:
+        """Whether a turn waits for admission."""
+        return self._head() is not None
+
+    def metrics(self) -> dict[str, int]:
+        """Counts since the start: admissions, evictions by reason. And the most residents, idle ones and waiting trajectories at a time
+        since the last call."""
+        most, self._most = self._most, Counter(self.now)
+        names = ("admitted", "full", "rent", "overdue")
+        return {name: self.counts[name] for name in names} | {f"most_{name}": most[name] for name in ("resident", "idle", "waiting")}
 
     def homes(self) -> list[str]:
         """Names of the replicas."""
@@ -243,6 +306,10 @@ class Residents:
         """Tokens counted against its KV cache."""
         return self._homes[name].used
 
+    def _change(self, name: str, by: int) -> None:
+        self.now[name] += by
+        self._most[name] = max(self._most[name], self.now[name])
+
     # --- how --------------------------------------------------------------------------------------------------------------
 
     def _count(self, home: _Home, live: Live) -> None:
@@ -252,7 +319,14 @@ class Residents:
         home.used += own - live.own
         live.own = own
 
+    def _busy(self, live: Live) -> None:
+        """A resident has a turn, or is none any more."""
+        if live.idle_since_s < inf:
+            live.idle_since_s = inf
+            self._change("idle", -1)
+
     def _wait(self, live: Live) -> None:
+        self._change("waiting", 1)
         live.entry = next(self._entry)
         heappush(self._queue, (self._order(live), live.number, live.entry, live))
 
@@ -284,21 +358,23 @@ class Residents:
     def _room(self, live: Live) -> _Home | None:
         growth = self._growth / self._turns if self._turns else 0.0
         own = max(0, live.context - live.prompt_tokens) + growth
-        best, key = None, None
+        fewest, found = inf, list[_Home]()
         for name, home in self._homes.items():
-            shared = live.prompt in home.prompts
-            need = own + (0 if shared else live.prompt_tokens)
-            if home.residents and (home.used + need > home.capacity * ADMIT or home.running >= home.replica.slots):
+            need = own + (0 if live.prompt in home.prompts else live.prompt_tokens)
+            if home.residents and (
+                home.used + need > home.capacity * ADMIT or home.running >= home.replica.slots or len(home.residents) >= home.most
+            ):
                 continue
-            free = (home.capacity - home.used - need) / home.capacity if home.capacity < inf else -float(home.running) / home.replica.slots
-            rank = (name == live.last, free)
-            if key is None or rank > key:
-                best, key = home, rank
-        return best
+            if name == live.last:
+                return home
+            if home.running <= fewest:
+                found = [home] if home.running < fewest else [*found, home]
+                fewest = home.running
+        return self._rng.choice(found) if found else None
 
     def _admit(self, home: _Home, live: Live) -> None:
         name = home.replica.name
-        live.home, live.own, live.idle_since_s = name, 0.0, inf
+        live.home, live.own = name, 0.0
         live.running = set(live.waiting)
         home.running += len(live.running)
         sharing, tokens = home.prompts.get(live.prompt, (0, live.prompt_tokens))
@@ -308,6 +384,8 @@ class Residents:
         self._count(home, live)
         self._admitted |= dict.fromkeys(live.waiting, name)
         live.waiting.clear()
+        self._change("waiting", -1)
+        self._change("resident", 1)
         self.counts["admitted"] += 1
         self._shrink(home)
 
@@ -331,7 +409,11 @@ class Residents:
             home.prompts[live.prompt] = (sharing - 1, tokens)
         else:
             home.used -= tokens
-        live.home, live.last, live.idle_since_s, live.own, live.running = None, name, inf, 0.0, set()
+        if not home.residents:
+            home.used = 0.0  # but for rounding, it is
+        self._busy(live)
+        self._change("resident", -1)
+        live.home, live.last, live.own, live.running = None, name, 0.0, set()
         self._released.append((live.key, name))
 
 

@@ -16,6 +16,7 @@ from math import isfinite
 from sys import intern
 from typing import Any, NamedTuple
 
+from verl_heddle.options import RESIDENT_ORDERS
 from verl_heddle.schedule.preempt import Rule as PreemptRule
 from verl_heddle.trajectory import Outcome, Trajectory, Turn
 
@@ -170,6 +171,9 @@ _META: Mapping[str, _Rule] = {
     "order": _or_null(_one_of("fcfs", "priority")),
     "utilization": _or_null(_Rule(lambda value: _is_number(value, 0, 1) and value > 0, "above 0, at most 1")),
     "kv_tokens": _or_null(_up_to(MAX_TOKENS)),
+    "residents": _or_null(
+        _Rule(lambda value: value is False or value in RESIDENT_ORDERS, f"false, or one of {', '.join(RESIDENT_ORDERS)}")
+    ),
     "per_slot": _or_null(_Rule(lambda value: _is_number(value, 0, MAX_SLOTS), "turns per slot from 0")),
     "preempt": _or_null(_Rule(lambda value: value is False or _is_rule(value), "false, or the settings of preemption on arrival")),
 }

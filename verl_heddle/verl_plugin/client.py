@@ -13,7 +13,7 @@ import asyncio
 import time
 from collections import Counter, defaultdict, deque
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from typing import Any
@@ -171,7 +171,7 @@ class HeddleClient(LLMServerClient):
         call.turn, call.decision = turn, decision
         if decision.held:
             since = time.monotonic()
-            await self._wait_for_turn(turn)
+            call.decision = decision = await self._wait_for_turn(turn, decision)
             call.held_s = time.monotonic() - since
         call.sent_s = time.monotonic()
         arguments: dict[str, Any] = {"request_id": turn.request}
@@ -291,29 +291,43 @@ class HeddleClient(LLMServerClient):
             except Exception as error:
                 self._go_local(error)
                 self.tell("turn_withdrawn", turn)  # the router may have placed it
+        return self._decide_alone(turn)
+
+    def _decide_alone(self, turn: TurnStart) -> Decision:
         self.counts["fallback_router"] += 1
         assert self._local is not None
         replica, _ = self._local.acquire_server(turn.conversation)
         return Decision(replica, 0, Reason.FALLBACK_ROUTER)
 
-    async def _wait_for_turn(self, turn: TurnStart) -> None:
-        """Until the router lets a held turn in; without an answer of the router it goes all the same."""
+    async def _wait_for_turn(self, turn: TurnStart, decision: Decision) -> Decision:
+        """Until the router lets a held turn in, and says where; without an answer it goes where is known, or by verl's rule."""
         deadline = ANSWER_S + self._options.deadlines.router_s
         try:
-            while await answer(self._load_balancer.wait_for_turn.remote(turn.request), deadline) is False:
+            while (replica := await answer(self._load_balancer.wait_for_turn.remote(turn.request), deadline)) is None:
                 pass
+            await self._know(replica)
+            return replace(decision, replica=replica)
         except Exception as error:
             self.counts["hold_lost"] += 1
             say_once(f"a turn that was held back was never let in ({type(error).__name__}: {error}); it goes without")
+            if decision.replica:
+                return decision
+            self._go_local(error)
+            self.tell("turn_withdrawn", turn)
+            return self._decide_alone(turn)
 
     async def _ask(self, turn: TurnStart) -> Decision:
-        deadline = self._options.deadlines.router_s
         decision = await self._questions.ask(turn)
-        if decision.replica not in self._servers:
-            self._servers = await answer(self._load_balancer.handles.remote(), deadline)
-        if decision.replica not in self._servers:
-            raise LookupError(f"the router chose {decision.replica}, which it does not list")
+        if decision.replica or not decision.held:
+            await self._know(decision.replica)
         return decision
+
+    async def _know(self, replica: str) -> None:
+        """Have the handle of a replica that the router chose."""
+        if replica not in self._servers:
+            self._servers = await answer(self._load_balancer.handles.remote(), self._options.deadlines.router_s)
+        if replica not in self._servers:
+            raise LookupError(f"the router chose {replica}, which it does not list")
 
     async def _put(self, turns: list[TurnStart]) -> list[Decision]:
         asked = self._load_balancer.turns_started.remote(turns, self._outbox.take())

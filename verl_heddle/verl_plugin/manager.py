@@ -153,9 +153,10 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
 
     def step_ended(self, step: int, train: Columns) -> dict[str, float]:
         """Tell the router that the batch of a training step is complete; returns its counts since the start of the run."""
-        needed = self._plans or self.planner is not None or self.layouts is not None
+        times = self._plans or self.options.admits or self.planner is not None
+        needed = times or self.layouts is not None
         self._last = records = list(train.records()) if needed else []  # one by one, they take a second at 10,000 trajectories
-        if self._plans or self.planner is not None:
+        if times:
             degrees = {name: replica.tp for name, replica in self.fleet.items()}
             self._step_times.learn(records, degrees, self._step_times_known)
         if self.layouts is not None:
@@ -204,7 +205,7 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
         self._latency = latency
         if self.planner is not None:
             self.planner.latency = latency
-        if self._plans:
+        if self._plans or self.options.admits:
             self.router.step_times_known.remote(latency)
 
     def engine_counts(self) -> Counter[str]:
@@ -242,7 +243,9 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
         for name, ref in asked.items():
             try:
                 facts = ray.get(ref, timeout=deadline_s)
-                fleet[name] = Replica(name, facts["tp"], facts["slots"], facts.get("kv_tokens"), facts.get("calls"))
+                fleet[name] = Replica(
+                    name, facts["tp"], facts["slots"], facts.get("kv_tokens"), facts.get("calls"), bool(facts.get("caches", True))
+                )
             except ActorDiedError:
                 say_once(f"replica {name} has died; the run goes on without it")
         self.fleet = fleet
@@ -275,7 +278,7 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
                 self._note_learnt()  # the last answer of the process that died may have come
                 self._learnt_asked = None
                 self._configure_router(deadline_s)
-                if self._plans and self._latency is not None:
+                if self._latency is not None and (self._plans or self.options.admits):
                     self.router.step_times_known.remote(self._latency)
             elif self.layouts is not None:  # it may have missed a change
                 ray.get(self.router.fleet_is.remote(self._told_fleet), timeout=deadline_s)

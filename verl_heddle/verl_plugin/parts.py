@@ -62,9 +62,17 @@ def asked(options: Options) -> dict[str, str]:
         "queueing": "",
         "tools": unless(options.tools.enable, "heddle.tools.enable=false", policy=False),
         "priority": unless(options.priority.enable, "heddle.priority.enable=false"),
-        "priority under way": unless(options.priority.enable and options.priority.refresh_s > 0, "heddle.priority.refresh_s=0"),
+        "priority under way": unless(
+            options.priority.enable and options.priority.refresh_s > 0 and options.priority.order == "longest",
+            "heddle.priority.order=first_turn" if options.priority.order == "first_turn" else "heddle.priority.refresh_s=0",
+        ),
         "preemption": unless(options.preempt.enable, "heddle.preempt.enable=false"),
-        "admission": unless(options.admission.per_slot > 0, "heddle.admission.per_slot=0"),
+        "residents": unless(
+            options.admits, "heddle.residents.enable=false" if not options.residents.enable else "heddle.place.enable=true"
+        ),
+        "admission": "heddle.residents does it"
+        if options.admits
+        else unless(options.admission.per_slot > 0, "heddle.admission.per_slot=0"),
         "prediction": unless(options.predicts, "no part needs it"),
         "checkpoint": unless(options.predict.checkpoint, "heddle.predict.checkpoint=false"),
         "placement": unless(options.place.enable, "heddle.place.enable=false"),
@@ -84,6 +92,7 @@ DOES = {
     "priority": "waiting turns run in heddle's order",
     "priority under way": "turns get a new priority when what is expected of them changes",
     "preemption": "an urgent turn takes a running one's slot",
+    "residents": "trajectories are admitted as KV cache has room, and keep it through their tool calls",
     "admission": "turns in flight are bounded, the rest wait in the router",
     "prediction": "how much of a trajectory is still to come",
     "checkpoint": "what is learnt is saved with verl's checkpoints",
@@ -109,7 +118,7 @@ def table(config: DictConfig, options: Options) -> list[Row]:
 def losses(config: DictConfig, options: Options) -> list[Loss]:
     """What the configuration takes away of the parts that are asked for; what takes away everything first."""
     wanted = {part for part, off in asked(options).items() if not off}
-    found = [*_classes(config), *_engine(config), *_statistics(config)]
+    found = [*_classes(config), *_engine(config), *_residents(config), *_statistics(config)]
     return [loss for loss in found if EVERYTHING in loss.parts or wanted & set(loss.parts)]
 
 
@@ -166,6 +175,18 @@ def _is(name: Any, seam: str, ours: str) -> bool:
     except Exception:
         return False
     return any(base.__name__ == ours and base.__module__.startswith("verl_heddle.") for base in bases)
+
+
+def _residents(config: DictConfig) -> list[Loss]:
+    """What resident sets cannot work with, or are of little use with."""
+    found = []
+    if get(config, f"{ROLLOUT}.full_determinism"):
+        text = "turns are placed by hash, as it asks"
+        found.append(Loss(("residents",), f"{ROLLOUT}.full_determinism=true: {text}"))
+    if engine(config, "enable_prefix_caching") is False:
+        text = "a turn reads its whole context again whatever lies where, so that nothing is held through a tool call"
+        found.append(Loss(("residents",), f"{ROLLOUT}.enable_prefix_caching=false: {text}", off=False))
+    return found
 
 
 def _engine(config: DictConfig) -> list[Loss]:

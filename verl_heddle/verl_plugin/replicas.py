@@ -126,20 +126,21 @@ class HeddleHttpServer(vLLMHttpServer):
         return await asyncio.gather(*(core._call_utility_async(method, *args, engine=engine) for engine in engines))
 
     async def heddle_facts(self) -> dict[str, int | None]:
-        """What the engine is, as vLLM made it: `tp`, `slots`, `kv_tokens`, which its KV cache holds (None if it does not say), and `calls`,
-        which this actor takes at a time."""
+        """What the engine is, as vLLM made it: `tp`, `slots`, `kv_tokens`, which its KV cache holds (None if it does not say), `caches`
+        (whether contexts are found again), and `calls`, which this actor takes at a time."""
         made = self.engine.vllm_config
         engines = made.parallel_config.data_parallel_size
         slots = engines * made.scheduler_config.max_num_seqs
         facts: dict[str, int | None] = {"tp": made.parallel_config.tensor_parallel_size, "slots": slots, "calls": calls_of(self.config)}
         try:
             cache = made.cache_config
+            facts["caches"] = bool(cache.enable_prefix_caching)
             if cache.kv_cache_size_tokens:  # of one engine; right also where layers hold different numbers of tokens
                 facts["kv_tokens"] = engines * cache.kv_cache_size_tokens
             else:
                 facts["kv_tokens"] = cache.num_gpu_blocks * cache.block_size if cache.num_gpu_blocks else None
         except Exception as error:
-            say_once(f"the engine does not tell its KV capacity ({type(error).__name__}: {error}); placement takes it for unlimited")
+            say_once(f"the engine does not tell its KV capacity ({type(error).__name__}: {error}); it is taken for unlimited")
         return facts
 
     async def heddle_priorities(self, table: dict[str, int]) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from random import Random
 from typing import Any
@@ -31,6 +31,9 @@ from verl_heddle.trajectory import Decision, Prewarm, Reason, ToolStart, Traject
 from verl_heddle.verl_plugin.calls import ANSWER_S, Promises
 from verl_heddle.verl_plugin.router_status import PoolStatus
 from verl_heddle.verl_plugin.voice import say, say_once
+
+TICK_S = 0.01
+"""Least time between two looks at what has become due."""
 
 TOLD = ("turn_finished", "turn_withdrawn", "tool_started", "transferred", "trajectory_ended")
 """What may come by `told`."""
@@ -100,10 +103,16 @@ class HeddleRouter(PoolStatus):
         self._options, self._cap_tokens = options, cap_tokens
         self._orchestrator = Orchestrator(options, deterministic, cap_tokens)
         self._fleet, self._latency = {}, None
+        waiting = {request: self._open[request] for request in self._held.waiting if request in self._open}
         self._open.clear()
-        for promises in (self._held, self._orders):  # this orchestrator knows of none of them
-            promises.drop_all()
         self.fleet_is(fleet)
+        for request, (turn, replica) in waiting.items():  # this orchestrator knows of none of them
+            if replica not in self._servers:
+                replica, _ = self._verls_rule.acquire(turn.conversation)
+                self._verls_rule.release(replica)  # its end will not be heard of
+            self._held.give(request, replica)
+        for promises in (self._held, self._orders):
+            promises.drop_all()
         if learnt is not None and (why_not := self.learn_again(learnt)) is not None:
             say(f"{why_not}: predictions start cold")
 
@@ -161,7 +170,8 @@ class HeddleRouter(PoolStatus):
             raise NotConfiguredError("the router has been restarted and not been set up yet")
         try:
             decision = self._orchestrator.turn_started(turn, time.monotonic())
-            self._verls_rule.note(turn.conversation, decision.replica)
+            if decision.replica:
+                self._verls_rule.note(turn.conversation, decision.replica)
         except Exception as error:
             if not self._servers:
                 raise
@@ -172,7 +182,7 @@ class HeddleRouter(PoolStatus):
         self._counts["held"] += decision.held
         self._counts["moves"] += decision.reason is Reason.MOVED
         self._orders.drop(turn.trajectory.key)
-        self._start_prewarms()
+        self._go_on()
         return decision
 
     def told(self, events: Sequence[tuple[str, Any]]) -> None:
@@ -183,18 +193,23 @@ class HeddleRouter(PoolStatus):
             elif name in TOLD:
                 getattr(self, name)(what)
 
-    async def wait_for_turn(self, request: str) -> bool:
-        """Until the held turn of this `TurnStart.request` may go, at once if it is not held any more; False after `ANSWER_S`: ask again."""
-        admission = self._orchestrator.admission
-        if admission is None or request not in admission:
-            return True
+    async def wait_for_turn(self, request: str) -> str | None:
+        """Until the held turn of this `TurnStart.request` may go: the replica it goes to. None after `ANSWER_S`: ask again.
+
+        Raises:
+            LookupError: the router knows of no such turn, or no replica is left for it.
+        """
+        if request not in self._open:
+            raise LookupError(f"the router knows of no turn {request}")
         if self._watch is None or self._watch.done():
-            self._watch = asyncio.get_running_loop().create_task(self._let_in_the_overdue())
+            self._watch = asyncio.get_running_loop().create_task(self._let_in_in_time())
         try:
-            await self._held.wait(request, ANSWER_S)
+            replica: str | None = await self._held.wait(request, ANSWER_S)
         except TimeoutError:
-            return False
-        return True
+            return None
+        if not replica:
+            raise LookupError(f"turn {request} goes nowhere: it is over, or no replica is left")
+        return replica
 
     async def turn_finished(self, turn: TurnEnd) -> Prewarm | None:
         """The engine is done with the turn, or its worker gave up waiting. Returns what to pre-warm now, if the trajectory moves.
@@ -223,8 +238,9 @@ class HeddleRouter(PoolStatus):
             self._left(TurnEnd(turn.trajectory, turn.conversation, replica, turn.turn, 0, completed=False, leg=turn.leg))
 
     def _left(self, turn: TurnEnd) -> None:
-        if self._open.pop(turn.request, None) is not None:
-            self._verls_rule.release(turn.replica)
+        opened = self._open.pop(turn.request, None)
+        if opened is not None:
+            self._verls_rule.release(opened[1])
         self._held.drop(turn.request)
         self._tell("turn_finished", turn)
 
@@ -252,10 +268,11 @@ class HeddleRouter(PoolStatus):
 
     async def step_ended(self, step: int) -> dict[str, float]:
         """The batch of a training step is complete: fit anew in a thread until the next; returns counts since the start of the run."""
-        self._counts["lost_trajectories"] += self._orchestrator.step_ended(step)
+        self._counts["lost_trajectories"] += self._orchestrator.step_ended(step, time.monotonic())
         for turn, replica in [one for one in self._open.values() if one[0].trajectory.prompt and one[0].trajectory.step < step]:
             del self._open[turn.request]
             self._verls_rule.release(replica)
+            self._held.drop(turn.request)
         self._drop_orders()
         self._go_on()
         predictor = self._orchestrator.predictor
@@ -268,9 +285,8 @@ class HeddleRouter(PoolStatus):
     def stats(self) -> dict[str, float]:
         """Counts since the start of the run; failures of the orchestrator as `failed_<event>`."""
         result: dict[str, float] = {**self._counts, **{f"failed_{event}": count for event, count in self.failures.items()}}
-        if self._orchestrator.admission is not None:
-            result["hold_overdue"] = self._orchestrator.admission.overdue
-        result |= {f"place_{name}": value for name, value in self._orchestrator.metrics().items()}
+        result["hold_overdue"] = self._orchestrator.overdue
+        result |= self._orchestrator.metrics()
         predictor = self._orchestrator.predictor
         if predictor is not None:
             result |= {"fit_s": self._fit_s, "fit_rows": predictor.model.rows if predictor.model else 0}
@@ -328,18 +344,34 @@ class HeddleRouter(PoolStatus):
             self._orders.give(order.trajectory, order)
 
     def _admit(self) -> None:
+        """Tell those who wait that they may go, and where."""
         try:
-            admitted: Iterable[str] = self._orchestrator.admitted(time.monotonic())
+            admitted = self._orchestrator.admitted(time.monotonic())
         except Exception as error:
             self._failed("admitted", error)
-            admitted = self._held.waiting
-        for request in admitted:
-            self._held.drop(request)
+            admitted = [(request, self._open[request][1]) for request in self._held.waiting if request in self._open]
+        for request, replica in admitted:
+            if request not in self._open:
+                continue
+            turn, known = self._open[request]
+            if not known and replica:
+                self._verls_rule.note(turn.conversation, replica)
+            elif not replica and self._servers:
+                replica, _ = self._verls_rule.acquire(turn.conversation)
+            self._open[request] = (turn, replica)
+            self._held.give(request, replica)
 
-    async def _let_in_the_overdue(self) -> None:
-        while self._orchestrator.admission:
-            await asyncio.sleep(min(1.0, self._options.admission.hold_s / 4))
-            self._admit()
+    async def _let_in_in_time(self) -> None:
+        """While turns are held, let in those whose time has come without any event."""
+        while self._orchestrator.holds:
+            now = time.monotonic()
+            due_s = self._orchestrator.due_s(now)
+            await asyncio.sleep(min(max(due_s - now, TICK_S), 1.0, self._options.admission.hold_s / 4))
+            try:
+                self._orchestrator.tick(time.monotonic())
+            except Exception as error:
+                self._failed("tick", error)
+            self._go_on()
 
     def _failed(self, event: str, error: Exception) -> None:
         self.failures[event] += 1
@@ -376,6 +408,8 @@ class HeddleRouter(PoolStatus):
         self._orchestrator.replicas_removed(server_ids)
         self._drop_orders()
         self._go_on()
+        if not self._servers:
+            self._held.drop_all()  # who waits hears that no replica is left
 
     def clear_sticky_cache(self) -> dict[str, Any]:
         """Conversations are placed anew at their next turn."""

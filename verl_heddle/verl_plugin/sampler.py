@@ -81,14 +81,14 @@ class _Watch:
         for name in ("fit_s", "fit_rows"):
             if name in router:
                 metrics[f"predict/{name}"] = router.pop(name)
-        for name in [name for name in router if name.startswith("place_")]:
-            metrics[f"place/{name.removeprefix('place_')}"] = router.pop(name)
+        for name in [name for name in router if name.startswith(("place/", "residents/most_"))]:
+            metrics[name] = router.pop(name)
         for name, count in self._news("router", Counter(router)).items():
             if name.startswith("failed_"):
                 counts[f"policy_{name.removeprefix('failed_')}"] += int(router[name])
             else:
-                metrics[f"router/{name}"] = count
-        if not self._options.observe and (self._options.preempt.enable or self._options.shape.enable):
+                metrics[name if name.startswith("residents/") else f"router/{name}"] = count
+        if not self._options.observe:
             engines = manager.engine_counts()
             metrics["engines/requests_left"] = engines.pop("requests", 0)
             metrics |= {f"preempt/{name}": count for name, count in self._news("engines", engines).items()}

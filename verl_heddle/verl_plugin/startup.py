@@ -55,13 +55,17 @@ def banner(config: DictConfig) -> str:
     options: Options = lint.options_or_none(config) or Options()
     on = {row.part for row in parts.table(config, options) if row.on}
     told = []
+    verls_rule = "verl's rule (sticky, least in-flight)"
     if options.observe:
         told.append("observing only, verl's own rules decide")
     else:
         moving = f", moving{' with pre-warming' if options.place.transport == 'prewarm' else ''}" if options.place.moves else ""
-        told.append(
-            f"placement: planned from step 2{moving}" if options.place.enable else "placement: verl's rule (sticky, least in-flight)"
-        )
+        if "residents" in on:
+            order = "least served" if options.residents.order == "least_served" else "first to begin"
+            told.append(f"placement: resident sets, {order} first")
+        else:
+            planned = f"planned from step 2{moving}"
+            told.append(f"placement: {planned if options.place.enable else verls_rule}")
         if options.priority.enable:
             order = "longest predicted first" if options.priority.order == "longest" else "by first turn"
             told.append(f"priority: {order}{', preempting on arrival where the engines can' if 'preemption' in on else ''}")
@@ -75,7 +79,7 @@ def banner(config: DictConfig) -> str:
         if options.shape.enable:
             spare = "as many as pay" if options.shape.spare is None else f"{options.shape.spare:g} a prompt"
             told.append(f"shaping: spare samples, {spare}, at most {options.shape.most:g}n")
-        if options.admission.per_slot:
+        if "admission" in on:
             told.append(f"admission: {options.admission.per_slot:g} turns per slot")
     told.append(f"poll: {options.poll_interval_s:g} s")
     told.append(f"trace: {options.trace.dir}/trace.jsonl" if options.trace.enable else "trace: off")

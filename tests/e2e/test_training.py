@@ -120,9 +120,7 @@ def test_resident_sets_say_the_same_where_kv_is_short(train, stock):
     metrics = run.steps[1]
     assert metrics["heddle/outcomes/finished"] == 64 and metrics["heddle/fallbacks/total"] == 0
     assert metrics["heddle/residents/admitted"] >= 64 and metrics["heddle/residents/most_resident"] < 48, "KV for some of them"
-    assert (
-        metrics["heddle/router/held"] > 0 and metrics["heddle/router/hold_overdue"] == 0 and metrics["heddle/residents/most_waiting"] > 16
-    )
+    assert metrics["heddle/residents/most_waiting"] > 16 and metrics["heddle/router/hold_overdue"] == 0
     assert 0 <= metrics["heddle/read_again_share"] < 1 and metrics["heddle/prefill_tokens"] > 0
     turns = [turn for item in read(run.trace) for turn in item.steps]
     assert len({turn.replica for turn in turns}) == 2 and {turn.reason for turn in turns} <= {"admitted", "sticky"}

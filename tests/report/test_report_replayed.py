@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from verl_heddle.latency import load
-from verl_heddle.options import Options
+from verl_heddle.options import Options, Preempt, Priority, Residents
 from verl_heddle.orchestrator import Orchestrator
 from verl_heddle.report.play import preempt_rule
 from verl_heddle.report.recorded import AsRecorded, Machine, engines_of, machine
@@ -43,7 +43,7 @@ def decided(options: Options):
 def test_the_trace_tells_what_decided():
     options = Options()
     assert Rule.of(options.decisions()["preempt"]) == preempt_rule(options) and options.decisions()["per_slot"] == 4.0
-    assert Options(observe=True).decisions() == {"preempt": False, "per_slot": 0}
+    assert Options(observe=True).decisions() == {"preempt": False, "residents": False, "per_slot": 0}
     options.preempt.enable = False
     assert options.decisions()["preempt"] is False
     made, _ = lives(decided(options))
@@ -101,3 +101,15 @@ def test_settings_of_preemption_that_cannot_be_end_in_one_line(tmp_path):
         write(tmp_path / "bad.jsonl", made)
         why(tmp_path / "bad.jsonl")
     assert asdict(Options().preempt)["enable"] is True
+
+
+def test_a_run_with_resident_sets_is_replayed_with_them():
+    """KV for a few of the contexts: without admission by KV the replay is of another run."""
+    options = Options(priority=Priority(order="first_turn"), preempt=Preempt(enable=False), residents=Residents(enable=True))
+    made, truth = lives(decided(options) | {"kv_tokens": 20_000}, options=options, kv_tokens=20_000)
+    assert engines_of(made).residents == "least_served"
+    known = machine([made], engines_of(made), TABLE)
+    again = known.replayed(made)
+    assert again.makespan_s == pytest.approx(truth.makespan_s, rel=0.15)
+    without = replace(known, engines=replace(known.engines, residents="")).replayed(made)
+    assert sum(one.recomputed_tokens for one in again.replicas) < 0.7 * sum(one.recomputed_tokens for one in without.replicas)

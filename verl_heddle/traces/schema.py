@@ -171,9 +171,7 @@ _META: Mapping[str, _Rule] = {
     "order": _or_null(_one_of("fcfs", "priority")),
     "utilization": _or_null(_Rule(lambda value: _is_number(value, 0, 1) and value > 0, "above 0, at most 1")),
     "kv_tokens": _or_null(_up_to(MAX_TOKENS)),
-    "residents": _or_null(
-        _Rule(lambda value: value is False or value in RESIDENT_ORDERS, f"false, or one of {', '.join(RESIDENT_ORDERS)}")
-    ),
+    "residents": _or_null(_Rule(lambda value: value is False or value in RESIDENT_ORDERS, "false, or their order")),
     "per_slot": _or_null(_Rule(lambda value: _is_number(value, 0, MAX_SLOTS), "turns per slot from 0")),
     "preempt": _or_null(_Rule(lambda value: value is False or _is_rule(value), "false, or the settings of preemption on arrival")),
 }

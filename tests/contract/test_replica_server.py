@@ -41,7 +41,7 @@ def server(answers=({},), scheduler=HeddleScheduler, preempt=None, **cache):
     made = object.__new__(HeddleHttpServer)
     made.replica_rank = 3
     made.config = OmegaConf.create({"tensor_model_parallel_size": 1, "max_num_seqs": None, "custom": {"heddle": {"preempt": preempt}}})
-    cache = {"num_gpu_blocks": 100, "block_size": 16, "kv_cache_size_tokens": None} | cache
+    cache = {"num_gpu_blocks": 100, "block_size": 16, "kv_cache_size_tokens": None, "enable_prefix_caching": True} | cache
     config = SimpleNamespace(
         scheduler_config=SimpleNamespace(max_num_seqs=48, get_scheduler_cls=lambda: scheduler),
         parallel_config=SimpleNamespace(data_parallel_size=len(answers), tensor_parallel_size=2),
@@ -53,14 +53,16 @@ def server(answers=({},), scheduler=HeddleScheduler, preempt=None, **cache):
 
 async def test_the_engine_is_asked_what_it_is_not_verls_config():
     """`rollout.max_num_seqs` is null here, and says another number where engine_kwargs.vllm does."""
-    assert await server().heddle_facts() == {"tp": 2, "slots": 48, "kv_tokens": 1600, "calls": 1000}
-    assert await server(kv_cache_size_tokens=900).heddle_facts() == {"tp": 2, "slots": 48, "kv_tokens": 900, "calls": 1000}
-    assert await server(num_gpu_blocks=None).heddle_facts() == {"tp": 2, "slots": 48, "kv_tokens": None, "calls": 1000}
+    known = {"tp": 2, "slots": 48, "calls": 1000, "caches": True}
+    assert await server(enable_prefix_caching=False).heddle_facts() == known | {"kv_tokens": 1600, "caches": False}
+    assert await server().heddle_facts() == known | {"kv_tokens": 1600}
+    assert await server(kv_cache_size_tokens=900).heddle_facts() == known | {"kv_tokens": 900}
+    assert await server(num_gpu_blocks=None).heddle_facts() == known | {"kv_tokens": None}
 
 
 async def test_a_data_parallel_server_has_the_slots_of_all_its_engines():
     facts = await server(({}, {}), num_gpu_blocks=200, kv_cache_size_tokens=1600).heddle_facts()
-    assert facts == {"tp": 2, "slots": 96, "kv_tokens": 3200, "calls": 1000}
+    assert facts == {"tp": 2, "slots": 96, "kv_tokens": 3200, "calls": 1000, "caches": True}
 
 
 async def test_every_engine_of_a_data_parallel_server_is_asked():

@@ -130,7 +130,7 @@ def test_a_full_disk_costs_the_trace_not_the_metrics(monkeypatch, tmp_path, caps
             return Columns.of([recorded()]), Counter({"fallback_router": 3, "prewarm/done": 2})
 
         def step_ended(self, step, records):
-            return {"held": 2 * step, "failed_fit": 1, "fit_s": 0.5, "fit_rows": 300, "place_quality": 0.8}
+            return {"held": 2 * step, "failed_fit": 1, "fit_s": 0.5, "fit_rows": 300, "place/quality": 0.8, "residents/rent": 3 * step}
 
         def shaped(self, step):
             return {"spare": 1.5}
@@ -148,6 +148,7 @@ def test_a_full_disk_costs_the_trace_not_the_metrics(monkeypatch, tmp_path, caps
         and metrics["heddle/preempt/preempted_by_rule"] == 5
         and metrics["heddle/predict/fit_rows"] == 300
         and metrics["heddle/place/quality"] == 0.8
+        and metrics["heddle/residents/rent"] == 3
         and metrics["heddle/place/prewarm_done"] == 2
     )
     good.flush()

@@ -134,11 +134,11 @@ class HeddleHttpServer(vLLMHttpServer):
         facts: dict[str, int | None] = {"tp": made.parallel_config.tensor_parallel_size, "slots": slots, "calls": calls_of(self.config)}
         try:
             cache = made.cache_config
-            facts["caches"] = bool(cache.enable_prefix_caching)
             if cache.kv_cache_size_tokens:  # of one engine; right also where layers hold different numbers of tokens
                 facts["kv_tokens"] = engines * cache.kv_cache_size_tokens
             else:
                 facts["kv_tokens"] = cache.num_gpu_blocks * cache.block_size if cache.num_gpu_blocks else None
+            facts["caches"] = bool(cache.enable_prefix_caching)
         except Exception as error:
             say_once(f"the engine does not tell its KV capacity ({type(error).__name__}: {error}); it is taken for unlimited")
         return facts

@@ -183,6 +183,7 @@ def test_the_table_shows_what_is_off_by_choice():
     config = compose([*BASE, "+plugin=heddle"])
     off = {row.part: row.why for row in parts.table(config, lint.options_or_none(config)) if not row.on}
     assert off == {
+        "residents": "heddle.residents.enable=false",
         "placement": "heddle.place.enable=false",
         "layout": "heddle.layout.enable=false",
         "shaping": "heddle.shape.enable=false",
@@ -190,6 +191,19 @@ def test_the_table_shows_what_is_off_by_choice():
     }
     quiet = compose([*BASE, "+plugin=heddle", f"+{VLLM}.kv_transfer_config={{a: 1}}", "heddle.preempt.enable=false"])
     assert lint.lint(quiet) == [], "a part nobody asked for is not missed"
+
+
+def test_what_resident_sets_cannot_work_with_is_said():
+    ours = [*BASE, "+plugin=heddle", "heddle.residents.enable=true"]
+    config = compose(ours)
+    on = {row.part: row.why for row in parts.table(config, lint.options_or_none(config))}
+    assert on["residents"] == parts.DOES["residents"] and on["admission"] == "heddle.residents does it" and lint.lint(config) == []
+    for key, text in (("full_determinism=true", "placed by hash"), ("enable_prefix_caching=false", "nothing is held through a tool call")):
+        findings = lint.lint(compose([*ours, f"actor_rollout_ref.rollout.{key}"]))
+        assert len(findings) == 1 and not findings[0].fatal and text in findings[0].text
+    planned = compose([*ours, "heddle.place.enable=true"])
+    off = {row.part: row.why for row in parts.table(planned, lint.options_or_none(planned)) if not row.on}
+    assert off["residents"] == "heddle.place.enable=true" and "admission" not in off
 
 
 def test_what_the_engine_is_told_beside_verls_keys_counts():

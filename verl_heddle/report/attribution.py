@@ -143,16 +143,16 @@ def step_metrics(trajectories: Columns | Sequence[Trajectory], replicas: Sequenc
 
 def _reading(table: Columns) -> dict[str, float]:
     """`prefill_tokens`, read and not found in a prefix cache; `read_again_tokens` and their share `read_again_share`: what of it the
-    trajectory's turn before had left there, and was not found any more (engines cache whole blocks, so some tokens of each turn are among
-    them). Empty where the engines do not say."""
+    trajectory's turn before had left there in whole blocks, and was not found any more. Empty where the engines do not say."""
     context, cached, made = (table.numbers(name) for name in ("ctx_tokens", "cached_tokens", "output_tokens"))
-    if not len(cached) or not np.isfinite(cached).any():
+    if not np.isfinite(cached + context).any():
         return {}
     left = np.roll(context + made, 1)  # by the turn before
     first = np.cumsum(table.counts) - table.counts
     left[first[first < len(left)]] = 0.0
+    block = max(1, int(np.gcd.reduce(cached[np.isfinite(cached)].astype(np.int64))))  # what is found is whole blocks
     read = float(np.nansum(np.maximum(0.0, context - cached)))
-    again = float(np.nansum(np.maximum(0.0, np.minimum(left, context) - cached)))
+    again = float(np.nansum(np.maximum(0.0, np.minimum(left, context) // block * block - cached)))
     return {"prefill_tokens": read, "read_again_tokens": again, "read_again_share": again / max(1.0, read)}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -23,6 +24,8 @@ PARAMETERS = 17
 """Of the tiny model as vLLM stacks them, in each worker."""
 VLLMS_OWN = r"psm_\w+|.*-cpushm_\d+"
 """verl's runs end with vLLM's processes being killed, stock or not, which leaves their message queues: up to three for a worker."""
+ENDING_S = 30.0
+"""For processes that were told to end when the run did."""
 PAIR = 3
 """Replica rank of the engine of two: it begins on GPU 0 of 3."""
 
@@ -97,6 +100,9 @@ def test_where_an_engine_dies_before_its_step_the_first_layout_takes_over(run):
 def test_engines_are_launched_once_and_nothing_is_left_behind(run, before):
     launches = {step: metrics["heddle/layout/launches"] for step, metrics in run.steps.items()}
     assert launches == {1: 3, 2: 0, 3: 1, 4: 0, 5: 0, 6: 0, 7: 0, 8: 0}
+    until = time.monotonic() + ENDING_S
+    while (ours()[0] - before[0]) and time.monotonic() < until:
+        time.sleep(0.5)
     processes, memory = ours()
     assert not processes - before[0]
     left = memory - before[1]

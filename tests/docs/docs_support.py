@@ -28,7 +28,7 @@ RUNS, ACCEPTED, REFUSED, UNTRIED = "runs", "accepted", "refused at start-up", "*
 ENVIRONMENTS = {
     "cpu": "all tests: `make test`",
     "cpu-pins": "contract and engine tests: `make test-pins`; verl's own pin for GPUs",
-    "cpu-newest": "contract tests of its scheduler; engine tests not run yet: `make test-newest`; the newest beside verl",
+    "cpu-newest": "contract and engine tests: `make test-newest`; the newest beside verl",
 }
 """Files of envs/ that tests run in, and what runs in them."""
 

@@ -310,7 +310,7 @@ class HeddleClient(LLMServerClient):
         except Exception as error:
             self.counts["hold_lost"] += 1
             say_once(f"a turn that was held back was never let in ({type(error).__name__}: {error}); it goes without")
-            if decision.replica:
+            if decision.replica in self._servers:
                 return decision
             self._go_local(error)
             self.tell("turn_withdrawn", turn)

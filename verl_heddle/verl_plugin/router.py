@@ -414,6 +414,7 @@ class HeddleRouter(PoolStatus):
     def clear_sticky_cache(self) -> dict[str, Any]:
         """Conversations are placed anew at their next turn."""
         self._orchestrator.homes_forgotten()
+        self._go_on()
         return {"cleared_entries": self._verls_rule.forget(), "server_loads": dict(self._verls_rule.inflight)}
 
 

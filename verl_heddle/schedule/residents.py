@@ -139,13 +139,18 @@ class Residents:
             self._homes[name].hold_s = hold_s
 
     def remove(self, name: str) -> None:
-        """A replica leaves; its residents have no home any more, their running turns end elsewhere."""
+        """A replica leaves; its residents have no home any more. Their running turns end without it; those that have not been told that
+        they may go wait again."""
         home = self._homes.pop(name, None)
         if home is not None:
             for live in home.residents.values():
                 self._busy(live)
+                live.waiting = [request for request in sorted(live.running) if self._admitted.pop(request, None) is not None]
                 live.home, live.running, live.own = None, set(), 0.0
+                if live.waiting:
+                    self._wait(live)
             self._change("resident", -len(home.residents))
+            self._fill()
 
     def forget(self) -> int:
         """Nobody's context is to be counted on any more (the engines have dropped their caches): who is idle has no home; returns how many

@@ -9,7 +9,7 @@ import pytest
 
 from verl_heddle.traces.io import read
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.alone]
 
 TOOLS = Path(__file__).parent / "replica_killer.py"
 STEPS, PROMPTS, SAMPLES = 5, 12, 4

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+BATCH_TOKENS = 8192
+"""verl's default `rollout.max_num_batched_tokens`: tokens that an engine step computes at most."""
+
 
 @dataclass(frozen=True, slots=True)
 class Replica:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
+from verl_heddle.schedule.residents import ORDERS as RESIDENT_ORDERS
+
 
 def option(default: Any, help: str) -> Any:
     """A dataclass field with the text that `verl-heddle overrides` prints."""
@@ -255,9 +257,6 @@ class Options:
 
 ORDERS = ("longest", "first_turn")
 """Values of `heddle.priority.order`."""
-
-RESIDENT_ORDERS = ("least_served", "by_arrival")
-"""Values of `heddle.residents.order`."""
 
 TRANSPORTS = ("prewarm", "none")
 """Values of `heddle.place.transport`."""

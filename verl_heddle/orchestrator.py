@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from math import ceil, inf
 from random import Random
 
-from verl_heddle.fleet import Replica
+from verl_heddle.fleet import BATCH_TOKENS, Replica
 from verl_heddle.options import Options
 from verl_heddle.place.decisions import Expected
 from verl_heddle.place.pace import Latency
@@ -37,9 +37,6 @@ from verl_heddle.schedule.admission import Admission, most_turns
 from verl_heddle.schedule.priority import Pace, first_come, longest_first, work_tokens
 from verl_heddle.schedule.residents import ORDERS, Residents
 from verl_heddle.trajectory import Decision, Prewarm, Reason, ToolStart, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
-
-READ_TOKENS = 8192
-"""verl's token budget of an engine step: an engine that reads contexts again reads that much at once."""
 
 FIRST_HOLD_S = 15.0
 """How long a context is held through a tool call before step times are known: the KV cache of an H200 is read in 5 to 40 s, by model and
@@ -167,14 +164,15 @@ class Orchestrator:
                 self.residents.hold(name, self._hold_s(replica))
 
     def _hold_s(self, replica: Replica) -> float:
-        """For how long it pays to hold a context through a tool call: the time in which the replica reads its whole KV cache."""
+        """For how long it pays to hold a context through a tool call: the time in which the replica reads its whole KV cache, full steps at
+        a time."""
         if not replica.caches:
             return 0.0
         if replica.kv_tokens is None:
             return inf
         if self._latency is None:
             return FIRST_HOLD_S
-        return replica.kv_tokens / READ_TOKENS * float(self._latency.prefill_s(replica.tp, READ_TOKENS))
+        return replica.kv_tokens / BATCH_TOKENS * float(self._latency.prefill_s(replica.tp, BATCH_TOKENS))
 
     def batch_expected(self, batch: Sequence[TurnStart], now: float) -> None:
         """These first turns are about to start, their `context_tokens` perhaps a guess: time to place them as a whole. Optional."""

@@ -15,8 +15,9 @@ from verl.workers.rollout.router import GlobalRequestLoadBalancer, get_router_ha
 
 from verl_heddle.fleet import Replica
 from verl_heddle.latency.model import LatencyModel
-from verl_heddle.options import Admission, Options, Place, Preempt, Priority, Residents
+from verl_heddle.options import Admission, Options, Place, Priority
 from verl_heddle.place.sticky import CACHE_SIZE, StickyLeastInflight
+from verl_heddle.report.play import ADMITTING
 from verl_heddle.trajectory import Outcome, Reason, ToolStart, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
 from verl_heddle.verl_plugin.router import HeddleRouter, alike
 
@@ -49,9 +50,6 @@ def test_choice_for_choice_like_verl(events, seed, deterministic):
         elif kind == "c":
             assert ours.forget() == theirs.clear_sticky_cache()["cleared_entries"]
         assert ours.inflight == theirs.get_status()["servers"]
-
-
-RESIDENTS = Options(residents=Residents(enable=True), priority=Priority(order="first_turn"), preempt=Preempt(enable=False))
 
 
 def test_same_cache_size():
@@ -187,7 +185,7 @@ def test_a_trajectory_without_a_home_waits_for_whichever_replica_has_room_first(
             return replace(one, trajectory=replace(one.trajectory, prompt=f"p{sample}"))
 
         router = HeddleRouter({"s0": "h0", "s1": "h1"})
-        router.configure(RESIDENTS, False, alike({"s0": "h0", "s1": "h1"}, slots=4, kv_tokens=15))
+        router.configure(ADMITTING, False, alike({"s0": "h0", "s1": "h1"}, slots=4, kv_tokens=15))
         router.step_times_known(LatencyModel.affine(0.01, 0.001, prefill_per_token_s=0.01))  # the KV cache is read in 0.3 s
         homes = {sample: router.turn_started(stranger(sample)).replica for sample in (0, 1)}
         assert set(homes.values()) == {"s0", "s1"}

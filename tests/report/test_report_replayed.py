@@ -5,9 +5,9 @@ from dataclasses import asdict, replace
 import pytest
 
 from verl_heddle.latency import load
-from verl_heddle.options import Options, Preempt, Priority, Residents
+from verl_heddle.options import Options
 from verl_heddle.orchestrator import Orchestrator
-from verl_heddle.report.play import engine_for, preempt_rule
+from verl_heddle.report.play import ADMITTING, engine_for, preempt_rule
 from verl_heddle.report.recorded import AsRecorded, Machine, engines_of, machine
 from verl_heddle.report.setting import setting
 from verl_heddle.report.why import why
@@ -106,8 +106,7 @@ def test_settings_of_preemption_that_cannot_be_end_in_one_line(tmp_path):
 
 def test_a_run_with_resident_sets_is_replayed_with_them():
     """KV for a few of the contexts: without admission by KV the replay is of another run."""
-    options = Options(priority=Priority(order="first_turn"), preempt=Preempt(enable=False), residents=Residents(enable=True))
-    made, truth = lives(decided(options) | {"kv_tokens": 20_000}, options=options, kv_tokens=20_000)
+    made, truth = lives(decided(ADMITTING) | {"kv_tokens": 20_000}, options=ADMITTING, kv_tokens=20_000)
     assert engines_of(made).residents == "least_served"
     known = machine([made], engines_of(made), TABLE)
     again = known.replayed(made)

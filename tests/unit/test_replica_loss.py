@@ -6,9 +6,8 @@ tests/faults/test_replica_death.py.
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from drawn import examples
@@ -137,7 +136,7 @@ class Step:
         for request, replica in self.orchestrator.admitted(self.clock):
             client = self.clients[request.rpartition(":")[0]]
             assert client.held and client.decision is not None, "let in twice"
-            client.held, client.decision = False, dataclasses.replace(client.decision, replica=replica)
+            client.held, client.decision = False, replace(client.decision, replica=replica)
         for order in self.orchestrator.prewarms(self.clock):
             client = self.clients[order.trajectory]
             assert client.decision is None and not client.over and order.replica in self.fleet

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from math import inf
 from random import Random
@@ -11,6 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from verl_heddle.fleet import Replica
+from verl_heddle.latency.model import LatencyModel
+from verl_heddle.orchestrator import FIRST_HOLD_S, Orchestrator
+from verl_heddle.report.play import ADMITTING
 from verl_heddle.schedule.residents import ORDERS, Residents
 from verl_heddle.trajectory import TrajectoryId, TurnEnd, TurnStart
 
@@ -96,7 +100,10 @@ class Play:
         for number, replica in self.where.items():
             assert self.residents.home_of(identity(number).key) == replica, "whoever runs is resident"
         held = [number for number in self.turns if number not in self.where]
-        for name in self.residents.homes():
+        homes = self.residents.homes()
+        resident, idle = (sum(len(of(name)) for name in homes) for of in (self.residents.residents, self.residents.idle))
+        assert +self.residents.now == +Counter(resident=resident, idle=idle, waiting=len(held)), "what is counted is there"
+        for name in homes:
             used, residents = self.residents.used(name), self.residents.residents(name)
             counted = sum(live.own for live in residents) + sum(PROMPT for _ in {live.prompt for live in residents})
             assert used == pytest.approx(counted), "the books are right"
@@ -202,6 +209,64 @@ def test_the_evicted_return_wherever_there_is_room():
     residents.turn_finished(finished(turns[1], homes[1], 1), 21.0)
     residents.trajectory_ended(identity(3).key, 21.0)
     assert residents.turn_started(started(0, 1, 95), 22.0) == homes[1]
+
+
+def test_a_fleet_in_which_nothing_completes_is_not_waited_for():
+    residents = Residents(ORDERS["least_served"], Random(0), silent_s=60.0)
+    residents.add(Replica("r0", kv_tokens=100), HOLD_S)
+    first = started(0, 0, 90)
+    residents.turn_started(first, 0.0)
+    residents.turn_finished(finished(first, "r0", 5), 5.0)
+    residents.turn_started(started(0, 1, 95), 6.0)
+    assert residents.turn_started(started(3, 0, 50), 7.0) is None and residents.due_s() == 67.0, "60 s after it came"
+    residents.tick(66.9)
+    assert residents.admitted() == []
+    residents.tick(67.0)
+    assert residents.admitted() == [(started(3, 0, 50).request, "r0")] and residents.counts["overdue"] == 1
+
+
+def test_residents_are_no_more_than_the_calls_that_a_server_takes():
+    residents = Residents(ORDERS["least_served"], Random(0))
+    residents.add(Replica("r0", slots=4, calls=40), HOLD_S)  # 32 are left to others than turns
+    for number in range(8):
+        turn = started(number, 0, 10)
+        assert residents.turn_started(turn, 0.0) == "r0"
+        residents.turn_finished(finished(turn, "r0", 5), 0.0)
+    assert residents.turn_started(started(8, 0, 10), 1.0) is None
+
+
+def test_who_was_admitted_to_a_replica_that_leaves_before_being_told_waits_again():
+    residents = resident_set(kv=100, replicas=2)
+    homes = [residents.turn_started(started(number, 0, 90), 0.0) for number in (0, 3)]
+    assert residents.turn_started(started(6, 0, 90), 1.0) is None
+    residents.trajectory_ended(identity(0).key, 2.0)
+    residents.remove(homes[0])
+    assert residents.admitted() == [] and residents.now["waiting"] == 1
+    residents.trajectory_ended(identity(3).key, 3.0)
+    assert residents.admitted() == [(started(6, 0, 90).request, homes[1])]
+
+
+def test_how_long_a_context_is_held():
+    """Through the time in which its KV cache is read, 8192 tokens at a time; not at all where nothing is found again."""
+    held = {}
+    for caches in (True, False):
+        orchestrator = Orchestrator(ADMITTING)
+        orchestrator.replicas_added([Replica("r", kv_tokens=81_920, caches=caches)])
+        held[caches] = [orchestrator.residents._homes["r"].hold_s]
+        orchestrator.step_times_known(LatencyModel.affine(0.01, 0.001, prefill_per_token_s=1e-4))
+        held[caches].append(orchestrator.residents._homes["r"].hold_s)
+    assert held[False] == [0.0, 0.0] and held[True] == [FIRST_HOLD_S, pytest.approx(8.192, rel=0.1)]
+
+
+def test_contexts_that_the_engines_have_dropped_are_not_counted_on():
+    orchestrator = Orchestrator(ADMITTING)
+    orchestrator.replicas_added([Replica("r", kv_tokens=100)])
+    first = started(0, 0, 90)
+    assert orchestrator.turn_started(first, 0.0).replica == "r"
+    orchestrator.turn_finished(finished(first, "r", 5), 1.0)
+    assert orchestrator.turn_started(started(3, 0, 50), 2.0).held
+    orchestrator.homes_forgotten()
+    assert orchestrator.admitted(2.0) == [(started(3, 0, 50).request, "r")]
 
 
 def test_a_replica_that_leaves_frees_its_residents():

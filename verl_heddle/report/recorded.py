@@ -15,8 +15,9 @@ from typing import Any
 
 from verl_heddle.fleet import Replica
 from verl_heddle.latency import HOST_STEP_S, LatencyModel, calibrate, calibrate_host
-from verl_heddle.options import Options, Priority, Residents
+from verl_heddle.options import Options, Residents
 from verl_heddle.orchestrator import Orchestrator
+from verl_heddle.report.play import ADMITTING
 from verl_heddle.report.setting import UTILIZATION
 from verl_heddle.schedule.admission import Admission
 from verl_heddle.schedule.preempt import Rule
@@ -192,7 +193,7 @@ class Machine:
 
     def admitting(self, order: str) -> Orchestrator:
         """Heddle with resident sets on this machine."""
-        policy = Orchestrator(Options(priority=Priority(order="first_turn"), residents=Residents(enable=True, order=order)))
+        policy = Orchestrator(replace(ADMITTING, residents=Residents(enable=True, order=order)))
         policy.step_times_known(self.latency)
         return policy
 

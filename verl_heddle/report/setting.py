@@ -13,7 +13,7 @@ from functools import cached_property
 from math import inf
 from typing import Literal
 
-from verl_heddle.fleet import Replica
+from verl_heddle.fleet import BATCH_TOKENS, Replica
 from verl_heddle.latency import HOST_STEP_S, LatencyModel, load
 from verl_heddle.simulate import DEFAULT_SLOTS, EngineOptions, HostTier, make_fleet
 from verl_heddle.simulate.workload import most_kv
@@ -27,9 +27,6 @@ USUAL_TP = {"Qwen3-32B on H100": 2, "Qwen3-32B on H200": 2}
 
 ROOM_TOKENS = 100_000
 """KV tokens that the usual degree leaves room for: two or three trajectories of full length (40K). Less is no baseline but a mistake."""
-
-BATCH_TOKENS = 8192
-"""verl's default `rollout.max_num_batched_tokens`."""
 
 OVERHEAD_S = 0.015
 """Seconds of a turn outside engine and tool: asking the router 5 to 6 ms, RPC 8 ms, the client's own work 1 ms, measured with verl's server

@@ -59,7 +59,7 @@ def _cases(step: Sequence[Trajectory], machine: Machine, last: Trajectory) -> It
     yield "least_loaded", "place", "every turn to the least loaded replica", None, run(work, Slime(), order=order, overhead=lost)
     if not engines.residents:
         told = "trajectories admitted as KV cache has room, and kept through their tools"
-        yield "residents", "order", told, None, run(work, machine.admitting("least_served"), order="priority", overhead=lost)
+        yield "residents", "order", told, None, run(work, machine.admitting(plugin.residents.order), order="priority", overhead=lost)
     if order == "priority":
         yield "stock", "order", "verl's own placement and order", None, run(work, Stock(), overhead=lost)
     if machine.held(engines.tp) is not None and machine.latency.kv_bytes(engines.tp) is not None:

@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
+from itertools import takewhile
 from math import inf
 
 ROOM = 32
@@ -131,9 +132,8 @@ class Admission:
 
     def admitted(self, now: float) -> list[str]:
         """Held turns that may go, the overdue included; each is named once."""
-        for request, held in list(self._held.items()):
-            if now - held.since_s < self._hold_s:
-                break
+        late = takewhile(lambda pair: now - pair[1].since_s >= self._hold_s, self._held.items())
+        for request, held in list(late):
             gate = self._gates[held.replica]
             if now - gate.completed_s >= self._hold_s:
                 self.overdue += 1

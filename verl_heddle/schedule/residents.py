@@ -118,7 +118,6 @@ class Residents:
         self._completed_s = -inf
         """When a turn last completed."""
         self._admitted: dict[str, str] = {}
-        self._released: list[tuple[str, str]] = []
         self.counts: Counter[str] = Counter()
         """Evictions by reason, admissions."""
         self.now: Counter[str] = Counter()
@@ -159,7 +158,6 @@ class Residents:
         for home, live in idle:
             self._leave(home, live)
             live.last = None
-        self._released.clear()
         self._fill()
         return len(idle)
 
@@ -267,11 +265,6 @@ class Residents:
         result, self._admitted = list(self._admitted.items()), {}
         return result
 
-    def released(self) -> list[tuple[str, str]]:
-        """(trajectory, replica): contexts nobody will come back to soon, for the engine to drop first; since the last call."""
-        result, self._released = self._released, []
-        return result
-
     # --- what is known ----------------------------------------------------------------------------------------------------
 
     @property
@@ -283,7 +276,7 @@ class Residents:
         """Counts since the start: admissions, evictions by reason. And the most residents, idle ones and waiting trajectories at a time
         since the last call."""
         most, self._most = self._most, Counter(self.now)
-        names = ("admitted", "full", "rent", "overdue")
+        names = ("admitted", "full", "rent")
         return {name: self.counts[name] for name in names} | {f"most_{name}": most[name] for name in ("resident", "idle", "waiting")}
 
     def homes(self) -> list[str]:
@@ -306,6 +299,10 @@ class Residents:
     def idle(self, name: str) -> list[Live]:
         """Its residents that have no turn."""
         return [live for live in self.residents(name) if not live.running]
+
+    def released(self) -> list[tuple[str, str]]:
+        """(trajectory, replica): contexts of the evicted, which an engine that is short of KV may drop first."""
+        return [(live.key, live.last) for live in self._live.values() if live.home is None and live.last in self._homes]
 
     def used(self, name: str) -> float:
         """Tokens counted against its KV cache."""
@@ -419,7 +416,6 @@ class Residents:
         self._busy(live)
         self._change("resident", -1)
         live.home, live.last, live.own, live.running = None, name, 0.0, set()
-        self._released.append((live.key, name))
 
 
 def by_arrival(live: Live) -> float:

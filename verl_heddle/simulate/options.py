@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import Literal
 
-from verl_heddle.fleet import Replica
+from verl_heddle.fleet import BATCH_TOKENS, Replica
 from verl_heddle.schedule.preempt import Rule
 
 
@@ -56,8 +56,8 @@ class EngineOptions:
     to the queue's
     front. `priority`: waiting turns by (priority, arrival), the victim is the largest such pair."""
 
-    batch_tokens: int | None = 8192
-    """vLLM `max_num_batched_tokens` (8192 in verl): tokens a step may compute, decodes first, then prefill chunks. None: no limit."""
+    batch_tokens: int | None = BATCH_TOKENS
+    """vLLM `max_num_batched_tokens`: tokens a step may compute, decodes first, then prefill chunks. None: no limit."""
 
     block_tokens: int = 16
     """vLLM `block_size`: a cached prefix is reused in whole blocks. KV *capacity* is counted in tokens, optimistic by less than a block

@@ -289,8 +289,7 @@ class HeddleClient(LLMServerClient):
             except RuntimeError:
                 raise  # "No available servers": verl's own error, and verl's own clients know it
             except Exception as error:
-                self._go_local(error)
-                self.tell("turn_withdrawn", turn)  # the router may have placed it
+                self._go_local(error, turn)
         return self._decide_alone(turn)
 
     def _decide_alone(self, turn: TurnStart) -> Decision:
@@ -312,8 +311,7 @@ class HeddleClient(LLMServerClient):
             say_once(f"a turn that was held back was never let in ({type(error).__name__}: {error}); it goes without")
             if decision.replica in self._servers:
                 return decision
-            self._go_local(error)
-            self.tell("turn_withdrawn", turn)
+            self._go_local(error, turn)
             return self._decide_alone(turn)
 
     async def _ask(self, turn: TurnStart) -> Decision:
@@ -338,11 +336,13 @@ class HeddleClient(LLMServerClient):
         if self._local is not None and _CALL.get().alone:
             self._local.release_server(server_id)
 
-    def _go_local(self, error: Exception) -> None:
-        """From now on this worker applies verl's rule by itself, to what it sends itself."""
+    def _go_local(self, error: Exception, turn: TurnStart | None = None) -> None:
+        """From now on this worker applies verl's rule by itself, to what it sends itself. `turn`: one that the router may have placed."""
         if self._local is None:
             say_once(f"router lost ({type(error).__name__}: {error}); this worker goes on under verl's own rule")
             self._local = GlobalRequestLoadBalancer(self._servers)
+        if turn is not None:
+            self.tell("turn_withdrawn", turn)
 
     def router_is_back(self) -> None:
         """Trust the router again (told by the manager once it has answered)."""

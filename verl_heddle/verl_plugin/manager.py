@@ -153,7 +153,7 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
 
     def step_ended(self, step: int, train: Columns) -> dict[str, float]:
         """Tell the router that the batch of a training step is complete; returns its counts since the start of the run."""
-        times = self._plans or self.options.admits or self.planner is not None
+        times = self._router_times or self.planner is not None
         needed = times or self.layouts is not None
         self._last = records = list(train.records()) if needed else []  # one by one, they take a second at 10,000 trajectories
         if times:
@@ -201,11 +201,16 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
         records, self._last = self._last, []
         return {} if self.planner is None else self.planner.step_ended(step, records, visits)
 
+    @property
+    def _router_times(self) -> bool:
+        """Whether the router decides by the engines' step times."""
+        return self._plans or self.options.admits
+
     def _step_times_known(self, latency: LatencyModel) -> None:
         self._latency = latency
         if self.planner is not None:
             self.planner.latency = latency
-        if self._plans or self.options.admits:
+        if self._router_times:
             self.router.step_times_known.remote(latency)
 
     def engine_counts(self) -> Counter[str]:
@@ -278,7 +283,7 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
                 self._note_learnt()  # the last answer of the process that died may have come
                 self._learnt_asked = None
                 self._configure_router(deadline_s)
-                if self._latency is not None and (self._plans or self.options.admits):
+                if self._latency is not None and self._router_times:
                     self.router.step_times_known.remote(self._latency)
             elif self.layouts is not None:  # it may have missed a change
                 ray.get(self.router.fleet_is.remote(self._told_fleet), timeout=deadline_s)

@@ -70,9 +70,10 @@ def asked(options: Options) -> dict[str, str]:
         "residents": unless(
             options.admits, "heddle.residents.enable=false" if not options.residents.enable else "heddle.place.enable=true"
         ),
-        "admission": "heddle.residents does it"
-        if options.admits
-        else unless(options.admission.per_slot > 0, "heddle.admission.per_slot=0"),
+        "admission": unless(
+            options.admission.per_slot > 0 and not options.admits,
+            "heddle.residents does it" if options.admits else "heddle.admission.per_slot=0",
+        ),
         "prediction": unless(options.predicts, "no part needs it"),
         "checkpoint": unless(options.predict.checkpoint, "heddle.predict.checkpoint=false"),
         "placement": unless(options.place.enable, "heddle.place.enable=false"),

@@ -55,17 +55,18 @@ def banner(config: DictConfig) -> str:
     options: Options = lint.options_or_none(config) or Options()
     on = {row.part for row in parts.table(config, options) if row.on}
     told = []
-    verls_rule = "verl's rule (sticky, least in-flight)"
     if options.observe:
         told.append("observing only, verl's own rules decide")
     else:
         moving = f", moving{' with pre-warming' if options.place.transport == 'prewarm' else ''}" if options.place.moves else ""
         if "residents" in on:
-            order = "least served" if options.residents.order == "least_served" else "first to begin"
-            told.append(f"placement: resident sets, {order} first")
+            told.append(
+                f"placement: resident sets, {'least served' if options.residents.order == 'least_served' else 'first to begin'} first"
+            )
+        elif options.place.enable:
+            told.append(f"placement: planned from step 2{moving}")
         else:
-            planned = f"planned from step 2{moving}"
-            told.append(f"placement: {planned if options.place.enable else verls_rule}")
+            told.append("placement: verl's rule (sticky, least in-flight)")
         if options.priority.enable:
             order = "longest predicted first" if options.priority.order == "longest" else "by first turn"
             told.append(f"priority: {order}{', preempting on arrival where the engines can' if 'preemption' in on else ''}")

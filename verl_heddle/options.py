@@ -24,9 +24,9 @@ class Priority:
 
     enable: bool = option(True, "Hand vLLM a priority per turn. Needs rollout.scheduling_policy=priority.")
     order: str = option(
-        "longest",
-        "longest: the longest predicted trajectory first. first_turn: a constant order, by when each trajectory asked for its first turn; "
-        "predicts nothing; a priority unit is one trajectory, and heddle.preempt.ageing_per_s=0 keeps the order strict.",
+        "first_turn",
+        "first_turn: a constant order, by when each trajectory asked for its first turn; predicts nothing. longest: the longest predicted "
+        "trajectory first; goes with heddle.preempt.enable=true heddle.residents.enable=false.",
     )
     quantum_tokens: int = option(64, "Predictions that differ by less than this count as equal; ties run first come, first served.")
     refresh_s: float = option(
@@ -47,8 +47,12 @@ class Predict:
 class Preempt:
     """`heddle.preempt.*`: when a waiting turn takes a running one's slot, inside vLLM. Needs `heddle.priority.enable`."""
 
-    enable: bool = option(True, "Preempt on arrival; off: a waiting turn waits for a free slot, as in stock vLLM.")
-    margin: int = option(4, "Priority units (heddle.priority.quantum_tokens each) by which the waiting turn must be more urgent.")
+    enable: bool = option(False, "Preempt on arrival; off: a waiting turn waits for a free slot, as in stock vLLM.")
+    margin: int = option(
+        4,
+        "Priority units by which the waiting turn must be more urgent: of heddle.priority.quantum_tokens each; one trajectory each with "
+        "heddle.priority.order=first_turn, where heddle.preempt.ageing_per_s=0 keeps the order strict.",
+    )
     max_preemptions: int = option(3, "How often one turn may lose its slot this way.")
     min_steps: int = option(8, "Engine steps a turn keeps its slot at least.")
     ageing_per_s: float = option(0.1, "Priority units a waiting turn gains per second, so that nothing starves; 0: none.")
@@ -60,9 +64,7 @@ class Residents:
     go where there is room. Rests while heddle.place plans, and under rollout.full_determinism."""
 
     enable: bool = option(
-        False,
-        "Admit trajectories as KV cache has room; off: turns are placed by verl's rule, bounded by heddle.admission. Goes with "
-        "heddle.priority.order=first_turn heddle.preempt.enable=false.",
+        True, "Admit trajectories as KV cache has room; off: turns are placed by verl's rule, bounded by heddle.admission."
     )
     order: str = option(
         "least_served",
@@ -232,6 +234,12 @@ class Options:
     tools: Tools = field(default_factory=Tools)
     trace: Trace = field(default_factory=Trace)
     deadlines: Deadlines = field(default_factory=Deadlines)
+
+    @classmethod
+    def longest(cls, **others: Any) -> Options:
+        """Turns ordered by predicted length, as the help of `heddle.priority.order` says to use it; `others` are sections."""
+        sections = {"priority": Priority(order="longest"), "preempt": Preempt(enable=True), "residents": Residents(enable=False)}
+        return cls(**(sections | others))
 
     @property
     def predicts(self) -> bool:

@@ -87,7 +87,7 @@ class Configuration:
 
     def options(self, seed: int) -> Options:
         """The plugin's settings."""
-        options = Options(observe=self.policy == "stock", seed=seed)
+        options = Options.longest(observe=self.policy == "stock", seed=seed)
         options.priority.refresh_s = 0.0  # vLLM's own scheduler takes no new priorities
         options.priority.quantum_tokens = 1 if self.policy == "known" and not self.preempt else 64
         return options

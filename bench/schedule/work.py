@@ -70,7 +70,7 @@ def known(arm: str, work: list[Trajectory]) -> list[TrajectoryEnd]:
 
 def options(arm: str, seed: int) -> Options:
     """The plugin's settings."""
-    made = Options(observe=arm == "stock", seed=seed)
+    made = Options.longest(observe=arm == "stock", seed=seed)
     made.priority.quantum_tokens = QUANTUM
     made.priority.refresh_s = 1.0 if arm == "heddle" else 0.0  # vLLM's own scheduler takes no new priorities
     return made

@@ -165,7 +165,7 @@ class Step:
         teach(inner, Draw(self.seed, (tuple(batch),), (self.before,)))
         inner.step_times_known(self.where.latency)
         policy = self._selects(inner, plan, batch, step=1)
-        return simulate(batch, fleet, self.where.latency, policy, engine=engine_for(Options(), self.where), step=1)
+        return simulate(batch, fleet, self.where.latency, policy, engine=engine_for(Options(place=Place(enable=place)), self.where), step=1)
 
     def layout(self, plan: StepPlan) -> list[int]:
         """Degrees of the layout that the robust plan would choose, knowing that groups end with their n-th sample."""

@@ -139,6 +139,8 @@ def test_what_weakens_heddle_is_a_warning(override, word):
 
 VLLM = "actor_rollout_ref.rollout.engine_kwargs.vllm"
 
+PREDICTING = ("heddle.priority.order=longest", "heddle.preempt.enable=true", "heddle.residents.enable=false")
+
 TAKEN = {
     "its scheduler": (["~" + VLLM], ["priority under way", "preemption"]),
     "another scheduler": ([f"{VLLM}.scheduler_cls=theirs.Scheduler"], ["priority under way", "preemption"]),
@@ -167,7 +169,7 @@ TAKEN = {
 @pytest.mark.parametrize("what", TAKEN)
 def test_the_table_shows_what_a_configuration_takes_away(what):
     overrides, off = TAKEN[what]
-    config = compose([*BASE, "+plugin=heddle", *overrides])
+    config = compose([*BASE, "+plugin=heddle", *PREDICTING, *overrides])
     options = lint.options_or_none(config)
     wanted = [part for part, why in parts.asked(options).items() if not why]
     assert [row.part for row in parts.table(config, options) if not row.on and row.part in wanted] == (
@@ -183,18 +185,22 @@ def test_the_table_shows_what_is_off_by_choice():
     config = compose([*BASE, "+plugin=heddle"])
     off = {row.part: row.why for row in parts.table(config, lint.options_or_none(config)) if not row.on}
     assert off == {
-        "residents": "heddle.residents.enable=false",
+        "priority under way": "heddle.priority.order=first_turn",
+        "preemption": "heddle.preempt.enable=false",
+        "admission": "heddle.residents does it",
+        "prediction": "no part needs it",
+        "checkpoint": "no part learns",
         "placement": "heddle.place.enable=false",
         "layout": "heddle.layout.enable=false",
         "shaping": "heddle.shape.enable=false",
         "stopping": "heddle.shape.enable=false",
     }
-    quiet = compose([*BASE, "+plugin=heddle", f"+{VLLM}.kv_transfer_config={{a: 1}}", "heddle.preempt.enable=false"])
+    quiet = compose([*BASE, "+plugin=heddle", f"+{VLLM}.kv_transfer_config={{a: 1}}"])
     assert lint.lint(quiet) == [], "a part nobody asked for is not missed"
 
 
 def test_what_resident_sets_cannot_work_with_is_said():
-    ours = [*BASE, "+plugin=heddle", "heddle.residents.enable=true"]
+    ours = [*BASE, "+plugin=heddle"]
     config = compose(ours)
     on = {row.part: row.why for row in parts.table(config, lint.options_or_none(config))}
     assert on["residents"] == parts.DOES["residents"] and on["admission"] == "heddle.residents does it" and lint.lint(config) == []
@@ -211,7 +217,7 @@ def test_what_the_engine_is_told_beside_verls_keys_counts():
     assert len(findings) == 1 and "set actor_rollout_ref.rollout.max_num_seqs=512" in findings[0].text
     findings = lint.lint(compose([*BASE, "+plugin=heddle", f"+{VLLM}.scheduling_policy=fcfs"]))
     assert [f.fatal for f in findings] == [True] and f"{VLLM}.scheduling_policy=priority" in findings[0].text
-    findings = lint.lint(compose([*BASE, "+plugin=heddle", "actor_rollout_ref.rollout.custom=null"]))
+    findings = lint.lint(compose([*BASE, "+plugin=heddle", "heddle.preempt.enable=true", "actor_rollout_ref.rollout.custom=null"]))
     assert [f.fatal for f in findings] == [False] and "heddle.preempt.* does not reach" in findings[0].text
 
 
@@ -343,8 +349,10 @@ def test_the_banner_tells_what_is_on(capsys, monkeypatch):
     monkeypatch.setattr(startup.nodes, "ready", lambda config: True)
     start = startup.Startup().on_job_start
     start(compose([*BASE, "+plugin=heddle"]))
+    assert "placement: resident sets, least served first; priority: by first turn; poll" in capsys.readouterr().err
+    start(compose([*BASE, "+plugin=heddle", *PREDICTING]))
     assert ", preempting on arrival" in capsys.readouterr().err
-    start(compose([*BASE, "+plugin=heddle", "actor_rollout_ref.rollout.pipeline_model_parallel_size=2"]))
+    start(compose([*BASE, "+plugin=heddle", *PREDICTING, "actor_rollout_ref.rollout.pipeline_model_parallel_size=2"]))
     assert ", preempting on arrival" not in capsys.readouterr().err
     start(compose([*BASE, "+plugin=heddle", "actor_rollout_ref.rollout.router_config_path=theirs.yaml"]))
     said = capsys.readouterr().err.splitlines()

@@ -79,7 +79,7 @@ def made(monkeypatch):
     worker = Worker()
     server = Actor(Server())
     router = Actor(HeddleRouter({"s0": server}))
-    manager.options, manager.router = Options(admission=Admission(per_slot=1.0)), router
+    manager.options, manager.router = Options.longest(admission=Admission(per_slot=1.0)), router
     manager.servers, manager.fleet = {"s0": server}, {}
     manager._deterministic, manager._cap_tokens, manager._samples = False, 20_000, (2, 1)
     manager.learnt = manager._learnt_asked = manager._latency = manager.planner = manager.layouts = None

@@ -15,9 +15,8 @@ from verl.workers.rollout.router import GlobalRequestLoadBalancer, get_router_ha
 
 from verl_heddle.fleet import Replica
 from verl_heddle.latency.model import LatencyModel
-from verl_heddle.options import Admission, Options, Place, Priority
+from verl_heddle.options import Admission, Options, Place
 from verl_heddle.place.sticky import CACHE_SIZE, StickyLeastInflight
-from verl_heddle.report.play import ADMITTING
 from verl_heddle.trajectory import Outcome, Reason, ToolStart, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
 from verl_heddle.verl_plugin.router import HeddleRouter, alike
 
@@ -67,7 +66,7 @@ def test_the_router_serves_trajectories_and_verls_own_clients():
     router.configure(Options(), False, alike({"s0": "h0", "s1": "h1"}, tp=2, slots=8))
     assert router.handles() == {"s0": "h0", "s1": "h1"}
     decision = router.turn_started(turn(0))
-    assert decision.reason is Reason.LEAST_INFLIGHT
+    assert decision.reason is Reason.ADMITTED
     server, handle = router.acquire_server("somebody")
     assert server != decision.replica and handle == f"h{server[1]}", "verl's clients see our turns in flight"
     assert router.get_total_inflight() == 2
@@ -185,7 +184,7 @@ def test_a_trajectory_without_a_home_waits_for_whichever_replica_has_room_first(
             return replace(one, trajectory=replace(one.trajectory, prompt=f"p{sample}"))
 
         router = HeddleRouter({"s0": "h0", "s1": "h1"})
-        router.configure(ADMITTING, False, alike({"s0": "h0", "s1": "h1"}, slots=4, kv_tokens=15))
+        router.configure(Options(), False, alike({"s0": "h0", "s1": "h1"}, slots=4, kv_tokens=15))
         router.step_times_known(LatencyModel.affine(0.01, 0.001, prefill_per_token_s=0.01))  # the KV cache is read in 0.3 s
         homes = {sample: router.turn_started(stranger(sample)).replica for sample in (0, 1)}
         assert set(homes.values()) == {"s0", "s1"}
@@ -260,7 +259,7 @@ def test_questions_are_answered_between_slices_of_new_priorities(monkeypatch):
         sent = []
         handle = SimpleNamespace(heddle_priorities=SimpleNamespace(remote=sent.append))
         router = HeddleRouter({"s0": handle})
-        router.configure(Options(admission=Admission(per_slot=0)), False, alike({"s0": handle}))
+        router.configure(Options.longest(admission=Admission(per_slot=0)), False, alike({"s0": handle}))
         for sample in range(40):
             router.turn_started(turn(sample))
         log, reprioritised = [], router._orchestrator.reprioritised
@@ -291,10 +290,11 @@ def test_admission_knows_how_many_calls_verl_lets_a_server_take(slots):
     calls = RolloutReplica.max_concurrency.fget(SimpleNamespace(config=config))
     assert calls_of(config) == calls and HeddleReplica.max_concurrency is RolloutReplica.max_concurrency
     assert slots <= most_turns(slots, calls) <= calls - 16
-    router = HeddleRouter({"s0": "h0"})
-    router.configure(Options(priority=Priority(enable=False)), False, {"s0": (Replica("s0", slots=slots, calls=calls), "h0")})
-    held = sum(router.turn_started(turn(sample)).held for sample in range(5000))
-    assert held == 5000 - min(4 * slots, most_turns(slots, calls))
+    for options, taken in ((Options(), slots), (Options.longest(), 4 * slots)):
+        router = HeddleRouter({"s0": "h0"})
+        router.configure(options, False, {"s0": (Replica("s0", slots=slots, calls=calls), "h0")})
+        held = sum(router.turn_started(turn(sample)).held for sample in range(5000))
+        assert held == 5000 - min(taken, most_turns(slots, calls))
 
 
 def test_between_steps_it_fits_and_what_it_learnt_can_be_kept():
@@ -311,14 +311,14 @@ def test_between_steps_it_fits_and_what_it_learnt_can_be_kept():
 
     async def play():
         router = HeddleRouter({"s0": "h0"})
-        router.configure(Options(), False, alike({"s0": "h0"}, slots=64), 5000)
+        router.configure(Options.longest(), False, alike({"s0": "h0"}, slots=64), 5000)
         await live(router, 0)
         await router.step_ended(0)
         await asyncio.wait_for(router._fit, 60)
         await asyncio.sleep(0)
         assert router.stats()["fit_rows"] >= 200
         again = HeddleRouter({"s0": "h0"})
-        again.configure(Options(), False, alike({"s0": "h0"}, slots=64), 5000)
+        again.configure(Options.longest(), False, alike({"s0": "h0"}, slots=64), 5000)
         assert again.learn_again(b"nonsense") == "not a stored predictor"
         assert again.learn_again(router.learnt()) is None
         who = TrajectoryId("p39", "1:p39", 0, 1)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +18,7 @@ pytest.importorskip("verl")
 from omegaconf import OmegaConf
 from verl.workers.rollout.replica import TokenOutput
 
-from verl_heddle.options import Admission, Deadlines, Options, Priority, Residents
+from verl_heddle.options import Admission, Deadlines, Options
 from verl_heddle.traces.recorder import Recorder
 from verl_heddle.trajectory import Outcome, TrajectoryEnd, TrajectoryId
 from verl_heddle.verl_plugin.client import HeddleClient
@@ -118,8 +117,8 @@ class Rig:
         assert len(set(seen)) == len(seen)
 
 
-HOLDING = Options(admission=Admission(per_slot=1.0, hold_s=20.0), deadlines=Deadlines(router_s=5.0))
-RESIDENTS = replace(HOLDING, residents=Residents(enable=True), priority=Priority(order="first_turn"))
+HOLDING = Options.longest(admission=Admission(per_slot=1.0, hold_s=20.0), deadlines=Deadlines(router_s=5.0))
+RESIDENTS = Options(admission=Admission(hold_s=20.0), deadlines=Deadlines(router_s=5.0))
 
 
 @pytest.mark.parametrize(("deterministic", "options", "held"), [(False, HOLDING, 12), (True, HOLDING, 12), (False, RESIDENTS, 4)])
@@ -148,7 +147,7 @@ def test_samples_that_share_a_request_id_and_generations_side_by_side(determinis
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_new_priorities_name_the_requests_as_the_engine_knows_them(deterministic):
     async def play() -> None:
-        rig = Rig(Options(), slots=64, deterministic=deterministic)
+        rig = Rig(Options.longest(), slots=64, deterministic=deterministic)
 
         async def episode(sample: int, *turns: int) -> None:
             recorder = rig.start("u", sample)
@@ -204,7 +203,7 @@ def test_a_held_turn_waits_for_as_long_as_its_replica_lives(monkeypatch):
     monkeypatch.setattr("verl_heddle.verl_plugin.router.ANSWER_S", 0.05)
 
     async def play() -> None:
-        rig = Rig(Options(admission=Admission(per_slot=1.0, hold_s=0.3), deadlines=Deadlines(router_s=5.0)))
+        rig = Rig(Options.longest(admission=Admission(per_slot=1.0, hold_s=0.3), deadlines=Deadlines(router_s=5.0)))
 
         async def episode(sample: int) -> None:
             recorder = rig.start("u", sample)

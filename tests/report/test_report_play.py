@@ -35,7 +35,7 @@ class Listener:
 def test_teaching_equals_an_epoch_simulated():
     """If this fails, the orchestrator has begun to learn from what `teach` does not tell."""
     (draw,) = generated("coding", 4, 4, [0]).draws
-    told, lived_through = Orchestrator(Options()), Orchestrator(Options())
+    told, lived_through = Orchestrator(Options.longest()), Orchestrator(Options.longest())
     teach(told, draw)
     simulate(draw.before[0], WHERE.fleet(1), WHERE.latency, lived_through, engine=PRIORITY)
     for policy in (told, lived_through):
@@ -67,7 +67,7 @@ def test_turns_held_and_reordered_bear_their_true_names_behind_the_halves(tmp_pa
     items = [lived(f"q{i}", s, (50 * (i + 1),) * 3) for i in range(8) for s in range(4)]
     (draw,) = recorded(trace(tmp_path, items), [0]).draws
     halves = {(item.prompt_id, item.trial): item.trial % 2 for item in draw.steps[0]}
-    options = Options(admission=Admission(per_slot=1.0), priority=Priority(refresh_s=0.001, quantum_tokens=1))
+    options = Options.longest(admission=Admission(per_slot=1.0), priority=Priority(order="longest", refresh_s=0.001, quantum_tokens=1))
     policy = CrossFitted(Orchestrator(options), halves)
     result = simulate(draw.steps[0], WHERE.fleet(4), WHERE.latency, policy, engine=PRIORITY)
     assert (result.finish_s > 0).all() and len(policy._inner.admission) == 0
@@ -79,7 +79,7 @@ def test_a_trace_never_predicts_a_trajectory_from_itself(tmp_path):
     def heard(length: int) -> dict:
         others = [lived(f"q{i}", s, (int(20 * 1.3**i),)) for i in range(30) for s in range(4)]
         (draw,) = recorded(trace(tmp_path, [lived("p", s, (length if s == 0 else 100,)) for s in range(4)] + others), [0]).draws
-        listener = Listener(Orchestrator(Options()))
+        listener = Listener(Orchestrator(Options.longest()))
         teach(listener.inner, draw)
         halves = {(item.prompt_id, item.trial): item.trial % 2 for item in draw.steps[0]}
         simulate(draw.steps[0], WHERE.fleet(1), WHERE.latency, CrossFitted(listener, halves), engine=PRIORITY)
@@ -113,7 +113,7 @@ def test_numbers_of_every_rule(name):
 
 def test_several_steps_are_means_and_history_goes_on():
     one, two = (generated("math", 3, 2, [seed]).draws[0].steps[0] for seed in (0, 1))
-    results = play("heddle", 1, WHERE, Draw(0, (one, two)))
+    results = play("heddle_longest", 1, WHERE, Draw(0, (one, two)))
     run = measured(1, WHERE, Draw(0, (one, two)), results)
     assert run.makespan_s == pytest.approx(sum(result.makespan_s for result in results) / 2)
     assert sum(run.tail.values()) == pytest.approx(run.makespan_s)

@@ -1,13 +1,13 @@
 """explain replays a run with what it had: its KV cache, preemption on arrival, the bound on turns in flight."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 
 from verl_heddle.latency import load
 from verl_heddle.options import Options
 from verl_heddle.orchestrator import Orchestrator
-from verl_heddle.report.play import ADMITTING, engine_for, preempt_rule
+from verl_heddle.report.play import engine_for, preempt_rule
 from verl_heddle.report.recorded import AsRecorded, Machine, engines_of, machine
 from verl_heddle.report.setting import setting
 from verl_heddle.report.why import why
@@ -42,8 +42,9 @@ def decided(options: Options):
 
 
 def test_the_trace_tells_what_decided():
-    options = Options()
+    options = Options.longest()
     assert Rule.of(options.decisions()["preempt"]) == preempt_rule(options) and options.decisions()["per_slot"] == 4.0
+    assert Options().decisions() == {"preempt": False, "residents": "least_served", "per_slot": 0}
     assert Options(observe=True).decisions() == {"preempt": False, "residents": False, "per_slot": 0}
     options.preempt.enable = False
     assert options.decisions()["preempt"] is False
@@ -70,12 +71,12 @@ def test_what_is_assumed_is_said(tmp_path):
     bare = [replace(item, meta={k: v for k, v in item.meta.items() if k not in decided(Options())}) for item in made]
     write(tmp_path / "bare.jsonl", bare)
     notes = " ".join(why(tmp_path / "bare.jsonl", table=TABLE).notes)
-    assert "--gpu-memory-utilization 0.5" in notes and "preemption on arrival and the bound on turns in flight, as released" in notes
+    assert "--gpu-memory-utilization 0.5" in notes and "resident sets, as released" in notes
 
 
 def test_a_run_with_preemption_and_gate_is_replayed_with_them():
     """With few slots and few in flight both decide much: without them the replay is of another run."""
-    options = Options()
+    options = Options.longest()
     options.admission.per_slot = 1.0
     made, truth = lives(decided(options), options=options, slots=4)
     assert truth.preemptions > 0
@@ -101,12 +102,11 @@ def test_settings_of_preemption_that_cannot_be_end_in_one_line(tmp_path):
     with pytest.raises(ValueError, match="preempt"):
         write(tmp_path / "bad.jsonl", made)
         why(tmp_path / "bad.jsonl")
-    assert asdict(Options().preempt)["enable"] is True
 
 
 def test_a_run_with_resident_sets_is_replayed_with_them():
     """KV for a few of the contexts: without admission by KV the replay is of another run."""
-    made, truth = lives(decided(ADMITTING) | {"kv_tokens": 20_000}, options=ADMITTING, kv_tokens=20_000)
+    made, truth = lives(decided(Options()) | {"kv_tokens": 20_000}, kv_tokens=20_000)
     assert engines_of(made).residents == "least_served"
     known = machine([made], engines_of(made), TABLE)
     again = known.replayed(made)

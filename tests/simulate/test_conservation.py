@@ -122,7 +122,7 @@ def test_same_seed_same_result():
 
 def test_a_policy_can_be_used_for_the_next_step():
     work = _small()
-    policy = Orchestrator(Options())
+    policy = Orchestrator(Options.longest())
     fleet = [Replica("a"), Replica("b")]
     first = simulate(work, fleet, FULL, policy)
     second = simulate(work, fleet, FULL, policy, step=1)

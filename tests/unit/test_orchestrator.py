@@ -72,12 +72,12 @@ def test_inflight_returns_to_zero_and_same_events_give_same_decisions(lives, see
 def test_observing_or_without_priority_nothing_is_urgent(lives):
     from itertools import count
 
-    for options in (Options(observe=True), Options(priority=Priority(enable=False))):
+    for options in (Options(observe=True), Options(priority=Priority(enable=False), residents=Residents(enable=False))):
         assert {d.priority for d in live(build(options), lives, count())} == {0}
 
 
 def test_longer_prompts_run_first_once_history_exists():
-    orchestrator = build(Options())
+    orchestrator = build(Options.longest())
     for prompt, tokens in (("short", 100), ("long", 5000)):
         who = TrajectoryId(prompt, "u", 0, 1)
         orchestrator.trajectory_ended(TrajectoryEnd(who, Outcome.FINISHED, tokens, 1), 0.0)
@@ -91,17 +91,17 @@ def test_longer_prompts_run_first_once_history_exists():
 
 
 def test_cancelled_failed_and_validation_lives_teach_nothing():
-    orchestrator = build(Options())
+    orchestrator = build(Options.longest())
     for outcome, validate in ((Outcome.CANCELLED, False), (Outcome.FAILED, False), (Outcome.FINISHED, True)):
         who = TrajectoryId("p", "u", 0, 1, validate)
         orchestrator.trajectory_ended(TrajectoryEnd(who, outcome, 900, 3), 0.0)
     decision = orchestrator.turn_started(TurnStart(identity(1), "c", 0, 10, 0), 1.0)
-    fresh = build(Options()).turn_started(TurnStart(identity(1), "c", 0, 10, 0), 1.0)
+    fresh = build(Options.longest()).turn_started(TurnStart(identity(1), "c", 0, 10, 0), 1.0)
     assert decision.predicted_remaining == fresh.predicted_remaining
 
 
 def test_turns_beyond_the_bound_wait_and_the_most_urgent_goes_first():
-    orchestrator = Orchestrator(Options(admission=Admission(per_slot=1.0, hold_s=100.0)))
+    orchestrator = Orchestrator(Options.longest(admission=Admission(per_slot=1.0, hold_s=100.0)))
     orchestrator.replicas_added([Replica("r", slots=2)])
     for prompt, tokens in (("short", 100), ("long", 5000)):
         orchestrator.trajectory_ended(TrajectoryEnd(TrajectoryId(prompt, "u", 0, 1), Outcome.FINISHED, tokens, 1), 0.0)
@@ -126,7 +126,7 @@ def test_turns_beyond_the_bound_wait_and_the_most_urgent_goes_first():
 
 
 def test_siblings_that_end_change_the_priority_of_turns_under_way():
-    orchestrator = build(Options())
+    orchestrator = build(Options.longest())
     first = orchestrator.turn_started(TurnStart(identity(0), "c0", 0, 10, 0), 0.0)
     assert orchestrator.reprioritised(0.0) == {} == orchestrator.reprioritised(0.5)
     for sample in range(1, 9):
@@ -158,12 +158,13 @@ def test_by_first_turn_the_order_is_constant_and_nothing_is_predicted():
 
 
 KINDS = {
-    "default": Options(admission=Admission(per_slot=1.0)),
-    "first turn": Options(admission=Admission(per_slot=1.0), priority=Priority(order="first_turn")),
-    "planned": Options(admission=Admission(per_slot=1.0), place=Place(enable=True)),
-    "planned, no refresh": Options(priority=Priority(refresh_s=0.0), place=Place(enable=True)),
+    "default": Options(),
+    "longest": Options.longest(admission=Admission(per_slot=1.0)),
+    "longest, residents": Options.longest(residents=Residents(enable=True)),
+    "first turn": Options(admission=Admission(per_slot=1.0), residents=Residents(enable=False)),
+    "planned": Options.longest(admission=Admission(per_slot=1.0), place=Place(enable=True)),
+    "planned, no refresh": Options(priority=Priority(order="longest", refresh_s=0.0), place=Place(enable=True)),
     "planned, no priority": Options(priority=Priority(enable=False), place=Place(enable=True)),
-    "residents": Options(residents=Residents(enable=True), priority=Priority(order="first_turn")),
     "stock": Options(observe=True),
 }
 
@@ -267,7 +268,7 @@ def test_whatever_turns_share_and_whoever_dies_nothing_is_left(kind, trajectorie
 def test_a_conversation_stays_while_its_trajectory_lives_however_many_there_are():
     many = CACHE_SIZE + 500
     for observe in (False, True):
-        mind = build(Options(observe=observe, priority=Priority(enable=False), admission=Admission(per_slot=0)))
+        mind = build(Options(observe, priority=Priority(enable=False), residents=Residents(enable=False), admission=Admission(per_slot=0)))
         stock = StickyLeastInflight(Random(0))
         for name in ("r0", "r1", "r2"):
             stock.add(name)
@@ -292,7 +293,7 @@ def test_a_conversation_stays_while_its_trajectory_lives_however_many_there_are(
 
 def test_new_priorities_come_in_slices_predicted_together(monkeypatch):
     monkeypatch.setattr("verl_heddle.orchestrator.SLICE", 10)
-    mind = build(Options(admission=Admission(per_slot=0)))
+    mind = build(Options.longest(admission=Admission(per_slot=0)))
     first = {}
     for sample in range(35):
         turn = TurnStart(identity(sample), f"c{sample}", 0, 10, 0)
@@ -318,7 +319,7 @@ def test_new_priorities_come_in_slices_predicted_together(monkeypatch):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
 def test_a_time_that_is_no_time_was_not_measured(bad):
     def play(seconds: float | None) -> tuple[list, bytes]:
-        mind, decisions = build(Options()), []
+        mind, decisions = build(Options.longest()), []
         for sample in range(6):
             who = identity(sample)
             for number in range(3):
@@ -333,7 +334,7 @@ def test_a_time_that_is_no_time_was_not_measured(bad):
 
 
 def test_the_whole_length_counts_tools_that_have_run():
-    mind = build(Options(priority=Priority(quantum_tokens=1)))
+    mind = build(Options.longest(priority=Priority(order="longest", quantum_tokens=1)))
 
     def second(sample: int, tool_s: float) -> int:
         who = TrajectoryId(f"p{sample}", f"u{sample}", 0, 1)

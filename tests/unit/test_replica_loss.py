@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from verl_heddle.fleet import Replica
 from verl_heddle.latency import LatencyModel
-from verl_heddle.options import Admission, Options, Place, Priority, Residents
+from verl_heddle.options import Admission, Options, Place
 from verl_heddle.orchestrator import Orchestrator
 from verl_heddle.trajectory import Decision, Outcome, Reason, ToolStart, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
 
@@ -28,10 +28,10 @@ KILLS = st.lists(st.tuples(st.integers(0, 150), st.integers(0, REPLICAS - 1)), m
 """(number of the event before which it dies, which)."""
 OPTIONS = {
     "stock": Options(observe=True),
-    "default": Options(admission=Admission(per_slot=1.0)),
-    "residents": Options(residents=Residents(enable=True), priority=Priority(order="first_turn")),
+    "default": Options(),
+    "longest": Options.longest(admission=Admission(per_slot=1.0)),
     "planned": Options(place=Place(enable=True), admission=Admission(per_slot=1.0)),
-    "planned, none": Options(place=Place(enable=True, transport="none")),
+    "planned, longest, none": Options.longest(place=Place(enable=True, transport="none")),
 }
 
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from verl_heddle.fleet import Replica
 from verl_heddle.latency.model import LatencyModel
+from verl_heddle.options import Options
 from verl_heddle.orchestrator import FIRST_HOLD_S, Orchestrator
-from verl_heddle.report.play import ADMITTING
 from verl_heddle.schedule.residents import ORDERS, Residents
 from verl_heddle.trajectory import TrajectoryId, TurnEnd, TurnStart
 
@@ -250,7 +250,7 @@ def test_how_long_a_context_is_held():
     """Through the time in which its KV cache is read, 8192 tokens at a time; not at all where nothing is found again."""
     held = {}
     for caches in (True, False):
-        orchestrator = Orchestrator(ADMITTING)
+        orchestrator = Orchestrator(Options())
         orchestrator.replicas_added([Replica("r", kv_tokens=81_920, caches=caches)])
         held[caches] = [orchestrator.residents._homes["r"].hold_s]
         orchestrator.step_times_known(LatencyModel.affine(0.01, 0.001, prefill_per_token_s=1e-4))
@@ -259,7 +259,7 @@ def test_how_long_a_context_is_held():
 
 
 def test_contexts_that_the_engines_have_dropped_are_not_counted_on():
-    orchestrator = Orchestrator(ADMITTING)
+    orchestrator = Orchestrator(Options())
     orchestrator.replicas_added([Replica("r", kv_tokens=100)])
     first = started(0, 0, 90)
     assert orchestrator.turn_started(first, 0.0).replica == "r"

@@ -28,7 +28,7 @@ DEFAULT_ARMS = (
 
 OTHER_ARMS = (
     *("round_robin", "dual_threshold", "affinity_margin", "plas"),
-    *("thunder_agent", "continuum", "wave_admission", "lfs", "uniboost", "residents"),
+    *("thunder_agent", "continuum", "wave_admission", "lfs", "uniboost", "heddle_longest", "heddle_tier"),
 )
 
 FILES = {"json": "simulate.json", "png": "timeline.png", "perfetto": "perfetto.json.gz", "html": "report.html"}

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from verl_heddle.fleet import Replica
-from verl_heddle.options import Options, Place, Preempt, Priority, Residents
+from verl_heddle.options import Options, Place
 from verl_heddle.orchestrator import Orchestrator
 from verl_heddle.predict.recall import recall
 from verl_heddle.report.draws import Draw, Step
@@ -57,9 +57,6 @@ class Rule:
     """On `Setting.mixed`, where there is one, instead of one degree for all."""
 
 
-ADMITTING = Options(priority=Priority(order="first_turn"), preempt=Preempt(enable=False), residents=Residents(enable=True))
-"""Resident sets, as `heddle.residents` says to use them."""
-
 PLACING = Rule("heddle with heddle.place.enable", options=Options(place=Place(enable=True)))
 
 RULES: Mapping[str, Rule] = {
@@ -77,8 +74,9 @@ RULES: Mapping[str, Rule] = {
     "wave_admission": Rule("llm-d wave admission: free KV against growth", WaveAdmission),
     "lfs": Rule("NeMo-RL #4007: probes, then longest groups", Lfs),
     "uniboost": Rule("UniBoost: short reads put forward", UniBoost, "priority"),
-    "heddle": Rule("heddle, as released", options=Options()),
-    "residents": Rule("heddle.residents: resident sets, least served first", options=ADMITTING),
+    "heddle": Rule("heddle: resident sets, least served first", options=Options()),
+    "heddle_tier": Rule("heddle with KV offload to the host", options=Options(), tier=True),
+    "heddle_longest": Rule("heddle with heddle.priority.order=longest", options=Options.longest()),
     "heddle_place": PLACING,
     "heddle_mixed": replace(PLACING, title="heddle on mixed degrees, placing", mixed=True),
     "lpt_oracle": Rule("oracle: longest first, true lengths", order="priority", knows=True),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
@@ -17,7 +17,6 @@ from verl_heddle.fleet import Replica
 from verl_heddle.latency import HOST_STEP_S, LatencyModel, calibrate, calibrate_host
 from verl_heddle.options import Options, Residents
 from verl_heddle.orchestrator import Orchestrator
-from verl_heddle.report.play import ADMITTING
 from verl_heddle.report.setting import UTILIZATION
 from verl_heddle.schedule.admission import Admission
 from verl_heddle.schedule.preempt import Rule
@@ -50,7 +49,7 @@ class Engines:
     residents: str = ""
     """Order of the run's resident sets (`heddle.residents.order`); empty: it had none."""
     as_released: bool = False
-    """The trace does not tell of preemption and bound, and they are taken to be the defaults of `heddle.preempt` and `heddle.admission`."""
+    """The trace does not tell what of heddle was on, and it is taken to be what is on by default."""
 
     @property
     def gpus(self) -> int:
@@ -70,10 +69,9 @@ def engines_of(
     seen = {turn.replica for item in trajectories for turn in item.steps if turn.replica is not None}
     assumed = [name for name, given in (("tp", tp), ("slots", slots)) if given is None and name not in meta]
     ordered = any(turn.priority for item in trajectories for turn in item.steps)
-    default = Options()
     silent = ordered and "preempt" not in meta and meta.get("order") != "fcfs"
-    preempt = asdict(default.preempt) if silent else meta.get("preempt") or {}
-    preempt.pop("enable", None)
+    told = Options().decisions() if silent else meta
+    preempt = told.get("preempt") or {}
     return Engines(
         tp=tp or int(meta.get("tp", 1)),
         slots=slots or int(meta.get("slots", DEFAULT_SLOTS)),
@@ -83,8 +81,8 @@ def engines_of(
         kv_tokens=meta.get("kv_tokens") if tp in (None, meta.get("tp")) and utilization is None else None,
         utilization=utilization or meta.get("utilization"),
         preempt=Rule.of(preempt) if preempt else None,
-        per_slot=default.admission.per_slot if silent else float(meta.get("per_slot") or 0.0),
-        residents=str(meta.get("residents") or ""),
+        per_slot=float(told.get("per_slot") or 0.0),
+        residents=str(told.get("residents") or ""),
         as_released=silent,
     )
 
@@ -193,7 +191,7 @@ class Machine:
 
     def admitting(self, order: str) -> Orchestrator:
         """Heddle with resident sets on this machine."""
-        policy = Orchestrator(replace(ADMITTING, residents=Residents(enable=True, order=order)))
+        policy = Orchestrator(Options(residents=Residents(order=order)))
         policy.step_times_known(self.latency)
         return policy
 

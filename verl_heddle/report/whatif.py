@@ -47,8 +47,9 @@ def what_ifs(step: Sequence[Trajectory], machine: Machine, base: Result, last: T
 def _cases(step: Sequence[Trajectory], machine: Machine, last: Trajectory) -> Iterator[tuple[str, str, str, int | None, Result]]:
     work, lost, engines = ready(step), overhead_s(step), machine.engines
     run, again, order = machine.run, machine.again, engines.order
-    plugin = Options()
-    bound, rule = (engines.per_slot, engines.preempt) if order == "priority" else (plugin.admission.per_slot, preempt_rule(plugin))
+    plugin, predicting = Options(), Options.longest()
+    alike = order == "priority" and not engines.residents
+    bound, rule = (engines.per_slot, engines.preempt) if alike else (predicting.admission.per_slot, preempt_rule(predicting))
     known = AsRecorded(step, machine.fleet(), bound, known=True)
     told = "lengths known: longest first, each where it was"
     yield "known_order", "order", told, None, run(work, known, order="priority", overhead=lost, preempt=rule)

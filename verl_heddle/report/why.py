@@ -162,9 +162,7 @@ def _notes(engines: Engines, items: Sequence[Trajectory], table: LatencyModel | 
             f"The trace does not say how much KV cache there was; assumed: --gpu-memory-utilization {UTILIZATION:g}, verl's default."
         )
     if engines.as_released:
-        notes.append(
-            "The trace does not say what of heddle was on; assumed: preemption on arrival and the bound on turns in flight, as released."
-        )
+        notes.append("The trace does not say what of heddle was on; assumed: resident sets, as released.")
     if engines.assumed:
         words = {"tp": f"--tp {engines.tp}", "slots": f"--slots {engines.slots}"}
         notes.append(f"The trace does not say what the engines were; assumed: {', '.join(words[name] for name in engines.assumed)}.")

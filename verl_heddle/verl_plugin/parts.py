@@ -75,7 +75,10 @@ def asked(options: Options) -> dict[str, str]:
             "heddle.residents does it" if options.admits else "heddle.admission.per_slot=0",
         ),
         "prediction": unless(options.predicts, "no part needs it"),
-        "checkpoint": unless(options.predict.checkpoint, "heddle.predict.checkpoint=false"),
+        "checkpoint": unless(
+            options.predict.checkpoint and (options.predicts or options.shape.enable),
+            "no part learns" if options.predict.checkpoint else "heddle.predict.checkpoint=false",
+        ),
         "placement": unless(options.place.enable, "heddle.place.enable=false"),
         "layout": unless(options.layout.enable, "heddle.layout.enable=false"),
         "shaping": unless(options.shape.enable, "heddle.shape.enable=false"),
@@ -224,7 +227,8 @@ def _engine(config: DictConfig) -> list[Loss]:
     slots, told = get(config, f"{VLLM}.max_num_seqs"), get(config, f"{ROLLOUT}.max_num_seqs")
     if slots is not None and slots != told:
         text = f"verl sizes its server for {told} where the engine has {slots}; set {ROLLOUT}.max_num_seqs={slots} instead"
-        found.append(Loss(("admission",), f"{VLLM}.max_num_seqs={slots} contradicts {ROLLOUT}.max_num_seqs={told}: {text}", off=False))
+        told_twice = f"{VLLM}.max_num_seqs={slots} contradicts {ROLLOUT}.max_num_seqs={told}: {text}"
+        found.append(Loss(("residents", "admission"), told_twice, off=False))
     return found
 
 

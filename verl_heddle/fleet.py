@@ -24,6 +24,8 @@ class Replica:
     """Calls that its server actor takes at a time (verl: `RolloutReplica.max_concurrency`); None: not limited."""
     caches: bool = True
     """Whether a turn finds the context that the turn before it left (vLLM: `enable_prefix_caching`)."""
+    tier: bool = False
+    """Whether what its KV cache evicts is kept in the host's memory, and read back from there (vLLM: `kv_offloading_size`)."""
 
     def __post_init__(self) -> None:
         if self.tp < 1 or self.slots < 1 or (self.kv_tokens is not None and self.kv_tokens < 1):

@@ -168,7 +168,7 @@ class Orchestrator:
         a time."""
         if not replica.caches:
             return 0.0
-        if replica.kv_tokens is None:
+        if replica.kv_tokens is None or replica.tier:
             return inf
         if self._latency is None:
             return FIRST_HOLD_S

@@ -27,13 +27,16 @@ SIGMAS = (0.5, 0.9, 1.3)
 
 TOOL_SHARES = (0.0, 0.3, 0.6)
 MODELS = ("Qwen3-8B", "Qwen3-14B", "Qwen3-32B", "Qwen3-30B-A3B")
-DRAWS = {4: 6, 16: 3, 64: 2, 128: 1, 256: 1}
+DRAWS = {4: 6, 16: 3, 64: 3, 128: 3, 256: 3}
 """By concurrency: small steps differ more from draw to draw, and cost less."""
 
 MORE_MEMORY = 0.8
 """gpu_memory_utilization of the second map."""
 
-ARMS = ("stock_best_tp", "stock_tier", "trajectory_fcfs", "heddle", "heddle_best_tp")
+PEERS = ("stock_tier", "trajectory_fcfs", "thunder_agent", "continuum", "heddle_tier")
+"""Arms of which the table shows one number: over stock at the usual degree."""
+
+ARMS = ("stock_best_tp", *PEERS, "heddle", "heddle_best_tp")
 """Beside stock."""
 
 TOOLS = (Tool("tool", 1.0, 1.0, 0.8),)
@@ -86,9 +89,11 @@ def measure(cell: Cell) -> dict[str, Any]:
         "best_over_bound": median_low(1 / share for share in best.bound_fractions),
         "best_speedup": best.speedup,
         "heddle_speedup": rows["heddle"].speedup,
-        "fcfs_speedup": rows["trajectory_fcfs"].speedup,
-        "tier_speedup": rows["stock_tier"].speedup,
+        "heddle_draws": rows["heddle"].speedups,
         "heddle_best_speedup": median_low(rows["heddle_best_tp"].ratios(best)),
+        "heddle_best_draws": rows["heddle_best_tp"].ratios(best),
+        "peers": {name: rows[name].speedup for name in PEERS},
+        "read_again": {name: sum(run.recomputed_tokens for run in rows[name].runs) / len(draws) for name in ("stock", "heddle")},
         "queue_share": stock.typical.queue_share,
         "preemptions": stock.typical.preemptions,
         "idle_share": stock.typical.idle_share,

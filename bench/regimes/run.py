@@ -1,6 +1,6 @@
 """A map of where there is something to win: concurrency per GPU x tail weight x tool share x model, all simulated.
 
-    python bench/regimes/run.py                      the map, about 20 minutes on one core; writes bench/results/simulated/regimes.json too
+    python bench/regimes/run.py                      the map, about 40 minutes on one core; writes bench/results/simulated/regimes.json too
     python bench/regimes/run.py --jobs 8             the same numbers, sooner
     python bench/regimes/run.py --from FILE          only write docs/regimes.md and docs/regimes.png again
 
@@ -31,13 +31,14 @@ from verl_heddle.report.setting import OVERHEAD_S, setting
 
 RESULTS = ROOT / "bench" / "results" / "simulated" / "regimes.json"
 HEDDLE = (
-    "verl's placement, longest predicted trajectory first with preemption on arrival, the prediction learnt from one earlier epoch of as "
-    "many other samples."
+    "as released: trajectories are admitted to replicas as KV cache and slots have room, least served first, and kept through their tools "
+    "for as long as that pays; nothing is predicted."
 )
 """The arm called heddle, in words; stored with the numbers."""
 BESIDE = [
     "Trajectory-FCFS: the trajectory whose first turn came first, by vLLM's priorities. KV offload: what is evicted stays in the host's "
-    "memory, without limit, and is read back at 25 GB/s per GPU.",
+    "memory, without limit, and is read back at 25 GB/s per GPU. ThunderAgent, Continuum: their laws as far as known "
+    "([simulate](simulate.md)).",
     f"A turn spends {1e3 * OVERHEAD_S:g} ms outside engine and tool.",
 ]
 """More that was assumed, in words."""

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from verl_heddle.verl_plugin import voice
 from verl_heddle.verl_plugin.client import HeddleClient
 from verl_heddle.verl_plugin.overrides import compose
-from verl_heddle.verl_plugin.replicas import HeddleHttpServer, vLLMHttpServer
+from verl_heddle.verl_plugin.replicas import TIERS, HeddleHttpServer, vLLMHttpServer
 from verl_heddle.verl_plugin.settings import handed_on
 from verl_heddle.verl_plugin.vllm_scheduler import SETTINGS, HeddleScheduler
 
@@ -36,7 +37,7 @@ class FakeCore:
         return first
 
 
-def server(answers=({},), scheduler=HeddleScheduler, preempt=None, **cache):
+def server(answers=({},), scheduler=HeddleScheduler, preempt=None, connector=None, **cache):
     """A server without an engine. `answers`: by engine, what each utility call returns."""
     made = object.__new__(HeddleHttpServer)
     made.replica_rank = 3
@@ -46,6 +47,7 @@ def server(answers=({},), scheduler=HeddleScheduler, preempt=None, **cache):
         scheduler_config=SimpleNamespace(max_num_seqs=48, get_scheduler_cls=lambda: scheduler),
         parallel_config=SimpleNamespace(data_parallel_size=len(answers), tensor_parallel_size=2),
         cache_config=SimpleNamespace(**cache),
+        kv_transfer_config=connector and SimpleNamespace(kv_connector=connector),
     )
     made.engine = SimpleNamespace(vllm_config=config, engine_core=FakeCore(answers))
     return made
@@ -53,16 +55,18 @@ def server(answers=({},), scheduler=HeddleScheduler, preempt=None, **cache):
 
 async def test_the_engine_is_asked_what_it_is_not_verls_config():
     """`rollout.max_num_seqs` is null here, and says another number where engine_kwargs.vllm does."""
-    known = {"tp": 2, "slots": 48, "calls": 1000, "caches": True}
+    known = {"tp": 2, "slots": 48, "calls": 1000, "caches": True, "tier": False}
     assert await server(enable_prefix_caching=False).heddle_facts() == known | {"kv_tokens": 1600, "caches": False}
     assert await server().heddle_facts() == known | {"kv_tokens": 1600}
     assert await server(kv_cache_size_tokens=900).heddle_facts() == known | {"kv_tokens": 900}
+    assert await server(connector="OffloadingConnector").heddle_facts() == known | {"kv_tokens": 1600, "tier": True}
+    assert await server(connector="NixlConnector").heddle_facts() == known | {"kv_tokens": 1600}
     assert await server(num_gpu_blocks=None).heddle_facts() == known | {"kv_tokens": None}
 
 
 async def test_a_data_parallel_server_has_the_slots_of_all_its_engines():
     facts = await server(({}, {}), num_gpu_blocks=200, kv_cache_size_tokens=1600).heddle_facts()
-    assert facts == {"tp": 2, "slots": 96, "kv_tokens": 3200, "calls": 1000, "caches": True}
+    assert facts == {"tp": 2, "slots": 96, "kv_tokens": 3200, "calls": 1000, "caches": True, "tier": False}
 
 
 async def test_every_engine_of_a_data_parallel_server_is_asked():
@@ -167,3 +171,12 @@ def test_a_worker_does_not_import_vllm():
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=300, check=True)
     before, after = map(int, done.stdout.split()[-2:])
     assert after == before
+
+
+def test_vllm_has_the_connectors_that_are_taken_for_host_tiers():
+    from vllm.config import CacheConfig
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    missing = [name for name in TIERS if name not in KVConnectorFactory._registry]
+    assert set(missing) <= {"SimpleCPUOffloadConnector", "LMCacheMPConnector"}, "which came after 0.24"
+    assert "kv_offloading_size" in {field.name for field in fields(CacheConfig)}

@@ -248,9 +248,7 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
         for name, ref in asked.items():
             try:
                 facts = ray.get(ref, timeout=deadline_s)
-                fleet[name] = Replica(
-                    name, facts["tp"], facts["slots"], facts.get("kv_tokens"), facts.get("calls"), bool(facts.get("caches", True))
-                )
+                fleet[name] = Replica(name, **facts)
             except ActorDiedError:
                 say_once(f"replica {name} has died; the run goes on without it")
         self.fleet = fleet

@@ -34,6 +34,9 @@ from verl_heddle.verl_plugin.request_life import FIELD, RequestLives
 from verl_heddle.verl_plugin.settings import handed_on
 from verl_heddle.verl_plugin.voice import say_once
 
+TIERS = ("OffloadingConnector", "SimpleCPUOffloadConnector", "LMCacheConnectorV1", "LMCacheMPConnector")
+"""vLLM's KV connectors that keep evicted KV cache in the host's memory."""
+
 LAST_WORDS_S = 1.0
 """For the errors under way to reach their callers."""
 
@@ -127,7 +130,8 @@ class HeddleHttpServer(vLLMHttpServer):
 
     async def heddle_facts(self) -> dict[str, int | None]:
         """What the engine is, as vLLM made it: `tp`, `slots`, `kv_tokens`, which its KV cache holds (None if it does not say), `caches`
-        (whether contexts are found again), and `calls`, which this actor takes at a time."""
+        (whether contexts are found again), `tier` (whether the host keeps what is evicted), and `calls`, which this actor takes at a
+        time."""
         made = self.engine.vllm_config
         engines = made.parallel_config.data_parallel_size
         slots = engines * made.scheduler_config.max_num_seqs
@@ -139,6 +143,7 @@ class HeddleHttpServer(vLLMHttpServer):
             else:
                 facts["kv_tokens"] = cache.num_gpu_blocks * cache.block_size if cache.num_gpu_blocks else None
             facts["caches"] = bool(cache.enable_prefix_caching)
+            facts["tier"] = getattr(made.kv_transfer_config, "kv_connector", None) in TIERS
         except Exception as error:
             say_once(f"the engine does not tell its KV capacity ({type(error).__name__}: {error}); it is taken for unlimited")
         return facts

@@ -20,6 +20,8 @@ SAME = 1.02
 WAITED = 0.01
 """Share of all trajectory time spent waiting from which on turns wait at all."""
 
+PEERS = ("trajectory_fcfs", "thunder_agent", "continuum")
+
 NEAR, FAR = 1.1, 1.5
 """Makespan / bound below which little is left to win, and from which on much is."""
 
@@ -54,9 +56,10 @@ def markdown(result: dict[str, Any]) -> str:
         parts.append(_table(known, mine, lambda c: f"{c['stock_over_bound']:.2f} → {c['best_over_bound']:.2f} ({c['best_tp']})"))
         parts.append(f"heddle over stock at tp={mine[0]['tp']}; at stock's best tp:")
         parts.append(_table(known, mine, lambda c: f"{c['heddle_speedup']:.2f}; {c['heddle_best_speedup']:.2f}"))
-        if all("fcfs_speedup" in cell for cell in mine):
-            parts.append(f"Without a prediction, over stock at tp={mine[0]['tp']}: trajectory-FCFS; stock with KV offload:")
-            parts.append(_table(known, mine, lambda c: f"{c['fcfs_speedup']:.2f}; {c['tier_speedup']:.2f}"))
+        parts.append(f"Peers over stock at tp={mine[0]['tp']}: trajectory-FCFS; ThunderAgent; Continuum:")
+        parts.append(_table(known, mine, lambda c: "; ".join(f"{c['peers'][name]:.2f}" for name in PEERS)))
+        parts.append("With KV offload to the host: stock; heddle:")
+        parts.append(_table(known, mine, lambda c: f"{c['peers']['stock_tier']:.2f}; {c['peers']['heddle_tier']:.2f}"))
     if more:
         parts += [f"## With gpu_memory_utilization={more[0]['utilization']:g}", _memory(known, more, cells)]
     return "\n\n".join(parts) + "\n"
@@ -93,8 +96,8 @@ def _left(cells: Sequence[Cell]) -> str:
 def _heddle(cells: Sequence[Cell]) -> str:
     idle = [c["heddle_best_speedup"] for c in cells if c["queue_share"] < WAITED]
     text = (
-        f"**heddle only orders waiting turns, so it needs turns that wait.** In {len(idle)} of {len(cells)} cells they hardly "
-        f"do at the usual degree, and at stock's best degree it gives {min(idle):.2f} to {max(idle):.2f}. "
+        f"**heddle decides who waits, so it needs turns that wait.** In {len(idle)} of {len(cells)} cells they hardly do at the usual "
+        f"degree, and at stock's best degree it gives {min(idle):.2f} to {max(idle):.2f}. "
     )
     waiting = [c for c in cells if c["queue_share"] >= WAITED]
     if not waiting:
@@ -107,9 +110,9 @@ def _heddle(cells: Sequence[Cell]) -> str:
     gain, loss = sum(x >= SAME for x in speeds), sum(x <= 1 / SAME for x in speeds)
     return text + (
         f"In the other {len(waiting)} its speedup over stock at the same degree is {'; '.join(parts)}: 2 % faster or more in {gain}, 2 % "
-        f"slower or more in {loss}. Most of these cells are one draw; a few percent either way is chance. Of the rest of "
-        "the distance to the bound the plugin's other parts take little: see what [planned placement](../bench/placement/README.md), "
-        "[mixed degrees](../bench/layout/README.md) and [shaping](../bench/shaping/README.md) are worth. The bound knows every length."
+        f"slower or more in {loss} (medians of three draws). What the plugin's other parts are worth: "
+        "[planned placement](../bench/placement/README.md), [mixed degrees](../bench/layout/README.md), "
+        "[shaping](../bench/shaping/README.md). The bound knows every length."
     )
 
 

@@ -1,4 +1,4 @@
-"""Where KV is short: stock, heddle as released, the peers' rules of admission and the resident set on the same steps, all simulated.
+"""Where KV is short: stock, peers' rules, and heddle's resident sets on the same steps, also with true lengths; all simulated.
 
 python bench/residents/run.py               all cells and draws; writes bench/results/simulated/residents.json and the README's table
 python bench/residents/run.py --quick       one cell, one draw, a quarter of the trajectories: does it run?
@@ -11,7 +11,9 @@ import argparse
 import json
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from random import Random
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,8 +23,14 @@ from cells import GPU, GPUS, SLOTS, Cell, draw
 
 from bench.marked import fill
 from bench.provenance import save
+from verl_heddle.options import Options
+from verl_heddle.orchestrator import Orchestrator
+from verl_heddle.report.draws import Draw
 from verl_heddle.report.play import RULES, bound, play
-from verl_heddle.report.setting import setting
+from verl_heddle.report.setting import Setting, setting
+from verl_heddle.schedule.residents import Residents
+from verl_heddle.simulate import Result, simulate
+from verl_heddle.trajectory import TrajectoryId
 
 README, RESULTS = Path(__file__).with_name("README.md"), ROOT / "bench" / "results" / "simulated" / "residents.json"
 
@@ -40,8 +48,14 @@ CELLS = {
 """Cells of the regime map in which contexts want more KV than there is, each at a tensor-parallel degree that people use; sigma 0.9 unless
 said."""
 
-ARMS = ("heddle", "trajectory_fcfs", "stock_tier", "thunder_agent", "continuum", "residents")
-SEEDS = (0, 1)
+ARMS = (
+    *("heddle_longest", "trajectory_fcfs", "thunder_agent", "continuum", "wave_admission", "lfs", "uniboost"),
+    *("stock_tier", "heddle_tier", "heddle"),
+)
+KNOWN = "known"
+"""Resident sets whose order is by true length, longest first."""
+
+SEEDS = (0, 1, 2)
 
 
 def main() -> None:
@@ -61,10 +75,12 @@ def main() -> None:
 
 def simulated() -> dict[str, Any]:
     """All cells and draws."""
-    rows, begun = [], time.monotonic()
-    for name, (cell, tp) in CELLS.items():
-        rows += [measured(name, cell, tp, seed) for seed in SEEDS]
-        print(f"{len(rows)} of {len(CELLS) * len(SEEDS)} steps, {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
+    rows, begun = list[dict[str, Any]](), time.monotonic()
+    todo = [(name, cell, tp, seed) for name, (cell, tp) in CELLS.items() for seed in SEEDS]
+    with ProcessPoolExecutor() as pool:
+        for row in pool.map(measured, *zip(*todo, strict=True)):
+            rows.append(row)
+            print(f"{len(rows)} of {len(todo)} steps, {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
     return {"kind": "simulated", "gpu": GPU, "gpus": GPUS, "slots": SLOTS, "rows": rows}
 
 
@@ -73,21 +89,31 @@ def measured(name: str, cell: Cell, tp: int, seed: int) -> dict[str, Any]:
     where = setting(cell.model, GPU, GPUS, tp, SLOTS, cell.utilization)
     one = draw(cell, where, seed)
     row: dict[str, Any] = {"cell": name, "seed": seed, "bound_s": bound(where, one)[0].makespan_s, "arms": {}}
-    for arm in ("stock", *ARMS):
-        (result,) = play(arm, tp, where, one)
+    for arm in ("stock", *ARMS, KNOWN):
+        result = known(tp, where, one) if arm == KNOWN else play(arm, tp, where, one)[0]
         again = sum(replica.recomputed_tokens for replica in result.replicas)
         row["arms"][arm] = {"makespan_s": result.makespan_s, "read_again_tokens": again}
     return row
 
 
+def known(tp: int, where: Setting, one: Draw) -> Result:
+    """Heddle, but that the longest trajectory is admitted first, by true lengths."""
+    policy, step = Orchestrator(Options(seed=one.seed), cap_tokens=one.cap_tokens), len(one.before)
+    tokens = {TrajectoryId(item.prompt_id, f"{step}:{item.prompt_id}", item.trial, step).key: item.output_tokens for item in one.steps[0]}
+    policy.residents = Residents(lambda live: -tokens[live.key], Random(one.seed))
+    policy.step_times_known(where.latency)
+    return simulate(one.steps[0], where.fleet(tp), where.latency, policy, engine=where.engine("priority"), step=step)
+
+
 def table(result: dict[str, Any]) -> str:
     """Speedups over stock by draw, and millions of tokens read again in the first draw."""
-    lines = ["| cell | stock / bound | " + " | ".join(RULES[arm].title for arm in ARMS) + " |", "|---|---|" + "---|" * len(ARMS)]
+    titles = [*(RULES[arm].title for arm in ARMS), "heddle, true lengths: longest first"]
+    lines = ["| cell | stock / bound | " + " | ".join(titles) + " |", "|---|---|" + "---|" * len(titles)]
     for name in dict.fromkeys(row["cell"] for row in result["rows"]):
         rows = [row for row in result["rows"] if row["cell"] == name]
         stock = [row["arms"]["stock"]["makespan_s"] for row in rows]
         cells = [" ".join(f"{one / row['bound_s']:.2f}" for one, row in zip(stock, rows, strict=True)) + f" ({_again(rows[0], 'stock')})"]
-        for arm in ARMS:
+        for arm in (*ARMS, KNOWN):
             speedups = " ".join(f"{one / row['arms'][arm]['makespan_s']:.2f}" for one, row in zip(stock, rows, strict=True))
             cells.append(f"{speedups} ({_again(rows[0], arm)})")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")

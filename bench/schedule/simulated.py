@@ -1,13 +1,13 @@
-"""What the order inside a replica is worth, simulated: the slot-limited places of the regime map, and the open traces.
+"""What heddle is worth, simulated: the slot-limited places of the regime map, and the open traces.
 
     python bench/schedule/simulated.py            # about twenty minutes on one core; JSON and the table of bench/schedule/README.md
     python bench/schedule/simulated.py --quick    # one small place and one trace, printed only
 
-Placement is verl's in every arm, so that only the order differs. `stock`: first come, first served. `stock + tier`: the same with KV
-cache kept in the host's memory, read back at 25 GB/s per GPU, without limit. `trajectory-FCFS`: the trajectory that came first. `plas`:
-least served first (Autellix). `heddle`: longest predicted first with preemption on arrival and the bound on turns in flight, the
-prediction learnt from one earlier epoch. `heddle, order alone`: without preemption and ageing. `true lengths`: `heddle` with an oracle for
-its predictor, all else alike. `true, by what is left`: the oracle, by remaining instead of whole length.
+`stock`: first come, first served. `stock + tier`: the same with KV cache kept in the host's memory, read back at 25 GB/s per GPU, without
+limit. `trajectory-FCFS`: the trajectory that came first. `plas`: least served first (Autellix). `thunder agent`: programs paused and
+resumed. `heddle`: as released, resident sets. `longest`: `heddle.priority.order=longest`, longest predicted first with preemption on
+arrival and the bound on turns in flight, the prediction learnt from one earlier epoch. `longest, true lengths`: the same with an oracle
+for its predictor, all else alike.
 Open traces are read from --traces, by default VERL_HEDDLE_TRACES or ../shared/traces; without them those rows are left out.
 """
 
@@ -38,7 +38,7 @@ from verl_heddle.report.draws import Draw, recorded
 from verl_heddle.report.play import CrossFitted, engine_for, halves, teach
 from verl_heddle.report.setting import Setting, setting
 from verl_heddle.simulate import EngineOptions, HostTier, Policy, simulate
-from verl_heddle.simulate.baselines import Plas, RoundRobin, Stock, TrajectoryFcfs
+from verl_heddle.simulate.baselines import Plas, Stock, ThunderAgent, TrajectoryFcfs
 from verl_heddle.traces import TraceError, trace_files
 from verl_heddle.trajectory import ToolStart, Trajectory, TrajectoryEnd, TurnEnd, TurnStart
 
@@ -54,20 +54,16 @@ PLACES = tuple(
 QUICK = ((Cell("Qwen3-8B", 4, 0.9, 0.0), 1),)
 """Where more trajectories want to run than slots or KV cache allow, at a usual and at a high degree."""
 
-TRACE_SLOTS = (8, 32)
-"""Slots of each of two replicas of tp 4 (contexts reach 850,000 tokens) for the open traces, whose steps have 92 to 1,600 trajectories."""
+TRACE_SLOTS = (8, 32, 256)
+"""Slots of each of two replicas of tp 4 (contexts reach 850,000 tokens) for the open traces, whose steps have 92 to 1,600 trajectories;
+256 are verl's default."""
 
 
 class Lengths:
-    """A predictor that knows every trajectory: what is left of it, tokens and tool seconds.
+    """A predictor that knows every trajectory: what is left of it, tokens and tool seconds."""
 
-    `left`: what has been generated is taken off once more, so that the orchestrator, which orders by what was generated and what is
-    predicted together, orders by what is left.
-    """
-
-    def __init__(self, trajectories: Sequence[Trajectory], left: bool) -> None:
+    def __init__(self, trajectories: Sequence[Trajectory]) -> None:
         self._of = {(item.prompt_id, item.trial): item for item in trajectories}
-        self._left = left
         self._live: dict[str, tuple[Trajectory, TurnStart]] = {}
 
     def turn_started(self, turn: TurnStart) -> None:
@@ -78,7 +74,7 @@ class Lengths:
         """What is left."""
         item, turn = self._live[key]
         rest = item.steps[turn.turn :]
-        tokens = float(item.output_tokens - turn.generated_tokens - (turn.generated_tokens if self._left else 0))
+        tokens = float(item.output_tokens - turn.generated_tokens)
         return Estimate(tokens, tokens, float(len(rest)), sum(one.tool_latency_s or 0.0 for one in rest))
 
     def turn_finished(self, turn: TurnEnd) -> None:
@@ -91,18 +87,18 @@ class Lengths:
         """Nothing to learn."""
 
 
-def knowing(draw: Draw, left: bool) -> Policy:
-    """heddle with true lengths: the same gate, the same key, the same engines as `learned`, so that only the prediction differs."""
-    options = Options(seed=draw.seed)
+def knowing(draw: Draw) -> Policy:
+    """Longest first with true lengths: the same gate, the same key, the same engines as `learned`, so that only the prediction differs."""
+    options = Options.longest(seed=draw.seed)
     options.priority.refresh_s = 0.0  # what is known does not change
     policy = Orchestrator(options, cap_tokens=draw.cap_tokens)
-    policy.predictor = Lengths(draw.steps[0], left)
+    policy.predictor = Lengths(draw.steps[0])
     return policy
 
 
 def learned(draw: Draw) -> Policy:
-    """heddle, taught one epoch; a trace's trajectories are never predicted from themselves."""
-    policy = Orchestrator(Options(seed=draw.seed), cap_tokens=draw.cap_tokens)
+    """Longest first, taught one epoch; a trace's trajectories are never predicted from themselves."""
+    policy = Orchestrator(Options.longest(seed=draw.seed), cap_tokens=draw.cap_tokens)
     teach(policy, draw)
     return CrossFitted(policy, halves(draw.steps)[0]) if draw.crossed else policy
 
@@ -110,18 +106,19 @@ def learned(draw: Draw) -> Policy:
 def arms(draw: Draw, where: Setting) -> dict[str, tuple[Policy, EngineOptions]]:
     """Policy and engine of every arm, fresh."""
     fcfs, order = where.engine("fcfs"), where.engine("priority")
-    ours = engine_for(Options(), where)
+    predicting = engine_for(Options.longest(), where)
     seed = draw.seed
+    heddle = Orchestrator(Options(seed=seed), cap_tokens=draw.cap_tokens)
+    heddle.step_times_known(where.latency)
     return {
         "stock": (Stock(seed), fcfs),
         "stock + tier": (Stock(seed), replace(fcfs, tier=HostTier())),
         "trajectory-FCFS": (TrajectoryFcfs(seed), order),
-        "round_robin": (RoundRobin(seed), fcfs),
         "plas": (Plas(seed), order),
-        "heddle": (learned(draw), ours),
-        "heddle, order alone": (learned(draw), order),
-        "true lengths": (knowing(draw, left=False), ours),
-        "true, by what is left": (knowing(draw, left=True), ours),
+        "thunder agent": (ThunderAgent(seed), fcfs),
+        "heddle": (heddle, order),
+        "longest": (learned(draw), predicting),
+        "longest, true lengths": (knowing(draw), predicting),
     }
 
 
@@ -169,10 +166,10 @@ def traces(folder: str | os.PathLike[str], quick: bool) -> Iterator[dict[str, An
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown."""
     names = list(rows[0]["speedup"])[1:]
-    lines = ["| | trajectories | " + " | ".join(names) + " | tokens computed again: stock, heddle, by what is left |"]
+    lines = ["| | trajectories | " + " | ".join(names) + " | tokens read again: stock, heddle, longest |"]
     lines.append("|---|---|" + "---|" * (len(names) + 1))
     for row in rows:
-        again = " / ".join(f"{row['recomputed_tokens'][arm] / 1e6:.1f} M" for arm in ("stock", "heddle", "true, by what is left"))
+        again = " / ".join(f"{row['recomputed_tokens'][arm] / 1e6:.1f} M" for arm in ("stock", "heddle", "longest"))
         lines.append(
             f"| {row['name']} | {row['trajectories']} | " + " | ".join(f"{row['speedup'][n]:.2f}" for n in names) + f" | {again} |"
         )

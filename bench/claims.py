@@ -11,8 +11,6 @@ from math import exp, log
 from pathlib import Path
 from typing import Any
 
-from verl_heddle.report.setting import OVERHEAD_S
-
 RESULTS = Path(__file__).resolve().parent / "results"
 
 SLOWER = 0.995
@@ -38,9 +36,9 @@ def pictured() -> str:
     return (
         "*Simulated: 8 H200, step times composed by AIConfigurator from tables of single operators, not measured; no GPU run has been\n"
         "made yet. Left: what there is to win, and that most of it is often the tensor-parallel degree, which needs no plugin. Right:\n"
-        "what heddle's order of turns gives over stock, all rows, those where it loses included ([numbers](bench/schedule/README.md)).\n"
-        f"Measured, on one real vLLM engine on a CPU with lengths known: {pairs['median']:.2f}x, the median of {len(pairs['pairs'])} pairs "
-        f"from {low:.2f}x to {high:.2f}x; forecast {pairs['forecast_median']:.2f}x.*"
+        "what heddle gives over stock, all rows, those where it loses included ([numbers](bench/schedule/README.md)).\n"
+        f"Measured, on one real vLLM engine on a CPU, longest first with lengths known: {pairs['median']:.2f}x, the median of\n"
+        f"{len(pairs['pairs'])} pairs from {low:.2f}x to {high:.2f}x; forecast {pairs['forecast_median']:.2f}x.*"
     )
 
 
@@ -69,17 +67,17 @@ def where_it_helps() -> str:
         what = f"tools are {100 * share:.0f} % of the time" if share else "no tool time"
         lines.append(_row(f"{MANY} and more per GPU, {what}", of(c for c in many if c["tool_share"] == share)))
     agents, single = ([row for row in traces if (SINGLE_TURNS in row["name"]) is alone] for alone in (False, True))
-    lines.append(_row("open traces of agents, few slots", drawn(agents)))
+    lines.append(_row("open traces of agents, 8 to 256 slots", drawn(agents)))
     lines.append(_row(f"single turns whose length their prompt does not tell (`{SINGLE_TURNS}`)", drawn(single)))
     drawn_most = max(count for place, count in regimes["assumptions"]["draws"].items() if int(place) >= MANY)
-    told = "one draw" if drawn_most == 1 else f"the median of at most {drawn_most} draws"
+    told = f"the median of {drawn_most} draws"
     best = max(cell["best_speedup"] for cell in cells)
     return "\n".join(
         [
             *lines,
             "",
             "All simulated: makespan of stock over heddle's at the same degree, geometric mean; the map counts at the usual degree and",
-            f"at stock's best, traces by draw. Single steps scatter, a cell with {MANY} and more is {told} here. The",
+            f"at stock's best, traces by draw. Single steps scatter; a cell with {MANY} and more is {told}. The",
             f"tensor-parallel degree alone, without the plugin, is worth up to {best:.1f}x: `verl-heddle plan`.",
             *_where_kv_is_short(),
         ]
@@ -97,12 +95,11 @@ def _where_kv_is_short() -> list[str]:
     cells = len({row["cell"] for row in rows})
     return [
         "",
-        f"**Where KV is short** ({cells} cells, {len(rows)} steps, with host time in each step and {1000 * OVERHEAD_S:.0f} ms between",
-        f"turns, which the table above is without): heddle as released {of('heddle')}; a constant order, first turn first",
-        f"(about `heddle.priority.order=first_turn heddle.preempt.enable=false`), {of('trajectory_fcfs')}; stock verl with KV",
-        f"offloading to an ideal host tier {of('stock_tier')}; admitting trajectories instead of turns",
-        f"(`heddle.residents.enable=true` with those two), {of('residents')}:",
-        "[bench/residents](bench/residents/README.md). There, use it; it becomes the default once real engines have confirmed it.",
+        f"**Where KV is short** ({cells} cells, {len(rows)} steps): heddle {of('heddle')}; with its longest first by true lengths",
+        f"{of('known')}; by predicted length without resident sets (`heddle.priority.order=longest`) {of('heddle_longest')};",
+        f"ThunderAgent's law {of('thunder_agent')}, Continuum's {of('continuum')}, trajectory-FCFS {of('trajectory_fcfs')}.",
+        f"vLLM's KV offloading needs no plugin: to an ideal host tier it gives stock verl {of('stock_tier')}, and heddle",
+        f"{of('heddle_tier')}. [bench/residents](bench/residents/README.md).",
     ]
 
 

@@ -1,6 +1,6 @@
 """The README's figure, from results that other benches wrote: `python bench/readme_figure.py` writes docs/speed.png.
 
-Left: how far stock verl is from what no schedule can beat (bench/regimes). Right: what heddle's order of turns gives over stock, row by
+Left: how far stock verl is from what no schedule can beat (bench/regimes). Right: what heddle gives over stock, row by
 row, losses included (bench/schedule). All of it is simulated, and the figure says so. The PNG carries a digest of its sources, by which a
 test sees that it is up to date.
 """
@@ -102,9 +102,7 @@ def _gain(axes: Any, rows: list[dict[str, Any]]) -> None:
     for color, label in ((GENERATED, "generated workload"), (RECORDED, "open trace, 2 replicas of tp 4")):
         axes.plot([], [], "o", color=color, markersize=5, label=label)
     axes.legend(frameon=False, loc="lower right", labelcolor=INK)
-    axes.set_title(
-        "What heddle's order of turns gives over stock\n(same tp, same placement; predictions learnt, not known)", fontsize=10.5, loc="left"
-    )
+    axes.set_title("What heddle gives over stock\n(same tp; as released, nothing is predicted)", fontsize=10.5, loc="left")
     _clean(axes, "x")
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
-from verl_heddle.schedule.residents import ORDERS as RESIDENT_ORDERS
+from verl_heddle.schedule.resident import ORDERS as RESIDENT_ORDERS
 
 
 def option(default: Any, help: str) -> Any:
@@ -238,7 +238,11 @@ class Options:
     @classmethod
     def longest(cls, **others: Any) -> Options:
         """Turns ordered by predicted length, as the help of `heddle.priority.order` says to use it; `others` are sections."""
-        sections = {"priority": Priority(order="longest"), "preempt": Preempt(enable=True), "residents": Residents(enable=False)}
+        sections: dict[str, Any] = {
+            "priority": Priority(order="longest"),
+            "preempt": Preempt(enable=True),
+            "residents": Residents(enable=False),
+        }
         return cls(**(sections | others))
 
     @property

@@ -35,7 +35,8 @@ from verl_heddle.predict.predictor import Predictor
 from verl_heddle.predict.quantities import Estimate
 from verl_heddle.schedule.admission import Admission, most_turns
 from verl_heddle.schedule.priority import Pace, first_come, longest_first, work_tokens
-from verl_heddle.schedule.residents import ORDERS, Residents
+from verl_heddle.schedule.resident import ORDERS
+from verl_heddle.schedule.residents import Residents
 from verl_heddle.trajectory import Decision, Prewarm, Reason, ToolStart, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
 
 FIRST_HOLD_S = 15.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from engines import LITTLE_KV
 
 from verl_heddle.report.attribution import accounted
 from verl_heddle.traces.io import read
@@ -24,8 +25,7 @@ def stock(train):
 @pytest.fixture(scope="module")
 def heddle(train):
     """As released, on two engines that hold a fraction of the contexts."""
-    little = "+actor_rollout_ref.rollout.engine_kwargs.vllm.num_gpu_blocks_override=16"  # of 128 tokens; the longest context wants 12
-    return train("heddle", GREEDY, "+plugin=heddle", little, replicas=2)
+    return train("heddle", GREEDY, "+plugin=heddle", LITTLE_KV, replicas=2)
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,8 @@ Law
   and a free slot. First choice is the replica where its context lay last, then, as verl chooses, one of those with the fewest turns in
   flight. A replica without residents takes anything, so nothing waits for ever.
 - A resident's turn goes in at once.
-- Holding is renting (ski rental): holding c tokens through a tool call of t seconds costs c * t token-seconds, evicting them costs c / r
-  seconds of an engine with C tokens of KV, which is c * C / r. They are equal at t* = C / r, whatever c is. An idle resident is held for
-  t*, then evicted if somebody waits; at once if its tool is predicted to take longer. At most twice the best without knowing t.
+- Holding is renting (`rent`): an idle resident is held for t*, or not at all where tools have been too long for it, then evicted if
+  somebody waits.
 - Over `FULL` (contexts grow): idle residents are evicted, the last in the order first.
 - A replica that keeps what it evicts in the host's memory admits as it has slots: nothing is lost by eviction, and to hold back who has
   no room costs 1 % in the mean where tools run (bench/residents).
@@ -21,15 +20,12 @@ Law
 Invariants (tests/unit/test_residents.py): after every event no replica over `FULL` has an idle resident; every waiting turn is admitted
 exactly once or withdrawn; while somebody waits, every replica has residents and none of them outstays its rent. Time comes in by arguments
 only. Cost per event: O(log n) for n live trajectories, and O(replicas).
-Source: ski rental (Karlin et al. 1988); Continuum (arXiv 2511.02230) for the time to live; ThunderAgent (arXiv 2602.13692) for admitting
-programs rather than requests.
+Source: ThunderAgent (arXiv 2602.13692) for admitting programs rather than requests.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import count
 from math import inf
@@ -37,6 +33,8 @@ from random import Random
 
 from verl_heddle.fleet import Replica
 from verl_heddle.schedule.admission import most_turns
+from verl_heddle.schedule.rent import Rent
+from verl_heddle.schedule.resident import Home, Live, Order
 from verl_heddle.trajectory import TurnEnd, TurnStart
 
 ADMIT, FULL = 0.95, 1.0
@@ -45,59 +43,6 @@ turn's growth from evicting somebody for whom somebody else is admitted at once:
 
 MEMORY = 1000.0
 """Turns until the mean growth of a turn forgets by a factor e."""
-
-
-@dataclass(slots=True, eq=False)
-class Live:
-    """What is known of a live trajectory; a policy's order reads it."""
-
-    key: str
-    prompt: str
-    number: int
-    """Order of its first turn."""
-    prompt_tokens: int
-    context: int
-    """Tokens after its last event."""
-    served: int = 0
-    """Tokens generated."""
-    home: str | None = None
-    """Where it is resident."""
-    last: str | None = None
-    """Where it was resident last."""
-    running: set[str] = field(default_factory=set)
-    """Turns in the engine of its home."""
-    waiting: list[str] = field(default_factory=list)
-    """Turns that wait for admission."""
-    since_s: float = 0.0
-    """Since when it waits."""
-    idle_since_s: float = inf
-    """Since when it has had no turn; only while resident."""
-    entry: int = 0
-    """Identifies its newest entry in a heap."""
-    own: float = 0.0
-    """Tokens counted against its home for it alone."""
-
-
-Order = Callable[[Live], float]
-"""The lowest goes first; ties by number of the first turn."""
-
-
-@dataclass(slots=True)
-class _Home:
-    replica: Replica
-    capacity: float
-    most: float
-    """Residents at most: with a turn each they fill what its server takes."""
-    hold_s: float
-    used: float = 0.0
-    running: int = 0
-    residents: dict[str, Live] = field(default_factory=dict)
-    prompts: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Of each prompt, how many residents share it and its tokens."""
-    idle: list[tuple[float, int, int, Live]] = field(default_factory=list)
-    """Heap: last in the order first."""
-    rent: list[tuple[float, int, Live]] = field(default_factory=list)
-    """Heap of idle residents by the time their rent runs out."""
 
 
 class Residents:
@@ -111,12 +56,13 @@ class Residents:
 
     def __init__(self, order: Order, rng: Random, silent_s: float = inf) -> None:
         self._order, self._rng, self._silent_s = order, rng, silent_s
-        self._homes: dict[str, _Home] = {}
+        self._homes: dict[str, Home] = {}
         self._live: dict[str, Live] = {}
         self._queue: list[tuple[float, int, int, Live]] = []
         self._number = count()
         self._entry = count(1)
         self._growth = self._turns = 0.0
+        self._holding = Rent()
         self._completed_s = -inf
         """When a turn last completed."""
         self._admitted: dict[str, str] = {}
@@ -132,7 +78,7 @@ class Residents:
         """A replica joins, empty; `hold_s` is its t*."""
         most = most_turns(replica.slots, replica.calls)
         capacity = inf if replica.kv_tokens is None or replica.tier else replica.kv_tokens
-        self._homes[replica.name] = _Home(replica, capacity, most, hold_s)
+        self._homes[replica.name] = Home(replica, capacity, most, hold_s)
         self._fill()
 
     def hold(self, name: str, hold_s: float) -> None:
@@ -174,6 +120,9 @@ class Residents:
             number = next(self._number)
             live = self._live[key] = Live(key, turn.trajectory.prompt, number, turn.context_tokens, turn.context_tokens)
         live.context, live.served = turn.context_tokens, max(live.served, turn.generated_tokens)
+        if live.ended_s < inf:
+            self._holding.measured(now - live.ended_s)
+            live.ended_s = inf
         if live.home is not None:
             home = self._homes[live.home]
             live.running.add(turn.request)
@@ -189,8 +138,8 @@ class Residents:
         self.tick(now)
         return self._admitted.pop(turn.request, None)
 
-    def turn_finished(self, turn: TurnEnd, now: float, tool_s: float | None = None) -> None:
-        """The turn is over or withdrawn. `tool_s`: the predicted time until the next one; None: not predicted."""
+    def turn_finished(self, turn: TurnEnd, now: float) -> None:
+        """The turn is over or withdrawn."""
         live = self._live.get(turn.trajectory.key)
         if live is None:
             return
@@ -213,12 +162,11 @@ class Residents:
         home.running -= 1
         self._count(home, live)
         if not live.running:
-            live.idle_since_s = now
+            live.idle_since_s = live.ended_s = now
             self._change("idle", 1)
             live.entry = next(self._entry)
             heappush(home.idle, (-self._order(live), -live.number, live.entry, live))
-            ends = now if tool_s is not None and tool_s > home.hold_s else now + home.hold_s
-            heappush(home.rent, (ends, live.entry, live))
+            heappush(home.rent, (now + self._holding.hold_s(home.hold_s), live.entry, live))
         self._shrink(home)
         self.tick(now)
 
@@ -303,10 +251,6 @@ class Residents:
         """Its residents that have no turn."""
         return [live for live in self.residents(name) if not live.running]
 
-    def released(self) -> list[tuple[str, str]]:
-        """(trajectory, replica): contexts of the evicted, which an engine that is short of KV may drop first."""
-        return [(live.key, live.last) for live in self._live.values() if live.home is None and live.last in self._homes]
-
     def used(self, name: str) -> float:
         """Tokens counted against its KV cache."""
         return self._homes[name].used
@@ -317,7 +261,7 @@ class Residents:
 
     # --- how --------------------------------------------------------------------------------------------------------------
 
-    def _count(self, home: _Home, live: Live) -> None:
+    def _count(self, home: Home, live: Live) -> None:
         """Count a resident's footprint anew."""
         growth = self._growth / self._turns if self._turns else 0.0
         own = max(0, live.context - live.prompt_tokens) + growth * len(live.running)
@@ -344,7 +288,7 @@ class Residents:
             heappop(queue)
         return None
 
-    def _rent(self, home: _Home) -> float:
+    def _rent(self, home: Home) -> float:
         """When the next rent runs out."""
         rent = home.rent
         while rent and (rent[0][2].entry != rent[0][1] or rent[0][2].idle_since_s == inf):
@@ -360,10 +304,10 @@ class Residents:
             heappop(self._queue)
             self._admit(home, live)
 
-    def _room(self, live: Live) -> _Home | None:
+    def _room(self, live: Live) -> Home | None:
         growth = self._growth / self._turns if self._turns else 0.0
         own = max(0, live.context - live.prompt_tokens) + growth
-        fewest, found = inf, list[_Home]()
+        fewest, found = inf, list[Home]()
         for name, home in self._homes.items():
             need = own + (0 if live.prompt in home.prompts else live.prompt_tokens)
             if home.residents and (
@@ -377,7 +321,7 @@ class Residents:
                 fewest = home.running
         return self._rng.choice(found) if found else None
 
-    def _admit(self, home: _Home, live: Live) -> None:
+    def _admit(self, home: Home, live: Live) -> None:
         name = home.replica.name
         live.home, live.own = name, 0.0
         live.running = set(live.waiting)
@@ -394,18 +338,18 @@ class Residents:
         self.counts["admitted"] += 1
         self._shrink(home)
 
-    def _shrink(self, home: _Home) -> None:
+    def _shrink(self, home: Home) -> None:
         """Contexts have grown over the capacity: evict idle residents, the last in the order first."""
         while home.used > home.capacity * FULL and home.idle:
             _, _, entry, live = heappop(home.idle)
             if live.entry == entry and live.idle_since_s < inf and live.home == home.replica.name:
                 self._evict(home, live, "full")
 
-    def _evict(self, home: _Home, live: Live, why: str) -> None:
+    def _evict(self, home: Home, live: Live, why: str) -> None:
         self.counts[why] += 1
         self._leave(home, live)
 
-    def _leave(self, home: _Home, live: Live) -> None:
+    def _leave(self, home: Home, live: Live) -> None:
         name = home.replica.name
         del home.residents[live.key]
         home.used -= live.own
@@ -419,17 +363,3 @@ class Residents:
         self._busy(live)
         self._change("resident", -1)
         live.home, live.last, live.own, live.running = None, name, 0.0, set()
-
-
-def by_arrival(live: Live) -> float:
-    """In the order of first turns."""
-    return 0.0
-
-
-def least_served(live: Live) -> float:
-    """Who has generated least goes first (PLAS, Autellix): the long reveal themselves early, and no prediction is needed."""
-    return float(live.served)
-
-
-ORDERS: Mapping[str, Order] = {"by_arrival": by_arrival, "least_served": least_served}
-"""Those that need no prediction, by name."""

@@ -17,7 +17,7 @@ from sys import intern
 from typing import Any, NamedTuple
 
 from verl_heddle.schedule.preempt import Rule as PreemptRule
-from verl_heddle.schedule.residents import ORDERS as RESIDENT_ORDERS
+from verl_heddle.schedule.resident import ORDERS as RESIDENT_ORDERS
 from verl_heddle.trajectory import Outcome, Trajectory, Turn
 
 MAX_LINE_BYTES = 4 * 2**20

@@ -32,7 +32,7 @@ test: export HEDDLE_SKIPPED := $(CURDIR)/.setup/skipped.txt
 test:  ## everything
 	@mkdir -p .setup && rm -f $(HEDDLE_SKIPPED)
 	@echo "make test: set-up, lint, tests without engines, tests with real engines;" \
-	  "$$(cat .setup/took.txt 2>/dev/null || echo 'about half an hour on two cores')"
+	  "$$(cat .setup/took.txt 2>/dev/null || echo 'about 50 minutes on two cores')"
 	@start=$$SECONDS; $(MAKE) --no-print-directory lint test-fast test-e2e && echo "$$(((SECONDS - start) / 60)) minutes the last time here" >.setup/took.txt
 	@echo "make test: all passed, $$(cat .setup/took.txt | cut -d' ' -f1,2)$$([ -e $(HEDDLE_SKIPPED) ] && echo '; skipped:' || echo '; nothing skipped')"
 	@[ ! -e $(HEDDLE_SKIPPED) ] || cat $(HEDDLE_SKIPPED)

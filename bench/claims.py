@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Sequence
 from math import exp, log
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -31,15 +32,21 @@ def results(name: str) -> dict[str, Any] | None:
 
 def pictured() -> str:
     """What stands under the figure."""
-    pairs = results("cpu/schedule.json")["workloads"]["agentic"]["ratios"]["stock/heddle"]
-    low, high = min(pairs["pairs"]), max(pairs["pairs"])
+    real = results("cpu/residents.json")["workloads"]
+    short, long = (_pairs(real[name]["ratios"]["stock/heddle"]) for name in ("short tools", "long tools"))
     return (
         "*Simulated: 8 H200, step times composed by AIConfigurator from tables of single operators, not measured; no GPU run has been\n"
         "made yet. Left: what there is to win, and that most of it is often the tensor-parallel degree, which needs no plugin. Right:\n"
         "what heddle gives over stock, all rows, those where it loses included ([numbers](bench/schedule/README.md)).\n"
-        f"Measured, on one real vLLM engine on a CPU, longest first with lengths known: {pairs['median']:.2f}x, the median of\n"
-        f"{len(pairs['pairs'])} pairs from {low:.2f}x to {high:.2f}x; forecast {pairs['forecast_median']:.2f}x.*"
+        f"Measured, on two real vLLM engines on a CPU with KV cache for a quarter of the contexts: {short};\n"
+        f"with tools so long that nothing is worth holding: {long} ([pairs](bench/residents/README.md)).*"
     )
+
+
+def _pairs(ratio: dict[str, Any]) -> str:
+    """Median and range of the pairs of one arm, and the forecast."""
+    low, high, count = min(ratio["pairs"]), max(ratio["pairs"]), len(ratio["pairs"])
+    return f"{ratio['median']:.2f}x, the median of {count} pairs from {low:.2f}x to {high:.2f}x; forecast {ratio['forecast_median']:.2f}x"
 
 
 def where_it_helps() -> str:
@@ -105,17 +112,24 @@ def _where_kv_is_short() -> list[str]:
 
 def accuracy() -> str:
     """How far the simulator is from engines, and where that was looked at."""
-    roomy, bound, rules = (results(f"cpu/{name}.json") for name in ("fidelity", "fidelity_kv", "fidelity_rules"))
-    engines = (
-        "engines have not been measured there."
-        if bound is None
-        else f"on the same engines, in one configuration with preemption on arrival: {_errors(bound)}."
-    )
+    roomy, rules = (results(f"cpu/{name}.json") for name in ("fidelity", "fidelity_rules"))
     return (
         f"Against two real vLLM engines on a CPU, {_errors(roomy)}\n"
         "([bench/fidelity](bench/fidelity/README.md)). That is at most 24 trajectories, contexts to 1,900 tokens, KV cache for all of\n"
         "them and no preemption, while the gains above come from KV pressure. With KV cache for a quarter of the contexts:\n"
-        f"against vLLM's own scheduler on a virtual clock, {_errors(rules)};\n{engines}"
+        f"against vLLM's own scheduler on a virtual clock, {_errors(rules)};\n"
+        f"against engines, in the pairs of [bench/residents](bench/residents/README.md), {_pair_errors()}."
+    )
+
+
+def _pair_errors() -> str:
+    """Of the forecasts of bench/residents, over all arms and pairs."""
+    pairs = [row for told in results("cpu/residents.json")["workloads"].values() for row in told["pairs"]]
+    errors = [row["forecast_s"][arm] / row["makespan_s"][arm] - 1 for row in pairs for arm in row["makespan_s"]]
+    off = sorted(map(abs, errors))
+    return (
+        f"{len(errors)} runs: makespan error {100 * median(off):.1f} % in the median, {100 * off[-1]:.1f} % at worst, "
+        f"{100 * sum(errors) / len(errors):+.1f} % with sign"
     )
 
 

@@ -46,6 +46,11 @@ MEASURES: dict[str, tuple[str, ...]] = {
     "cpu/kills.json": (*LIVE, "bench/placement/kills.py"),
     "cpu/learning.json": (*LIVE, "bench/learning/run.py"),
     "cpu/placement.json": (*DECIDES, *SCHEDULER, "bench/placement/real.py", "bench/placement/heddle.py"),
+    "cpu/residents.json": (
+        *DECIDES,
+        *("verl_heddle/verl_plugin/client.py", "verl_heddle/verl_plugin/router.py", "verl_heddle/simulate/baselines/thunder_agent.py"),
+        *("bench/residents/real.py", "bench/residents/peers.py"),
+    ),
     "cpu/router.json": (*DECIDES, "verl_heddle/verl_plugin/router.py", "bench/router/alone.py", "bench/router/load.py"),
     "cpu/schedule.json": (*SCHEDULER, "bench/schedule/pairs.py", "bench/schedule/work.py"),
     "h200/forecast.json": (*SIMULATED, "bench/gpu/experiments"),
@@ -65,7 +70,7 @@ MEASURES: dict[str, tuple[str, ...]] = {
 PAGES: dict[str, tuple[str, ...]] = {
     "README.md": (
         *("simulated/schedule.json", "simulated/regimes.json", "simulated/residents.json"),
-        *("cpu/schedule.json", "cpu/fidelity.json", "cpu/fidelity_rules.json"),
+        *("cpu/residents.json", "cpu/fidelity.json", "cpu/fidelity_rules.json"),
     ),
     "bench/fidelity/README.md": ("cpu/fidelity.json", "cpu/fidelity_rules.json"),
     "bench/layout/README.md": ("simulated/layout.json",),
@@ -75,7 +80,7 @@ PAGES: dict[str, tuple[str, ...]] = {
         *("cpu/placement.json", "cpu/kills.json"),
     ),
     "bench/prediction/README.md": ("prediction.json",),
-    "bench/residents/README.md": ("simulated/residents.json",),
+    "bench/residents/README.md": ("simulated/residents.json", "cpu/residents.json"),
     "bench/router/README.md": ("cpu/router.json",),
     "bench/schedule/README.md": ("simulated/schedule.json", "cpu/schedule.json"),
     "bench/shaping/README.md": ("simulated/shaping.json",),

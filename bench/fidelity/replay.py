@@ -89,6 +89,7 @@ class Engines:
     arguments: EngineArguments
     cores: Sequence[int | None] = (0, 1)
     """One replica each: the core it is bound to, None for any."""
+    router_class: type[HeddleRouter] = HeddleRouter
 
     def __enter__(self) -> Engines:
         ray.init(
@@ -101,7 +102,7 @@ class Engines:
         server = ray.remote(num_cpus=1, max_concurrency=1000)(EngineServer)
         self.servers = {f"replica_{number}": server.remote(self.arguments, core) for number, core in enumerate(self.cores)}
         self.processes: list[int] = ray.get([one.start.remote() for one in self.servers.values()], timeout=START_TIMEOUT_S)
-        self.router = ray.remote(num_cpus=0)(HeddleRouter).remote(self.servers, {})
+        self.router = ray.remote(num_cpus=0)(self.router_class).remote(self.servers, {})
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -128,7 +129,7 @@ class Engines:
         """
         held = () if kv_tokens is None else (kv_tokens,)
         ray.get([server.prepare.remote(slots, order, *held) for server in self.servers.values()], timeout=60)
-        ray.get(self.router.configure.remote(options, False, alike(self.servers, slots=slots)), timeout=60)
+        ray.get(self.router.configure.remote(options, False, alike(self.servers, slots=slots, kv_tokens=kv_tokens)), timeout=60)
         ray.get([self.router.trajectory_ended.remote(end) for end in history], timeout=60)
         if step_times is not None:
             ray.get(self.router.step_times_known.remote(step_times), timeout=60)

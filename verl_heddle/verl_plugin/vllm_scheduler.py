@@ -47,6 +47,9 @@ from verl_heddle.verl_plugin.voice import say_once
 SETTINGS = "HEDDLE_PREEMPT"
 """Environment variable of the engine's process."""
 
+NOT_ENABLED = "not enabled"
+"""Why the rule is off where nobody asked for it; nothing to be said."""
+
 MISMATCH = vllm_seams.mismatch()
 """What of this vLLM is not as we know it; None if all is."""
 
@@ -103,13 +106,13 @@ class HeddleScheduler(AsyncScheduler):
         if self.off is None:
             try:
                 self.rule = settings()
-                self.off = "not enabled" if self.rule is None else None
+                self.off = NOT_ENABLED if self.rule is None else None
             except Exception as error:
                 self.off = f"settings not understood: {error}"
-        if self.rule is None:
-            say_once(f"preempt on arrival is off, vLLM schedules as usual: {self.off}")
-        else:
+        if self.rule is not None:
             say_once("preempt on arrival is on: " + ", ".join(f"{name} {value:g}" for name, value in asdict(self.rule).items()))
+        elif self.off != NOT_ENABLED:
+            say_once(f"preempt on arrival is off, vLLM schedules as usual: {self.off}")
         _offer_utility_calls()
 
     def _why_off(self) -> str | None:

@@ -61,7 +61,8 @@ class Preempt:
 @dataclass
 class Residents:
     """`heddle.residents.*`: which trajectories a replica keeps, their contexts held through tool calls; the others wait in the router, and
-    go where there is room. Rests while heddle.place plans, and under rollout.full_determinism."""
+    go where there is room. Rests while heddle.place plans, under rollout.full_determinism, and where the host keeps what vLLM evicts
+    (kv_offloading_size)."""
 
     enable: bool = option(
         True, "Admit trajectories as KV cache has room; off: turns are placed by verl's rule, bounded by heddle.admission."

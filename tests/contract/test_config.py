@@ -207,6 +207,9 @@ def test_what_resident_sets_cannot_work_with_is_said():
     for key, text in (("full_determinism=true", "placed by hash"), ("enable_prefix_caching=false", "nothing is held through a tool call")):
         findings = lint.lint(compose([*ours, f"actor_rollout_ref.rollout.{key}"]))
         assert len(findings) == 1 and not findings[0].fatal and text in findings[0].text
+    for tier in ("kv_offloading_size=100", "kv_transfer_config={kv_connector: OffloadingConnector}"):
+        findings = lint.lint(compose([*ours, f"+{VLLM}.{tier}"]))
+        assert len(findings) == 1 and not findings[0].fatal and "(OffloadingConnector): evicted contexts come back" in findings[0].text
     planned = compose([*ours, "heddle.place.enable=true"])
     off = {row.part: row.why for row in parts.table(planned, lint.options_or_none(planned)) if not row.on}
     assert off["residents"] == "heddle.place.enable=true" and "admission" not in off

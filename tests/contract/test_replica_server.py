@@ -16,7 +16,8 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from verl_heddle.verl_plugin import voice
 from verl_heddle.verl_plugin.client import HeddleClient
 from verl_heddle.verl_plugin.overrides import compose
-from verl_heddle.verl_plugin.replicas import TIERS, HeddleHttpServer, vLLMHttpServer
+from verl_heddle.verl_plugin.parts import TIERS
+from verl_heddle.verl_plugin.replicas import HeddleHttpServer, vLLMHttpServer
 from verl_heddle.verl_plugin.settings import handed_on
 from verl_heddle.verl_plugin.vllm_scheduler import SETTINGS, HeddleScheduler
 

@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.alone]
 
 ROLLOUT = {"name": "vllm", "scheduling_policy": "priority", "prompt_length": 500, "response_length": 1500}
 CONFIG = OmegaConf.create({"actor_rollout_ref": {"rollout": ROLLOUT}})
-OPTIONS = Options(deadlines=Deadlines(router_s=1.0, cancel_s=20.0))
+OPTIONS = Options.longest(deadlines=Deadlines(router_s=1.0, cancel_s=20.0))
 
 
 @pytest.fixture(scope="module")

@@ -91,7 +91,7 @@ def test_a_small_kv_cache_throws_turns_out_and_loses_no_token(engines):
     work = [trajectory(name, 100, 60, tool_s=0.05) for name in "efgh"]
     held = {}
     for number, (order, kv_tokens) in enumerate((("fcfs", 13 * BLOCK), ("preempt", 13 * BLOCK), ("fcfs", None)), start=1):
-        records = engines.replay(work, Options(observe=order == "fcfs"), 4, order, step=number, kv_tokens=kv_tokens)
+        records = engines.replay(work, Options.longest(observe=order == "fcfs"), 4, order, step=number, kv_tokens=kv_tokens)
         assert [[turn.output_tokens for turn in record.steps] for record in records] == [[100, 60]] * len(work)
         held[order, kv_tokens] = sum(turn.preemptions for record in records for turn in record.steps)
     assert held["fcfs", 13 * BLOCK] > 0 and held["preempt", 13 * BLOCK] > 0 and held["fcfs", None] == 0, held

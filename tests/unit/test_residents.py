@@ -274,13 +274,17 @@ def test_how_long_a_context_is_held():
     assert held[False] == [0.0, 0.0] and held[True] == [FIRST_HOLD_S, pytest.approx(8.192, rel=0.1)]
 
 
-def test_where_the_host_keeps_what_is_evicted_slots_alone_admit():
-    residents = Residents(ORDERS["least_served"], Random(0))
-    residents.add(Replica("r0", slots=2, kv_tokens=100, tier=True), HOLD_S)
-    turns = [started(number, 0, 90) for number in range(3)]
-    assert [residents.turn_started(turn, 0.0) for turn in turns] == ["r0", "r0", None]
-    residents.turn_finished(finished(turns[0], "r0", 5), 1.0)
-    assert residents.admitted() == [(turns[2].request, "r0")] and residents.home_of(identity(0).key) == "r0", "nobody is evicted for it"
+def test_where_the_host_keeps_what_is_evicted_verls_rule_decides():
+    made = {tier: Orchestrator(Options()) for tier in (True, False)}
+    for tier, orchestrator in made.items():
+        orchestrator.replicas_added([Replica("r0", slots=2, kv_tokens=100, tier=tier)])
+        held = [orchestrator.turn_started(started(number, 0, 90), 0.0) for number in (0, 3, 6)]
+        assert [one.held for one in held] == ([False] * 3 if tier else [False, True, True])
+        assert len({one.priority for one in held}) == (1 if tier else 3)
+    made[True].replicas_removed(["r0"])
+    made[True].replicas_added([Replica("r1", slots=2, kv_tokens=100)])
+    decisions = [made[True].turn_started(started(number, 0, 90), 1.0) for number in (9, 12)]
+    assert [one.held for one in decisions] == [False, True], "none keeps anything any more"
 
 
 def test_contexts_that_the_engines_have_dropped_are_not_counted_on():

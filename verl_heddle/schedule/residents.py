@@ -13,8 +13,6 @@ Law
 - Holding is renting (`rent`): an idle resident is held for t*, or not at all where tools have been too long for it, then evicted if
   somebody waits.
 - Over `FULL` (contexts grow): idle residents are evicted, the last in the order first.
-- A replica that keeps what it evicts in the host's memory admits as it has slots: nothing is lost by eviction, and to hold back who has
-  no room costs 1 % in the mean where tools run (bench/residents).
 - Where no turn completes for `silent_s`, whoever has waited so long is admitted whatever the room: nothing waits for a silent fleet.
 
 Invariants (tests/unit/test_residents.py): after every event no replica over `FULL` has an idle resident; every waiting turn is admitted
@@ -77,8 +75,7 @@ class Residents:
     def add(self, replica: Replica, hold_s: float) -> None:
         """A replica joins, empty; `hold_s` is its t*."""
         most = most_turns(replica.slots, replica.calls)
-        capacity = inf if replica.kv_tokens is None or replica.tier else replica.kv_tokens
-        self._homes[replica.name] = Home(replica, capacity, most, hold_s)
+        self._homes[replica.name] = Home(replica, inf if replica.kv_tokens is None else replica.kv_tokens, most, hold_s)
         self._fill()
 
     def hold(self, name: str, hold_s: float) -> None:

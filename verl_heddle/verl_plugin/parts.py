@@ -27,6 +27,9 @@ CALLBACK = "trainer.checkpoint_callback_class"
 
 EVERYTHING = "everything"
 
+TIERS = ("OffloadingConnector", "SimpleCPUOffloadConnector", "LMCacheConnectorV1", "LMCacheMPConnector")
+"""vLLM's KV connectors that keep evicted KV cache in the host's memory."""
+
 
 @dataclass(frozen=True, slots=True)
 class Loss:
@@ -190,7 +193,20 @@ def _residents(config: DictConfig) -> list[Loss]:
     if engine(config, "enable_prefix_caching") is False:
         text = "a turn reads its whole context again whatever lies where, so that nothing is held through a tool call"
         found.append(Loss(("residents",), f"{ROLLOUT}.enable_prefix_caching=false: {text}", off=False))
+    connector = engine_connector(config)
+    if connector in TIERS:
+        text = "evicted contexts come back from the host's memory, where verl's rule is the better one"
+        parts = ("residents", "priority") if get(config, "heddle.priority.order") == "first_turn" else ("residents",)
+        found.append(Loss(parts, f"{VLLM} keeps evicted KV cache ({connector}): {text}"))
     return found
+
+
+def engine_connector(config: DictConfig) -> str | None:
+    """The KV connector that vLLM will have, by its class."""
+    named = get(config, f"{VLLM}.kv_transfer_config.kv_connector")
+    if get(config, f"{VLLM}.kv_offloading_size") is None:
+        return named
+    return "LMCacheMPConnector" if get(config, f"{VLLM}.kv_offloading_backend") == "lmcache" else "OffloadingConnector"
 
 
 def _engine(config: DictConfig) -> list[Loss]:

@@ -30,12 +30,10 @@ from verl.workers.rollout.replica import CONTROL_METHOD_CONCURRENCY, RolloutRepl
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 
 from verl_heddle.verl_plugin.calls import of_a_dead_replica
+from verl_heddle.verl_plugin.parts import TIERS
 from verl_heddle.verl_plugin.request_life import FIELD, RequestLives
 from verl_heddle.verl_plugin.settings import handed_on
 from verl_heddle.verl_plugin.voice import say_once
-
-TIERS = ("OffloadingConnector", "SimpleCPUOffloadConnector", "LMCacheConnectorV1", "LMCacheMPConnector")
-"""vLLM's KV connectors that keep evicted KV cache in the host's memory."""
 
 LAST_WORDS_S = 1.0
 """For the errors under way to reach their callers."""

@@ -89,6 +89,18 @@ class Admission:
 
 
 @dataclass
+class Offload:
+    """`heddle.offload.*`: what an engine's KV cache evicts is kept in its host's memory and read back instead of computed: vLLM's own
+    KV offloading (kv_offloading_size), which needs no plugin; this sizes it. Resident sets rest beside it. Not run on a GPU yet."""
+
+    enable: bool = option(False, "Keep evicted KV cache on the host, emptied with every weight update. Needs CUDA.")
+    gib: float | None = option(None, "GiB for each replica; null: host_share of what its host has free when engines start, in equal parts.")
+    host_share: float = option(
+        0.4, "Share of the host's free memory that all replicas on it take together; it is pinned for the whole run."
+    )
+
+
+@dataclass
 class Place:
     """`heddle.place.*`: on which replica a trajectory runs, and whether it moves. Off: it pays where lengths are predicted well, or where
     KV cache is short, and mostly does what verl does elsewhere (`bench/placement`)."""
@@ -229,6 +241,7 @@ class Options:
     preempt: Preempt = field(default_factory=Preempt)
     residents: Residents = field(default_factory=Residents)
     admission: Admission = field(default_factory=Admission)
+    offload: Offload = field(default_factory=Offload)
     place: Place = field(default_factory=Place)
     layout: Layout = field(default_factory=Layout)
     shape: Shape = field(default_factory=Shape)
@@ -309,6 +322,10 @@ def check(options: Options) -> list[str]:
         )
     if not options.admission.hold_s > 0:
         problems.append(f"heddle.admission.hold_s must be positive seconds, got {options.admission.hold_s}")
+    if options.offload.gib is not None and not options.offload.gib > 0:
+        problems.append(f"heddle.offload.gib must be positive, or null, got {options.offload.gib}")
+    if not 0 < options.offload.host_share <= 0.9:
+        problems.append(f"heddle.offload.host_share must lie above 0 and at most at 0.9, got {options.offload.host_share}")
     if options.place.transport not in TRANSPORTS:
         problems.append(f"heddle.place.transport must be one of {', '.join(TRANSPORTS)}, got {options.place.transport}")
     if not 0 <= options.layout.margin < 1:

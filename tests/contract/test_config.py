@@ -16,6 +16,7 @@ from preloaded import Preloaded
 
 from verl_heddle.verl_plugin import lint, parts, startup
 from verl_heddle.verl_plugin.overrides import GROUPS, compose, read
+from verl_heddle.verl_plugin.settings import handed_on
 
 BASE = ["actor_rollout_ref.rollout.name=vllm", "trainer.default_local_dir=/tmp/heddle-test"]
 stock_config = cache(partial(compose, []))
@@ -188,6 +189,7 @@ def test_the_table_shows_what_is_off_by_choice():
         "priority under way": "heddle.priority.order=first_turn",
         "preemption": "heddle.preempt.enable=false",
         "admission": "heddle.residents does it",
+        "offload": "heddle.offload.enable=false",
         "prediction": "no part needs it",
         "checkpoint": "no part learns",
         "placement": "heddle.place.enable=false",
@@ -210,9 +212,30 @@ def test_what_resident_sets_cannot_work_with_is_said():
     for tier in ("kv_offloading_size=100", "kv_transfer_config={kv_connector: OffloadingConnector}"):
         findings = lint.lint(compose([*ours, f"+{VLLM}.{tier}"]))
         assert len(findings) == 1 and not findings[0].fatal and "(OffloadingConnector): evicted contexts come back" in findings[0].text
+    (tier, old) = lint.lint(compose([*ours, f"+{VLLM}.kv_transfer_config={{kv_connector: LMCacheConnectorV1}}"]))
+    assert "evicted contexts" in tier.text and old.grave and "contexts of the old weights" in old.text
     planned = compose([*ours, "heddle.place.enable=true"])
     off = {row.part: row.why for row in parts.table(planned, lint.options_or_none(planned)) if not row.on}
     assert off["residents"] == "heddle.place.enable=true" and "admission" not in off
+
+
+def test_offload_is_handed_on_or_refused():
+    ours = [*BASE, "+plugin=heddle", "heddle.offload.enable=true", "heddle.offload.gib=64"]
+    config = compose(ours)
+    told = handed_on(config.actor_rollout_ref.rollout, "offload")
+    assert told == {"enable": True, "gib": 64.0, "host_share": 0.4, "gpus_per_host": config.trainer.n_gpus_per_node}
+    rows = {row.part: row for row in parts.table(config, lint.options_or_none(config))}
+    assert rows["offload"].on and not rows["residents"].on and not any(finding.fatal for finding in lint.lint(config))
+    for key, text in {
+        "trainer.device=cpu": "needs CUDA",
+        f"+{VLLM}.kv_offloading_size=10": "kv_offloading_size both set vLLM's KV connector",
+        f"+{VLLM}.kv_transfer_config={{kv_connector: NixlConnector}}": "kv_transfer_config both set",
+        "actor_rollout_ref.rollout.enable_prefix_caching=false": "by which contexts are found again",
+        "heddle.offload.host_share=0": "host_share must lie",
+        "heddle.offload.gib=0": "gib must be positive",
+    }.items():
+        assert any(finding.fatal and text in finding.text for finding in lint.lint(compose([*ours, key]))), key
+    assert not any(finding.fatal for finding in lint.lint(compose([*BASE, "+plugin=observe", "heddle.offload.enable=true"])))
 
 
 def test_what_the_engine_is_told_beside_verls_keys_counts():

@@ -7,16 +7,18 @@ import os
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import vllm.distributed.kv_transfer.kv_connector.v1 as kv_connectors
 from omegaconf import OmegaConf
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from verl_heddle.verl_plugin import voice
 from verl_heddle.verl_plugin.client import HeddleClient
 from verl_heddle.verl_plugin.overrides import compose
-from verl_heddle.verl_plugin.parts import TIERS
+from verl_heddle.verl_plugin.parts import KEEPS_OLD, TIERS
 from verl_heddle.verl_plugin.replicas import HeddleHttpServer, vLLMHttpServer
 from verl_heddle.verl_plugin.settings import handed_on
 from verl_heddle.verl_plugin.vllm_scheduler import SETTINGS, HeddleScheduler
@@ -181,3 +183,67 @@ def test_vllm_has_the_connectors_that_are_taken_for_host_tiers():
     missing = [name for name in TIERS if name not in KVConnectorFactory._registry]
     assert set(missing) <= {"SimpleCPUOffloadConnector", "LMCacheMPConnector"}, "which came after 0.24"
     assert "kv_offloading_size" in {field.name for field in fields(CacheConfig)}
+
+
+def test_which_host_tiers_vllm_empties_with_a_weight_update():
+    """A tier that does not implement `reset_cache` is taken for empty, and turns find contexts of the old weights: those are named."""
+    folder = Path(kv_connectors.__file__).parent
+    files = {"OffloadingConnector": "offloading_connector.py", "SimpleCPUOffloadConnector": "simple_cpu_offload_connector.py"}
+    files |= {"LMCacheConnectorV1": "lmcache_connector.py", "LMCacheMPConnector": "lmcache_mp_connector.py"}
+    empties = {name: "def reset_cache(" in (folder / files[name]).read_text() for name in TIERS if (folder / files[name]).exists()}
+    assert empties == {name: not name.startswith(KEEPS_OLD) for name in empties}
+
+
+@pytest.mark.parametrize(
+    ("mode", "call"),
+    [(mode, "wake_up") for mode in ("HYBRID", "COLOCATED")] + [("HYBRID", "resume_kv_cache"), ("HYBRID", "clear_kv_cache")],
+)
+async def test_verl_empties_the_host_tier_with_every_weight_update(mode, call):
+    from verl.workers.rollout.replica import RolloutMode
+
+    made, done = server(), []
+
+    class Engine:
+        def __getattr__(self, name):
+            async def method(*args, **kwargs):
+                done.append((name, kwargs))
+
+            return method
+
+    made.engine, made.node_rank, made.rollout_mode = Engine(), 0, RolloutMode[mode]
+    made.config = OmegaConf.create({"free_cache_engine": True, "enable_sleep_mode": True})
+    made._get_wake_up_tags = lambda: ["kv_cache", "weights"]
+    await getattr(made, call)()
+    woken = [number for number, (name, _) in enumerate(done) if name == "wake_up"]
+    emptied = [number for number, (name, told) in enumerate(done) if name == "reset_prefix_cache" and told.get("reset_connector")]
+    assert emptied and emptied[-1] > max(woken, default=-1), done
+
+
+@pytest.mark.parametrize(
+    ("told", "gib", "said"),
+    [
+        ({"gib": None}, 40.0, "is kept in 40.0 GiB"),
+        ({"gib": 12}, 12.0, "is kept in 12.0 GiB"),
+        ({"gib": 790}, None, "OFF: 790.0 GiB would be its part, of 800.0 GiB"),
+        ({"gib": None, "host_share": 0.001}, None, "OFF: 0.1 GiB would be its part"),
+        ({"enable": False}, None, None),
+    ],
+)
+def test_a_host_tier_has_its_part_of_what_is_free(told, gib, said, monkeypatch, capsys):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=800 * 2**30))
+    monkeypatch.setattr(voice, "_said", set())
+    made, args = server(), SimpleNamespace(kv_offloading_size=None)
+    whole = {"enable": True, "gib": None, "host_share": 0.4, "gpus_per_host": 16} | told
+    made.config = OmegaConf.create({"tensor_model_parallel_size": 2, "custom": {"heddle": {"offload": whole}}})
+    made._hand_on(args)
+    assert args.kv_offloading_size == gib and (said or "") in capsys.readouterr().err
+
+
+def test_vllm_takes_the_size_of_a_host_tier_from_its_command_line():
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    args = parser.parse_args(["--model", "m"])
+    args.kv_offloading_size = 12.5
+    assert AsyncEngineArgs.from_cli_args(args).kv_offloading_size == 12.5

@@ -96,6 +96,8 @@ def _verl(config: DictConfig, options: Options) -> list[str]:
             )
     if options.layout.enable:
         problems += _layout(config, options)
+    if options.offload.enable and not options.observe:
+        problems += _offload(config)
     folder = str(get(config, "heddle.trace.dir"))
     if options.trace.enable and not _writable(folder):
         problems.append(f"heddle.trace.dir={folder} cannot be written: name another folder, or set heddle.trace.enable=false")
@@ -120,6 +122,20 @@ def _mode(mode: str) -> list[str]:
         except ValueError:
             why = "verl has no such trainer here; set VERL_USE_EXTERNAL_MODULES to the module that registers yours, in every process"
     return [f"trainer.v1.trainer_mode={mode} is not supported ({why}): {instead}"]
+
+
+def _offload(config: DictConfig) -> list[str]:
+    """Why evicted KV cache cannot be kept on the host."""
+    off = "set heddle.offload.enable=false"
+    problems = []
+    if get(config, "trainer.device") == "cpu":
+        problems.append(f"heddle.offload.enable=true needs CUDA, as vLLM's host tier does: {off}")
+    for name in ("kv_offloading_size", "kv_transfer_config"):
+        if get(config, f"{VLLM}.{name}") is not None:
+            problems.append(f"heddle.offload.enable=true and {VLLM}.{name} both set vLLM's KV connector: drop the key, or {off}")
+    if engine(config, "enable_prefix_caching") is False:
+        problems.append(f"heddle.offload.enable=true needs {ROLLOUT}.enable_prefix_caching=true, by which contexts are found again: {off}")
+    return problems
 
 
 def _layout(config: DictConfig, options: Options) -> list[str]:

@@ -30,6 +30,9 @@ EVERYTHING = "everything"
 TIERS = ("OffloadingConnector", "SimpleCPUOffloadConnector", "LMCacheConnectorV1", "LMCacheMPConnector")
 """vLLM's KV connectors that keep evicted KV cache in the host's memory."""
 
+KEEPS_OLD = "LMCache"
+"""How those of them begin that vLLM cannot empty: they do not implement `reset_cache`, and vLLM takes that for done."""
+
 
 @dataclass(frozen=True, slots=True)
 class Loss:
@@ -77,6 +80,7 @@ def asked(options: Options) -> dict[str, str]:
             options.admission.per_slot > 0 and not options.admits,
             "heddle.residents does it" if options.admits else "heddle.admission.per_slot=0",
         ),
+        "offload": unless(options.offload.enable, "heddle.offload.enable=false"),
         "prediction": unless(options.predicts, "no part needs it"),
         "checkpoint": unless(
             options.predict.checkpoint and (options.predicts or options.shape.enable),
@@ -101,6 +105,7 @@ DOES = {
     "preemption": "an urgent turn takes a running one's slot",
     "residents": "trajectories are admitted as KV cache has room, and keep it through their tool calls",
     "admission": "turns in flight are bounded, the rest wait in the router",
+    "offload": "evicted KV cache is kept on the host and read back",
     "prediction": "how much of a trajectory is still to come",
     "checkpoint": "what is learnt is saved with verl's checkpoints",
     "placement": "trajectories are placed by plan",
@@ -197,13 +202,21 @@ def _residents(config: DictConfig) -> list[Loss]:
     if connector in TIERS:
         text = "evicted contexts come back from the host's memory, where verl's rule is the better one"
         parts = ("residents", "priority") if get(config, "heddle.priority.order") == "first_turn" else ("residents",)
-        found.append(Loss(parts, f"{VLLM} keeps evicted KV cache ({connector}): {text}"))
+        found.append(Loss(parts, f"the host keeps evicted KV cache ({connector}): {text}"))
+    if str(connector).startswith(KEEPS_OLD):
+        text = "vLLM cannot empty it, so that turns after a weight update find contexts of the old weights"
+        advice = f"take vLLM's own, {VLLM}.kv_offloading_size (GiB)"
+        found.append(
+            Loss(("trajectories",), f"KV cache is kept in LMCache ({connector}): {text}, without heddle too; {advice}", True, off=False)
+        )
     return found
 
 
 def engine_connector(config: DictConfig) -> str | None:
     """The KV connector that vLLM will have, by its class."""
     named = get(config, f"{VLLM}.kv_transfer_config.kv_connector")
+    if get(config, "heddle.offload.enable") and not get(config, "heddle.observe"):
+        return "OffloadingConnector"
     if get(config, f"{VLLM}.kv_offloading_size") is None:
         return named
     return "LMCacheMPConnector" if get(config, f"{VLLM}.kv_offloading_backend") == "lmcache" else "OffloadingConnector"
@@ -222,6 +235,7 @@ def _engine(config: DictConfig) -> list[Loss]:
     unchecked = {
         f"{VLLM}.kv_transfer_config": ("a KV connector", get(config, f"{VLLM}.kv_transfer_config")),
         f"{VLLM}.kv_offloading_size": ("a KV connector", get(config, f"{VLLM}.kv_offloading_size")),
+        "heddle.offload.enable": ("a KV connector", get(config, "heddle.offload.enable")),
         f"{VLLM}.speculative_config": ("speculative decoding", get(config, f"{VLLM}.speculative_config")),
         "actor_rollout_ref.model.mtp.enable_rollout": (
             "speculative decoding",

@@ -29,6 +29,7 @@ from ray.exceptions import ActorDiedError, RayTaskError
 from verl.workers.rollout.replica import CONTROL_METHOD_CONCURRENCY, RolloutReplicaRegistry
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 
+from verl_heddle.verl_plugin import offload
 from verl_heddle.verl_plugin.calls import of_a_dead_replica
 from verl_heddle.verl_plugin.parts import TIERS
 from verl_heddle.verl_plugin.request_life import FIELD, RequestLives
@@ -45,7 +46,7 @@ class HeddleHttpServer(vLLMHttpServer):
     _lives: RequestLives | None = None
 
     async def run_server(self, args: Any) -> None:
-        self._hand_on()
+        self._hand_on(args)
         await super().run_server(args)
         if handed_on(self.config, "preempt").get("enable") and (why := await self._why_no_preemption()):
             say_once(f"preemption on arrival is OFF on replica {self.replica_rank}: {why}")
@@ -57,12 +58,15 @@ class HeddleHttpServer(vLLMHttpServer):
             say_once(f"vLLM's request events are out of reach ({error}); queueing counts as generation")
 
     async def run_headless(self, args: Any) -> None:
-        self._hand_on()
+        self._hand_on(args)
         await super().run_headless(args)
 
-    def _hand_on(self) -> None:
+    def _hand_on(self, args: Any) -> None:
         if preempt := handed_on(self.config, "preempt"):
             os.environ["HEDDLE_PREEMPT"] = json.dumps(preempt)
+        if (told := handed_on(self.config, "offload")).get("enable"):
+            said = offload.set_up(told, int(self.config.tensor_model_parallel_size), args)
+            say_once(f"replica {self.replica_rank}: {said}")
 
     async def generate(self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str, **kwargs: Any) -> Any:
         started = time.monotonic()

@@ -72,6 +72,8 @@ def banner(config: DictConfig) -> str:
             told.append(f"priority: {order}{', preempting on arrival where the engines can' if 'preemption' in on else ''}")
         else:
             told.append("priority: off")
+        if "offload" in on:
+            told.append("offload: evicted KV cache on the host")
         if options.predicts:
             told.append(f"prediction: {'trees on ' if options.predict.trees else ''}prompt history and siblings")
         if options.layout.enable:

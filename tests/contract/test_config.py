@@ -231,6 +231,7 @@ def test_offload_is_handed_on_or_refused():
         f"+{VLLM}.kv_offloading_size=10": "kv_offloading_size both set vLLM's KV connector",
         f"+{VLLM}.kv_transfer_config={{kv_connector: NixlConnector}}": "kv_transfer_config both set",
         "actor_rollout_ref.rollout.enable_prefix_caching=false": "by which contexts are found again",
+        "heddle.layout.enable=true": "sleeping engines would pin memory",
         "heddle.offload.host_share=0": "host_share must lie",
         "heddle.offload.gib=0": "gib must be positive",
     }.items():

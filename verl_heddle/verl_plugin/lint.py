@@ -97,7 +97,7 @@ def _verl(config: DictConfig, options: Options) -> list[str]:
     if options.layout.enable:
         problems += _layout(config, options)
     if options.offload.enable and not options.observe:
-        problems += _offload(config)
+        problems += _offload(config, options)
     folder = str(get(config, "heddle.trace.dir"))
     if options.trace.enable and not _writable(folder):
         problems.append(f"heddle.trace.dir={folder} cannot be written: name another folder, or set heddle.trace.enable=false")
@@ -124,7 +124,7 @@ def _mode(mode: str) -> list[str]:
     return [f"trainer.v1.trainer_mode={mode} is not supported ({why}): {instead}"]
 
 
-def _offload(config: DictConfig) -> list[str]:
+def _offload(config: DictConfig, options: Options) -> list[str]:
     """Why evicted KV cache cannot be kept on the host."""
     off = "set heddle.offload.enable=false"
     problems = []
@@ -133,6 +133,10 @@ def _offload(config: DictConfig) -> list[str]:
     for name in ("kv_offloading_size", "kv_transfer_config"):
         if get(config, f"{VLLM}.{name}") is not None:
             problems.append(f"heddle.offload.enable=true and {VLLM}.{name} both set vLLM's KV connector: drop the key, or {off}")
+    if options.layout.enable:
+        problems.append(
+            f"heddle.offload.enable=true does not go with heddle.layout.enable=true, whose sleeping engines would pin memory: {off}"
+        )
     if engine(config, "enable_prefix_caching") is False:
         problems.append(f"heddle.offload.enable=true needs {ROLLOUT}.enable_prefix_caching=true, by which contexts are found again: {off}")
     return problems

@@ -28,8 +28,7 @@ def set_up(told: Mapping[str, Any], tp: int, args: Namespace) -> str:
     if not hasattr(args, "kv_offloading_size"):
         return "KV offload is OFF: this vLLM has no kv_offloading_size"
     if size < LEAST_GIB or size * GIB > 0.9 * free:
-        return (
-            f"KV offload is OFF: {size:.1f} GiB would be its part, of {free / GIB:.1f} GiB that the host has free; set heddle.offload.gib"
-        )
+        there = f"{size:.1f} GiB would be its part, of {free / GIB:.1f} GiB that the host has free"
+        return f"KV offload is OFF: {there}; set heddle.offload.gib"
     args.kv_offloading_size = size
     return f"evicted KV cache is kept in {size:.1f} GiB of the host's memory"

@@ -206,9 +206,8 @@ def _residents(config: DictConfig) -> list[Loss]:
     if str(connector).startswith(KEEPS_OLD):
         text = "vLLM cannot empty it, so that turns after a weight update find contexts of the old weights"
         advice = f"take vLLM's own, {VLLM}.kv_offloading_size (GiB)"
-        found.append(
-            Loss(("trajectories",), f"KV cache is kept in LMCache ({connector}): {text}, without heddle too; {advice}", True, off=False)
-        )
+        told = f"KV cache is kept in LMCache ({connector}): {text}, without heddle too; {advice}"
+        found.append(Loss(("trajectories",), told, grave=True, off=False))
     return found
 
 

@@ -33,7 +33,7 @@ DRAWS = {4: 6, 16: 3, 64: 3, 128: 3, 256: 3}
 MORE_MEMORY = 0.8
 """gpu_memory_utilization of the second map."""
 
-PEERS = ("stock_tier", "trajectory_fcfs", "thunder_agent", "continuum", "heddle_tier")
+PEERS = ("stock_tier", "trajectory_fcfs", "thunder_agent")
 """Arms of which the table shows one number: over stock at the usual degree."""
 
 ARMS = ("stock_best_tp", *PEERS, "heddle", "heddle_best_tp")

@@ -14,13 +14,13 @@ from bench.provenance import block
 
 Cell = dict[str, Any]
 
+PEERS = ("trajectory_fcfs", "thunder_agent", "stock_tier")
+
 SAME = 1.02
 """A ratio below this is no difference."""
 
 WAITED = 0.01
 """Share of all trajectory time spent waiting from which on turns wait at all."""
-
-PEERS = ("trajectory_fcfs", "thunder_agent", "continuum")
 
 NEAR, FAR = 1.1, 1.5
 """Makespan / bound below which little is left to win, and from which on much is."""
@@ -56,10 +56,8 @@ def markdown(result: dict[str, Any]) -> str:
         parts.append(_table(known, mine, lambda c: f"{c['stock_over_bound']:.2f} → {c['best_over_bound']:.2f} ({c['best_tp']})"))
         parts.append(f"heddle over stock at tp={mine[0]['tp']}; at stock's best tp:")
         parts.append(_table(known, mine, lambda c: f"{c['heddle_speedup']:.2f}; {c['heddle_best_speedup']:.2f}"))
-        parts.append(f"Peers over stock at tp={mine[0]['tp']}: trajectory-FCFS; ThunderAgent; Continuum:")
+        parts.append(f"Others over stock at tp={mine[0]['tp']}: trajectory-FCFS; ThunderAgent's law; stock with KV offload to the host:")
         parts.append(_table(known, mine, lambda c: "; ".join(f"{c['peers'][name]:.2f}" for name in PEERS)))
-        parts.append("With KV offload to the host: stock; heddle:")
-        parts.append(_table(known, mine, lambda c: f"{c['peers']['stock_tier']:.2f}; {c['peers']['heddle_tier']:.2f}"))
     if more:
         parts += [f"## With gpu_memory_utilization={more[0]['utilization']:g}", _memory(known, more, cells)]
     return "\n\n".join(parts) + "\n"

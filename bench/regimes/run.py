@@ -37,8 +37,8 @@ HEDDLE = (
 """The arm called heddle, in words; stored with the numbers."""
 BESIDE = [
     "Trajectory-FCFS: the trajectory whose first turn came first, by vLLM's priorities. KV offload: what is evicted stays in the host's "
-    "memory, without limit, and is read back at 25 GB/s per GPU. ThunderAgent, Continuum: their laws as far as known "
-    "([simulate](simulate.md)).",
+    "memory, without limit, and is read back at 25 GB/s per GPU. ThunderAgent: its law as far as known "
+    "([simulate](simulate.md)). More peers where KV is short: [bench/residents](../bench/residents/README.md).",
     f"A turn spends {1e3 * OVERHEAD_S:g} ms outside engine and tool.",
 ]
 """More that was assumed, in words."""

@@ -17,8 +17,9 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -122,17 +123,26 @@ def arms(draw: Draw, where: Setting) -> dict[str, tuple[Policy, EngineOptions]]:
     }
 
 
+def play(draw: Draw, where: Setting, tp: int) -> dict[str, tuple[float, int]]:
+    """Makespan and tokens read again of every arm."""
+    told = {}
+    for arm, (policy, engine) in arms(draw, where).items():
+        result = simulate(draw.steps[0], where.fleet(tp), where.latency, policy, engine=engine, step=len(draw.before))
+        told[arm] = result.makespan_s, sum(replica.recomputed_tokens for replica in result.replicas)
+    return told
+
+
 def measure(name: str, where: Setting, tp: int, draws: Sequence[Draw]) -> dict[str, Any]:
     """One row: stock's makespan over each arm's, median over the draws, with all of them; and recomputed tokens."""
     ratios: dict[str, list[float]] = {}
     recomputed: dict[str, list[int]] = {}
-    for draw in draws:
-        stock_s = 0.0
-        for arm, (policy, engine) in arms(draw, where).items():
-            result = simulate(draw.steps[0], where.fleet(tp), where.latency, policy, engine=engine, step=len(draw.before))
-            stock_s = stock_s or result.makespan_s
-            ratios.setdefault(arm, []).append(stock_s / result.makespan_s)
-            recomputed.setdefault(arm, []).append(sum(replica.recomputed_tokens for replica in result.replicas))
+    with ProcessPoolExecutor(min(len(draws), os.cpu_count() or 1)) as pool:
+        played = list(pool.map(play, draws, repeat(where), repeat(tp)))
+    for one in played:
+        stock_s = one["stock"][0]
+        for arm, (makespan_s, again) in one.items():
+            ratios.setdefault(arm, []).append(stock_s / makespan_s)
+            recomputed.setdefault(arm, []).append(again)
     row = {"name": name, "tp": tp, "slots": where.slots, "trajectories": len(draws[0].steps[0]), "stock_s": stock_s}
     row |= {"speedup": {arm: median(values) for arm, values in ratios.items()}, "draws": ratios}
     row["recomputed_tokens"] = {arm: median(values) for arm, values in recomputed.items()}

@@ -13,7 +13,7 @@ from engines import CPU_ENVIRONMENT
 from omegaconf import OmegaConf
 
 from verl_heddle.latency.model import LatencyModel
-from verl_heddle.options import Options, Place
+from verl_heddle.options import Options, Place, Residents
 from verl_heddle.traces.recorder import Recorder
 from verl_heddle.trajectory import Outcome, TrajectoryEnd, TrajectoryId
 from verl_heddle.verl_plugin.client import HeddleClient
@@ -60,13 +60,14 @@ async def episode(client, name: str, first: int, tool_s: float):
 
 async def play(servers, place: Place, prompts: int, tool_s: float = 3.0):
     """Everybody's first turn on s0 while it is alone; s1 joins during it. Returns (tokens, records, counts of the client)."""
-    options = Options(place=place)
+    options = Options(place=place, residents=Residents(enable=False))
     router = RouterActor.options(max_restarts=0).remote({"s0": servers["s0"]}, {})
     ray.get(router.configure.remote(options, False, alike({"s0": servers["s0"]}, slots=SLOTS), 1500), timeout=60)
     ray.get(router.step_times_known.remote(STEP_TIMES), timeout=60)
     client = HeddleClient(CONFIG, router, servers, options)
     tasks = [asyncio.create_task(episode(client, f"t{number}", prompts + number, tool_s)) for number in range(TRAJECTORIES)]
     while ray.get(router.get_total_inflight.remote(), timeout=30) < TRAJECTORIES:
+        assert not any(task.done() for task in tasks), "a trajectory ended before all had begun"
         await asyncio.sleep(0.01)
     ray.get(router.add_servers.remote({"s1": servers["s1"]}), timeout=30)
     results = await asyncio.wait_for(asyncio.gather(*tasks), 120)

@@ -17,8 +17,8 @@ RESULTS = Path(__file__).resolve().parent / "results"
 SLOWER = 0.995
 """A ratio below this reads 0.99x or less."""
 
-FEW, MANY = 16, 128
-"""Trajectories per GPU up to which every turn finds a slot, and from which on most wait."""
+TOOLS = {"no tools": "no tool time", "tools 30 %": "tools are 30 % of the time", "tools 60 %": "tools are 60 % of the time"}
+"""What the names of bench/residents' cells hold -> in words."""
 
 SINGLE_TURNS = "math8"
 """The open trace of single turns, told apart because it is another kind of work."""
@@ -33,13 +33,13 @@ def results(name: str) -> dict[str, Any] | None:
 def pictured() -> str:
     """What stands under the figure."""
     real = results("cpu/residents.json")["workloads"]
-    short, long = (_pairs(real[name]["ratios"]["stock/heddle"]) for name in ("short tools", "long tools"))
+    told = "; ".join(f"{name}, {_pairs(one['ratios']['stock/heddle'])}" for name, one in real.items())
     return (
         "*Simulated: 8 H200, step times composed by AIConfigurator from tables of single operators, not measured; no GPU run has been\n"
         "made yet. Left: what there is to win, and that most of it is often the tensor-parallel degree, which needs no plugin. Right:\n"
         "what heddle gives over stock, all rows, those where it loses included ([numbers](bench/schedule/README.md)).\n"
-        f"Measured, on two real vLLM engines on a CPU with KV cache for a quarter of the contexts: {short};\n"
-        f"with tools so long that nothing is worth holding: {long} ([pairs](bench/residents/README.md)).*"
+        "Measured, on two real vLLM engines on a CPU with KV cache for a quarter of the contexts:\n"
+        f"{told} ([pairs](bench/residents/README.md)).*"
     )
 
 
@@ -50,64 +50,43 @@ def _pairs(ratio: dict[str, Any]) -> str:
 
 
 def where_it_helps() -> str:
-    """The table of heddle's order over stock by kind of rollout, and what it leaves out."""
-    regimes = results("simulated/regimes.json")
-    cells = [cell for cell in regimes["cells"] if cell["utilization"] == 0.5]
-    rows = results("simulated/schedule.json")["rows"]
-    traces = [row for row in rows if row["kind"] != "generated"]
-
-    def of(some: Iterable[dict[str, Any]]) -> list[float]:
-        return [cell[key] for cell in some for key in ("heddle_speedup", "heddle_best_speedup")]
+    """The table of heddle over stock by kind of rollout, and what else could be had there."""
+    short = results("simulated/residents.json")["rows"]
+    traces = [row for row in results("simulated/schedule.json")["rows"] if row["kind"] != "generated"]
 
     def drawn(some: Iterable[dict[str, Any]]) -> list[float]:
         return [value for row in some for value in row["draws"]["heddle"]]
 
-    between = sorted({cell["concurrency"] for cell in cells if FEW < cell["concurrency"] < MANY})
-    lines = [
-        "| your rollout | mean | worst to best | slower than stock |",
-        "|---|---|---|---|",
-        _row(f"4 to {FEW} trajectories per GPU: every turn finds a slot", of(c for c in cells if c["concurrency"] <= FEW)),
-        *(_row(f"{number} per GPU", of(c for c in cells if c["concurrency"] == number)) for number in between),
-    ]
-    many = [cell for cell in cells if cell["concurrency"] >= MANY]
-    for share in sorted({cell["tool_share"] for cell in many}):
-        what = f"tools are {100 * share:.0f} % of the time" if share else "no tool time"
-        lines.append(_row(f"{MANY} and more per GPU, {what}", of(c for c in many if c["tool_share"] == share)))
+    def over(arm: str, some: Iterable[dict[str, Any]] = short) -> list[float]:
+        return [row["arms"]["stock"]["makespan_s"] / row["arms"][arm]["makespan_s"] for row in some]
+
+    def told(arm: str) -> str:
+        values = over(arm)
+        return f"{_mean(values):.2f}x ({min(values):.2f}x to {max(values):.2f}x)"
+
+    lines = ["| your rollout | mean | worst to best | slower than stock |", "|---|---|---|---|"]
+    for tools, what in TOOLS.items():
+        lines.append(_row(f"KV cache is short, {what}", over("heddle", (row for row in short if tools in row["cell"]))))
     agents, single = ([row for row in traces if (SINGLE_TURNS in row["name"]) is alone] for alone in (False, True))
     lines.append(_row("open traces of agents, 8 to 256 slots", drawn(agents)))
     lines.append(_row(f"single turns whose length their prompt does not tell (`{SINGLE_TURNS}`)", drawn(single)))
-    drawn_most = max(count for place, count in regimes["assumptions"]["draws"].items() if int(place) >= MANY)
-    told = f"the median of {drawn_most} draws"
-    best = max(cell["best_speedup"] for cell in cells)
+    cells, best = len({row["cell"] for row in short}), max(cell["best_speedup"] for cell in results("simulated/regimes.json")["cells"])
     return "\n".join(
         [
             *lines,
             "",
-            "All simulated: makespan of stock over heddle's at the same degree, geometric mean; the map counts at the usual degree and",
-            f"at stock's best, traces by draw. Single steps scatter; a cell with {MANY} and more is {told}. The",
-            f"tensor-parallel degree alone, without the plugin, is worth up to {best:.1f}x: `verl-heddle plan`.",
-            *_where_kv_is_short(),
+            f"All simulated: makespan of stock over heddle's at the same degree, geometric mean over single steps: {len(short)} of {cells}",
+            "cells at 128 and 256 trajectories per GPU whose contexts want more KV cache than there is, and open traces. Where there is",
+            "room for all, heddle does what verl does. The tensor-parallel degree",
+            f"alone, without the plugin, is worth up to {best:.1f}x: `verl-heddle plan`.",
+            "",
+            f"In the first rows heddle gives {told('heddle')}; with its longest first by true lengths {told('known')}; by predicted",
+            f"length without resident sets (`heddle.priority.order=longest`) {told('heddle_longest')}; ThunderAgent's law",
+            f"{told('thunder_agent')}, Continuum's {told('continuum')}, trajectory-FCFS {told('trajectory_fcfs')}. vLLM's KV offloading",
+            f"(`heddle.offload.enable=true`), to an ideal host tier, gives stock verl {told('stock_tier')}; resident sets rest beside it.",
+            "[All numbers](bench/residents/README.md).",
         ]
     )
-
-
-def _where_kv_is_short() -> list[str]:
-    """The cells in which contexts want more KV than there is, and what else could be had there."""
-    rows = results("simulated/residents.json")["rows"]
-
-    def of(arm: str) -> str:
-        values = [row["arms"]["stock"]["makespan_s"] / row["arms"][arm]["makespan_s"] for row in rows]
-        return f"{exp(sum(map(log, values)) / len(values)):.2f}x ({min(values):.2f}x to {max(values):.2f}x)"
-
-    cells = len({row["cell"] for row in rows})
-    return [
-        "",
-        f"**Where KV is short** ({cells} cells, {len(rows)} steps): heddle {of('heddle')}; with its longest first by true lengths",
-        f"{of('known')}; by predicted length without resident sets (`heddle.priority.order=longest`) {of('heddle_longest')};",
-        f"ThunderAgent's law {of('thunder_agent')}, Continuum's {of('continuum')}, trajectory-FCFS {of('trajectory_fcfs')}.",
-        f"vLLM's KV offloading needs no plugin: to an ideal host tier it gives stock verl {of('stock_tier')}, and heddle",
-        f"{of('heddle_tier')}. [bench/residents](bench/residents/README.md).",
-    ]
 
 
 def accuracy() -> str:
@@ -141,7 +120,10 @@ def _errors(result: dict[str, Any]) -> str:
     return f"{named}: makespan error {median:.1f} % in the median, {most:.1f} % at worst{bias}"
 
 
+def _mean(values: Sequence[float]) -> float:
+    return exp(sum(map(log, values)) / len(values))
+
+
 def _row(what: str, values: Sequence[float]) -> str:
-    mean = exp(sum(map(log, values)) / len(values))
     slower = sum(value < SLOWER for value in values)
-    return f"| {what} | {mean:.2f}x | {min(values):.2f}x to {max(values):.2f}x | {slower} of {len(values)} |"
+    return f"| {what} | {_mean(values):.2f}x | {min(values):.2f}x to {max(values):.2f}x | {slower} of {len(values)} |"

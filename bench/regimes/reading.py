@@ -14,7 +14,8 @@ from bench.provenance import block
 
 Cell = dict[str, Any]
 
-PEERS = ("trajectory_fcfs", "thunder_agent", "stock_tier")
+PEERS = {"stock_tier": "stock with KV offload to the host", "trajectory_fcfs": "trajectory-FCFS", "thunder_agent": "ThunderAgent's law"}
+"""Arms beside stock and heddle, in words."""
 
 SAME = 1.02
 """A ratio below this is no difference."""
@@ -56,8 +57,8 @@ def markdown(result: dict[str, Any]) -> str:
         parts.append(_table(known, mine, lambda c: f"{c['stock_over_bound']:.2f} → {c['best_over_bound']:.2f} ({c['best_tp']})"))
         parts.append(f"heddle over stock at tp={mine[0]['tp']}; at stock's best tp:")
         parts.append(_table(known, mine, lambda c: f"{c['heddle_speedup']:.2f}; {c['heddle_best_speedup']:.2f}"))
-        parts.append(f"Others over stock at tp={mine[0]['tp']}: trajectory-FCFS; ThunderAgent's law; stock with KV offload to the host:")
-        parts.append(_table(known, mine, lambda c: "; ".join(f"{c['peers'][name]:.2f}" for name in PEERS)))
+        parts.append(f"Others over stock at tp={mine[0]['tp']}: {'; '.join(PEERS[name] for name in mine[0]['peers'])}:")
+        parts.append(_table(known, mine, lambda c: "; ".join(f"{value:.2f}" for value in c["peers"].values())))
     if more:
         parts += [f"## With gpu_memory_utilization={more[0]['utilization']:g}", _memory(known, more, cells)]
     return "\n\n".join(parts) + "\n"

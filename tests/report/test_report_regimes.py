@@ -49,6 +49,7 @@ def test_page_and_picture(bench, tmp_path):
         "best_s": 10.0,
         "heddle_speedup": 1.0,
     }
+    made["peers"] = dict.fromkeys(cells.PEERS, 1.11)
     made |= {"heddle_best_speedup": 1.04, "queue_share": 0.0, "stock_s": 16.0, "bound_s": 8.0, "preemptions": 0}
     rows = [vars(cell) | made | {"queue_share": 0.2 if cell.concurrency == 256 else 0.0} for cell in cells.cells()]
     known = {"latency": "made up", "gpu": "h200", "gpus": 8, "slots": 256, "samples": 8, "mean_tokens": 8000, "cap_tokens": 40960}
@@ -57,6 +58,7 @@ def test_page_and_picture(bench, tmp_path):
     result = {"assumptions": known | {"draws": {"4": 6}}, "cells": rows}
     text = reading.markdown(result)
     assert text.count("\n## ") == 2 + 4 + 1 and "1.60x at the median" in text and "2.00 → 1.20 (4)" in text and "1.00; 1.04" in text
+    assert "trajectory-FCFS; ThunderAgent's law:" in text and "| 1.11; 1.11; 1.11 |" in text
     assert "heddle: priority only" in text
     assert "simulated" in text and "nan" not in text
     pytest.importorskip("matplotlib")

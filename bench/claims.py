@@ -20,9 +20,6 @@ SLOWER = 0.995
 TOOLS = {"no tools": "no tool time", "tools 30 %": "tools are 30 % of the time", "tools 60 %": "tools are 60 % of the time"}
 """What the names of bench/residents' cells hold -> in words."""
 
-SINGLE_TURNS = "math8"
-"""The open trace of single turns, told apart because it is another kind of work."""
-
 
 def results(name: str) -> dict[str, Any] | None:
     """A bench's results; None where they have not been made."""
@@ -37,7 +34,7 @@ def pictured() -> str:
     return (
         "*Simulated: 8 H200, step times composed by AIConfigurator from tables of single operators, not measured; no GPU run has been\n"
         "made yet. Left: what there is to win, and that most of it is often the tensor-parallel degree, which needs no plugin. Right:\n"
-        "what heddle gives over stock, all rows, those where it loses included ([numbers](bench/schedule/README.md)).\n"
+        "what heddle gives over stock where KV cache is short, all rows ([numbers](bench/residents/README.md)).\n"
         "Measured, on two real vLLM engines on a CPU with KV cache for a quarter of the contexts:\n"
         f"{told} ([pairs](bench/residents/README.md)).*"
     )
@@ -52,10 +49,6 @@ def _pairs(ratio: dict[str, Any]) -> str:
 def where_it_helps() -> str:
     """The table of heddle over stock by kind of rollout, and what else could be had there."""
     short = results("simulated/residents.json")["rows"]
-    traces = [row for row in results("simulated/schedule.json")["rows"] if row["kind"] != "generated"]
-
-    def drawn(some: Iterable[dict[str, Any]]) -> list[float]:
-        return [value for row in some for value in row["draws"]["heddle"]]
 
     def over(arm: str, some: Iterable[dict[str, Any]] = short) -> list[float]:
         return [row["arms"]["stock"]["makespan_s"] / row["arms"][arm]["makespan_s"] for row in some]
@@ -67,17 +60,14 @@ def where_it_helps() -> str:
     lines = ["| your rollout | mean | worst to best | slower than stock |", "|---|---|---|---|"]
     for tools, what in TOOLS.items():
         lines.append(_row(f"KV cache is short, {what}", over("heddle", (row for row in short if tools in row["cell"]))))
-    agents, single = ([row for row in traces if (SINGLE_TURNS in row["name"]) is alone] for alone in (False, True))
-    lines.append(_row("open traces of agents, 8 to 256 slots", drawn(agents)))
-    lines.append(_row(f"single turns whose length their prompt does not tell (`{SINGLE_TURNS}`)", drawn(single)))
     cells, best = len({row["cell"] for row in short}), max(cell["best_speedup"] for cell in results("simulated/regimes.json")["cells"])
     return "\n".join(
         [
             *lines,
             "",
             f"All simulated: makespan of stock over heddle's at the same degree, geometric mean over single steps: {len(short)} of {cells}",
-            "cells at 128 and 256 trajectories per GPU whose contexts want more KV cache than there is, and open traces. Where there is",
-            "room for all, heddle does what verl does. The tensor-parallel degree",
+            "cells at 128 and 256 trajectories per GPU whose contexts want more KV cache than there is. Where there is room for all,",
+            "heddle does what verl does. The tensor-parallel degree",
             f"alone, without the plugin, is worth up to {best:.1f}x: `verl-heddle plan`.",
             "",
             f"In the first rows heddle gives {told('heddle')}; with its longest first by true lengths {told('known')}; by predicted",

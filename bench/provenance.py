@@ -69,7 +69,7 @@ MEASURES: dict[str, tuple[str, ...]] = {
 
 PAGES: dict[str, tuple[str, ...]] = {
     "README.md": (
-        *("simulated/schedule.json", "simulated/regimes.json", "simulated/residents.json"),
+        *("simulated/regimes.json", "simulated/residents.json"),
         *("cpu/residents.json", "cpu/fidelity.json", "cpu/fidelity_rules.json"),
     ),
     "bench/fidelity/README.md": ("cpu/fidelity.json", "cpu/fidelity_rules.json"),

@@ -65,7 +65,7 @@ def where_it_helps() -> str:
         [
             *lines,
             "",
-            f"All simulated: makespan of stock over heddle's at the same degree, geometric mean over single steps: {len(short)} of {cells}",
+            f"All simulated: makespan of stock over heddle's at the same degree, geometric mean over {len(short)} steps of {cells}",
             "cells at 128 and 256 trajectories per GPU whose contexts want more KV cache than there is. Where there is room for all,",
             "heddle does what verl does. The tensor-parallel degree",
             f"alone, without the plugin, is worth up to {best:.1f}x: `verl-heddle plan`.",

@@ -47,7 +47,7 @@ def draw(path: Path = PICTURE) -> None:
     _distance(left, regimes)
     _gain(right, short["rows"])
     figure.supxlabel(
-        "Simulated, not measured: 8 H200, step times of vLLM as AIConfigurator composes them. Against real vLLM engines on a CPU, "
+        "Simulated, not measured: 8 H200, step times of vLLM as AIConfigurator composes them.\nAgainst real vLLM engines on a CPU, "
         f"without KV pressure, the simulator's makespans are off by {error:.1%} (median).",
         fontsize=8.5,
         color=FAINT,

@@ -106,7 +106,7 @@ def test_settings_of_preemption_that_cannot_be_end_in_one_line(tmp_path):
 
 def test_a_run_with_resident_sets_is_replayed_with_them():
     """KV for a few of the contexts: without admission by KV the replay is of another run."""
-    made, truth = lives(decided(Options()) | {"kv_tokens": 20_000}, kv_tokens=20_000)
+    made, truth = lives(decided(Options()) | {"kv_tokens": 20_000}, kv_tokens=20_000, tool_mean_s=0.2)
     assert engines_of(made).residents == "least_served"
     known = machine([made], engines_of(made), TABLE)
     again = known.replayed(made)

@@ -70,7 +70,7 @@ def where_it_helps() -> str:
             "heddle does what verl does. The tensor-parallel degree",
             f"alone, without the plugin, is worth up to {best:.1f}x: `verl-heddle plan`.",
             "",
-            f"In the first rows heddle gives {told('heddle')}; with its longest first by true lengths {told('known')}; by predicted",
+            f"Over all these steps heddle gives {told('heddle')}; with its longest first by true lengths {told('known')}; by predicted",
             f"length without resident sets (`heddle.priority.order=longest`) {told('heddle_longest')}; ThunderAgent's law",
             f"{told('thunder_agent')}, Continuum's {told('continuum')}, trajectory-FCFS {told('trajectory_fcfs')}. vLLM's KV offloading",
             f"(`heddle.offload.enable=true`), to an ideal host tier, gives stock verl {told('stock_tier')}; resident sets rest beside it.",

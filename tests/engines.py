@@ -28,6 +28,9 @@ PORT_TAKEN = "EADDRINUSE"
 
 RUN_TIMEOUT_S = 900
 
+PREDICTING = ("heddle.priority.order=longest", "heddle.preempt.enable=true", "heddle.residents.enable=false")
+"""The order by predicted length, as `Options.longest` has it."""
+
 LITTLE_KV = "+actor_rollout_ref.rollout.engine_kwargs.vllm.num_gpu_blocks_override=16"
 """Engines that hold a fraction of the contexts: a block is 128 tokens, the longest context of the math recipe wants 12."""
 

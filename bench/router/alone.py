@@ -14,8 +14,8 @@ from verl_heddle.report.setting import setting
 from verl_heddle.trajectory import ToolStart
 from verl_heddle.verl_plugin.router import HeddleRouter, alike
 
-SLOTS = 64
-"""Of a replica; with `admission.per_slot` 4 room for four times as many turns as 10,000 trajectories have in flight on 64 replicas."""
+SLOTS = 128
+"""Of a replica: more than the turns that 10,000 trajectories have in flight on 64 replicas, so that none is held."""
 
 IN_FLIGHT = 0.5
 """Share of the trajectories that have a turn in an engine; the others are in tools."""

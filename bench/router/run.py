@@ -90,7 +90,7 @@ def memory(name: str, turns: int) -> dict[str, Any]:
 
 def taught() -> bytes:
     """A predictor's state after three steps' worth of turns, its trees fitted."""
-    play = Alone("default", REPLICAS, LIVE)
+    play = Alone("place", REPLICAS, LIVE)
 
     async def run() -> None:
         await play.turns(3 * LIVE)

@@ -8,6 +8,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import pytest
+from engines import PREDICTING
 from omegaconf import OmegaConf
 
 pytest.importorskip("verl")
@@ -139,8 +140,6 @@ def test_what_weakens_heddle_is_a_warning(override, word):
 
 
 VLLM = "actor_rollout_ref.rollout.engine_kwargs.vllm"
-
-PREDICTING = ("heddle.priority.order=longest", "heddle.preempt.enable=true", "heddle.residents.enable=false")
 
 TAKEN = {
     "its scheduler": (["~" + VLLM], ["priority under way", "preemption"]),

@@ -70,6 +70,11 @@ def test_every_step_has_its_rows_and_its_layout(run):
     assert homes[2] == homes[5] == homes[8] and homes[4] == homes[7], "engines of a layout that is back are the same ones"
 
 
+def test_placement_was_planned_with_step_times_learnt_from_the_run(run):
+    assert run.steps[1]["heddle/decisions/least_inflight"] > 0, "verl's rule until they are known"
+    assert run.steps[2]["heddle/decisions/planned"] >= PROMPTS * SAMPLES and "heddle/place/slope" in run.steps[2]
+
+
 def test_no_trajectory_is_lost_or_trained_twice(run):
     lives = Counter((item.meta["step"], item.prompt_id, item.trial) for item in read(run.trace))
     assert len(lives) == STEPS * PROMPTS * SAMPLES and set(lives.values()) == {1}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from engines import LITTLE_KV
+from engines import LITTLE_KV, PREDICTING
 
 from verl_heddle.report.attribution import accounted
 from verl_heddle.traces.io import read
@@ -12,8 +12,6 @@ pytestmark = pytest.mark.e2e
 
 GREEDY = "actor_rollout_ref.rollout.top_k=1"
 """Sampling from the single best token: every arm must produce the same tokens."""
-
-PREDICTING = ("heddle.priority.order=longest", "heddle.preempt.enable=true", "heddle.residents.enable=false")
 
 
 @pytest.fixture(scope="module")

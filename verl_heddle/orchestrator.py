@@ -105,8 +105,8 @@ class Orchestrator:
         self._latency: Latency | None = None
         self._pace = Pace()
         self._replicas: dict[str, Replica] = {}
-        self._tiers = 0
-        """Replicas whose evicted contexts the host keeps."""
+        self._tiered = False
+        """Whether the host keeps what some replica evicts."""
         self._lives: dict[str, _Life] = {}
         """By trajectory key."""
         self._numbers = 0
@@ -132,25 +132,35 @@ class Orchestrator:
         """Replicas joined the fleet, empty."""
         for replica in replicas:
             self._replicas[replica.name] = replica
-            self._tiers += replica.tier
             self._placement.add(replica)
             if self.residents is not None:
                 self.residents.add(replica, self._hold_s(replica))
             if self.admission is not None:
                 bound = ceil(self._options.admission.per_slot * replica.slots)
                 self.admission.add(replica.name, bound, most_turns(replica.slots, replica.calls))
+        self._tiered = any(replica.tier for replica in self._replicas.values())
 
     def replicas_removed(self, names: Iterable[str]) -> None:
         """Replicas left the fleet; their conversations move at the next turn."""
         for name in names:
-            replica = self._replicas.pop(name, None)
-            self._tiers -= replica is not None and replica.tier
+            self._replicas.pop(name, None)
             self._placement.remove(name)
             self._transfers.removed(name)
             if self.residents is not None:
                 self.residents.remove(name)
             if self.admission is not None:
                 self.admission.remove(name)
+        self._tiered = any(replica.tier for replica in self._replicas.values())
+
+    def paused(self, name: str, now: float) -> None:
+        """A weight update stops this replica's engine and wipes its contexts; turns under way there are interrupted."""
+        if self.residents is not None:
+            self.residents.pause(name, now)
+
+    def resumed(self, name: str, now: float) -> None:
+        """The replica's engine goes on."""
+        if self.residents is not None:
+            self.residents.resume(name, now)
 
     def homes_forgotten(self) -> int:
         """Forget where conversations live (verl's `clear_sticky_cache`); returns how many there were."""
@@ -220,7 +230,7 @@ class Orchestrator:
 
     def _where(self, turn: TurnStart, life: _Life | None, estimate: Estimate | None, priority: int, now: float) -> tuple[str, Reason, bool]:
         """Replica, why, and whether the turn is held."""
-        if self.residents is not None and life is not None and self._replicas and not self._tiers:
+        if self.residents is not None and life is not None and self._replicas and not self._tiered:
             resident = self.residents.home_of(turn.trajectory.key) is not None
             replica = self.residents.turn_started(turn, now)
             if replica is not None:
@@ -407,7 +417,7 @@ class Orchestrator:
         if not self._orders or life is None:
             return 0
         if self._options.priority.order == "first_turn":
-            return 0 if self._tiers else first_come(life.number)
+            return 0 if self._tiered else first_come(life.number, life.who.validate)
         if left is None:
             return 0
         length = turn.generated_tokens + work_tokens(left[0], life.tool_s + left[1], self._pace.s_per_token)

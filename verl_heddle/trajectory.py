@@ -89,13 +89,13 @@ class TurnStart:
     turn: int
     context_tokens: int
     generated_tokens: int
-    """Tokens this trajectory generated in earlier turns."""
+    """Tokens this trajectory has generated, in earlier turns and earlier legs of this one."""
     tool_s: float | None = None
     """Seconds its tools took since its last turn; None: there was none before, or nobody measured."""
     text: str | None = None
     """The prompt's text, told with a trajectory's first turn where it is known."""
     leg: int = 0
-    """How often this generation has been sent before: it starts again when its replica is lost."""
+    """How often this generation has been sent before: it starts again when its replica is lost, and goes on after a weight update."""
 
     def __post_init__(self) -> None:
         _only_times(self, "tool_s")
@@ -108,7 +108,7 @@ class TurnStart:
 
 @dataclass(frozen=True, slots=True)
 class TurnEnd:
-    """A generation ended on `replica`, by itself (`completed`) or by failure, abort or cancellation."""
+    """A request ended on `replica`, by itself (`completed`) or by failure, abort or cancellation."""
 
     trajectory: TrajectoryId
     conversation: str
@@ -119,6 +119,10 @@ class TurnEnd:
     engine_s: float | None = None
     """Seconds it kept the engine busy, queueing not counted; None: not known."""
     leg: int = 0
+    before_tokens: int = 0
+    """Generated in earlier legs."""
+    interrupted: bool = False
+    """A weight update ended the request, not the generation, which goes on in another leg."""
 
     def __post_init__(self) -> None:
         _only_times(self, "engine_s")

@@ -17,7 +17,7 @@ from verl_heddle.options import Options
 from verl_heddle.orchestrator import FIRST_HOLD_S, Orchestrator
 from verl_heddle.schedule.rent import FEW, futile
 from verl_heddle.schedule.resident import ORDERS
-from verl_heddle.schedule.residents import Residents
+from verl_heddle.schedule.residents import LONGEST_PAUSE_S, Residents
 from verl_heddle.trajectory import TrajectoryId, TurnEnd, TurnStart
 
 HOLD_S = 10.0
@@ -28,12 +28,16 @@ def identity(number: int) -> TrajectoryId:
     return TrajectoryId(prompt=f"p{number // 3}", uid=f"u{number // 3}", sample=number % 3, step=0)
 
 
-def started(number: int, turn: int, context: int, generated: int = 0) -> TurnStart:
-    return TurnStart(identity(number), identity(number).key, turn, context, generated)
+def started(number: int, turn: int, context: int, generated: int = 0, leg: int = 0) -> TurnStart:
+    return TurnStart(identity(number), identity(number).key, turn, context, generated, leg=leg)
 
 
 def finished(turn: TurnStart, replica: str, tokens: int) -> TurnEnd:
-    return TurnEnd(turn.trajectory, turn.conversation, replica, turn.turn, tokens)
+    return TurnEnd(turn.trajectory, turn.conversation, replica, turn.turn, tokens, leg=turn.leg)
+
+
+def interrupted(turn: TurnStart, replica: str, tokens: int) -> TurnEnd:
+    return replace(finished(turn, replica, tokens), completed=False, interrupted=True)
 
 
 def resident_set(order: str = "least_served", kv: int | None = 1000, slots: int = 4, replicas: int = 1) -> Residents:
@@ -55,20 +59,28 @@ class Play:
         """Open turns that have been let in."""
         self.contexts: dict[int, tuple[int, int]] = {}
         """Of trajectories between turns: context and turns so far."""
+        self.legs: dict[int, tuple[int, int, int]] = {}
+        """Of trajectories whose turn was interrupted: context, turn and legs so far."""
+        self.paused: set[str] = set()
         self.named: set[str] = set()
         self.over: set[int] = set()
 
     def start(self, number: int, prompt: int = PROMPT) -> None:
-        context, turn = self.contexts.pop(number, (prompt, 0))
-        self.turns[number] = started(number, turn, context)
+        leg = 0
+        if number in self.legs:
+            context, turn, leg = self.legs.pop(number)
+        else:
+            context, turn = self.contexts.pop(number, (prompt, 0))
+        self.turns[number] = started(number, turn, context, leg=leg)
         replica = self.residents.turn_started(self.turns[number], self.now)
         if replica is not None:
             self.let_in(number, replica)
         self.check()
 
     def let_in(self, number: int, replica: str) -> None:
-        name = f"{number}:{self.turns[number].turn}"
+        name = self.turns[number].request
         assert name not in self.named, "a turn is let in once"
+        assert replica not in self.paused, "nobody is let into an engine that is paused"
         self.named.add(name)
         self.where[number] = replica
 
@@ -88,6 +100,23 @@ class Play:
         self.contexts.pop(number)
         self.over.add(number)
         self.residents.trajectory_ended(identity(number).key, self.now)
+        self.check()
+
+    def pause(self, name: str) -> None:
+        self.residents.pause(name, self.now)
+        self.paused.add(name)
+        self.check()
+        for number in [number for number, where in self.where.items() if where == name]:
+            turn = self.turns.pop(number)
+            self.where.pop(number)
+            self.legs[number] = (turn.context_tokens + 1, turn.turn, turn.leg + 1)
+            self.residents.turn_finished(interrupted(turn, name, 1), self.now)
+            self.check()
+        assert not self.residents.residents(name), "whose context is wiped is resident nowhere"
+
+    def resume(self, name: str) -> None:
+        self.paused.discard(name)
+        self.residents.resume(name, self.now)
         self.check()
 
     def wait(self, seconds: float) -> None:
@@ -111,7 +140,7 @@ class Play:
             assert used == pytest.approx(counted), "the books are right"
             if used > self.kv + 1e-6:
                 assert not self.residents.idle(name), "over capacity nobody is idle"
-            if held:
+            if held and name not in self.paused:
                 assert self.residents.residents(name), "nobody waits while a replica is empty"
         if held:
             assert self.residents.due_s() > self.now, "nobody outstays the rent while somebody waits"
@@ -124,7 +153,9 @@ def test_the_law_holds_after_every_event(data, order, replicas, slots):
     play = Play(resident_set(order, kv, slots, replicas), kv, slots, order)
     for _ in range(data.draw(st.integers(1, 60))):
         running, held = sorted(play.where), sorted(set(play.turns) - set(play.where))
-        choices = ["start", "wait"] + ["finish"] * bool(running) + ["withdraw"] * bool(held) + ["end"] * bool(play.contexts)
+        choices = (
+            ["start", "wait", "pause", "resume"] + ["finish"] * bool(running) + ["withdraw"] * bool(held) + ["end"] * bool(play.contexts)
+        )
         match data.draw(st.sampled_from(choices)):
             case "start":
                 free = [number for number in range(12) if number not in play.turns and number not in play.over]
@@ -138,6 +169,14 @@ def test_the_law_holds_after_every_event(data, order, replicas, slots):
                 play.end(data.draw(st.sampled_from(sorted(play.contexts))))
             case "wait":
                 play.wait(data.draw(st.floats(0, 15)))
+            case "pause":
+                play.pause(data.draw(st.sampled_from(play.residents.homes())))
+            case "resume":
+                play.resume(data.draw(st.sampled_from(play.residents.homes())))
+    for name in sorted(play.paused):
+        play.resume(name)
+    for number in sorted(play.legs):
+        play.start(number)
     for _ in range(10_000):  # everybody ends
         if play.where:
             number = min(play.where)
@@ -305,3 +344,53 @@ def test_a_replica_that_leaves_frees_its_residents():
     residents.remove(home)
     residents.turn_finished(replace(finished(turn, home, 3), completed=False), 1.0)
     assert residents.turn_started(started(0, 0, 93), 2.0) not in (None, home)
+
+
+def test_an_interrupted_trajectory_goes_on_wherever_there_is_room():
+    """Its context is wiped: the order decides anew, and so does the load."""
+    residents = resident_set(kv=100, replicas=2)
+    turns = [started(number, 0, 90) for number in (0, 3)]
+    homes = [residents.turn_started(turn, 0.0) for turn in turns]
+    later = started(6, 0, 90)
+    assert residents.turn_started(later, 0.5) is None
+    for name in ("r0", "r1"):
+        residents.pause(name, 1.0)
+    for turn, home in zip(turns, homes, strict=True):
+        residents.turn_finished(interrupted(turn, home, 5), 1.0)
+    assert residents.admitted() == [], "nobody is let into an engine that is paused"
+    legs = [started(number, 0, 95, generated=5, leg=1) for number in (0, 3)]
+    assert [residents.turn_started(leg, 2.0) for leg in legs] == [None, None]
+    residents.resume("r1", 30.0)
+    assert residents.admitted() == [(later.request, "r1")], "least served first"
+    residents.resume("r0", 31.0)
+    assert residents.admitted() == [(legs[0].request, "r0")]
+
+
+def test_validation_goes_first_and_then_the_earlier_step():
+    residents = resident_set(kv=100)
+    residents.turn_started(started(0, 0, 90), 0.0)
+    waiting = []
+    for number, (step, validate, generated) in enumerate([(7, False, 0), (6, False, 500), (7, True, 900)], start=1):
+        who = TrajectoryId(prompt=f"p{number}", uid=f"u{number}", sample=0, step=step, validate=validate)
+        waiting.append(TurnStart(who, who.key, 0, 90, generated))
+        assert residents.turn_started(waiting[-1], 1.0) is None
+    order = []
+    key = identity(0).key
+    for _ in waiting:
+        residents.trajectory_ended(key, 2.0)
+        [(request, _)] = residents.admitted()
+        order.append(request)
+        key = request.rpartition(":")[0]
+    assert order == [waiting[index].request for index in (2, 1, 0)]
+
+
+def test_a_pause_of_which_nobody_hears_the_end_is_not_waited_for():
+    residents = Residents(ORDERS["least_served"], Random(0), silent_s=60.0)
+    residents.add(Replica("r0", kv_tokens=100), HOLD_S)
+    residents.pause("r0", 0.0)
+    turn = started(0, 0, 90)
+    assert residents.turn_started(turn, 1.0) is None and residents.due_s() == LONGEST_PAUSE_S
+    residents.tick(LONGEST_PAUSE_S - 1)
+    assert residents.admitted() == [], "a trainer may take longer for a step than a fleet may be silent"
+    residents.tick(LONGEST_PAUSE_S)
+    assert residents.admitted() == [(turn.request, "r0")]

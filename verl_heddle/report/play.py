@@ -142,7 +142,6 @@ def play(name: str, tp: int, setting: Setting, draw: Draw) -> list[Result]:
     engine = setting.engine(rule.order) if rule.options is None else engine_for(rule.options, setting)
     if rule.tier:
         engine = replace(engine, tier=setting.tier)
-        fleet = [replace(replica, tier=True) for replica in fleet]
     policy = rule.make(draw.seed) if rule.make else None
     dealt = halves(draw.steps) if draw.crossed else []
     if rule.options:

@@ -66,8 +66,7 @@ def _cases(step: Sequence[Trajectory], machine: Machine, last: Trajectory) -> It
     if machine.held(engines.tp) is not None and machine.latency.kv_bytes(engines.tp) is not None:
         tier = HostTier()
         told = f"evicted KV cache kept on the host, read back at {tier.bytes_per_s / 1e9:g} GB/s per GPU"
-        kept = [replace(replica, tier=True) for replica in machine.fleet()]
-        yield "kv_offload", "memory", told, None, again(step, work, kept, overhead=lost, tier=tier)
+        yield "kv_offload", "memory", told, None, again(step, work, overhead=lost, tier=tier)
     if any(turn.tool_latency_s for item in work for turn in item.steps):
         quick = [replace(item, steps=tuple(replace(turn, tool_latency_s=0.0) for turn in item.steps)) for item in work]
         yield "no_tools", "tools", "tools take no time", None, again(step, quick, overhead=lost)

@@ -9,7 +9,7 @@ The whole length, not what is left of it: by what is left, whoever runs falls be
 half-done together, and their contexts push each other out of the KV cache (`bench/schedule/simulated.py` measures both orders).
 
 `first_turn`: priority = the trajectory's number in the order of first turns. It never changes, so who has begun goes on, and nothing is
-predicted.
+predicted. Validation goes before training, which waits for it.
 
 Source: Heddle section 4, Algorithm 1 (priority = predicted length, longest first), for vLLM's `scheduling_policy=priority`, which orders
 the waiting queue and picks the victim when KV blocks run out. That tools count is ours: longest processing time first with delivery times.
@@ -43,9 +43,9 @@ class Pace:
         return self._seconds / self._tokens if self._seconds > 0 else None
 
 
-def first_come(number: int) -> int:
-    """vLLM priority of a turn of the trajectory of that number in the order of first turns, in [0, LIMIT]; lower runs first."""
-    return min(number, LIMIT)
+def first_come(number: int, validate: bool = False) -> int:
+    """vLLM priority of a turn of the trajectory of that number in the order of first turns, in [-LIMIT, LIMIT]; lower runs first."""
+    return min(number - LIMIT * validate, LIMIT)
 
 
 def work_tokens(tokens: float, tool_s: float, s_per_token: float | None) -> float:

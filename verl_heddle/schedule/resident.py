@@ -32,8 +32,10 @@ class Live:
     """Turns that wait for admission."""
     since_s: float = 0.0
     """Since when it waits."""
-    idle_since_s: float = inf
-    """Since when it has had no turn; only while resident."""
+    batch: float = 0.0
+    """The training step that asked for it; validation: before all of them."""
+    idle: bool = False
+    """Resident without a turn."""
     ended_s: float = inf
     """When its last turn ended, while it has none."""
     entry: int = 0
@@ -43,7 +45,7 @@ class Live:
 
 
 Order = Callable[[Live], float]
-"""The lowest goes first; ties by number of the first turn."""
+"""The lowest goes first; ties by number of the first turn. Within a batch: those of an earlier one go before."""
 
 
 @dataclass(slots=True)
@@ -56,12 +58,14 @@ class Home:
     """Residents at most: with a turn each they fill what its server takes."""
     hold_s: float
     """Its t*."""
+    paused_s: float = inf
+    """Since when its engine has been paused; inf: it is not."""
     used: float = 0.0
     running: int = 0
     residents: dict[str, Live] = field(default_factory=dict)
     prompts: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Of each prompt, how many residents share it and its tokens."""
-    idle: list[tuple[float, int, int, Live]] = field(default_factory=list)
+    idle: list[tuple[float, float, int, int, Live]] = field(default_factory=list)
     """Heap: last in the order first."""
     rent: list[tuple[float, int, Live]] = field(default_factory=list)
     """Heap of idle residents by the time their rent runs out."""

@@ -6,13 +6,15 @@ against the replica's KV cache, so that its next turn finds it there. Whoever is
 Law
 - Footprint: the context of a trajectory, and while a turn of it runs what a turn adds in the mean; a prompt counts once per replica,
   however many samples share it.
-- Admission: the first of the waiting, in the policy's order, is admitted to a replica with room: footprints within `ADMIT` of its KV cache,
-  and a free slot. First choice is the replica where its context lay last, then, as verl chooses, one of those with the fewest turns in
-  flight. A replica without residents takes anything, so nothing waits for ever.
+- Admission: the first of the waiting, validation first, then by training step, then in the policy's order, is admitted to a replica with
+  room: footprints within `ADMIT` of its KV cache, and a free slot. First choice is the replica where its context lay last, then, as verl
+  chooses, one of those with the fewest turns in flight. A replica without residents takes anything, so nothing waits for ever.
 - A resident's turn goes in at once.
 - Holding is renting (`rent`): an idle resident is held for t*, or not at all where tools have been too long for it, then evicted if
   somebody waits.
 - Over `FULL` (contexts grow): idle residents are evicted, the last in the order first.
+- A weight update pauses an engine and wipes its contexts: its idle residents are evicted, a resident whose turn is interrupted has no home
+  any more, and nobody is admitted until it goes on. Then whoever is first in the order is: nobody has a context that would be lost.
 - Where no turn completes for `silent_s`, whoever has waited so long is admitted whatever the room: nothing waits for a silent fleet.
 
 Invariants (tests/unit/test_residents.py): after every event no replica over `FULL` has an idle resident; every waiting turn is admitted
@@ -39,6 +41,9 @@ ADMIT, FULL = 0.95, 1.0
 """Shares of a replica's KV cache: up to the first newcomers are admitted, over the second idle residents are evicted. The gap keeps one
 turn's growth from evicting somebody for whom somebody else is admitted at once: with both at 1.0 five times as much is read again."""
 
+LONGEST_PAUSE_S = 3600.0
+"""A pause that lasts longer is not believed."""
+
 MEMORY = 1000.0
 """Turns until the mean growth of a turn forgets by a factor e."""
 
@@ -56,7 +61,7 @@ class Residents:
         self._order, self._rng, self._silent_s = order, rng, silent_s
         self._homes: dict[str, Home] = {}
         self._live: dict[str, Live] = {}
-        self._queue: list[tuple[float, int, int, Live]] = []
+        self._queue: list[tuple[float, float, int, int, Live]] = []
         self._number = count()
         self._entry = count(1)
         self._growth = self._turns = 0.0
@@ -107,6 +112,25 @@ class Residents:
         self._fill()
         return len(idle)
 
+    def pause(self, name: str, now: float) -> None:
+        """A replica's engine takes no requests and loses its contexts, until `resume`."""
+        home = self._homes.get(name)
+        if home is None:
+            return
+        home.paused_s = now
+        for live in [live for live in home.residents.values() if live.idle]:
+            self._evict(home, live, "wiped")
+            live.last = None
+        self._fill()
+
+    def resume(self, name: str, now: float) -> None:
+        """A replica's engine goes on; without effect where it does already."""
+        home = self._homes.get(name)
+        if home is not None and home.paused_s < inf:
+            home.paused_s = inf
+            self._completed_s = max(self._completed_s, now)  # silence began with the pause
+            self._fill()
+
     # --- events -----------------------------------------------------------------------------------------------------------
 
     def turn_started(self, turn: TurnStart, now: float) -> str | None:
@@ -115,7 +139,8 @@ class Residents:
         live = self._live.get(key)
         if live is None:
             number = next(self._number)
-            live = self._live[key] = Live(key, turn.trajectory.prompt, number, turn.context_tokens, turn.context_tokens)
+            batch = -inf if turn.trajectory.validate else turn.trajectory.step
+            live = self._live[key] = Live(key, turn.trajectory.prompt, number, turn.context_tokens, turn.context_tokens, batch=batch)
         live.context, live.served = turn.context_tokens, max(live.served, turn.generated_tokens)
         if live.ended_s < inf:
             self._holding.measured(now - live.ended_s)
@@ -150,19 +175,23 @@ class Residents:
         live.context += turn.output_tokens
         if turn.completed:
             keep = 1 - 1 / MEMORY
-            self._growth, self._turns = self._growth * keep + turn.output_tokens, self._turns * keep + 1
+            self._growth, self._turns = self._growth * keep + turn.before_tokens + turn.output_tokens, self._turns * keep + 1
             self._completed_s = now
         if live.home is None or turn.request not in live.running:  # its replica left meanwhile
             return
         home = self._homes[live.home]
         live.running.discard(turn.request)
         home.running -= 1
+        if turn.interrupted and not live.running:
+            self._evict(home, live, "interrupted")
+            live.last = None
+            return self.tick(now)
         self._count(home, live)
         if not live.running:
-            live.idle_since_s = live.ended_s = now
+            live.idle, live.ended_s = True, now
             self._change("idle", 1)
             live.entry = next(self._entry)
-            heappush(home.idle, (-self._order(live), -live.number, live.entry, live))
+            heappush(home.idle, (-live.batch, -self._order(live), -live.number, live.entry, live))
             heappush(home.rent, (now + self._holding.hold_s(home.hold_s), live.entry, live))
         self._shrink(home)
         self.tick(now)
@@ -185,6 +214,9 @@ class Residents:
 
     def tick(self, now: float) -> None:
         """Rents may have run out: evict whom it pays to evict, admit whom there is room for."""
+        for name, home in self._homes.items():
+            if home.paused_s + LONGEST_PAUSE_S <= now:
+                self.resume(name, now)
         self._fill()
         while self._head() is not None:
             expired = [(home.rent[0], home) for home in self._homes.values() if self._rent(home) <= now]
@@ -195,18 +227,25 @@ class Residents:
             heappop(home.rent)
             self._evict(home, live, "rent")
             self._fill()
-        while (head := self._head()) is not None and self._homes and self._overdue_s(head) <= now:
+        while (head := self._head()) is not None and self._overdue_s(head) <= now:
             heappop(self._queue)
-            self._admit(min(self._homes.values(), key=lambda home: home.running), head)
+            self._admit(min(self._at_work(), key=lambda home: home.running), head)
             self.counts["overdue"] += 1
 
     def due_s(self) -> float:
         """When `tick` should be called next if no event comes before; inf: no need."""
-        head = self._head()
-        return inf if head is None else min(self._overdue_s(head), *map(self._rent, self._homes.values()), inf)
+        head, homes = self._head(), self._homes.values()
+        return (
+            inf
+            if head is None
+            else min(self._overdue_s(head), *(min(self._rent(home), home.paused_s + LONGEST_PAUSE_S) for home in homes), inf)
+        )
 
     def _overdue_s(self, live: Live) -> float:
-        return max(live.since_s, self._completed_s) + self._silent_s
+        return max(live.since_s, self._completed_s) + self._silent_s if self._at_work() else inf
+
+    def _at_work(self) -> list[Home]:
+        return [home for home in self._homes.values() if home.paused_s == inf]
 
     def admitted(self) -> list[tuple[str, str]]:
         """(turn, replica) of those admitted since the last call."""
@@ -224,7 +263,7 @@ class Residents:
         """Counts since the start: admissions, evictions by reason. And the most residents, idle ones and waiting trajectories at a time
         since the last call."""
         most, self._most = self._most, Counter(self.now)
-        names = ("admitted", "full", "rent")
+        names = ("admitted", "full", "rent", "wiped", "interrupted")
         return {name: self.counts[name] for name in names} | {f"most_{name}": most[name] for name in ("resident", "idle", "waiting")}
 
     def homes(self) -> list[str]:
@@ -267,19 +306,19 @@ class Residents:
 
     def _busy(self, live: Live) -> None:
         """A resident has a turn, or is none any more."""
-        if live.idle_since_s < inf:
-            live.idle_since_s = inf
+        if live.idle:
+            live.idle = False
             self._change("idle", -1)
 
     def _wait(self, live: Live) -> None:
         self._change("waiting", 1)
         live.entry = next(self._entry)
-        heappush(self._queue, (self._order(live), live.number, live.entry, live))
+        heappush(self._queue, (live.batch, self._order(live), live.number, live.entry, live))
 
     def _head(self) -> Live | None:
         queue = self._queue
         while queue:
-            _, _, entry, live = queue[0]
+            *_, entry, live = queue[0]
             if live.entry == entry and live.waiting and live.home is None:
                 return live
             heappop(queue)
@@ -288,7 +327,7 @@ class Residents:
     def _rent(self, home: Home) -> float:
         """When the next rent runs out."""
         rent = home.rent
-        while rent and (rent[0][2].entry != rent[0][1] or rent[0][2].idle_since_s == inf):
+        while rent and (rent[0][2].entry != rent[0][1] or not rent[0][2].idle):
             heappop(rent)
         return rent[0][0] if rent else inf
 
@@ -307,6 +346,8 @@ class Residents:
         fewest, found = inf, list[Home]()
         for name, home in self._homes.items():
             need = own + (0 if live.prompt in home.prompts else live.prompt_tokens)
+            if home.paused_s < inf:
+                continue
             if home.residents and (
                 home.used + need > home.capacity * ADMIT or home.running >= home.replica.slots or len(home.residents) >= home.most
             ):
@@ -338,8 +379,8 @@ class Residents:
     def _shrink(self, home: Home) -> None:
         """Contexts have grown over the capacity: evict idle residents, the last in the order first."""
         while home.used > home.capacity * FULL and home.idle:
-            _, _, entry, live = heappop(home.idle)
-            if live.entry == entry and live.idle_since_s < inf and live.home == home.replica.name:
+            *_, entry, live = heappop(home.idle)
+            if live.entry == entry and live.idle and live.home == home.replica.name:
                 self._evict(home, live, "full")
 
     def _evict(self, home: Home, live: Live, why: str) -> None:

@@ -8,6 +8,7 @@ then replicas, each in the order they were scheduled; so a replica starts a step
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from heapq import heappush
 from itertools import count, pairwise
@@ -58,6 +59,8 @@ class Stage:
         for replica in fleet:
             if replica.name in self.log.replicas:
                 raise ValueError(f"two replicas are named {replica.name!r}")
+            if self._options.tier is not None:
+                replica = replace(replica, tier=True)  # as an engine says of itself
             engine = Engine(replica, self._latency, self._options, len(self.engines))
             engine.paused = paused
             self.engines.append(engine)

@@ -228,6 +228,14 @@ class Turn:
     cached_tokens: int | None = None
     start_s: float | None = None
     """Offset of the turn's start from the trajectory's start."""
+    legs: int | None = None
+    """Requests it took, where a weight update interrupted it; its times are their sums."""
+    paused_s: float | None = None
+    """Between its legs, and before an engine that was paused for a weight update."""
+    reread_tokens: int | None = None
+    """Context that its later legs computed again."""
+    weights: str | None = None
+    """Weights (training step) of its first and its last token, as `3-5`, where trainer and rollout run side by side."""
 
 
 @dataclass(frozen=True, slots=True)

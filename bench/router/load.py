@@ -100,7 +100,7 @@ class Loader:
         self._seen.append((time.monotonic() - sent, sent - due))
         if decision.held:
             self._held += 1
-            while not await answer(self._router.wait_for_turn.remote(life.last.request), 2 * DEADLINE_S):
+            while (await answer(self._router.wait_for_turn.remote(life.last.request), 2 * DEADLINE_S))[0] is None:
                 pass
         await asyncio.sleep(turn_s)
         end, after = self._crowd.finish(life, decision.replica)

@@ -267,11 +267,26 @@ def test_a_trainer_that_derives_from_verls_sync_is_taken(monkeypatch):
         "sync_theirs": "",
         "other": "does not derive from verl's PPOTrainerSync",
         "nowhere": "VERL_USE_EXTERNAL_MODULES",
-        "colocate_async": "aborts and resumes",
     }
     for mode, why in known.items():
         findings = lint.lint(compose([*BASE, "+plugin=heddle", f"trainer.v1.trainer_mode={mode}"]))
         assert [f.fatal for f in findings] == [True] * bool(why) and all(why in f.text for f in findings)
+
+
+@pytest.mark.parametrize("mode", lint.MODES)
+def test_what_asynchronous_trainers_do_not_go_with_is_refused(mode):
+    flags = [*BASE, "+plugin=heddle", f"trainer.v1.trainer_mode={mode}"]
+    assert lint.lint(compose(flags)) == [] == lint.lint(compose([*flags[:-2], "+plugin=observe", flags[-1]]))
+    assert f"trainer: {mode}" in startup.banner(compose(flags))
+    refused = {
+        "place": ["heddle.place.enable=true"],
+        "shape": ["heddle.shape.enable=true", "actor_rollout_ref.rollout.n=4"],
+        "preempt": ["heddle.preempt.enable=true"],
+        "order": ["heddle.priority.order=longest"],
+    }
+    for key, overrides in refused.items():
+        fatal = [finding.text for finding in lint.lint(compose([*flags, *overrides])) if finding.fatal]
+        assert len(fatal) == 1 and f"heddle.{'priority.order' if key == 'order' else key}" in fatal[0] and mode in fatal[0], fatal
 
 
 def test_weights_need_an_estimator_that_takes_them():
@@ -343,7 +358,7 @@ BAD = {
     "unknown transport": ["heddle.place.transport=pigeon"],
     "negative deadline": ["heddle.deadlines.router_s=-1"],
     "legacy trainer": ["trainer.use_v1=false"],
-    "asynchronous trainer": ["trainer.v1.trainer_mode=separate_async"],
+    "asynchronous trainer": ["trainer.v1.trainer_mode=separate_async", "heddle.place.enable=true"],
     "another engine": ["actor_rollout_ref.rollout.name=sglang"],
     "priority without the policy": ["actor_rollout_ref.rollout.scheduling_policy=fcfs"],
     "layout over the GPUs": [

@@ -161,9 +161,9 @@ def test_a_held_turn_waits_in_the_router_until_another_leaves():
         await asyncio.sleep(0)
         assert not any(wait.done() for wait in waits)
         await router.turn_finished(TurnEnd(turn(0).trajectory, "c0", "s0", 0, 5))
-        assert await asyncio.wait_for(waits[0], 1.0) == "s0"
+        assert await asyncio.wait_for(waits[0], 1.0) == ("s0", 0.0)
         assert not waits[1].done()
-        assert await asyncio.wait_for(waits[1], 5.0) == "s0", "by the deadline"
+        assert await asyncio.wait_for(waits[1], 5.0) == ("s0", 0.0), "by the deadline"
         with pytest.raises(LookupError):
             await router.wait_for_turn("nobody knows it")
         assert router.stats()["held"] == 2 and router.stats()["hold_overdue"] == 1
@@ -194,10 +194,10 @@ def test_a_trajectory_without_a_home_waits_for_whichever_replica_has_room_first(
         await asyncio.sleep(0)
         await router.turn_finished(TurnEnd(stranger(1).trajectory, "c1", homes[1], 0, 5))
         router.trajectory_ended(TrajectoryEnd(stranger(1).trajectory, Outcome.FINISHED, 5, 1))
-        assert await asyncio.wait_for(second, 1.0) == homes[1] and not third.done()
+        assert await asyncio.wait_for(second, 1.0) == (homes[1], 0.0) and not third.done()
         await router.turn_finished(TurnEnd(stranger(0).trajectory, "c0", homes[0], 0, 5))
         assert not third.done(), "its tool may be quick"
-        assert await asyncio.wait_for(third, 5.0) == homes[0], "it was not"
+        assert await asyncio.wait_for(third, 5.0) == (homes[0], 0.0), "it was not"
         stats = router.stats()
         assert (stats["residents/admitted"], stats["residents/rent"], stats["residents/most_resident"], stats["held"]) == (4, 1, 2, 3)
         router.remove_servers(["s0", "s1"])

@@ -27,10 +27,12 @@ class Split:
     tool_s: float
     other_s: float
     """Set-up, routing, transport, parsing between turns, reward and hand-over."""
+    paused_s: float = 0.0
+    """Waiting for weight updates that interrupted it."""
 
     @property
     def total_s(self) -> float:
-        return self.queue_s + self.generate_s + self.tool_s + self.other_s
+        return self.queue_s + self.generate_s + self.tool_s + self.other_s + self.paused_s
 
 
 def split(trajectory: Trajectory) -> Split:
@@ -42,6 +44,7 @@ def split(trajectory: Trajectory) -> Split:
         generate_s=sum(t.gen_s or 0.0 for t in turns),
         tool_s=trajectory.tool_s,
         other_s=meta.get("setup_s", 0.0) + overhead + meta.get("score_s", 0.0),
+        paused_s=sum(t.paused_s or 0.0 for t in turns),
     )
 
 
@@ -92,48 +95,107 @@ def step_metrics(trajectories: Columns | Sequence[Trajectory], replicas: Sequenc
         replicas: names of all replicas, so that one that served nothing counts as idle all along.
     """
     table = as_columns(trajectories)
-    metas = table.metas
-    starts, ends = (np.array([meta[name] for meta in metas], dtype=np.float64) for name in ("start_s", "end_s"))
-    begin, longest = float(starts.min()), int(ends.argmax())
-    makespan = max(float(ends[longest]) - begin, 1e-9)
+    metas, spent = table.metas, _Spent.of(table)
+    begin, longest = float(spent.starts.min()), int(spent.ends.argmax())
+    makespan = max(float(spent.ends[longest]) - begin, 1e-9)
     lengths = table.per_trajectory(table.numbers("output_tokens"))
-    durations = ends - starts
-    times = {name: np.nan_to_num(table.numbers(name)) for name in ("start_s", "route_s", "queue_s", "gen_s", "transport_s", "between_s")}
-    queue, generate = table.per_trajectory(times["queue_s"]), table.per_trajectory(times["gen_s"])
-    tool = table.per_trajectory(table.numbers("tool_latency_s"))
-    other = table.per_trajectory(times["route_s"] + times["transport_s"] + times["between_s"])
-    other += np.array([meta.get("setup_s", 0.0) + meta.get("score_s", 0.0) for meta in metas])
-    finished = np.array([meta["outcome"] == "finished" for meta in metas])
-    covered = np.divide(queue + generate + tool + other, durations, out=np.ones_like(durations), where=durations > 0)
     metrics = {
         "makespan_s": makespan,
-        "last/queue_s": float(queue[longest]),
-        "last/generate_s": float(generate[longest]),
-        "last/tool_s": float(tool[longest]),
-        "last/other_s": float(other[longest]),
-        "last/late_start_s": float(starts[longest]) - begin,
+        "last/queue_s": float(spent.queue[longest]),
+        "last/generate_s": float(spent.generate[longest]),
+        "last/tool_s": float(spent.tool[longest]),
+        "last/other_s": float(spent.other[longest]),
+        "last/late_start_s": float(spent.starts[longest]) - begin,
         "tokens_per_s": float(lengths.sum()) / makespan,
-        "tail_ratio_tokens": float(lengths.max()) / max(1.0, float(np.median(lengths))),
-        "tail_ratio_time": float(durations.max()) / max(1e-9, float(np.median(durations))),
-        "trajectories": len(table),
-        "turns": int(table.counts.sum()),
-        "tokens": int(lengths.sum()),
-        "queue_share": float(queue.sum()) / max(1e-9, float(durations.sum())),
+        "tail_ratio_time": float(spent.durations.max()) / max(1e-9, float(np.median(spent.durations))),
         "wait_share": sum(meta.get("wait_s", 0.0) for meta in metas) / (makespan * len(table)),
-        "accounted_share_worst": float(covered[finished].min()) if finished.any() else 1.0,
-        "preemptions": int(np.nansum(table.numbers("preemptions"))),
-        "moves": _moves(table),
-        **_reading(table),
+        **_what_happened(table, spent, lengths),
     }
     names = table.turns["replica"]
     code = {name: number for number, name in enumerate(sorted({name for name in names if name is not None} | set(replicas)))}
     where = np.array([-1 if name is None else code[name] for name in names], dtype=np.int64)
-    froms = np.repeat(starts, table.counts) + times["start_s"] + times["route_s"] + times["queue_s"]
+    times = {name: np.nan_to_num(table.numbers(name)) for name in ("start_s", "route_s", "queue_s", "gen_s")}
+    froms = np.repeat(spent.starts, table.counts) + times["start_s"] + times["route_s"] + times["queue_s"]
     untils = froms + times["gen_s"]
     idle = [1.0 - min(1.0, _union_s(froms[where == number], untils[where == number]) / makespan) for number in code.values()]
     metrics |= {f"idle_share/replica_{i}": share for i, share in enumerate(idle)}
     if idle:
         metrics["idle_share/mean"] = sum(idle) / len(idle)
+    return metrics
+
+
+def window_metrics(trajectories: Columns | Sequence[Trajectory], seconds: float, step: int) -> dict[str, float]:
+    """Numbers for the time between two batches of an asynchronous trainer, W&B names without the `heddle/` prefix: there is no makespan,
+    since trajectories outlive batches.
+
+    Args:
+        trajectories: those that ended in it, at least one.
+        seconds: how long it was.
+        step: the training step whose batch ends it.
+    """
+    table = as_columns(trajectories)
+    spent = _Spent.of(table)
+    lengths = table.per_trajectory(table.numbers("output_tokens"))
+    total = max(1e-9, float(spent.durations.sum()))
+    legs = np.nan_to_num(table.numbers("legs"))
+    ages = step - np.array([meta["step"] for meta in table.metas], dtype=np.float64)
+    return {
+        "window_s": seconds,
+        "tokens_per_s": float(lengths.sum()) / max(seconds, 1e-9),
+        "generate_share": float(spent.generate.sum()) / total,
+        "tool_share": float(spent.tool.sum()) / total,
+        "paused_share": float(spent.paused.sum()) / total,
+        "interrupted_share": float((legs > 1).mean()) if len(legs) else 0.0,
+        "interrupted_reread_tokens": float(np.nansum(table.numbers("reread_tokens"))),
+        "age_steps/mean": float(ages.mean()),
+        "age_steps/max": float(ages.max()),
+        **_what_happened(table, spent, lengths),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Spent:
+    """Seconds by trajectory."""
+
+    starts: Floats
+    ends: Floats
+    queue: Floats
+    generate: Floats
+    tool: Floats
+    paused: Floats
+    other: Floats
+
+    @classmethod
+    def of(cls, table: Columns) -> _Spent:
+        metas = table.metas
+        starts, ends = (np.array([meta[name] for meta in metas], dtype=np.float64) for name in ("start_s", "end_s"))
+        names = ("queue_s", "gen_s", "tool_latency_s", "paused_s", "route_s", "transport_s", "between_s")
+        queue, generate, tool, paused, route, transport, between = (table.per_trajectory(table.numbers(name)) for name in names)
+        around = np.array([meta.get("setup_s", 0.0) + meta.get("score_s", 0.0) for meta in metas])
+        return cls(starts, ends, queue, generate, tool, paused, route + transport + between + around)
+
+    @property
+    def durations(self) -> Floats:
+        return self.ends - self.starts
+
+
+def _what_happened(table: Columns, spent: _Spent, lengths: Floats) -> dict[str, float]:
+    """What there is to say whichever way the trainer goes."""
+    metas, durations = table.metas, spent.durations
+    finished = np.array([meta["outcome"] == "finished" for meta in metas])
+    known = spent.queue + spent.generate + spent.tool + spent.paused + spent.other
+    covered = np.divide(known, durations, out=np.ones_like(durations), where=durations > 0)
+    metrics = {
+        "tail_ratio_tokens": float(lengths.max()) / max(1.0, float(np.median(lengths))),
+        "trajectories": len(table),
+        "turns": int(table.counts.sum()),
+        "tokens": int(lengths.sum()),
+        "queue_share": float(spent.queue.sum()) / max(1e-9, float(durations.sum())),
+        "accounted_share_worst": float(covered[finished].min()) if finished.any() else 1.0,
+        "preemptions": int(np.nansum(table.numbers("preemptions"))),
+        "moves": _moves(table),
+        **_reading(table),
+    }
     for reason, count in Counter(filter(None, table.turns["reason"])).items():
         metrics[f"decisions/{reason}"] = count
     for outcome, count in Counter(str(meta["outcome"]) for meta in metas).items():

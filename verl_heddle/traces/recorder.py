@@ -28,6 +28,96 @@ class EngineTimes:
     queue_s: float | None = None
     preemptions: int | None = None
     cached_tokens: int | None = None
+    parked_s: float = 0.0
+    """Before the engine took it, because a weight update was under way."""
+    weights: int | None = None
+    """Training step of its weights."""
+
+
+@dataclass(slots=True)
+class Legs:
+    """The requests of one generation that weight updates have ended, all together."""
+
+    number: int = 0
+    tokens: int = 0
+    context_tokens: int = 0
+    """Of the first."""
+    asked_s: float = 0.0
+    """The first."""
+    ended_s: float = 0.0
+    """The last."""
+    route_s: float = 0.0
+    queue_s: float = 0.0
+    gen_s: float = 0.0
+    transport_s: float = 0.0
+    paused_s: float = 0.0
+    preemptions: int = 0
+    cached_tokens: int | None = None
+    """Of the first."""
+    reread_tokens: int = 0
+    weights: int | None = None
+    """Of the first."""
+
+    def asked(self, now_s: float) -> None:
+        """The next leg asks for a replica; again if that was lost."""
+        if self.number:
+            self.paused_s += now_s - self.ended_s
+            self.ended_s = now_s
+
+    def interrupted(
+        self,
+        context_tokens: int,
+        output_tokens: int,
+        asked_s: float,
+        sent_s: float,
+        now_s: float,
+        times: EngineTimes | None,
+        held_s: float = 0.0,
+        held_paused_s: float = 0.0,
+    ) -> None:
+        """A weight update ended a request: arguments as for `Recorder.turn_done`."""
+        spent = _Spent.of(asked_s, sent_s, now_s, times, held_s, held_paused_s)
+        if not self.number:
+            self.context_tokens, self.asked_s = context_tokens, asked_s
+            self.cached_tokens, self.weights = (times.cached_tokens, times.weights) if times else (None, None)
+        elif times and times.cached_tokens is not None:
+            self.reread_tokens += max(0, context_tokens - times.cached_tokens)
+        self.number += 1
+        self.tokens += output_tokens
+        self.route_s += spent.route_s
+        self.queue_s += spent.queue_s or 0.0
+        self.gen_s += spent.gen_s
+        self.transport_s += spent.transport_s
+        self.paused_s += spent.paused_s
+        self.preemptions += (times.preemptions or 0) if times else 0
+        self.ended_s = now_s
+
+
+@dataclass(frozen=True, slots=True)
+class _Spent:
+    """Where the time of one request went."""
+
+    route_s: float
+    queue_s: float | None
+    gen_s: float
+    transport_s: float
+    paused_s: float
+
+    @classmethod
+    def of(cls, asked_s: float, sent_s: float, now_s: float, times: EngineTimes | None, held_s: float, held_paused_s: float) -> _Spent:
+        call_s = now_s - sent_s
+        server_s = min(times.server_s, call_s) if times else call_s
+        parked_s = min(times.parked_s, server_s) if times else 0.0
+        queued_s = min(times.queue_s, server_s - parked_s) if times and times.queue_s is not None else None
+        held_paused_s = min(held_paused_s, held_s)
+        held = held_s - held_paused_s
+        return cls(
+            route_s=max(0.0, sent_s - asked_s - held_s),
+            queue_s=(queued_s or 0.0) + held if held else queued_s,
+            gen_s=server_s - (queued_s or 0.0) - parked_s,
+            transport_s=call_s - server_s,
+            paused_s=parked_s + held_paused_s,
+        )
 
 
 @dataclass(slots=True)
@@ -87,35 +177,48 @@ class Recorder:
         now_s: float,
         times: EngineTimes | None,
         held_s: float = 0.0,
+        held_paused_s: float = 0.0,
+        legs: Legs | None = None,
     ) -> None:
         """The turn asked for a replica at `asked_s`, went to the engine at `sent_s` and came back now.
 
-        Without `times` the whole call counts as generation. `held_s` of the time before `sent_s` it was held back: that is queueing.
+        Without `times` the whole call counts as generation. `held_s` of the time before `sent_s` it was held back: that is queueing, but
+        for `held_paused_s` of it, in which every engine was paused. `legs`: what weight updates have ended of the turn before.
         """
-        call_s = now_s - sent_s
-        server_s = min(times.server_s, call_s) if times else call_s
-        queued_s = min(times.queue_s, server_s) if times and times.queue_s is not None else None
-        queue_s = (queued_s or 0.0) + held_s if held_s else queued_s
+        spent = _Spent.of(asked_s, sent_s, now_s, times, held_s, held_paused_s)
+        before = legs if legs is not None and legs.number else Legs()
+        cached, weights = (times.cached_tokens, times.weights) if times else (None, None)
+        if before.number:
+            reread = before.reread_tokens + (max(0, context_tokens - cached) if cached is not None else 0)
+            context_tokens, asked_s, output_tokens = before.context_tokens, before.asked_s, before.tokens + output_tokens
+            cached = before.cached_tokens
+        first = before.weights if before.number else weights
+        paused_s = spent.paused_s + before.paused_s
+        preemptions = times.preemptions if times else None
         previous = self.turns[-1] if self.turns else None
         known = (previous.ctx_tokens or 0) + (previous.output_tokens or 0) if previous else context_tokens
         self.turns.append(
             Turn(
                 input_tokens=max(0, context_tokens - known),
                 output_tokens=output_tokens,
-                gen_s=server_s - (queued_s or 0.0),
+                gen_s=spent.gen_s + before.gen_s,
                 ctx_tokens=context_tokens,
                 ctx_reset=context_tokens < known,
-                route_s=max(0.0, sent_s - asked_s - held_s),
-                queue_s=queue_s,
-                transport_s=call_s - server_s,
+                route_s=spent.route_s + before.route_s,
+                queue_s=spent.queue_s if spent.queue_s is None else spent.queue_s + before.queue_s,
+                transport_s=spent.transport_s + before.transport_s,
                 replica=decision.replica,
                 priority=decision.priority,
                 reason=str(decision.reason),
                 predicted_remaining=decision.predicted_remaining,
                 predicted_upper=decision.predicted_upper,
-                preemptions=times.preemptions if times else None,
-                cached_tokens=times.cached_tokens if times else None,
+                preemptions=preemptions if preemptions is None else preemptions + before.preemptions,
+                cached_tokens=cached,
                 start_s=asked_s - self.start_s,
+                legs=before.number + 1 if before.number else None,
+                paused_s=paused_s or None,
+                reread_tokens=reread if before.number else None,
+                weights=f"{first}-{weights}" if first is not None and weights is not None else None,
             )
         )
         self.output_tokens += output_tokens
@@ -128,21 +231,30 @@ class Recorder:
         if self.counter is not None:
             self.counter(self.counted)
 
-    def turn_cut(self, context_tokens: int, decision: Decision, asked_s: float, sent_s: float, now_s: float) -> None:
-        """The turn was cancelled in the engine: how long it was there is known, and nothing of its tokens or its queueing."""
+    def turn_cut(
+        self, context_tokens: int, decision: Decision | None, asked_s: float, sent_s: float, now_s: float, legs: Legs | None = None
+    ) -> None:
+        """The turn was cancelled in the engine, or, with `legs`, between two of them: how long it was there is known, and nothing of its
+        last tokens or their queueing."""
+        before = legs if legs is not None and legs.number else Legs()
         self.turns.append(
             Turn(
                 input_tokens=None,
-                output_tokens=None,
-                gen_s=now_s - sent_s,
-                ctx_tokens=context_tokens,
-                route_s=sent_s - asked_s,
-                replica=decision.replica,
-                priority=decision.priority,
-                reason=str(decision.reason),
-                start_s=asked_s - self.start_s,
+                output_tokens=before.tokens if before.number else None,
+                gen_s=now_s - sent_s + before.gen_s,
+                ctx_tokens=before.context_tokens if before.number else context_tokens,
+                route_s=sent_s - asked_s + before.route_s,
+                queue_s=before.queue_s if before.number else None,
+                transport_s=before.transport_s if before.number else None,
+                replica=decision.replica if decision is not None else None,
+                priority=decision.priority if decision is not None else None,
+                reason=str(decision.reason) if decision is not None else None,
+                start_s=(before.asked_s if before.number else asked_s) - self.start_s,
+                legs=before.number or None,
+                paused_s=before.paused_s or None,
             )
         )
+        self.output_tokens += before.tokens
         self.last_turn_end_s, self._in_gap = now_s, True
 
     def tool_began(self, name: str) -> None:

@@ -149,6 +149,10 @@ _STEP: Mapping[str, _Rule] = {
     "preemptions": _COUNT,
     "cached_tokens": _COUNT,
     "start_s": _SECONDS,
+    "legs": _COUNT,
+    "paused_s": _SECONDS,
+    "reread_tokens": _COUNT,
+    "weights": _TEXT,
 }
 _WHEN = _or_null(_Rule(lambda value: _is_number(value, 0, MAX_UNIX_S), "unix time in seconds"))
 _MAYBE = _or_null(_FLAG)
@@ -175,7 +179,7 @@ _META: Mapping[str, _Rule] = {
     "per_slot": _or_null(_Rule(lambda value: _is_number(value, 0, MAX_SLOTS), "turns per slot from 0")),
     "preempt": _or_null(_Rule(lambda value: value is False or _is_rule(value), "false, or the settings of preemption on arrival")),
 }
-_REPEATED = ("tool", "replica", "reason")
+_REPEATED = ("tool", "replica", "reason", "weights")
 """Texts that are the same in most turns: kept once, which with the names in `meta` saves a third of the memory of a long trace."""
 _STEP_REQUIRED = tuple(_STEP)[:4]
 _STEP_OPTIONAL = tuple(_STEP)[4:]

@@ -5,6 +5,9 @@ A turn is one generation, numbered within its trajectory by the worker, and its 
 One question to the router stands before each generation; what is told to it afterwards waits for no answer and mostly goes along with the
 next question (`outbox`), but for a task beside the tool call that waits for the router's order to pre-warm. A turn whose replica dies
 starts again elsewhere: its context is here. What happens to a router's turns while it does not answer is told when it is back.
+
+Under an asynchronous trainer a weight update aborts requests, and verl's own client goes on with another request from where each was:
+one generation, several *legs* (`HeddleAsyncClient`).
 """
 
 from __future__ import annotations
@@ -13,24 +16,27 @@ import asyncio
 import time
 from collections import Counter, defaultdict, deque
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from typing import Any
 from uuid import uuid4
 
 from ray.exceptions import ActorDiedError, RayTaskError
-from verl.workers.rollout.llm_server import LLMServerClient
+from verl.workers.rollout.llm_server import FullyAsyncLLMServerClient, LLMServerClient
 from verl.workers.rollout.router import GlobalRequestLoadBalancer
 
 from verl_heddle.options import Options
-from verl_heddle.traces.recorder import EngineTimes, Recorder
+from verl_heddle.traces.recorder import EngineTimes, Legs, Recorder
 from verl_heddle.trajectory import Decision, Reason, ToolStart, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
 from verl_heddle.verl_plugin.calls import ANSWER_S, ServerHandle, answer, of_a_dead_replica
 from verl_heddle.verl_plugin.live import CURRENT
 from verl_heddle.verl_plugin.outbox import KEPT, Event, Outbox, Questions
 from verl_heddle.verl_plugin.request_life import FIELD
 from verl_heddle.verl_plugin.voice import say_once
+
+ABORTED = ("aborted", "abort")
+"""`stop_reason` of a request that did not come to its end."""
 
 MEDIA = ("image_data", "video_data", "audio_data")
 """Arguments of `generate` besides tokens; a context with them is not pre-warmed."""
@@ -41,20 +47,44 @@ LIMIT_TRIES, LIMIT_RETRY_S = 3, 0.05
 
 
 @dataclass(slots=True)
-class _Call:
-    """One `generate` under way, of the trajectory's generation `number`, sent for the `leg`-th time: filled in by `_acquire_server`, read
-    when the engine has answered."""
+class _Generation:
+    """A generation of a trajectory, over all its requests."""
 
     recorder: Recorder | None
     number: int
+    sent: int = 0
+    """Requests so far."""
+    legs: Legs = field(default_factory=Legs)
+    """Those that weight updates have ended."""
+    recorded: bool = False
+    decision: Decision | None = None
+    """The last."""
+
+
+_GENERATION: ContextVar[_Generation | None] = ContextVar("heddle_generation", default=None)
+"""The one that verl's own loop over legs is at, if it is at one."""
+
+
+@dataclass(slots=True)
+class _Call:
+    """One request of a generation, the `leg`-th: filled in by `_acquire_server`, read when the engine has answered."""
+
+    generation: _Generation
     leg: int
     turn: TurnStart | None = None
     decision: Decision | None = None
     asked_s: float = 0.0
     sent_s: float = 0.0
     held_s: float = 0.0
+    held_paused_s: float = 0.0
+    """Of it, while every engine was paused."""
     tokens: int = 0
     """Generated in the engine, as last heard."""
+
+    @property
+    def recorder(self) -> Recorder | None:
+        """Of the trajectory."""
+        return self.generation.recorder
 
     @property
     def alone(self) -> bool:
@@ -76,7 +106,7 @@ class HeddleClient(LLMServerClient):
     """
 
     def __init__(self, config: Any, load_balancer_handle: Any, servers: dict[str, Any], options: Options) -> None:
-        super().__init__(config, load_balancer_handle)
+        super().__init__(config=config, load_balancer_handle=load_balancer_handle)
         self._servers = dict(servers)
         self._options = options
         self._local: GlobalRequestLoadBalancer | None = None
@@ -105,15 +135,12 @@ class HeddleClient(LLMServerClient):
         Raises:
             RayError: no replica is left.
         """
-        recorder = CURRENT.get()
-        if recorder is None:
-            number = next(self._outside)
-        else:
-            number, recorder.begun = recorder.begun, recorder.begun + 1
-            self._drop_warming(recorder.id.key)
-        for leg in range(len(self._servers)):
+        generation = _GENERATION.get() or self._begin()
+        for _ in range(len(self._servers)):
+            call = _Call(generation, generation.sent)
+            generation.sent += 1
             try:
-                return await self._turn(_Call(recorder, number, leg), request_id, **kwargs)
+                return await self._turn(call, request_id, **kwargs)
             except (ActorDiedError, RayTaskError) as error:
                 decision = _CALL.get().decision
                 if decision is None or not of_a_dead_replica(error):
@@ -122,44 +149,69 @@ class HeddleClient(LLMServerClient):
                 await self._replica_lost(decision.replica)
         raise last
 
+    def _begin(self) -> _Generation:
+        recorder = CURRENT.get()
+        if recorder is None:
+            return _Generation(None, next(self._outside))
+        recorder.begun += 1
+        self._drop_warming(recorder.id.key)
+        return _Generation(recorder, recorder.begun - 1)
+
     async def _turn(self, call: _Call, request_id: str, **kwargs: Any) -> Any:
         _CALL.set(call)
-        tokens, completed, engine_s = 0, False, None
+        tokens, completed, interrupted, engine_s = 0, False, False, None
         context: list[int] = []
+        generation, recorder = call.generation, call.recorder
         try:
             output = await super().generate(request_id, **kwargs)
-            tokens, completed = len(output.token_ids), output.stop_reason != "aborted"
+            tokens, completed = len(output.token_ids), output.stop_reason not in ABORTED
+            interrupted = not completed and _GENERATION.get() is not None
             told = output.extra_fields.pop(FIELD, None)
-            if call.recorder is not None and call.decision is not None and call.turn is not None:
-                times = EngineTimes(cached_tokens=output.extra_fields.get("num_cached_tokens"), **told) if told else None
+            if recorder is not None and call.decision is not None and call.turn is not None:
+                seen = {"cached_tokens": output.extra_fields.get("num_cached_tokens"), "weights": output.extra_fields.get("global_steps")}
+                times = EngineTimes(**seen, **told) if told else None
                 moments = (call.asked_s, call.sent_s, time.monotonic())
-                call.recorder.turn_done(call.turn.context_tokens, tokens, call.decision, *moments, times, call.held_s)
-                engine_s = call.recorder.turns[-1].gen_s
+                held = (call.held_s, call.held_paused_s)
+                if interrupted:
+                    generation.legs.interrupted(call.turn.context_tokens, tokens, *moments, times, *held)
+                else:
+                    recorder.turn_done(call.turn.context_tokens, tokens, call.decision, *moments, times, *held, generation.legs)
+                    generation.recorded = True
+                    engine_s = recorder.turns[-1].gen_s
                 if completed and self._warms and not any(kwargs.get(name) for name in MEDIA):
                     context = [*kwargs["prompt_ids"], *output.token_ids]
             return output
         except asyncio.CancelledError:
-            if call.recorder is not None and call.decision is not None and call.turn is not None and call.sent_s:
-                call.recorder.turn_cut(call.turn.context_tokens, call.decision, call.asked_s, call.sent_s, time.monotonic())
+            if recorder is not None and call.decision is not None and call.turn is not None and call.sent_s:
+                moments = (call.asked_s, call.sent_s, time.monotonic())
+                recorder.turn_cut(call.turn.context_tokens, call.decision, *moments, generation.legs)
+                generation.recorded = True
             raise
         finally:
+            generation.decision = call.decision
             if call.turn is not None and call.decision is not None:
                 self._landed(call.turn)
                 if not call.alone:
                     turn, replica = call.turn, call.decision.replica
-                    end = TurnEnd(turn.trajectory, turn.conversation, replica, turn.turn, tokens, completed, engine_s, turn.leg)
+                    before = generation.legs.tokens - tokens if interrupted else generation.legs.tokens
+                    end = TurnEnd(
+                        *(turn.trajectory, turn.conversation, replica, turn.turn, tokens, completed, engine_s, turn.leg),
+                        before_tokens=before,
+                        interrupted=interrupted,
+                    )
                     self._finished(end, turn, context)
 
     async def _acquire_server(self, request_id: str, **extra: Any) -> tuple[str, Any]:
         call = _CALL.get()
-        recorder, call.asked_s = call.recorder, time.monotonic()
+        recorder, call.asked_s, legs = call.recorder, time.monotonic(), call.generation.legs
+        legs.asked(call.asked_s)
         turn = TurnStart(
             trajectory=recorder.id if recorder else _outside(request_id, self._tag),
             conversation=request_id,
-            turn=call.number,
+            turn=call.generation.number,
             context_tokens=len(extra["prompt_ids"]),
-            generated_tokens=recorder.output_tokens if recorder else 0,
-            tool_s=recorder.turn_asked(call.asked_s, again=call.leg > 0) if recorder else None,
+            generated_tokens=recorder.output_tokens + legs.tokens if recorder else 0,
+            tool_s=recorder.turn_asked(call.asked_s, again=call.leg > 0) if recorder and not legs.number else None,
             text=recorder.text if recorder and not recorder.turns else None,
             leg=call.leg,
         )
@@ -171,7 +223,7 @@ class HeddleClient(LLMServerClient):
         call.turn, call.decision = turn, decision
         if decision.held:
             since = time.monotonic()
-            call.decision = decision = await self._wait_for_turn(turn, decision)
+            call.decision = decision = await self._wait_for_turn(call, turn, decision)
             call.held_s = time.monotonic() - since
         call.sent_s = time.monotonic()
         arguments: dict[str, Any] = {"request_id": turn.request}
@@ -298,12 +350,14 @@ class HeddleClient(LLMServerClient):
         replica, _ = self._local.acquire_server(turn.conversation)
         return Decision(replica, 0, Reason.FALLBACK_ROUTER)
 
-    async def _wait_for_turn(self, turn: TurnStart, decision: Decision) -> Decision:
+    async def _wait_for_turn(self, call: _Call, turn: TurnStart, decision: Decision) -> Decision:
         """Until the router lets a held turn in, and says where; without an answer it goes where is known, or by verl's rule."""
         deadline = ANSWER_S + self._options.deadlines.router_s
         try:
-            while (replica := await answer(self._load_balancer.wait_for_turn.remote(turn.request), deadline)) is None:
-                pass
+            replica = None
+            while replica is None:
+                replica, paused_s = await answer(self._load_balancer.wait_for_turn.remote(turn.request), deadline)
+                call.held_paused_s += paused_s
             await self._know(replica)
             return replace(decision, replica=replica)
         except Exception as error:
@@ -353,7 +407,7 @@ class HeddleClient(LLMServerClient):
             self._send(events)
 
     def servers_are(self, servers: dict[str, Any]) -> None:
-        """These and no others (told by the manager, between steps)."""
+        """These and no others (told by the manager)."""
         self._servers = servers
         if self._local is not None:
             self._local = GlobalRequestLoadBalancer(servers)
@@ -405,6 +459,24 @@ class HeddleClient(LLMServerClient):
         self._limits.pop(end.trajectory.key, None)
         self.tell("trajectory_ended", end)
         self._outbox.send()  # it may be the last of the step
+
+
+class HeddleAsyncClient(FullyAsyncLLMServerClient, HeddleClient):
+    """For the asynchronous trainers: verl's own loop, which goes on with what a weight update has aborted, around each leg of which is
+    `HeddleClient`, next in the order of methods."""
+
+    async def generate(self, request_id: str, **kwargs: Any) -> Any:
+        """One generation, over all its legs; see `FullyAsyncLLMServerClient.generate`."""
+        generation = self._begin()
+        _GENERATION.set(generation)
+        try:
+            return await super().generate(request_id, **kwargs)
+        finally:
+            _GENERATION.set(None)
+            recorder, now = generation.recorder, time.monotonic()
+            if recorder is not None and generation.legs.number and not generation.recorded:  # it ended between two legs
+                generation.legs.asked(now)
+                recorder.turn_cut(0, generation.decision, now, now, now, generation.legs)
 
 
 def _outside(request_id: str, worker: str) -> TrajectoryId:

@@ -192,6 +192,19 @@ def _layout() -> None:
         raise AttributeError(f"verl's rollout adapter has no {', '.join(missing)}")
 
 
+def _weight_updates() -> None:
+    from verl_heddle.verl_plugin.client import HeddleAsyncClient, HeddleClient
+
+    methods = [cls.__name__ for cls in HeddleAsyncClient.__mro__ if "generate" in vars(cls)]
+    if methods != ["HeddleAsyncClient", "FullyAsyncLLMServerClient", HeddleClient.__name__, "LLMServerClient"]:
+        raise TypeError(f"a generation goes through {', '.join(methods)}")
+    takes(f"{SERVER}:vLLMHttpServer._park_until_admitted", "request_id")
+    has(f"{SERVER}:vLLMHttpServer", "abort_all_requests", "open_submission_gate")
+    takes(f"{SERVER}:vLLMReplica.abort_all_requests", "reject_request")
+    has(f"{SERVER}:vLLMReplica", "resume_generation", "server_address")
+    has("verl.checkpoint_engine.base:CheckpointEngineManager", "abort_replicas", "resume_generation_replicas")
+
+
 def _trainer() -> None:
     _attribute("verl.trainer.ppo.v1:get_trainer_cls")("sync")
 
@@ -209,6 +222,7 @@ SEAMS = (
     Seam("checkpoint callback by config key", "lengths are learnt anew after a resume", _checkpoint, needed=False),
     Seam("vLLM scheduler class", "no preemption on arrival, vLLM's own priority order", _scheduler, needed=False),
     Seam("trainer's rollout adapter by registry", "a replica that dies ends the run", _trainer_rank, needed=False),
+    Seam("weight updates inside a turn", "asynchronous trainers are not followed: use trainer_mode=sync", _weight_updates, needed=False),
     Seam("replicas that stand for GPUs", "heddle.layout does not work", _layout, needed=False),
     Seam("tools of verl's tool agent", "tool time shows as time between turns", _tools, needed=False),
 )

@@ -20,11 +20,16 @@ from verl_heddle.verl_plugin.layout_choice import first, times
 from verl_heddle.verl_plugin.parts import EVERYTHING, ROLLOUT, VLLM, carrier, engine, get, losses
 from verl_heddle.verl_plugin.settings import ADVANTAGES, options_of
 
-MODES = {
-    "colocate_async": "its trainer aborts and resumes requests inside a trajectory, which heddle does not follow",
-    "separate_async": "its rollout replicas come and go with the trainer's, which heddle does not follow",
+MODES = ("colocate_async", "separate_async")
+"""verl's asynchronous trainers."""
+
+WITHOUT = {
+    "heddle.place.enable": "it plans a batch as a whole, and there prompts come one by one",
+    "heddle.layout.enable": "it cuts the GPUs anew between steps, when nobody is at work",
+    "heddle.shape.enable": "it forecasts the end of a step's batch",
+    "heddle.preempt.enable": "its rule is made for the order by predicted length",
 }
-"""verl's other trainer modes, and why heddle refuses them."""
+"""What heddle does not do under them, and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +77,7 @@ def _verl(config: DictConfig, options: Options) -> list[str]:
         problems.append(f"VERL_USE_EXTERNAL_PLUGINS={plugins} keeps verl from loading heddle: unset it, or add heddle to the list")
     if not get(config, "trainer.use_v1"):
         problems.append("heddle needs verl's v1 trainer: set trainer.use_v1=true")
-    problems += _mode(str(get(config, "trainer.v1.trainer_mode")))
+    problems += _mode(str(get(config, "trainer.v1.trainer_mode")), options)
     rollout = ROLLOUT
     name = get(config, f"{rollout}.name")
     if name is None:
@@ -104,24 +109,46 @@ def _verl(config: DictConfig, options: Options) -> list[str]:
     return problems
 
 
-def _mode(mode: str) -> list[str]:
-    """Why heddle cannot work in a trainer of this name. A mode of somebody's own is looked up where verl looks it up."""
-    if mode == "sync":
-        return []
+def _mode(mode: str, options: Options) -> list[str]:
+    """Why heddle cannot work in a trainer of this name, or not with these options. A mode of somebody's own is looked up where verl looks
+    it up."""
+    if mode in MODES:
+        asked = {key: getattr(options, key.split(".")[1]).enable and not options.observe for key in WITHOUT}
+        problems = [
+            f"{key}=true does not go with trainer.v1.trainer_mode={mode} ({why}): set {key}=false, or the mode to sync"
+            for key, why in WITHOUT.items()
+            if asked[key]
+        ]
+        if options.priority.order == "longest" and not options.observe:
+            problems.append(
+                f"heddle.priority.order=longest does not go with trainer.v1.trainer_mode={mode} (new prompts would pass the old ones until "
+                "those are too stale to train on): set heddle.priority.order=first_turn, or the mode to sync"
+            )
+        return problems
     instead = "set trainer.v1.trainer_mode=sync or drop the flag"
-    why = MODES.get(mode)
-    if why is None:
-        try:
-            from verl.trainer.ppo.v1 import PPOTrainerSync, get_trainer_cls
-
-            if issubclass(get_trainer_cls(mode), PPOTrainerSync):
-                return []
-            why = "its class does not derive from verl's PPOTrainerSync"
-        except ImportError as error:
-            why = f"verl's trainers cannot be imported: {error}"
-        except ValueError:
-            why = "verl has no such trainer here; set VERL_USE_EXTERNAL_MODULES to the module that registers yours, in every process"
+    try:
+        if derives_from_sync(mode):
+            return []
+        why = "its class does not derive from verl's PPOTrainerSync"
+    except ImportError as error:
+        why = f"verl's trainers cannot be imported: {error}"
+    except ValueError:
+        why = "verl has no such trainer here; set VERL_USE_EXTERNAL_MODULES to the module that registers yours, in every process"
     return [f"trainer.v1.trainer_mode={mode} is not supported ({why}): {instead}"]
+
+
+def derives_from_sync(mode: str) -> bool:
+    """Whether rollout and update take turns under this trainer.
+
+    Raises:
+        ImportError: verl's trainers cannot be imported.
+        ValueError: verl has no such trainer.
+    """
+    if mode == "sync" or mode in MODES:
+        return mode == "sync"
+    from verl.trainer.ppo.v1 import PPOTrainerSync, get_trainer_cls
+
+    return issubclass(get_trainer_cls(mode), PPOTrainerSync)
 
 
 def _offload(config: DictConfig, options: Options) -> list[str]:

@@ -4,6 +4,7 @@ announces each batch, and collects what the workers have recorded at the end of 
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -20,9 +21,9 @@ from verl_heddle.traces.columns import Columns
 from verl_heddle.trajectory import Trajectory
 from verl_heddle.verl_plugin import advantage, checkpoint, layouts
 from verl_heddle.verl_plugin.agent_loop import HeddleWorker
-from verl_heddle.verl_plugin.client import HeddleClient
+from verl_heddle.verl_plugin.client import HeddleAsyncClient, HeddleClient
 from verl_heddle.verl_plugin.layout_choice import Chooser
-from verl_heddle.verl_plugin.lint import model_heads
+from verl_heddle.verl_plugin.lint import derives_from_sync, model_heads
 from verl_heddle.verl_plugin.prompts import facts_of_batch, first_turns, validates, weights_of
 from verl_heddle.verl_plugin.settings import options_of
 from verl_heddle.verl_plugin.shaping import Planner
@@ -31,6 +32,9 @@ from verl_heddle.verl_plugin.voice import say, say_once
 
 SINCE_START = ("preempted_", "recomputed_", "winners_", "refused_")
 """What of a scheduler's counts (`vllm_scheduler`) goes on counting; the others tell how things are now, of which `requests` is told."""
+
+STALE_STEPS = 64
+"""Under an asynchronous trainer, trajectories that began so many steps ago count as lost: verl's staleness threshold is 8 by default."""
 
 MANAGER: HeddleAgentLoopManager | None = None
 """The manager of this process; the sampler, which verl builds in the same process, collects through it."""
@@ -41,6 +45,8 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
 
     def __init__(self, config: Any, llm_client: Any, *args: Any, **kwargs: Any) -> None:
         self.options = options_of(config)
+        self.sync = derives_from_sync(str(config.trainer.v1.trainer_mode))
+        """Whether rollout and update take turns, so that a batch is complete before the next one begins."""
         self.router = llm_client._load_balancer
         rollout = config.actor_rollout_ref.rollout
         self._deterministic = bool(rollout.get("full_determinism", False))
@@ -48,6 +54,8 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
         self.fleet: dict[str, Replica] = {}
         self.servers: dict[str, Any] = {}
         """Actor handles of `fleet`, by name; the client's own table."""
+        self._paused: dict[str, bool] = {}
+        """Replicas that a weight update has paused, and whether they have left for the trainer (they refuse requests)."""
         self.learnt: bytes | None = None
         """What the router knew of lengths when it was last asked, for one that is restarted."""
         self._learnt_asked: Any = None
@@ -65,10 +73,13 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
         self._last: list[Trajectory] = []
         """Records of the step that is being closed."""
         checkpoint.restore(self, config)
-        super().__init__(config, HeddleClient(config, self.router, self.servers, self.options), *args, **kwargs)
+        client = HeddleClient if self.sync else HeddleAsyncClient
+        super().__init__(
+            config, client(config=config, load_balancer_handle=self.router, servers=self.servers, options=self.options), *args, **kwargs
+        )
         self.agent_loop_workers_class = ray.remote(HeddleWorker)  # after super(), which sets verl's own
         self._plans = not self.options.observe and self.options.place.enable and len(self.servers) > 1
-        self._router_lost = False
+        self._router_lost, self._try_router_s = False, 0.0
         self._fallbacks = 0
         """Turns that workers placed without the router, since the start of the run."""
         self._troubles: Counter[str] = Counter()
@@ -100,7 +111,8 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
     def generate_sequences(self, prompts: Any) -> None:
         """Dispatch a batch; see `AgentLoopManagerTQ.generate_sequences`."""
         self._recover("engines", lambda: self._repair_engines(prompts))
-        if self._router_lost:
+        if self._router_lost and time.monotonic() >= self._try_router_s:
+            self._try_router_s = time.monotonic() + self.options.deadlines.router_s  # an asynchronous trainer comes with every prompt
             self._recover("router", self._try_router)
         facts = facts_of_batch(prompts) if self._plans or (self.planner is not None and not validates(prompts)) else None
         if self.planner is not None:
@@ -158,11 +170,13 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
         self._last = records = list(train.records()) if needed else []  # one by one, they take a second at 10,000 trajectories
         if times:
             degrees = {name: replica.tp for name, replica in self.fleet.items()}
-            self._step_times.learn(records, degrees, self._step_times_known)
+            whole = [one for one in records if not any(turn.legs for turn in one.steps)]  # their times are of several requests
+            self._step_times.learn(whole, degrees, self._step_times_known)
         if self.layouts is not None:
             self.layouts.wanted = self.chooser.next(step + 1, records, self.layouts.layout, self.layouts.reshard_s)
         try:
-            counts = ray.get(self.router.step_ended.remote(step), timeout=self.options.deadlines.router_s)
+            oldest = step if self.sync else step - STALE_STEPS
+            counts = ray.get(self.router.step_ended.remote(oldest), timeout=self.options.deadlines.router_s)
         except Exception:
             self._router_lost = True
             return {}
@@ -230,16 +244,54 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
                 say_once(f"an engine does not tell its counts ({type(error).__name__}: {error})")
         return total
 
+    def engine_seconds(self) -> dict[str, dict[str, float]]:
+        """By engine in rotation, its seconds since the start in which it was `busy`, and `paused` by weight updates; without silent ones."""
+        refs = {self.servers[name].heddle_seconds.remote(): name for name in self.in_rotation()}
+        ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=self.options.deadlines.collect_s)
+        found = {}
+        for ref in ready:
+            try:
+                found[refs[ref]] = ray.get(ref, timeout=self.options.deadlines.collect_s)
+            except Exception as error:
+                say_once(f"an engine does not tell how busy it is ({type(error).__name__}: {error})")
+        return found
+
     def _configure_router(self, deadline_s: float) -> None:
         """Give the router the user's options and what the engines are like."""
         servers = self.servers or ray.get(self.router.handles.remote(), timeout=deadline_s)
         self._know(servers, deadline_s)
         told = (self.options, self._deterministic, self._told_fleet, self._cap_tokens, self.learnt)
         ray.get(self.router.configure.remote(*told), timeout=deadline_s)
+        for name in self._paused:
+            self.router.paused.remote(name)
+
+    def paused(self, name: str, leaves: bool = False) -> None:
+        """A weight update stops this replica's engine and aborts its requests; `leaves`: for the trainer, which wants its GPUs."""
+        self._paused[name] = leaves
+        self.router.paused.remote(name)
+        if leaves:
+            self._tell_workers()
+
+    def resumed(self, name: str) -> None:
+        """The replica's engine goes on."""
+        left = self._paused.pop(name, None)
+        if left is not None:
+            self.router.resumed.remote(name)
+        if left:
+            self._tell_workers()
+
+    def in_rotation(self) -> list[str]:
+        """Replicas that take requests, if not at this moment: not those that are the trainer's now."""
+        return [name for name in self.servers if not self._paused.get(name)]
+
+    def _tell_workers(self) -> list[Any]:
+        """Which replicas there are, for a worker that has to do without the router."""
+        told = {name: self.servers[name] for name in self.in_rotation()}
+        return [worker.servers_are.remote(told) for worker in self.agent_loop_workers]
 
     @property
     def _told_fleet(self) -> dict[str, tuple[Replica, Any]]:
-        return {name: (replica, self.servers[name]) for name, replica in self.fleet.items()}
+        return {name: (self.fleet[name], self.servers[name]) for name in self.in_rotation()}
 
     def _know(self, servers: dict[str, Any], deadline_s: float) -> None:
         """Ask these servers what they are; those that have died are left out."""
@@ -267,7 +319,7 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
             ray.get(self.router.fleet_is.remote(self._told_fleet), timeout=self.options.deadlines.router_s)
         except Exception:
             self._router_lost = True
-        told = [worker.servers_are.remote(self.servers) for worker in self.agent_loop_workers]
+        told = self._tell_workers()
         ray.wait(told, num_returns=len(told), timeout=deadline_s)  # a worker that is silent asks the router again
 
     def _try_router(self) -> None:

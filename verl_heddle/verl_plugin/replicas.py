@@ -34,6 +34,7 @@ from verl_heddle.verl_plugin.calls import of_a_dead_replica
 from verl_heddle.verl_plugin.parts import TIERS
 from verl_heddle.verl_plugin.request_life import FIELD, RequestLives
 from verl_heddle.verl_plugin.settings import handed_on
+from verl_heddle.verl_plugin.stopwatch import Stopwatch
 from verl_heddle.verl_plugin.voice import say_once
 
 LAST_WORDS_S = 1.0
@@ -44,6 +45,39 @@ class HeddleHttpServer(vLLMHttpServer):
     """verl's server, with one ear on the engine's request events."""
 
     _lives: RequestLives | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._gate: dict[str, tuple[float, bool]] = {}
+        """By request, the seconds for which it waited before a paused engine, and whether it was let in then."""
+        self._inside = 0
+        """Requests in the engine."""
+        self._busy, self._paused = Stopwatch(), Stopwatch()
+
+    async def _park_until_admitted(self, request_id: str) -> Any:
+        since = time.monotonic()
+        refused = await super()._park_until_admitted(request_id)
+        self._gate[request_id] = (time.monotonic() - since, refused is None)
+        if refused is None:
+            self._now_inside(1)
+        return refused
+
+    async def abort_all_requests(self, *args: Any, **kwargs: Any) -> Any:
+        self._paused.run(True, time.monotonic())
+        return await super().abort_all_requests(*args, **kwargs)
+
+    async def open_submission_gate(self) -> None:
+        await super().open_submission_gate()
+        self._paused.run(False, time.monotonic())
+
+    async def heddle_seconds(self) -> dict[str, float]:
+        """Seconds since the start in which there were requests in the engine, `busy`, and in which a weight update had it `paused`."""
+        now = time.monotonic()
+        return {"busy": self._busy.total_s(now), "paused": self._paused.total_s(now)}
+
+    def _now_inside(self, more: int) -> None:
+        self._inside += more
+        self._busy.run(self._inside > 0, time.monotonic())
 
     async def run_server(self, args: Any) -> None:
         self._hand_on(args)
@@ -77,9 +111,12 @@ class HeddleHttpServer(vLLMHttpServer):
             self._engine_lives()
             raise
         finally:
+            parked_s, inside = self._gate.pop(request_id, (0.0, False))
+            if inside:
+                self._now_inside(-1)
             if self._lives is not None:
                 life = self._lives.pop(request_id)
-        told: dict[str, Any] = {"server_s": time.monotonic() - started}
+        told: dict[str, Any] = {"server_s": time.monotonic() - started, "parked_s": parked_s}
         if life is not None:
             told |= {"queue_s": life.queue_s, "preemptions": life.preemptions}
         output.extra_fields[FIELD] = told
@@ -203,11 +240,15 @@ class HeddleReplica(vLLMReplica):
     async def sleep(self) -> None:
         await self._unless_dead(super().sleep())
 
-    async def abort_all_requests(self, *args: Any, **kwargs: Any) -> Any:
-        return await self._unless_dead(super().abort_all_requests(*args, **kwargs))
+    async def abort_all_requests(self, reject_request: bool = False) -> Any:
+        _tell_manager("paused", self._server_address, reject_request)
+        return await self._unless_dead(super().abort_all_requests(reject_request=reject_request))
 
     async def resume_generation(self) -> None:
-        await self._unless_dead(super().resume_generation())
+        try:
+            await self._unless_dead(super().resume_generation())
+        finally:
+            _tell_manager("resumed", self._server_address)
 
     async def clear_kv_cache(self) -> None:
         await self._unless_dead(super().clear_kv_cache())
@@ -220,6 +261,17 @@ class HeddleReplica(vLLMReplica):
                 raise
             say_once(f"replica {self.replica_rank} is dead; the run goes on without it")
             return None
+
+
+def _tell_manager(event: str, *what: Any) -> None:
+    """Weight updates are made from the process in which the manager lives; before there is one, nobody is at work."""
+    from verl_heddle.verl_plugin import manager
+
+    try:
+        if manager.MANAGER is not None:
+            getattr(manager.MANAGER, event)(*what)
+    except Exception as error:
+        say_once(f"a weight update is not followed ({type(error).__name__}: {error}); its turns wait in the engines")
 
 
 def make(replica_rank: int, config: Any, model_config: Any, *args: Any, **kwargs: Any) -> HeddleReplica:

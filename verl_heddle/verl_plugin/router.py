@@ -30,6 +30,7 @@ from verl_heddle.predict.store import StateError
 from verl_heddle.trajectory import Decision, Prewarm, Reason, ToolStart, TrajectoryEnd, TurnEnd, TurnStart
 from verl_heddle.verl_plugin.calls import ANSWER_S, Promises
 from verl_heddle.verl_plugin.router_status import PoolStatus
+from verl_heddle.verl_plugin.stopwatch import Stopwatch
 from verl_heddle.verl_plugin.voice import say, say_once
 
 TICK_S = 0.01
@@ -69,6 +70,11 @@ class HeddleRouter(PoolStatus):
         self._restarted = _restarted()
         self._fleet: dict[str, Replica] = {}
         """What is known of the servers; one that somebody else adds is taken to be like the others."""
+        self._known: dict[str, Replica] = {}
+        """The same, with those that have left: under `separate_async` they come back."""
+        self._paused: set[str] = set()
+        """Replicas whose engine a weight update has stopped."""
+        self._all_paused = Stopwatch()
         self._latency: LatencyModel | None = None
         self._cap_tokens: int | None = None
         self._orchestrator = Orchestrator(self._options)
@@ -102,7 +108,7 @@ class HeddleRouter(PoolStatus):
         self._configured = True
         self._options, self._cap_tokens = options, cap_tokens
         self._orchestrator = Orchestrator(options, deterministic, cap_tokens)
-        self._fleet, self._latency = {}, None
+        self._fleet, self._latency, self._paused = {}, None, set()
         waiting = {request: self._open[request] for request in self._held.waiting if request in self._open}
         self._open.clear()
         self.fleet_is(fleet)
@@ -193,8 +199,25 @@ class HeddleRouter(PoolStatus):
             elif name in TOLD:
                 getattr(self, name)(what)
 
-    async def wait_for_turn(self, request: str) -> str | None:
-        """Until the held turn of this `TurnStart.request` may go: the replica it goes to. None after `ANSWER_S`: ask again.
+    def paused(self, name: str) -> None:
+        """A weight update stops this replica's engine and wipes its contexts."""
+        if name in self._servers:
+            self._paused.add(name)
+            self._time_pause()
+            self._tell("paused", name)
+
+    def resumed(self, name: str) -> None:
+        """The replica's engine goes on."""
+        self._paused.discard(name)
+        self._time_pause()
+        self._tell("resumed", name)
+
+    def _time_pause(self) -> None:
+        self._all_paused.run(bool(self._servers) and self._paused >= self._servers.keys(), time.monotonic())
+
+    async def wait_for_turn(self, request: str) -> tuple[str | None, float]:
+        """Until the held turn of this `TurnStart.request` may go: the replica it goes to, None after `ANSWER_S`: ask again. And for how
+        many seconds of this call every engine was paused.
 
         Raises:
             LookupError: the router knows of no such turn, or no replica is left for it.
@@ -203,13 +226,15 @@ class HeddleRouter(PoolStatus):
             raise LookupError(f"the router knows of no turn {request}")
         if self._watch is None or self._watch.done():
             self._watch = asyncio.get_running_loop().create_task(self._let_in_in_time())
+        paused_s = self._all_paused.total_s(time.monotonic())
+        replica: str | None = None
         try:
-            replica: str | None = await self._held.wait(request, ANSWER_S)
+            replica = await self._held.wait(request, ANSWER_S)
+            if not replica:
+                raise LookupError(f"turn {request} goes nowhere: it is over, or no replica is left")
         except TimeoutError:
-            return None
-        if not replica:
-            raise LookupError(f"turn {request} goes nowhere: it is over, or no replica is left")
-        return replica
+            pass
+        return replica, self._all_paused.total_s(time.monotonic()) - paused_s
 
     async def turn_finished(self, turn: TurnEnd) -> Prewarm | None:
         """The engine is done with the turn, or its worker gave up waiting. Returns what to pre-warm now, if the trajectory moves.
@@ -395,8 +420,12 @@ class HeddleRouter(PoolStatus):
             self._verls_rule.add(name)
             if name not in self._fleet:
                 like = next(iter(self._fleet.values()), Replica(name))
-                self._fleet[name] = replace(like, name=name)
+                self._fleet[name] = self._known.get(name) or replace(like, name=name)
+        self._known |= self._fleet
         self._orchestrator.replicas_added(self._fleet[name] for name in servers)
+        for name in self._paused & servers.keys():
+            self._tell("paused", name)
+        self._time_pause()
         self._go_on()
 
     def remove_servers(self, server_ids: list[str]) -> None:
@@ -405,6 +434,7 @@ class HeddleRouter(PoolStatus):
             self._servers.pop(name, None)
             self._fleet.pop(name, None)
             self._verls_rule.remove(name)
+        self._time_pause()
         self._orchestrator.replicas_removed(server_ids)
         self._drop_orders()
         self._go_on()

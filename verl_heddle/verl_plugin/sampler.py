@@ -13,13 +13,16 @@ import math
 import os
 import time
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 
 from verl_heddle.options import Options
-from verl_heddle.report.attribution import step_metrics, write_batch_wait
+from verl_heddle.report.attribution import step_metrics, window_metrics, write_batch_wait
 from verl_heddle.report.quality import prediction_quality
+from verl_heddle.report.trained import Trained
+from verl_heddle.traces.columns import Columns
 from verl_heddle.traces.writer import FLUSH_S, TraceWriter
 from verl_heddle.verl_plugin import manager as agent_loops
 from verl_heddle.verl_plugin.settings import options_of
@@ -43,8 +46,13 @@ def poll_s(wanted_s: float, look_s: float) -> float:
 class _Watch:
     """Turns what the workers recorded into metrics and trace lines. Its failures are counted, never raised."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, fresh_steps: int = agent_loops.STALE_STEPS) -> None:
         self._options = options
+        self._trained = Trained(fresh_steps)
+        """Of an asynchronous trainer."""
+        self._waiting = Columns()
+        """Training trajectories that were collected for validation's sake."""
+        self._since_s = time.monotonic()
         self._run = time.strftime("%Y%m%d-%H%M%S")
         self.failures = 0
         self._before: dict[str, Counter[str]] = {}
@@ -54,27 +62,35 @@ class _Watch:
             path, size = os.path.join(trace.dir, "trace.jsonl"), int(trace.segment_mb * 1e6)
             self._writer = TraceWriter(path, size, lambda error: self._failed("trace lines", error))
 
-    def step(self, global_step: int, partition_id: str) -> dict[str, float]:
-        """Collect everything recorded since the last call; metrics of the training trajectories if `partition_id` is "train"."""
+    def step(self, global_step: int, partition_id: str, keys: Sequence[str] = ()) -> dict[str, float]:
+        """Collect everything recorded since the last call; metrics of the training trajectories if `partition_id` is "train", of which
+        `keys` are the batch."""
         metrics: dict[str, float] = {}
         try:
             if agent_loops.MANAGER is not None:
-                metrics = self._step(agent_loops.MANAGER, global_step, partition_id)
+                metrics = self._step(agent_loops.MANAGER, global_step, partition_id, keys)
         except Exception as error:
             self._failed("metrics", error)
         if partition_id == "train":
             metrics[PREFIX + "metrics_failures"] = self.failures
         return metrics
 
-    def _step(self, manager: Any, global_step: int, partition_id: str) -> dict[str, float]:
+    def _step(self, manager: Any, global_step: int, partition_id: str, keys: Sequence[str]) -> dict[str, float]:
         records, counts = manager.collect()
-        write_batch_wait(records.metas)
+        if manager.sync:
+            write_batch_wait(records.metas)
         if self._writer is not None and len(records):
             self._writer.put(records, {"run": self._run, **self._engines(manager)})
+        train = records.where(lambda head: not head.meta["validate"])
+        if not manager.sync:
+            self._waiting.extend(train)
         if partition_id != "train":
             return {}
-        train = records.where(lambda head: not head.meta["validate"])
-        metrics = step_metrics(train, list(manager.servers)) | prediction_quality(train) if len(train) else {}
+        if manager.sync:
+            metrics = step_metrics(train, list(manager.servers)) | prediction_quality(train) if len(train) else {}
+        else:
+            train, self._waiting = self._waiting, Columns()
+            metrics = self._window(manager, global_step, train, keys)
         router = manager.step_ended(global_step, train)
         metrics |= {f"shape/{name}": value for name, value in manager.shaped(global_step).items()}
         metrics |= self._layout(manager)
@@ -90,7 +106,9 @@ class _Watch:
                 metrics[name if name.startswith("residents/") else f"router/{name}"] = count
         if not self._options.observe:
             engines = manager.engine_counts()
-            metrics["engines/requests_left"] = engines.pop("requests", 0)
+            requests = engines.pop("requests", 0)
+            if manager.sync:
+                metrics["engines/requests_left"] = requests
             metrics |= {f"preempt/{name}": count for name, count in self._news("engines", engines).items()}
         tools = Counter({name: counts.pop(name) for name in list(counts) if name.startswith("tools/")})
         metrics |= self._news("tools", tools)
@@ -100,6 +118,18 @@ class _Watch:
         metrics["fallbacks/total"] = sum(news.values())
         metrics |= {f"fallbacks/{name}": count for name, count in news.items()}
         return {PREFIX + name: float(value) for name, value in metrics.items()}
+
+    def _window(self, manager: Any, global_step: int, train: Columns, keys: Sequence[str]) -> dict[str, float]:
+        """Of the time since the last batch of an asynchronous trainer."""
+        now = time.monotonic()
+        seconds, self._since_s = max(now - self._since_s, 1e-9), now
+        metrics = window_metrics(train, seconds, global_step) if len(train) else {"window_s": seconds}
+        self._trained.ended(train)
+        metrics |= self._trained.batch(keys, global_step, seconds)
+        told = manager.engine_seconds()
+        news = [self._news(f"seconds of {name}", Counter(spent)) for name, spent in told.items()]
+        whole = max(seconds * len(news), 1e-9)
+        return metrics | {f"engines/{name}_share": min(1.0, sum(of[name] for of in news) / whole) for name in ("busy", "paused")}
 
     def flush(self) -> None:
         """Wait, within limits, until all trace lines are written."""
@@ -132,6 +162,7 @@ class _Watch:
             "slots": min((replica.slots for replica in manager.fleet.values()), default=rollout.max_num_seqs),
             "replicas": len(manager.servers),
             "order": str(rollout.get("scheduling_policy", "fcfs")),
+            **({} if manager.sync else {"trainer_mode": str(manager.config.trainer.v1.trainer_mode)}),
             **({} if manager.layouts is None else {"layout": list(manager.layouts.layout)}),
         }
 
@@ -150,7 +181,9 @@ class _Heddle:
         super().__init__(
             trainer_mode=trainer_mode, sampler_kwargs=sampler_kwargs, poll_interval=options.poll_interval_s, **arguments, **kwargs
         )
-        self._watch, self._wanted_s = _Watch(options), options.poll_interval_s
+        drops = trainer_mode != "sync" and self.max_off_policy_strategy == "drop"  # type: ignore[attr-defined]
+        fresh_steps = (drops and self.max_off_policy_threshold) or agent_loops.STALE_STEPS  # type: ignore[attr-defined]
+        self._watch, self._wanted_s = _Watch(options, fresh_steps), options.poll_interval_s
 
     def _sync_metadata_from_transfer_queue(self) -> None:
         began = time.monotonic()
@@ -159,7 +192,7 @@ class _Heddle:
 
     def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[Any, dict]:
         batch, metrics = super().sample(global_steps, partition_id, batch_size)  # type: ignore[misc]
-        metrics |= self._watch.step(global_steps, partition_id)
+        metrics |= self._watch.step(global_steps, partition_id, getattr(batch, "keys", ()))
         if global_steps >= self._last_step():  # Ray may kill this process as soon as verl has returned
             self._watch.flush()
         return batch, metrics

@@ -84,6 +84,9 @@ def banner(config: DictConfig) -> str:
             told.append(f"shaping: spare samples, {spare}, at most {options.shape.most:g}n")
         if "admission" in on:
             told.append(f"admission: {options.admission.per_slot:g} turns per slot")
+    mode = str(OmegaConf.select(config, "trainer.v1.trainer_mode"))
+    if mode in lint.MODES:
+        told.append(f"trainer: {mode}, its weight updates are followed")
     told.append(f"poll: {options.poll_interval_s:g} s")
     told.append(f"trace: {options.trace.dir}/trace.jsonl" if options.trace.enable else "trace: off")
     found = ", ".join(f"{name} {_version(name)}" for name in ("verl", "vllm", "ray"))

@@ -29,7 +29,7 @@ tools=(actor_rollout_ref.rollout.multi_turn.function_tool_path="$recipes/$recipe
 exec "$PYTHON" -W ignore -m verl.trainer.main_ppo hydra.searchpath="[file://$recipes/config]" +recipe="$recipe" \
   data.train_files="$OUT/train.parquet" data.val_files="$OUT/val.parquet" actor_rollout_ref.model.path="$MODEL" \
   "${tools[@]}" reward.custom_reward_function.path="$recipes/$recipe/reward.py" \
-  trainer.nnodes="$NODES" trainer.n_gpus_per_node="$GPUS" trainer.total_training_steps="$STEPS" trainer.total_epochs="$STEPS" \
+  trainer.nnodes="$NODES" trainer.n_gpus_per_node="$GPUS" trainer.total_training_steps="$STEPS" trainer.total_epochs="$((2 * STEPS + 8))" \
   trainer.experiment_name="$NAME" trainer.default_local_dir="$run" trainer.rollout_data_dir="$run/rollouts" hydra.run.dir="$run/hydra" \
   ++ray_kwargs.ray_init.runtime_env.env_vars.PYTHONPATH="'$PYTHONPATH'" \
   "$@"

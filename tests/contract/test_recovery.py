@@ -84,7 +84,7 @@ def made(monkeypatch):
     manager._deterministic, manager._cap_tokens, manager._samples = False, 20_000, (2, 1)
     manager.learnt = manager._learnt_asked = manager._latency = manager.planner = manager.layouts = None
     manager._fallbacks = manager._silent = manager._replicas_lost = 0
-    manager._replicas = 8
+    manager._replicas, manager.sync, manager._paused = 8, True, {}
     manager._troubles, manager._visits, manager._plans, manager._router_lost, manager._weights = Counter(), [], False, False, -1
     manager.agent_loop_workers, manager.dispatched = [Actor(worker)], []
     manager._configure_router(1.0)

@@ -109,6 +109,7 @@ def test_a_full_disk_costs_the_trace_not_the_metrics(monkeypatch, tmp_path, caps
     from verl_heddle.verl_plugin.sampler import _Watch
 
     class Manager:
+        sync = True
         servers = ("r0",)
         fleet: ClassVar = {"r0": Replica("r0", tp=2, slots=8)}
         """What the engine says of itself."""
@@ -220,6 +221,53 @@ def test_the_last_step_waits_for_its_lines_and_no_other_does(monkeypatch):
         Clock(monkeypatch, 0.01, looks=1)
         buffer.sample(global_steps=step, partition_id="train", batch_size=1)
         assert len(flushed) == (total == step)
+
+
+def test_windows_of_an_asynchronous_trainer(monkeypatch):
+    """No step's makespan; what ends during validation belongs to the window, and replicas that come and go are not mixed up."""
+    from collections import Counter
+
+    from verl_heddle.options import Options, Trace
+    from verl_heddle.traces.columns import Columns
+    from verl_heddle.verl_plugin import manager as agent_loops
+    from verl_heddle.verl_plugin.sampler import _Watch
+
+    engines = [{"r0": (10.0, 5.0), "r1": (100.0, 0.0)}, {"r0": (12.0, 6.0)}]
+
+    class Manager:
+        sync = False
+        servers = ("r0", "r1")
+
+        def collect(self):
+            return Columns.of([recorded()]), Counter()
+
+        def step_ended(self, step, records):
+            return {"held": 2}
+
+        def shaped(self, step):
+            return {}
+
+        layouts = None
+
+        def engine_counts(self):
+            return Counter(requests=7)
+
+        def engine_seconds(self):
+            return {name: {"busy": busy, "paused": paused} for name, (busy, paused) in engines.pop(0).items()}
+
+    monkeypatch.setattr(agent_loops, "MANAGER", Manager())
+    watch, now = _Watch(Options(trace=Trace(enable=False))), [111.0]
+    monkeypatch.setattr("verl_heddle.verl_plugin.sampler.time.time", lambda: now[0])
+    assert watch.step(1, "val") == {}
+    first = watch.step(2, "train", ["u_0_0"])
+    assert (first["heddle/window_s"], first["heddle/trajectories"]) == (11.0, 2), "from the first start on"
+    assert first["heddle/trained/tokens"] == 5 and first["heddle/age_steps/mean"] == 1.0
+    now[0] += 4.0
+    second = watch.step(3, "train", [])
+    assert (second["heddle/window_s"], second["heddle/trajectories"]) == (4.0, 1)
+    assert (second["heddle/engines/busy_share"], second["heddle/engines/paused_share"]) == (0.5, 0.25)
+    assert not {name for name in first | second if "makespan" in name or "idle_share" in name or "requests_left" in name}
+    assert second["heddle/metrics_failures"] == 0
 
 
 def recorded():

@@ -1,5 +1,5 @@
 """Turns through the client and the router where names could clash: loops that share verl's request id, several generations of one
-trajectory at a time, `full_determinism`.
+trajectory at a time, `full_determinism`, generations that weight updates interrupt.
 
 The engines are fakes that refuse two requests of one name; the client, the router and verl's own `generate`
 are the real ones. Real engines: tests/e2e/test_engine.py."""
@@ -21,8 +21,9 @@ from verl.workers.rollout.replica import TokenOutput
 from verl_heddle.options import Admission, Deadlines, Options
 from verl_heddle.traces.recorder import Recorder
 from verl_heddle.trajectory import Outcome, TrajectoryEnd, TrajectoryId
-from verl_heddle.verl_plugin.client import HeddleClient
+from verl_heddle.verl_plugin.client import HeddleAsyncClient, HeddleClient
 from verl_heddle.verl_plugin.live import CURRENT
+from verl_heddle.verl_plugin.request_life import FIELD
 from verl_heddle.verl_plugin.router import HeddleRouter, alike
 
 
@@ -49,7 +50,8 @@ class FakeEngine:
         self.seen: list[str] = []
         self.priorities: dict[str, int] = {}
         self.unknown: list[str] = []
-        self.most = 0
+        self.most = self.updates = 0
+        """Weight updates so far; each aborts what is open."""
 
     async def generate(
         self, request_id: str, prompt_ids: list[int], sampling_params: dict, priority: int = 0, **kwargs: Any
@@ -57,14 +59,16 @@ class FakeEngine:
         assert request_id not in self.open, f"two requests are named {request_id}"
         self.seen.append(request_id)
         state = self.open[request_id] = [0, sampling_params["max_tokens"]]
-        self.most = max(self.most, len(self.open))
+        self.most, updates = max(self.most, len(self.open)), self.updates
         try:
-            while state[0] < state[1]:
+            while state[0] < state[1] and self.updates == updates:
                 await asyncio.sleep(0.001)
                 state[0] += 1
         finally:
             del self.open[request_id]
-        return TokenOutput(token_ids=[1] * state[0], stop_reason="completed")
+        told = {"global_steps": updates, FIELD: {"server_s": 0.001 * state[0]}, "num_cached_tokens": 0}
+        stop_reason = "completed" if state[0] >= state[1] else "aborted"
+        return TokenOutput(token_ids=[1] * state[0], stop_reason=stop_reason, log_probs=[0.0] * state[0], extra_fields=told)
 
     async def heddle_priorities(self, table: dict[str, int]) -> int:
         self.priorities |= {name: priority for name, priority in table.items() if name in self.open}
@@ -81,14 +85,16 @@ class FakeEngine:
 class Rig:
     """One worker's client, a router and engines."""
 
-    def __init__(self, options: Options, engines: int = 1, slots: int = 1, deterministic: bool = False) -> None:
+    def __init__(
+        self, options: Options, engines: int = 1, slots: int = 1, deterministic: bool = False, client: type = HeddleClient
+    ) -> None:
         self.engines = {f"s{number}": FakeEngine() for number in range(engines)}
         handles: dict[str, Any] = {name: FakeActor(engine) for name, engine in self.engines.items()}
         self.router = HeddleRouter(handles)
         self.router.configure(options, deterministic, alike(handles, slots=slots))
         rollout = {"name": "vllm", "scheduling_policy": "priority", "prompt_length": 500, "response_length": 1500}
         config = OmegaConf.create({"actor_rollout_ref": {"rollout": rollout | {"full_determinism": deterministic}}})
-        self.client = HeddleClient(config, FakeActor(self.router), handles, options)
+        self.client = client(config=config, load_balancer_handle=FakeActor(self.router), servers=handles, options=options)
 
     def start(self, uid: str, sample: int, **more: Any) -> Recorder:
         """A trajectory begins in this task."""
@@ -252,5 +258,91 @@ def test_a_router_that_is_set_up_again_lets_held_turns_go(options):
         rig.router.configure(options, False, alike(rig.router.handles(), slots=1))
         await asyncio.wait_for(asyncio.gather(*tasks), 2)
         await rig.settled()
+
+    asyncio.run(play())
+
+
+def test_a_generation_goes_on_after_weight_updates_as_one_turn(monkeypatch):
+    """Several at a time, some more often than others; nobody is let into a paused engine, and the loop above sees one output."""
+    quick = {**vars(asyncio), "sleep": lambda seconds: asyncio.sleep(seconds / 20)}
+    monkeypatch.setattr("verl.workers.rollout.llm_server.asyncio", SimpleNamespace(**quick))
+
+    async def play() -> None:
+        rig = Rig(RESIDENTS, engines=2, slots=2, client=HeddleAsyncClient)
+        records = []
+
+        async def episode(sample: int) -> None:
+            recorder = rig.start(f"u{sample}", sample)
+            outputs = await asyncio.gather(*(rig.turn(f"c{sample}", tokens) for tokens in (40, 400)))
+            assert [len(output.token_ids) for output in outputs] == [40, 400] == [len(output.log_probs) for output in outputs]
+            assert {output.stop_reason for output in outputs} == {"length"}, "as verl says of a generation that has all it may"
+            await rig.turn(f"c{sample}", 5)
+            rig.end(recorder, 3)
+            records.append(recorder)
+
+        async def update() -> None:
+            for name in rig.engines:
+                rig.router.paused(name)
+            for engine in rig.engines.values():
+                engine.updates += 1
+            await asyncio.sleep(0.2)
+            assert not any(engine.open for engine in rig.engines.values()), "nobody is let in"
+            for name in rig.engines:
+                rig.router.resumed(name)
+
+        life = asyncio.gather(*(episode(sample) for sample in range(5)))
+        for _ in range(3):
+            await asyncio.sleep(0.15)
+            await update()
+        await asyncio.wait_for(life, 30)
+        await rig.settled()
+        for recorder in records:
+            assert recorder.output_tokens == 445 and sorted(turn.output_tokens for turn in recorder.turns) == [5, 40, 400]
+            [long] = [turn for turn in recorder.turns if turn.output_tokens == 400]
+            assert long.legs and long.paused_s and long.weights and long.ctx_tokens == 10
+        stats = rig.router.stats()
+        assert stats["residents/interrupted"] > 0 and not rig.router.failures and stats["hold_overdue"] == 0
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize("when", ["asleep", "held", "running"])
+def test_a_trajectory_cancelled_in_an_interrupted_turn_leaves_nothing(when, monkeypatch):
+    async def play() -> None:
+        rig = Rig(RESIDENTS, client=HeddleAsyncClient)
+        recorder = rig.start("u", 0)
+        task = asyncio.ensure_future(rig.turn("c", 5000))
+        await asyncio.sleep(0.05)
+        rig.router.paused("s0")
+        rig.engines["s0"].updates += 1
+        await asyncio.sleep(0.1 if when == "asleep" else 1.2)  # verl waits a second
+        if when == "running":
+            rig.router.resumed("s0")
+            await asyncio.sleep(0.1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        rig.end(recorder, 1)
+        await asyncio.sleep(0.1)
+        rig.router.resumed("s0")
+        await rig.settled()
+        [cut] = recorder.turns
+        assert cut.legs == 1 and 0 < cut.output_tokens < 100 and (cut.paused_s > 0.05)
+        assert [name.rpartition(":")[2] for name in rig.engines["s0"].seen] == (["0", "0.1"] if when == "running" else ["0"])
+
+    asyncio.run(play())
+
+
+def test_without_the_router_verls_rule_goes_on_after_weight_updates():
+    async def play() -> None:
+        rig = Rig(RESIDENTS, engines=2, client=HeddleAsyncClient)
+        recorder = rig.start("u", 0)
+        task = asyncio.ensure_future(rig.turn("c", 100))
+        await asyncio.sleep(0.03)
+        rig.client._load_balancer.inner = None
+        for engine in rig.engines.values():
+            engine.updates += 1
+        assert len((await asyncio.wait_for(task, 10)).token_ids) == 100
+        assert rig.client.counts["fallback_router"] == 1 and recorder.turns[0].legs == 2
 
     asyncio.run(play())

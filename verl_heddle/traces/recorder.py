@@ -108,13 +108,13 @@ class _Spent:
         call_s = now_s - sent_s
         server_s = min(times.server_s, call_s) if times else call_s
         parked_s = min(times.parked_s, server_s) if times else 0.0
-        queued_s = min(times.queue_s, server_s - parked_s) if times and times.queue_s is not None else None
+        queued_s = min(times.queue_s, max(0.0, server_s - parked_s)) if times and times.queue_s is not None else None
         held_paused_s = min(held_paused_s, held_s)
         held = held_s - held_paused_s
         return cls(
             route_s=max(0.0, sent_s - asked_s - held_s),
             queue_s=(queued_s or 0.0) + held if held else queued_s,
-            gen_s=server_s - (queued_s or 0.0) - parked_s,
+            gen_s=max(0.0, server_s - parked_s - (queued_s or 0.0)),  # rounding must not make it negative
             transport_s=call_s - server_s,
             paused_s=parked_s + held_paused_s,
         )

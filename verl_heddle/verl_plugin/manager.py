@@ -111,8 +111,8 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
     def generate_sequences(self, prompts: Any) -> None:
         """Dispatch a batch; see `AgentLoopManagerTQ.generate_sequences`."""
         self._recover("engines", lambda: self._repair_engines(prompts))
-        if self._router_lost and time.monotonic() >= self._try_router_s:
-            self._try_router_s = time.monotonic() + self.options.deadlines.router_s  # an asynchronous trainer comes with every prompt
+        if self._router_lost and (self.sync or time.monotonic() >= self._try_router_s):  # others come with every prompt
+            self._try_router_s = time.monotonic() + self.options.deadlines.router_s
             self._recover("router", self._try_router)
         facts = facts_of_batch(prompts) if self._plans or (self.planner is not None and not validates(prompts)) else None
         if self.planner is not None:
@@ -245,7 +245,8 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
         return total
 
     def engine_seconds(self) -> dict[str, dict[str, float]]:
-        """By engine in rotation, its seconds since the start in which it was `busy`, and `paused` by weight updates; without silent ones."""
+        """By engine in rotation, its seconds since the start in which it was `busy`, and `paused` by weight updates; none where it is
+        silent."""
         refs = {self.servers[name].heddle_seconds.remote(): name for name in self.in_rotation()}
         ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=self.options.deadlines.collect_s)
         found = {}

@@ -52,7 +52,8 @@ class _Watch:
         """Of an asynchronous trainer."""
         self._waiting = Columns()
         """Training trajectories that were collected for validation's sake."""
-        self._since_s = time.monotonic()
+        self._since_s: float | None = None
+        """When the last batch of an asynchronous trainer was complete, unix time."""
         self._run = time.strftime("%Y%m%d-%H%M%S")
         self.failures = 0
         self._before: dict[str, Counter[str]] = {}
@@ -121,8 +122,9 @@ class _Watch:
 
     def _window(self, manager: Any, global_step: int, train: Columns, keys: Sequence[str]) -> dict[str, float]:
         """Of the time since the last batch of an asynchronous trainer."""
-        now = time.monotonic()
-        seconds, self._since_s = max(now - self._since_s, 1e-9), now
+        now = time.time()
+        since = self._since_s if self._since_s is not None else min((meta["start_s"] for meta in train.metas), default=now)
+        seconds, self._since_s = max(now - since, 1e-9), now
         metrics = window_metrics(train, seconds, global_step) if len(train) else {"window_s": seconds}
         self._trained.ended(train)
         metrics |= self._trained.batch(keys, global_step, seconds)

@@ -17,7 +17,7 @@ from verl_heddle.options import Options
 from verl_heddle.orchestrator import FIRST_HOLD_S, Orchestrator
 from verl_heddle.schedule.rent import FEW, futile
 from verl_heddle.schedule.resident import ORDERS
-from verl_heddle.schedule.residents import LONGEST_PAUSE_S, Residents
+from verl_heddle.schedule.residents import LONGEST_PAUSE_S, SETTLE_S, Residents
 from verl_heddle.trajectory import TrajectoryId, TurnEnd, TurnStart
 
 HOLD_S = 10.0
@@ -62,6 +62,8 @@ class Play:
         self.legs: dict[int, tuple[int, int, int]] = {}
         """Of trajectories whose turn was interrupted: context, turn and legs so far."""
         self.paused: set[str] = set()
+        self.settled_s = 0.0
+        """Until when replicas that go on may wait for the paused."""
         self.named: set[str] = set()
         self.over: set[int] = set()
 
@@ -115,6 +117,8 @@ class Play:
         assert not self.residents.residents(name), "whose context is wiped is resident nowhere"
 
     def resume(self, name: str) -> None:
+        if name in self.paused and self.settled_s <= self.now:
+            self.settled_s = self.now + SETTLE_S
         self.paused.discard(name)
         self.residents.resume(name, self.now)
         self.check()
@@ -140,7 +144,7 @@ class Play:
             assert used == pytest.approx(counted), "the books are right"
             if used > self.kv + 1e-6:
                 assert not self.residents.idle(name), "over capacity nobody is idle"
-            if held and name not in self.paused:
+            if held and (not self.paused or (name not in self.paused and self.now >= self.settled_s)):
                 assert self.residents.residents(name), "nobody waits while a replica is empty"
         if held:
             assert self.residents.due_s() > self.now, "nobody outstays the rent while somebody waits"
@@ -361,9 +365,22 @@ def test_an_interrupted_trajectory_goes_on_wherever_there_is_room():
     legs = [started(number, 0, 95, generated=5, leg=1) for number in (0, 3)]
     assert [residents.turn_started(leg, 2.0) for leg in legs] == [None, None]
     residents.resume("r1", 30.0)
-    assert residents.admitted() == [(later.request, "r1")], "least served first"
+    assert residents.admitted() == [], "it would be given everybody"
     residents.resume("r0", 31.0)
-    assert residents.admitted() == [(legs[0].request, "r0")]
+    (first, home), (second, other) = residents.admitted()
+    assert (first, second, {home, other}) == (later.request, legs[0].request, {"r0", "r1"}), "least served first"
+
+
+def test_a_replica_that_stays_paused_is_waited_for_a_little():
+    residents = resident_set(kv=100, replicas=2)
+    for name in ("r0", "r1"):
+        residents.pause(name, 1.0)
+    turn = started(0, 0, 90)
+    assert residents.turn_started(turn, 2.0) is None
+    residents.resume("r1", 30.0)
+    assert residents.admitted() == [] and residents.due_s() == 30.0 + SETTLE_S
+    residents.tick(30.0 + SETTLE_S)
+    assert residents.admitted() == [(turn.request, "r1")]
 
 
 def test_validation_goes_first_and_then_the_earlier_step():

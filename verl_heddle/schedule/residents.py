@@ -14,7 +14,8 @@ Law
   somebody waits.
 - Over `FULL` (contexts grow): idle residents are evicted, the last in the order first.
 - A weight update pauses an engine and wipes its contexts: its idle residents are evicted, a resident whose turn is interrupted has no home
-  any more, and nobody is admitted until it goes on. Then whoever is first in the order is: nobody has a context that would be lost.
+  any more, and nobody is admitted until it goes on, and the others with it. Then whoever is first in the order is: nobody has a context
+  that would be lost.
 - Where no turn completes for `silent_s`, whoever has waited so long is admitted whatever the room: nothing waits for a silent fleet.
 
 Invariants (tests/unit/test_residents.py): after every event no replica over `FULL` has an idle resident; every waiting turn is admitted
@@ -44,6 +45,9 @@ turn's growth from evicting somebody for whom somebody else is admitted at once:
 LONGEST_PAUSE_S = 3600.0
 """A pause that lasts longer is not believed."""
 
+SETTLE_S = 5.0
+"""How long replicas that go on after a weight update wait for the others: the first would be given everybody."""
+
 MEMORY = 1000.0
 """Turns until the mean growth of a turn forgets by a factor e."""
 
@@ -68,6 +72,8 @@ class Residents:
         self._holding = Rent()
         self._completed_s = -inf
         """When a turn last completed."""
+        self._settled_s = inf
+        """When replicas that go on do not wait any longer for those that are paused; inf: they need not."""
         self._admitted: dict[str, str] = {}
         self.counts: Counter[str] = Counter()
         """Evictions by reason, admissions."""
@@ -129,6 +135,7 @@ class Residents:
         if home is not None and home.paused_s < inf:
             home.paused_s = inf
             self._completed_s = max(self._completed_s, now)  # silence began with the pause
+            self._settled_s = min(self._settled_s, now + SETTLE_S)
             self._fill()
 
     # --- events -----------------------------------------------------------------------------------------------------------
@@ -217,6 +224,8 @@ class Residents:
         for name, home in self._homes.items():
             if home.paused_s + LONGEST_PAUSE_S <= now:
                 self.resume(name, now)
+        if self._settled_s <= now:
+            self._settled_s = inf
         self._fill()
         while self._head() is not None:
             expired = [(home.rent[0], home) for home in self._homes.values() if self._rent(home) <= now]
@@ -234,12 +243,10 @@ class Residents:
 
     def due_s(self) -> float:
         """When `tick` should be called next if no event comes before; inf: no need."""
-        head, homes = self._head(), self._homes.values()
-        return (
-            inf
-            if head is None
-            else min(self._overdue_s(head), *(min(self._rent(home), home.paused_s + LONGEST_PAUSE_S) for home in homes), inf)
-        )
+        if (head := self._head()) is None:
+            return inf
+        homes = [min(self._rent(home), home.paused_s + LONGEST_PAUSE_S) for home in self._homes.values()]
+        return min(self._settled_s, self._overdue_s(head), *homes, inf)
 
     def _overdue_s(self, live: Live) -> float:
         return max(live.since_s, self._completed_s) + self._silent_s if self._at_work() else inf
@@ -333,6 +340,10 @@ class Residents:
 
     def _fill(self) -> None:
         """Admit the waiting in order while there is room for the first."""
+        if self._settled_s < inf:
+            if len(self._at_work()) < len(self._homes):
+                return
+            self._settled_s = inf
         while (live := self._head()) is not None:
             home = self._room(live)
             if home is None:

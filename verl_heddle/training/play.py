@@ -1,0 +1,253 @@
+"""A trainer over the simulated cluster: groups are asked for, taken when complete, and interrupted by weight updates.
+
+Law. As `simulate.cluster` for what happens inside a rollout. A weight update pauses every engine, aborts its requests, and wipes its caches;
+an aborted turn asks again `RETRY_S` later, with the tokens it has, and is the same turn. Requests that reach a paused engine wait there. A
+group is complete when all its trajectories are; a batch is the oldest complete groups.
+Source: verl 0.9.1, `trainer/ppo/v1/trainer_{sync,colocate_async,separate_async}.py`, `replay_buffer.py`, `llm_server.py` (the second of
+`RETRY_S`). Left out: the poll interval, validation, replicas that a trainer lends (`enable_switch`), and groups that fail.
+Invariants: every group asked for is trained on once, dropped once, or under way at the end; no trajectory of a trained group was cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from heapq import heappop
+
+from verl_heddle.fleet import Replica
+from verl_heddle.simulate.cluster import Cluster
+from verl_heddle.simulate.options import EngineOptions
+from verl_heddle.simulate.policy import Latency, Policy
+from verl_heddle.simulate.stage import CHANGE, TURN, WAKE
+from verl_heddle.simulate.workload import Request, TrajectoryState, states
+from verl_heddle.training.trainer import Run, Step, Trainer
+from verl_heddle.trajectory import Outcome, Trajectory, TurnEnd
+
+RETRY_S = 1.0
+"""How long verl's client waits before it goes on with an aborted request."""
+
+Condition = Callable[[], bool]
+
+
+def train(
+    groups: Sequence[Sequence[Trajectory]],
+    fleet: Sequence[Replica],
+    latency: Latency,
+    policy: Policy,
+    trainer: Trainer,
+    engine: EngineOptions | None = None,
+    skip: int = 0,
+) -> Run:
+    """Play a run.
+
+    Args:
+        groups: the trajectories of each prompt, with known lengths, in the order in which the trainer asks for them; enough for all steps
+            and for what is dropped.
+        skip: first steps that the numbers leave out.
+
+    Raises:
+        ValueError: there are too few groups, or what `simulate` does not take.
+    """
+    return _Training(groups, fleet, latency, policy, trainer, engine or EngineOptions()).play(skip)
+
+
+class _Group:
+    """The samples of a prompt."""
+
+    def __init__(self, samples: list[TrajectoryState]) -> None:
+        self.samples = samples
+        self.open = len(samples)
+        self.step = 0
+        """That asked for it."""
+
+    @property
+    def tokens(self) -> int:
+        return sum(state.generated for state in self.samples)
+
+
+class _Training(Cluster):
+    def __init__(
+        self,
+        groups: Sequence[Sequence[Trajectory]],
+        fleet: Sequence[Replica],
+        latency: Latency,
+        policy: Policy,
+        trainer: Trainer,
+        options: EngineOptions,
+    ) -> None:
+        work = states([item for group in groups for item in group], options, 0)
+        super().__init__(fleet, latency, policy, options, work)
+        left = iter(work)
+        self._to_ask = iter([_Group([next(left) for _ in group]) for group in groups])
+        self._group_of: dict[str, _Group] = {}
+        self._finished: list[_Group] = []
+        self._under_way = 0
+        self._trainer = trainer
+        self._steps: list[Step] = []
+        self._wanted: Condition | None = None
+        """What the trainer waits for."""
+        self._now = 0.0
+        self._asked_tokens = self._asked = self._interrupted = self._dropped = 0
+        self._over = False
+        self._paused, self._resumed = getattr(policy, "paused", None), getattr(policy, "resumed", None)
+
+    def play(self, skip: int) -> Run:
+        """Until the last step is trained."""
+        training = self._train()
+        self._go = partial(self._advance, training)
+        self._at(0.0, CHANGE, self._go)
+        while self._events and not self._over:
+            self._now, kind, _, what = heappop(self._events)
+            if kind == WAKE:
+                if what.next_s == self._now:
+                    for request in what.finish():
+                        self._left(request, self._now)
+                    what.begin()
+                    self._wake_later(what)
+            elif kind == TURN:
+                self._turn(what, self._now)
+            else:
+                what(self._now)
+        if not self._over:
+            raise RuntimeError(f"the run stopped in step {len(self._steps) + 1}, {self._under_way} groups under way")
+        return Run(self._steps, self._asked_tokens / self._asked, skip)
+
+    # --- the trainer ------------------------------------------------------------------------------------------------------
+
+    def _advance(self, training: Iterator[float | Condition], now: float) -> None:
+        """Let the trainer go on until it waits for something: seconds, or a condition."""
+        wish = next(training, None)
+        if wish is None:
+            self._over = True
+        elif callable(wish):
+            self._wanted = wish
+            self._look()
+        else:
+            self._at(now + wish, CHANGE, self._go)
+
+    def _look(self) -> None:
+        """The trainer goes on if it has what it waits for."""
+        if self._wanted is not None and self._wanted():
+            self._wanted = None
+            self._at(self._now, CHANGE, self._go)
+
+    def _train(self) -> Iterator[float | Condition]:
+        trainer = self._trainer
+        parts = trainer.parameter_sync_step if trainer.mode == "separate_async" else 1
+        self._ask(trainer.ahead, 1)
+        for step in range(1, trainer.steps + 1):
+            began, waited, recomputed = self._now, 0.0, sum(engine.recomputed for engine in self.engines)
+            self._dropped = self._interrupted = 0
+            self._ask(trainer.prompts, step)
+            batch: list[_Group] = []
+            for _ in range(parts):
+                since = self._now
+                yield partial(self._complete, trainer.prompts // parts, step)
+                waited += self._now - since
+                batch += self._batch(trainer.prompts // parts)
+                if trainer.mode == "separate_async":
+                    yield trainer.update_s / parts
+            self._pause()
+            yield trainer.transfer_s if trainer.mode == "separate_async" else trainer.update_s
+            self._resume()
+            self._steps.append(
+                Step(
+                    self._now - began,
+                    waited,
+                    sum(group.tokens for group in batch),
+                    tuple(state.generated for group in batch for state in group.samples),
+                    tuple(step - group.step for group in batch),
+                    self._dropped,
+                    sum(engine.recomputed for engine in self.engines) - recomputed,
+                    self._interrupted,
+                )
+            )
+
+    def _ask(self, prompts: int, step: int) -> None:
+        for _ in range(prompts):
+            group = next(self._to_ask, None)
+            if group is None:
+                raise ValueError(f"step {step} wants a prompt, and all groups have been asked for: give more")
+            group.step = step
+            self._under_way += 1
+            for state in group.samples:
+                self._group_of[state.key] = group
+                self._asked += 1
+                self._asked_tokens += sum(turn.output_tokens or 0 for turn in state.steps)
+                state.start_s = state.end_s = self._now
+                state.id = replace(state.id, step=step)
+                self._at(self._now + self._overhead_s, TURN, state)
+
+    def _complete(self, prompts: int, step: int) -> bool:
+        """Whether a batch can be taken; drops what is too stale for it."""
+        trainer = self._trainer
+        if trainer.threshold is not None and not trainer.sync:
+            if trainer.strategy == "drop":
+                stale = [group for group in self._finished if step - group.step + 1 > trainer.threshold]
+                for group in stale:
+                    self._finished.remove(group)
+                    self._dropped += group.tokens
+                self._ask(len(stale), step)
+            elif any(group.open and step - group.step + 1 >= trainer.threshold for group in self._group_of.values()):
+                return False
+        return len(self._finished) >= prompts
+
+    def _batch(self, prompts: int) -> list[_Group]:
+        self._finished.sort(key=lambda group: group.step)
+        batch, self._finished = self._finished[:prompts], self._finished[prompts:]
+        return batch
+
+    # --- weight updates ---------------------------------------------------------------------------------------------------
+
+    def _pause(self) -> None:
+        now = self._now
+        for engine in self.engines:
+            if self._paused is not None:
+                self._paused(engine.replica.name, now)
+        for engine in self.engines:
+            gone = [engine.queue.pop() for _ in range(engine.queue.count)]
+            for request in gone:
+                request.queue_s += now - request.queued_s
+            gone += [request for request in list(engine.running) if engine.abort(request, now)]
+            engine.pause(now, keep_cache=False)
+            self._wake_later(engine)
+            for request in gone:
+                self._left(request, now)
+
+    def _resume(self) -> None:
+        for engine in self.engines:
+            engine.resume(self._now)
+            self._wake_later(engine)
+            if self._resumed is not None:
+                self._resumed(engine.replica.name, self._now)
+        self._let_in(self._now)
+
+    def _left(self, request: Request, now: float) -> None:
+        if not request.left:
+            super()._left(request, now)
+            return
+        state, made = request.trajectory, request.asked - request.left
+        name = self.engines[request.engine].replica.name
+        told = (state.id, state.key, name, state.turn, made - request.told, False, self._engine_s(request, now))
+        self._policy.turn_finished(TurnEnd(*told, before_tokens=request.told, interrupted=True), now)
+        request.told = made
+        self._interrupted += 1
+        self._let_in(now)
+        self._at(now + RETRY_S, CHANGE, partial(self._go_on, request))
+
+    def _go_on(self, before: Request, now: float) -> None:
+        """The next leg of a turn: a request of its own, since engines know requests as objects."""
+        request = before.trajectory.request = Request(before.trajectory, before.context, before.left, before.known)
+        for name in ("asked", "told", "start_s", "queue_s", "prefill_s", "preemptions", "recomputed", "cached"):
+            setattr(request, name, getattr(before, name))
+        self._place(request, now)
+
+    def _end(self, state: TrajectoryState, outcome: Outcome, now: float) -> None:
+        super()._end(state, outcome, now)
+        group = self._group_of.pop(state.key)
+        group.open -= 1
+        if not group.open:
+            self._under_way -= 1
+            self._finished.append(group)
+            self._look()

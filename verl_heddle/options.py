@@ -24,9 +24,9 @@ class Priority:
 
     enable: bool = option(True, "Hand vLLM a priority per turn. Needs rollout.scheduling_policy=priority.")
     order: str = option(
-        "first_turn",
-        "first_turn: a constant order, by when each trajectory asked for its first turn; predicts nothing. longest: the longest predicted "
-        "trajectory first; goes with heddle.preempt.enable=true heddle.residents.enable=false.",
+        "arrival",
+        "arrival: first come, first served as in stock verl, but validation goes before the training that it runs beside. longest: the "
+        "longest predicted trajectory first; goes with heddle.preempt.enable=true heddle.residents.enable=false.",
     )
     quantum_tokens: int = option(64, "Predictions that differ by less than this count as equal; ties run first come, first served.")
     refresh_s: float = option(
@@ -45,13 +45,12 @@ class Predict:
 
 @dataclass
 class Preempt:
-    """`heddle.preempt.*`: when a waiting turn takes a running one's slot, inside vLLM. Needs `heddle.priority.enable`."""
+    """`heddle.preempt.*`: when a waiting turn takes a running one's slot, inside vLLM. Goes with `heddle.priority.order=longest`."""
 
     enable: bool = option(False, "Preempt on arrival; off: a waiting turn waits for a free slot, as in stock vLLM.")
     margin: int = option(
         4,
-        "Priority units by which the waiting turn must be more urgent: of heddle.priority.quantum_tokens each; one trajectory each with "
-        "heddle.priority.order=first_turn, where heddle.preempt.ageing_per_s=0 keeps the order strict.",
+        "Priority units, of heddle.priority.quantum_tokens each, by which the waiting turn must be more urgent.",
     )
     max_preemptions: int = option(3, "How often one turn may lose its slot this way.")
     min_steps: int = option(8, "Engine steps a turn keeps its slot at least.")
@@ -281,7 +280,7 @@ class Options:
         }
 
 
-ORDERS = ("longest", "first_turn")
+ORDERS = ("arrival", "longest")
 """Values of `heddle.priority.order`."""
 
 TRANSPORTS = ("prewarm", "none")

@@ -15,8 +15,8 @@ Invariants
   those of stock verl; so is the placement of resident sets while there is room for all, and planned placement until there are step times
   to plan with (`step_times_known`). One exception without `observe`: stock verl forgets the replica of a conversation once
   `sticky.CACHE_SIZE` others have asked since;
-- where the host keeps what replicas evict (`Replica.tier`), resident sets and the order of first turns rest, and verl's rule decides:
-  what they save costs little there, and they lost up to 14 % to stock with the same tier.
+- where the host keeps what replicas evict (`Replica.tier`), resident sets rest, and verl's rule decides: what they save costs little
+  there, and they lost up to 14 % to stock with the same tier.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from verl_heddle.place.transfers import LAST_PRIORITY, Transfer, Transfers
 from verl_heddle.predict.predictor import Predictor
 from verl_heddle.predict.quantities import Estimate
 from verl_heddle.schedule.admission import Admission, most_turns
-from verl_heddle.schedule.priority import Pace, first_come, longest_first, work_tokens
+from verl_heddle.schedule.priority import VALIDATION, Pace, longest_first, work_tokens
 from verl_heddle.schedule.resident import ORDERS
 from verl_heddle.schedule.residents import Residents
 from verl_heddle.trajectory import Decision, Prewarm, Reason, ToolStart, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
@@ -54,8 +54,6 @@ class _Life:
     """A trajectory from its first turn's start to its end."""
 
     who: TrajectoryId
-    number: int
-    """Trajectories that lived when it began, or had lived since the last time when none did."""
     turns: int = 0
     """Turns started, a turn that starts again counted once."""
     tool_s: float = 0.0
@@ -109,7 +107,6 @@ class Orchestrator:
         """Whether the host keeps what some replica evicts."""
         self._lives: dict[str, _Life] = {}
         """By trajectory key."""
-        self._numbers = 0
         self._open: dict[str, _Open] = {}
         """By request."""
         self._of_group: dict[str, dict[str, None]] = defaultdict(dict)
@@ -397,8 +394,7 @@ class Orchestrator:
         """The life of the trajectory, begun if it is new, with what the turn tells of it."""
         life = self._lives.get(turn.trajectory.key)
         if life is None:
-            life = self._lives[turn.trajectory.key] = _Life(turn.trajectory, self._numbers)
-            self._numbers += 1
+            life = self._lives[turn.trajectory.key] = _Life(turn.trajectory)
         if turn.turn >= life.turns:  # otherwise its replica was lost, and it starts again
             life.turns = turn.turn + 1
             life.tool_s += turn.tool_s or 0.0
@@ -409,15 +405,13 @@ class Orchestrator:
         if self.residents is not None:
             self.residents.trajectory_ended(key, now)
         self._lives.pop(key, None)
-        if not self._lives:
-            self._numbers = 0
 
     def _priority(self, turn: TurnStart, life: _Life | None, left: tuple[float, float] | None) -> int:
         """Of a turn whose trajectory has so many tokens and tool seconds left (None: nobody predicts)."""
         if not self._orders or life is None:
             return 0
-        if self._options.priority.order == "first_turn":
-            return 0 if self._tiered else first_come(life.number, life.who.validate)
+        if self._options.priority.order == "arrival":
+            return VALIDATION if life.who.validate else 0
         if left is None:
             return 0
         length = turn.generated_tokens + work_tokens(left[0], life.tool_s + left[1], self._pace.s_per_token)

@@ -31,7 +31,7 @@ from verl_heddle.report.setting import OVERHEAD_S, setting
 
 RESULTS = ROOT / "bench" / "results" / "simulated" / "regimes.json"
 HEDDLE = (
-    "as released: trajectories are admitted to replicas as KV cache and slots have room, least served first, and kept through their tools "
+    "as released: trajectories are admitted to replicas as KV cache has room, least served first, and kept through their tools "
     "for as long as that pays; nothing is predicted."
 )
 """The arm called heddle, in words; stored with the numbers."""

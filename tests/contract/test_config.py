@@ -185,7 +185,7 @@ def test_the_table_shows_what_is_off_by_choice():
     config = compose([*BASE, "+plugin=heddle"])
     off = {row.part: row.why for row in parts.table(config, lint.options_or_none(config)) if not row.on}
     assert off == {
-        "priority under way": "heddle.priority.order=first_turn",
+        "priority under way": "heddle.priority.order=arrival",
         "preemption": "heddle.preempt.enable=false",
         "admission": "heddle.residents does it",
         "offload": "heddle.offload.enable=false",
@@ -243,7 +243,7 @@ def test_what_the_engine_is_told_beside_verls_keys_counts():
     assert len(findings) == 1 and "set actor_rollout_ref.rollout.max_num_seqs=512" in findings[0].text
     findings = lint.lint(compose([*BASE, "+plugin=heddle", f"+{VLLM}.scheduling_policy=fcfs"]))
     assert [f.fatal for f in findings] == [True] and f"{VLLM}.scheduling_policy=priority" in findings[0].text
-    findings = lint.lint(compose([*BASE, "+plugin=heddle", "heddle.preempt.enable=true", "actor_rollout_ref.rollout.custom=null"]))
+    findings = lint.lint(compose([*BASE, "+plugin=heddle", *PREDICTING, "actor_rollout_ref.rollout.custom=null"]))
     assert [f.fatal for f in findings] == [False] and "heddle.preempt.* does not reach" in findings[0].text
 
 
@@ -281,7 +281,6 @@ def test_what_asynchronous_trainers_do_not_go_with_is_refused(mode):
     refused = {
         "place": ["heddle.place.enable=true"],
         "shape": ["heddle.shape.enable=true", "actor_rollout_ref.rollout.n=4"],
-        "preempt": ["heddle.preempt.enable=true"],
         "order": ["heddle.priority.order=longest"],
     }
     for key, overrides in refused.items():
@@ -390,7 +389,7 @@ def test_the_banner_tells_what_is_on(capsys, monkeypatch):
     monkeypatch.setattr(startup.nodes, "ready", lambda config: True)
     start = startup.Startup().on_job_start
     start(compose([*BASE, "+plugin=heddle"]))
-    assert "placement: resident sets, least served first; priority: by first turn; poll" in capsys.readouterr().err
+    assert "placement: resident sets, least served first; priority: by arrival, validation first; poll" in capsys.readouterr().err
     start(compose([*BASE, "+plugin=heddle", *PREDICTING]))
     assert ", preempting on arrival" in capsys.readouterr().err
     start(compose([*BASE, "+plugin=heddle", *PREDICTING, "actor_rollout_ref.rollout.pipeline_model_parallel_size=2"]))

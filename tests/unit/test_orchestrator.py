@@ -139,29 +139,21 @@ def test_siblings_that_end_change_the_priority_of_turns_under_way():
     assert orchestrator.reprioritised(4.0) == {}, "told once"
 
 
-def test_by_first_turn_the_order_is_constant_and_nothing_is_predicted():
-    orchestrator = build(Options(priority=Priority(order="first_turn")))
+def test_by_arrival_validation_goes_first_and_nothing_is_predicted():
+    orchestrator = build(Options())
     assert orchestrator.predictor is None
-
-    def ask(sample: int, number: int) -> int:
-        turn = TurnStart(identity(sample), f"c{sample}", number, 10, number * 10, tool_s=1e6 * sample)
-        decision = orchestrator.turn_started(turn, 0.0)
-        orchestrator.turn_finished(TurnEnd(turn.trajectory, turn.conversation, decision.replica, number, 10), 1.0)
-        return decision.priority
-
-    assert [ask(sample, 0) for sample in (7, 3, 5)] == [0, 1, 2]
-    assert [ask(sample, number) for number in (1, 2) for sample in (3, 5, 7)] == [1, 2, 0] * 2
-    assert orchestrator.turn_started(TurnStart(TrajectoryId("", "other", 0, -1), "other", 0, 10, 0), 0.0).priority == 0
-    for sample in (7, 3, 5):
-        orchestrator.trajectory_ended(TrajectoryEnd(identity(sample), Outcome.FINISHED, 30, 3), 2.0)
-    assert ask(3, 0) == 0, "numbered from 0 again"
+    who = [replace(identity(sample), validate=sample == 2) for sample in range(3)]
+    turns = [TurnStart(one, one.key, 0, 10, 0) for one in who]
+    assert [orchestrator.turn_started(turn, 0.0).priority for turn in turns] == [0, 0, -1]
+    longest = build(Options.longest())
+    assert [longest.turn_started(turn, 0.0).priority < 0 for turn in turns] == [True] * 3, "by length"
 
 
 KINDS = {
     "default": Options(),
     "longest": Options.longest(admission=Admission(per_slot=1.0)),
     "longest, residents": Options.longest(residents=Residents(enable=True)),
-    "first turn": Options(admission=Admission(per_slot=1.0), residents=Residents(enable=False)),
+    "arrival": Options(admission=Admission(per_slot=1.0), residents=Residents(enable=False)),
     "planned": Options.longest(admission=Admission(per_slot=1.0), place=Place(enable=True)),
     "planned, no refresh": Options(priority=Priority(order="longest", refresh_s=0.0), place=Place(enable=True)),
     "planned, no priority": Options(priority=Priority(enable=False), place=Place(enable=True)),

@@ -323,7 +323,6 @@ def test_where_the_host_keeps_what_is_evicted_verls_rule_decides():
         orchestrator.replicas_added([Replica("r0", slots=2, kv_tokens=100, tier=tier)])
         held = [orchestrator.turn_started(started(number, 0, 90), 0.0) for number in (0, 3, 6)]
         assert [one.held for one in held] == ([False] * 3 if tier else [False, True, True])
-        assert len({one.priority for one in held}) == (1 if tier else 3)
     made[True].replicas_removed(["r0"])
     made[True].replicas_added([Replica("r1", slots=2, kv_tokens=100)])
     decisions = [made[True].turn_started(started(number, 0, 90), 1.0) for number in (9, 12)]

@@ -107,7 +107,7 @@ def settings(answer: Why) -> list[dict[str, Any]]:
     else:
         add("known_order", None, "better predictions of length could still give this; they get better with every epoch over the prompts")
         add("stock", "+plugin=observe", "verl's own decisions would have been faster in this step")
-    add("trajectory_fcfs", "+plugin=heddle heddle.priority.order=first_turn", "turns of trajectories that began wait behind new ones")
+    add("trajectory_fcfs", None, "turns of trajectories that began wait behind new ones")
     add(
         "kv_offload",
         f"+{ROLLOUT}.engine_kwargs.vllm.kv_offloading_size=<GiB>",

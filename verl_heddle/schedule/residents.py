@@ -7,8 +7,8 @@ Law
 - Footprint: the context of a trajectory, and while a turn of it runs what a turn adds in the mean; a prompt counts once per replica,
   however many samples share it.
 - Admission: the first of the waiting, validation first, then by training step, then in the policy's order, is admitted to a replica with
-  room: footprints within `ADMIT` of its KV cache, and a free slot. First choice is the replica where its context lay last, then, as verl
-  chooses, one of those with the fewest turns in flight. A replica without residents takes anything, so nothing waits for ever.
+  room: footprints within `ADMIT` of its KV cache; slots are vLLM's business. First choice is the replica where its context lay last, then,
+  as verl chooses, one of those with the fewest turns in flight. A replica without residents takes anything, so nothing waits for ever.
 - A resident's turn goes in at once.
 - Holding is renting (`rent`): an idle resident is held for t*, or not at all where tools have been too long for it, then evicted if
   somebody waits.
@@ -359,9 +359,7 @@ class Residents:
             need = own + (0 if live.prompt in home.prompts else live.prompt_tokens)
             if home.paused_s < inf:
                 continue
-            if home.residents and (
-                home.used + need > home.capacity * ADMIT or home.running >= home.replica.slots or len(home.residents) >= home.most
-            ):
+            if home.residents and (home.used + need > home.capacity * ADMIT or len(home.residents) >= home.most):
                 continue
             if name == live.last:
                 return home

@@ -1,8 +1,8 @@
 """A trainer over the simulated cluster: groups are asked for, taken when complete, and interrupted by weight updates.
 
-Law. As `simulate.cluster` for what happens inside a rollout. A weight update pauses every engine, aborts its requests, and wipes its caches;
-an aborted turn asks again `RETRY_S` later, with the tokens it has, and is the same turn. Requests that reach a paused engine wait there. A
-group is complete when all its trajectories are; a batch is the oldest complete groups.
+Law. As `simulate.cluster` for what happens inside a rollout. A weight update pauses every engine, aborts its requests, and wipes its
+caches; an aborted turn asks again `RETRY_S` later, with the tokens it has, and is the same turn. Requests that reach a paused engine wait
+there. A group is complete when all its trajectories are; a batch is the oldest complete groups.
 Source: verl 0.9.1, `trainer/ppo/v1/trainer_{sync,colocate_async,separate_async}.py`, `replay_buffer.py`, `llm_server.py` (the second of
 `RETRY_S`). Left out: the poll interval, validation, replicas that a trainer lends (`enable_switch`), and groups that fail.
 Invariants: every group asked for is trained on once, dropped once, or under way at the end; no trajectory of a trained group was cut.

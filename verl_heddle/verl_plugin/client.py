@@ -382,7 +382,7 @@ class HeddleClient(LLMServerClient):
             raise LookupError(f"the router chose {replica}, which it does not list")
 
     async def _put(self, turns: list[TurnStart]) -> list[Decision]:
-        asked = self._load_balancer.turns_started.remote(turns, self._outbox.take())
+        asked: Any = self._load_balancer.turns_started.remote(turns, self._outbox.take())
         decisions: list[Decision] = await answer(asked, self._options.deadlines.router_s)
         return decisions
 
@@ -440,7 +440,7 @@ class HeddleClient(LLMServerClient):
             return self.tell("turn_finished", end)
         self._outbox.send()
         try:
-            order = self._load_balancer.turn_finished.remote(end)
+            order: Any = self._load_balancer.turn_finished.remote(end)
         except Exception as error:
             self._go_local(error)
             return self.tell("turn_finished", end)

@@ -27,7 +27,6 @@ WITHOUT = {
     "heddle.place.enable": "it plans a batch as a whole, and there prompts come one by one",
     "heddle.layout.enable": "it cuts the GPUs anew between steps, when nobody is at work",
     "heddle.shape.enable": "it forecasts the end of a step's batch",
-    "heddle.preempt.enable": "its rule is made for the order by predicted length",
 }
 """What heddle does not do under them, and why."""
 
@@ -89,8 +88,11 @@ def _verl(config: DictConfig, options: Options) -> list[str]:
     if priority and policy != "priority":
         key = f"{VLLM}.scheduling_policy" if get(config, f"{VLLM}.scheduling_policy") else f"{rollout}.scheduling_policy"
         problems.append(f"heddle.priority.enable=true needs {key}=priority, but it is {policy}: set one of them accordingly")
-    if options.preempt.enable and not priority and not options.observe:
-        problems.append("heddle.preempt.enable=true needs heddle.priority.enable=true: set both, or heddle.preempt.enable=false")
+    if options.preempt.enable and not options.observe and not (priority and options.priority.order == "longest"):
+        problems.append(
+            "heddle.preempt.enable=true needs heddle.priority.enable=true and heddle.priority.order=longest: set them, or "
+            "heddle.preempt.enable=false"
+        )
     if options.shape.enable and not options.observe:
         problems += shape_problems(options.shape, int(get(config, f"{rollout}.n") or 1))
         estimator = get(config, "algorithm.adv_estimator")
@@ -122,7 +124,7 @@ def _mode(mode: str, options: Options) -> list[str]:
         if options.priority.order == "longest" and not options.observe:
             problems.append(
                 f"heddle.priority.order=longest does not go with trainer.v1.trainer_mode={mode} (new prompts would pass the old ones until "
-                "those are too stale to train on): set heddle.priority.order=first_turn, or the mode to sync"
+                "those are too stale to train on): set heddle.priority.order=arrival, or the mode to sync"
             )
         return problems
     instead = "set trainer.v1.trainer_mode=sync or drop the flag"

@@ -70,7 +70,7 @@ def asked(options: Options) -> dict[str, str]:
         "priority": unless(options.priority.enable, "heddle.priority.enable=false"),
         "priority under way": unless(
             options.priority.enable and options.priority.refresh_s > 0 and options.priority.order == "longest",
-            "heddle.priority.order=first_turn" if options.priority.order == "first_turn" else "heddle.priority.refresh_s=0",
+            "heddle.priority.order=arrival" if options.priority.order == "arrival" else "heddle.priority.refresh_s=0",
         ),
         "preemption": unless(options.preempt.enable, "heddle.preempt.enable=false"),
         "residents": unless(
@@ -100,7 +100,7 @@ DOES = {
     "trace": "trace.jsonl, one line a trajectory",
     "queueing": "queueing told from generation, preemptions counted",
     "tools": "watchdog over tool calls",
-    "priority": "waiting turns run in heddle's order",
+    "priority": "waiting turns run in heddle's order: validation first, or the longest predicted",
     "priority under way": "turns get a new priority when what is expected of them changes",
     "preemption": "an urgent turn takes a running one's slot",
     "residents": "trajectories are admitted as KV cache has room, and keep it through their tool calls",
@@ -201,8 +201,7 @@ def _residents(config: DictConfig) -> list[Loss]:
     connector = engine_connector(config)
     if connector in TIERS:
         text = "evicted contexts come back from the host's memory, where verl's rule is the better one"
-        parts = ("residents", "priority") if get(config, "heddle.priority.order") == "first_turn" else ("residents",)
-        found.append(Loss(parts, f"the host keeps evicted KV cache ({connector}): {text}"))
+        found.append(Loss(("residents",), f"the host keeps evicted KV cache ({connector}): {text}"))
     if str(connector).startswith(KEEPS_OLD):
         text = "vLLM cannot empty it, so that turns after a weight update find contexts of the old weights"
         advice = f"take vLLM's own, {VLLM}.kv_offloading_size (GiB)"

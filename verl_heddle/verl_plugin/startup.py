@@ -68,7 +68,7 @@ def banner(config: DictConfig) -> str:
         else:
             told.append("placement: verl's rule (sticky, least in-flight)")
         if options.priority.enable:
-            order = "longest predicted first" if options.priority.order == "longest" else "by first turn"
+            order = "longest predicted first" if options.priority.order == "longest" else "by arrival, validation first"
             told.append(f"priority: {order}{', preempting on arrival where the engines can' if 'preemption' in on else ''}")
         else:
             told.append("priority: off")

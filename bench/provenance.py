@@ -56,6 +56,7 @@ MEASURES: dict[str, tuple[str, ...]] = {
     "h200/forecast.json": (*SIMULATED, "bench/gpu/experiments"),
     "prediction.json": (*WORK, "verl_heddle/predict", "bench/prediction/experiment.py", "bench/prediction/replay.py"),
     "simulated/layout.json": (*SIMULATED, "verl_heddle/layout", "bench/layout"),
+    "simulated/modes.json": (*SIMULATED, "verl_heddle/training", "bench/modes/run.py", "bench/regimes/cells.py"),
     "simulated/placement.json": (*SIMULATED, "bench/placement/run.py", "bench/placement/cases.py"),
     "simulated/placement_prices.json": ("verl_heddle/place", "verl_heddle/latency", "bench/placement/scenarios.py"),
     "simulated/placement_solver.json": ("verl_heddle/place", "verl_heddle/latency", "bench/placement/solver.py"),
@@ -75,6 +76,7 @@ PAGES: dict[str, tuple[str, ...]] = {
     "bench/fidelity/README.md": ("cpu/fidelity.json", "cpu/fidelity_rules.json"),
     "bench/layout/README.md": ("simulated/layout.json",),
     "bench/learning/README.md": ("cpu/learning.json",),
+    "bench/modes/README.md": ("simulated/modes.json",),
     "bench/placement/README.md": (
         *("simulated/placement.json", "simulated/placement_prices.json", "simulated/placement_solver.json"),
         *("cpu/placement.json", "cpu/kills.json"),

@@ -15,7 +15,7 @@ from verl.workers.rollout.router import GlobalRequestLoadBalancer, get_router_ha
 
 from verl_heddle.fleet import Replica
 from verl_heddle.latency.model import LatencyModel
-from verl_heddle.options import Admission, Options, Place
+from verl_heddle.options import Admission, Options, Place, Residents
 from verl_heddle.place.sticky import CACHE_SIZE, StickyLeastInflight
 from verl_heddle.trajectory import Outcome, Reason, ToolStart, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
 from verl_heddle.verl_plugin.router import HeddleRouter, alike
@@ -81,9 +81,13 @@ def test_the_router_serves_trajectories_and_verls_own_clients():
     assert router.clear_sticky_cache()["cleared_entries"] >= 1
 
 
+BOUNDED = Options(admission=Admission(per_slot=1.0), residents=Residents(enable=False))
+"""One turn in flight per slot."""
+
+
 def test_what_is_told_along_with_a_question_comes_before_it():
     router = HeddleRouter({"s0": "h0"}, {})
-    router.configure(Options(admission=Admission(per_slot=1.0)), False, alike({"s0": "h0"}, slots=1))
+    router.configure(BOUNDED, False, alike({"s0": "h0"}, slots=1))
     first = router.turn_started(turn(0))
     end = TurnEnd(turn(0).trajectory, "c0", first.replica, 0, 5)
     second, third = router.turns_started([turn(1), turn(2)], [("turn_finished", end), ("remove_servers", ["s0"])])
@@ -154,7 +158,8 @@ def test_an_empty_pool_is_verls_own_error():
 def test_a_held_turn_waits_in_the_router_until_another_leaves():
     async def play():
         router = HeddleRouter({"s0": "h0"})
-        router.configure(Options(admission=Admission(per_slot=1.0, hold_s=0.2)), False, alike({"s0": "h0"}, slots=1))
+        options = Options(admission=Admission(per_slot=1.0, hold_s=0.2), residents=Residents(enable=False))
+        router.configure(options, False, alike({"s0": "h0"}, slots=1))
         first, second, third = (router.turn_started(turn(sample)) for sample in range(3))
         assert (first.held, second.held, third.held) == (False, True, True)
         waits = [asyncio.ensure_future(router.wait_for_turn(turn(sample).request)) for sample in (1, 2)]
@@ -290,7 +295,7 @@ def test_admission_knows_how_many_calls_verl_lets_a_server_take(slots):
     calls = RolloutReplica.max_concurrency.fget(SimpleNamespace(config=config))
     assert calls_of(config) == calls and HeddleReplica.max_concurrency is RolloutReplica.max_concurrency
     assert slots <= most_turns(slots, calls) <= calls - 16
-    for options, taken in ((Options(), slots), (Options.longest(), 4 * slots)):
+    for options, taken in ((Options(), 5000), (Options.longest(), 4 * slots)):
         router = HeddleRouter({"s0": "h0"})
         router.configure(options, False, {"s0": (Replica("s0", slots=slots, calls=calls), "h0")})
         held = sum(router.turn_started(turn(sample)).held for sample in range(5000))

@@ -86,12 +86,18 @@ class Rig:
     """One worker's client, a router and engines."""
 
     def __init__(
-        self, options: Options, engines: int = 1, slots: int = 1, deterministic: bool = False, client: type = HeddleClient
+        self,
+        options: Options,
+        engines: int = 1,
+        slots: int = 1,
+        deterministic: bool = False,
+        client: type = HeddleClient,
+        kv_tokens: int | None = None,
     ) -> None:
         self.engines = {f"s{number}": FakeEngine() for number in range(engines)}
         handles: dict[str, Any] = {name: FakeActor(engine) for name, engine in self.engines.items()}
         self.router = HeddleRouter(handles)
-        self.router.configure(options, deterministic, alike(handles, slots=slots))
+        self.router.configure(options, deterministic, alike(handles, slots=slots, kv_tokens=kv_tokens))
         rollout = {"name": "vllm", "scheduling_policy": "priority", "prompt_length": 500, "response_length": 1500}
         config = OmegaConf.create({"actor_rollout_ref": {"rollout": rollout | {"full_determinism": deterministic}}})
         self.client = client(config=config, load_balancer_handle=FakeActor(self.router), servers=handles, options=options)
@@ -132,7 +138,7 @@ def test_samples_that_share_a_request_id_and_generations_side_by_side(determinis
     """With `full_determinism` verl's trainer names every conversation `det-0`, and its client names requests so in vLLM."""
 
     async def play() -> None:
-        rig = Rig(options, deterministic=deterministic)
+        rig = Rig(options, deterministic=deterministic, kv_tokens=10)
 
         async def episode(sample: int) -> None:
             recorder = rig.start("u", sample)
@@ -144,7 +150,7 @@ def test_samples_that_share_a_request_id_and_generations_side_by_side(determinis
 
         await asyncio.wait_for(asyncio.gather(*(episode(sample) for sample in range(6))), 15)
         await rig.settled()
-        assert rig.router.stats()["held"] > held, "one slot: they waited in the router, and each was let in"
+        assert rig.router.stats()["held"] > held, "a place at a time: they waited in the router, and each was let in"
         assert sorted(rig.engines["s0"].seen) == sorted(f"u_{sample}:{number}" for sample in range(6) for number in range(5))
 
     asyncio.run(play())
@@ -268,7 +274,7 @@ def test_a_generation_goes_on_after_weight_updates_as_one_turn(monkeypatch):
     monkeypatch.setattr("verl.workers.rollout.llm_server.asyncio", SimpleNamespace(**quick))
 
     async def play() -> None:
-        rig = Rig(RESIDENTS, engines=2, slots=2, client=HeddleAsyncClient)
+        rig = Rig(RESIDENTS, engines=2, slots=2, client=HeddleAsyncClient, kv_tokens=200)
         records = []
 
         async def episode(sample: int) -> None:

@@ -45,6 +45,7 @@ class Row:
 
 
 TRAINING, SAMPLER = "tests/e2e/test_training.py", "tests/contract/test_sampler.py"
+ASYNC = "tests/e2e/test_async.py"
 
 ROWS = (
     Row(
@@ -67,16 +68,19 @@ ROWS = (
     ),
     Row(
         "`trainer_mode=colocate_async`",
-        REFUSED,
-        "aborts and resumes requests inside a trajectory, which is not followed",
-        ("tests/contract/test_config.py",),
+        RUNS,
+        "weight updates inside turns, validation beside training: the tokens of synchronous training; deaths while paused, resume",
+        (
+            f"{ASYNC}::test_the_tokens_are_those_of_synchronous_training",
+            "tests/faults/test_async_deaths.py",
+        ),
         "trainer.v1.trainer_mode=colocate_async",
     ),
     Row(
         "`trainer_mode=separate_async`",
-        REFUSED,
-        "replicas come and go with the trainer's, which is not followed",
-        ("tests/contract/test_config.py",),
+        RUNS,
+        "the same, the trainer's replicas come and go; weights through shared memory, one node",
+        (f"{ASYNC}::test_the_tokens_are_those_of_synchronous_training", f"{ASYNC}::test_replicas_come_and_go"),
         "trainer.v1.trainer_mode=separate_async",
     ),
     Row(

@@ -33,3 +33,11 @@ def test_a_trace_without_training_is_an_error(tmp_path):
     append(tmp_path / "t", [trajectory])
     with pytest.raises(ValueError, match="no training trajectories"):
         training_steps(tmp_path / "t")
+
+
+def test_a_trace_of_an_asynchronous_trainer_has_no_steps(tmp_path):
+    trajectory = life(1, 0, 1.0)
+    trajectory.meta["trainer_mode"] = "colocate_async"
+    append(tmp_path / "t", [trajectory])
+    with pytest.raises(ValueError, match=r"t:1: .*colocate_async.*docs/async.md"):
+        training_steps(tmp_path / "t")

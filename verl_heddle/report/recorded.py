@@ -69,7 +69,8 @@ def engines_of(
     seen = {turn.replica for item in trajectories for turn in item.steps if turn.replica is not None}
     assumed = [name for name, given in (("tp", tp), ("slots", slots)) if given is None and name not in meta]
     ordered = any(turn.priority for item in trajectories for turn in item.steps)
-    silent = ordered and "preempt" not in meta and meta.get("order") != "fcfs"
+    heddles = ordered or any(turn.reason == Reason.ADMITTED for item in trajectories for turn in item.steps)
+    silent = heddles and "preempt" not in meta and meta.get("order") != "fcfs"
     told = Options().decisions() if silent else meta
     preempt = told.get("preempt") or {}
     return Engines(

@@ -36,6 +36,13 @@ def training_steps(path: str | os.PathLike[str], note: Note = lambda text: None)
         if (wrong := _not_live(item, file, line)) is not None:
             fault, unfit = fault or wrong, unfit + 1
             continue
+        if (mode := item.meta.get("trainer_mode")) is not None:
+            raise TraceError(
+                f"it was recorded under trainer_mode={mode}, whose trajectories outlive steps: there is no step to tell of",
+                allowed="a synchronous run's; what such a run does is on W&B, heddle/*: docs/async.md",
+                file=file,
+                line=line,
+            )
         if "outcome" not in item.meta:
             item.meta["outcome"] = "finished"
             endings += 1

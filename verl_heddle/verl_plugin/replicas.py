@@ -22,6 +22,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Awaitable
+from functools import cached_property
 from typing import Any
 
 import ray
@@ -41,43 +42,57 @@ LAST_WORDS_S = 1.0
 """For the errors under way to reach their callers."""
 
 
+class _Times:
+    """What a server's time goes into, and each request's before the gate that weight updates close."""
+
+    def __init__(self) -> None:
+        self.busy, self.paused = Stopwatch(), Stopwatch()
+        self._waited: dict[str, tuple[float, bool]] = {}
+        self._inside = 0
+
+    def comes(self, request_id: str, waited_s: float, admitted: bool) -> None:
+        """A request has waited so long, and goes into the engine or is refused."""
+        self._waited[request_id] = (waited_s, admitted)
+        self._enter(admitted)
+
+    def goes(self, request_id: str) -> float:
+        """It is over; returns how long it had waited."""
+        waited_s, inside = self._waited.pop(request_id, (0.0, False))
+        self._enter(-inside)
+        return waited_s
+
+    def _enter(self, more: int) -> None:
+        self._inside += more
+        self.busy.run(self._inside > 0, time.monotonic())
+
+
 class HeddleHttpServer(vLLMHttpServer):
     """verl's server, with one ear on the engine's request events."""
 
     _lives: RequestLives | None = None
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._gate: dict[str, tuple[float, bool]] = {}
-        """By request, the seconds for which it waited before a paused engine, and whether it was let in then."""
-        self._inside = 0
-        """Requests in the engine."""
-        self._busy, self._paused = Stopwatch(), Stopwatch()
+    @cached_property
+    def _times(self) -> _Times:
+        return _Times()
 
     async def _park_until_admitted(self, request_id: str) -> Any:
         since = time.monotonic()
         refused = await super()._park_until_admitted(request_id)
-        self._gate[request_id] = (time.monotonic() - since, refused is None)
-        if refused is None:
-            self._now_inside(1)
+        self._times.comes(request_id, time.monotonic() - since, refused is None)
         return refused
 
     async def abort_all_requests(self, *args: Any, **kwargs: Any) -> Any:
-        self._paused.run(True, time.monotonic())
+        self._times.paused.run(True, time.monotonic())
         return await super().abort_all_requests(*args, **kwargs)
 
     async def open_submission_gate(self) -> None:
         await super().open_submission_gate()
-        self._paused.run(False, time.monotonic())
+        self._times.paused.run(False, time.monotonic())
 
     async def heddle_seconds(self) -> dict[str, float]:
         """Seconds since the start in which there were requests in the engine, `busy`, and in which a weight update had it `paused`."""
         now = time.monotonic()
-        return {"busy": self._busy.total_s(now), "paused": self._paused.total_s(now)}
-
-    def _now_inside(self, more: int) -> None:
-        self._inside += more
-        self._busy.run(self._inside > 0, time.monotonic())
+        return {"busy": self._times.busy.total_s(now), "paused": self._times.paused.total_s(now)}
 
     async def run_server(self, args: Any) -> None:
         self._hand_on(args)
@@ -111,9 +126,7 @@ class HeddleHttpServer(vLLMHttpServer):
             self._engine_lives()
             raise
         finally:
-            parked_s, inside = self._gate.pop(request_id, (0.0, False))
-            if inside:
-                self._now_inside(-1)
+            parked_s = self._times.goes(request_id)
             if self._lives is not None:
                 life = self._lives.pop(request_id)
         told: dict[str, Any] = {"server_s": time.monotonic() - started, "parked_s": parked_s}

@@ -53,7 +53,7 @@ def _wait_for(router) -> None:
 async def simplify(expression: str) -> str:
     recorder = CURRENT.get()
     step = recorder.id.step
-    if step in (PROCESS_DIES, COMES_BACK, ACTOR_DIES) and step not in _done and len(recorder.turns) >= 2:
+    if step in (PROCESS_DIES, COMES_BACK, ACTOR_DIES) and step not in _done and len(recorder.turns) >= 4:
         _done.add(step)
         await asyncio.to_thread(_strike, step)
     return await _simplify(expression)

@@ -14,21 +14,23 @@ from verl_heddle.traces.io import read
 pytestmark = [pytest.mark.e2e, pytest.mark.alone]
 
 TOOLS = Path(__file__).parent / "router_killer.py"
-STEPS = 5
+STEPS, TRAJECTORIES = 5, 16 * 8
+"""Twice the recipe's samples, so that there is no room for all when the router dies."""
 
 
 @pytest.fixture(scope="module")
 def run(train):
     tools = f"actor_rollout_ref.rollout.multi_turn.function_tool_path={TOOLS}"
-    return train("router_death", "+plugin=heddle", tools, LITTLE_KV, steps=STEPS, replicas=2)
+    samples = "actor_rollout_ref.rollout.n=8"
+    return train("router_death", "+plugin=heddle", tools, samples, LITTLE_KV, steps=STEPS, replicas=2)
 
 
 def test_training_completes_with_every_group(run):
     assert run.code == 0, run.log[-3000:]
     assert [f"ROUTER KILLED in step {step}" in run.log for step in (2, 4)] == [True, True]
     for step in range(1, STEPS + 1):
-        assert len(run.rollouts(step)) == 16 * 4, f"step {step}"
-    assert all(run.steps[step]["heddle/outcomes/finished"] == 64 for step in run.steps)
+        assert len(run.rollouts(step)) == TRAJECTORIES, f"step {step}"
+    assert all(run.steps[step]["heddle/outcomes/finished"] == TRAJECTORIES for step in run.steps)
 
 
 def test_the_fallback_is_counted_and_said_once(run):
@@ -50,4 +52,4 @@ def test_who_was_waiting_for_room_goes_on(run):
 
 def test_the_record_has_no_hole(run):
     lives = Counter((item.meta["step"], item.prompt_id, item.trial) for item in read(run.trace))
-    assert len(lives) == STEPS * 64 and set(lives.values()) == {1}
+    assert len(lives) == STEPS * TRAJECTORIES and set(lives.values()) == {1}

@@ -124,8 +124,8 @@ def test_a_broken_plugin_is_seen_and_training_goes_on_as_stock(train, stock, tmp
 def test_trajectories_are_admitted_as_kv_cache_has_room(heddle):
     metrics = heddle.steps[1]
     assert metrics["heddle/outcomes/finished"] == 64 and metrics["heddle/fallbacks/total"] == 0
-    assert metrics["heddle/residents/admitted"] >= 64 and metrics["heddle/residents/most_resident"] < 48, "KV for some of them"
-    assert metrics["heddle/residents/most_waiting"] > 16 and metrics["heddle/router/hold_overdue"] == 0
+    assert metrics["heddle/residents/full"] > 0 and metrics["heddle/residents/admitted"] > 64, "contexts outgrew the KV cache"
+    assert metrics["heddle/residents/most_waiting"] > 0 and metrics["heddle/router/hold_overdue"] == 0
     assert 0 <= metrics["heddle/read_again_share"] < 1 and metrics["heddle/prefill_tokens"] > 0
     turns = [turn for item in read(heddle.trace) for turn in item.steps]
     assert len({turn.replica for turn in turns}) == 2 and {turn.reason for turn in turns} <= {"admitted", "sticky"}

@@ -50,7 +50,7 @@ def test_it_is_said_and_the_others_go_on(deaths):
 
 @pytest.fixture(scope="module")
 def resumed(train):
-    flags = ("+plugin=heddle", MODE, LITTLE_KV, "trainer.save_freq=2")
+    flags = ("+plugin=heddle", MODE, LITTLE_KV, "trainer.save_freq=2", "trainer.resume_mode=auto")
     first = train("async_resumed", *flags, steps=2, replicas=2)
     assert first.code == 0, first.log[-3000:]
     return first, train("async_resumed", *flags, steps=4, replicas=2, env={"VERL_LOGGING_LEVEL": "INFO"})

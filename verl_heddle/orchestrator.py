@@ -150,7 +150,8 @@ class Orchestrator:
         self._tiered = any(replica.tier for replica in self._replicas.values())
 
     def paused(self, name: str, now: float) -> None:
-        """A weight update stops this replica's engine and wipes its contexts; turns under way there are interrupted."""
+        """A weight update stops this replica's engine and wipes its contexts; turns under way there are interrupted. Whether it is in the
+        fleet at the moment or comes back to it later: nobody is admitted there before `resumed`."""
         if self.residents is not None:
             self.residents.pause(name, now)
 

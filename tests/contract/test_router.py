@@ -212,6 +212,31 @@ def test_a_trajectory_without_a_home_waits_for_whichever_replica_has_room_first(
     asyncio.run(play())
 
 
+def test_a_replica_that_is_paused_while_it_is_away_is_given_nobody_when_it_comes_back():
+    """`separate_async` takes it out of the pool, pauses it, trains, puts it back, and only then lets it go on."""
+
+    async def play():
+        router = HeddleRouter({"s0": "h0", "s1": "h1"})
+        router.configure(Options(), False, alike({"s0": "h0", "s1": "h1"}, kv_tokens=100))
+        router.remove_servers(["s1"])
+        router.paused("s1")
+        router.add_servers({"s1": "h1"})
+        assert {router.turn_started(turn(sample)).replica for sample in range(4)} == {"s0"}
+        router.resumed("s1")
+        assert router.turn_started(turn(4)).replica == "s1"
+        router.paused("s0")
+        router.paused("s1")
+        assert router.turn_started(turn(5)).held
+        waits = asyncio.ensure_future(router.wait_for_turn(turn(5).request))
+        await asyncio.sleep(0.1)
+        router.resumed("s0")
+        router.resumed("s1")
+        replica, paused_s = await asyncio.wait_for(waits, 1.0)
+        assert replica in ("s0", "s1") and 0.09 < paused_s < 1.0, "all of them were paused"
+
+    asyncio.run(play())
+
+
 def test_whoever_may_go_is_let_in_after_every_event(monkeypatch):
     """Not after turns alone: the end of a trajectory, and replicas that come and go, may make room too."""
 

@@ -15,9 +15,10 @@ from verl_heddle.fleet import Replica
 from verl_heddle.latency.model import LatencyModel
 from verl_heddle.options import Options
 from verl_heddle.orchestrator import FIRST_HOLD_S, Orchestrator
+from verl_heddle.schedule.pauses import LONGEST_PAUSE_S, SETTLE_S
 from verl_heddle.schedule.rent import FEW, futile
 from verl_heddle.schedule.resident import ORDERS
-from verl_heddle.schedule.residents import LONGEST_PAUSE_S, SETTLE_S, Residents
+from verl_heddle.schedule.residents import Residents
 from verl_heddle.trajectory import TrajectoryId, TurnEnd, TurnStart
 
 HOLD_S = 10.0
@@ -380,6 +381,21 @@ def test_a_replica_that_stays_paused_is_waited_for_a_little():
     assert residents.admitted() == [] and residents.due_s() == 30.0 + SETTLE_S
     residents.tick(30.0 + SETTLE_S)
     assert residents.admitted() == [(turn.request, "r1")]
+
+
+def test_a_replica_that_comes_back_while_it_is_paused_is_given_nobody_before_it_goes_on():
+    """As under `separate_async`: it leaves for the trainer, is paused there, is registered again, and then gets its weights."""
+    residents = resident_set(kv=100, replicas=2)
+    turns = [started(number, 0, 90) for number in (0, 3)]
+    homes = [residents.turn_started(turn, 0.0) for turn in turns]
+    residents.remove("r1")
+    residents.pause("r1", 1.0)
+    later = started(6, 0, 90)
+    assert residents.turn_started(later, 2.0) is None, f"{homes}: r0 is full"
+    residents.add(Replica("r1", slots=4, kv_tokens=100), HOLD_S)
+    assert residents.admitted() == []
+    residents.resume("r1", 3.0)
+    assert residents.admitted() == [(later.request, "r1")]
 
 
 def test_validation_goes_first_and_then_the_earlier_step():

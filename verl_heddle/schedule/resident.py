@@ -58,8 +58,6 @@ class Home:
     """Residents at most: with a turn each they fill what its server takes."""
     hold_s: float
     """Its t*."""
-    paused_s: float = inf
-    """Since when its engine has been paused; inf: it is not."""
     used: float = 0.0
     running: int = 0
     residents: dict[str, Live] = field(default_factory=dict)

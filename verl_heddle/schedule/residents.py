@@ -34,6 +34,7 @@ from random import Random
 
 from verl_heddle.fleet import Replica
 from verl_heddle.schedule.admission import most_turns
+from verl_heddle.schedule.pauses import Pauses
 from verl_heddle.schedule.rent import Rent
 from verl_heddle.schedule.resident import Home, Live, Order
 from verl_heddle.trajectory import TurnEnd, TurnStart
@@ -41,12 +42,6 @@ from verl_heddle.trajectory import TurnEnd, TurnStart
 ADMIT, FULL = 0.95, 1.0
 """Shares of a replica's KV cache: up to the first newcomers are admitted, over the second idle residents are evicted. The gap keeps one
 turn's growth from evicting somebody for whom somebody else is admitted at once: with both at 1.0 five times as much is read again."""
-
-LONGEST_PAUSE_S = 3600.0
-"""A pause that lasts longer is not believed."""
-
-SETTLE_S = 5.0
-"""How long replicas that go on after a weight update wait for the others: the first would be given everybody."""
 
 MEMORY = 1000.0
 """Turns until the mean growth of a turn forgets by a factor e."""
@@ -72,8 +67,7 @@ class Residents:
         self._holding = Rent()
         self._completed_s = -inf
         """When a turn last completed."""
-        self._settled_s = inf
-        """When replicas that go on do not wait any longer for those that are paused; inf: they need not."""
+        self._pauses = Pauses()
         self._admitted: dict[str, str] = {}
         self.counts: Counter[str] = Counter()
         """Evictions by reason, admissions."""
@@ -119,24 +113,22 @@ class Residents:
         return len(idle)
 
     def pause(self, name: str, now: float) -> None:
-        """A replica's engine takes no requests and loses its contexts, until `resume`."""
-        home = self._homes.get(name)
-        if home is None:
-            return
-        home.paused_s = now
-        for live in [live for live in home.residents.values() if live.idle]:
-            self._evict(home, live, "wiped")
-            live.last = None
-        self._fill()
+        """A replica's engine takes no requests and loses its contexts, until `resume`; it may be away meanwhile."""
+        self._pauses.begin(name, now)
+        if name in self._homes:
+            for live in self.idle(name):
+                self._evict(self._homes[name], live, "wiped")
+                live.last = None
+            self._fill()
 
     def resume(self, name: str, now: float) -> None:
         """A replica's engine goes on; without effect where it does already."""
-        home = self._homes.get(name)
-        if home is not None and home.paused_s < inf:
-            home.paused_s = inf
-            self._completed_s = max(self._completed_s, now)  # silence began with the pause
-            self._settled_s = min(self._settled_s, now + SETTLE_S)
-            self._fill()
+        if self._pauses.end(name, now):
+            self._goes_on(now)
+
+    def _goes_on(self, now: float) -> None:
+        self._completed_s = max(self._completed_s, now)  # silence began with the pause
+        self._fill()
 
     # --- events -----------------------------------------------------------------------------------------------------------
 
@@ -221,11 +213,8 @@ class Residents:
 
     def tick(self, now: float) -> None:
         """Rents may have run out: evict whom it pays to evict, admit whom there is room for."""
-        for name, home in self._homes.items():
-            if home.paused_s + LONGEST_PAUSE_S <= now:
-                self.resume(name, now)
-        if self._settled_s <= now:
-            self._settled_s = inf
+        if self._pauses.tick(now):
+            self._goes_on(now)
         self._fill()
         while self._head() is not None:
             expired = [(home.rent[0], home) for home in self._homes.values() if self._rent(home) <= now]
@@ -245,14 +234,15 @@ class Residents:
         """When `tick` should be called next if no event comes before; inf: no need."""
         if (head := self._head()) is None:
             return inf
-        homes = [min(self._rent(home), home.paused_s + LONGEST_PAUSE_S) for home in self._homes.values()]
-        return min(self._settled_s, self._overdue_s(head), *homes, inf)
+        return min(self._pauses.due_s(self._homes), self._overdue_s(head), *map(self._rent, self._homes.values()), inf)
 
     def _overdue_s(self, live: Live) -> float:
-        return max(live.since_s, self._completed_s) + self._silent_s if self._at_work() else inf
+        if not self._homes or self._pauses.all(self._homes):
+            return inf
+        return max(live.since_s, self._completed_s) + self._silent_s
 
     def _at_work(self) -> list[Home]:
-        return [home for home in self._homes.values() if home.paused_s == inf]
+        return [home for name, home in self._homes.items() if name not in self._pauses]
 
     def admitted(self) -> list[tuple[str, str]]:
         """(turn, replica) of those admitted since the last call."""
@@ -340,10 +330,8 @@ class Residents:
 
     def _fill(self) -> None:
         """Admit the waiting in order while there is room for the first."""
-        if self._settled_s < inf:
-            if len(self._at_work()) < len(self._homes):
-                return
-            self._settled_s = inf
+        if self._pauses.settling(self._homes):
+            return
         while (live := self._head()) is not None:
             home = self._room(live)
             if home is None:
@@ -357,7 +345,7 @@ class Residents:
         fewest, found = inf, list[Home]()
         for name, home in self._homes.items():
             need = own + (0 if live.prompt in home.prompts else live.prompt_tokens)
-            if home.paused_s < inf:
+            if name in self._pauses:
                 continue
             if home.residents and (home.used + need > home.capacity * ADMIT or len(home.residents) >= home.most):
                 continue

@@ -200,11 +200,10 @@ class HeddleRouter(PoolStatus):
                 getattr(self, name)(what)
 
     def paused(self, name: str) -> None:
-        """A weight update stops this replica's engine and wipes its contexts."""
-        if name in self._servers:
-            self._paused.add(name)
-            self._time_pause()
-            self._tell("paused", name)
+        """A weight update stops this replica's engine and wipes its contexts; it may have left for the trainer before."""
+        self._paused.add(name)
+        self._time_pause()
+        self._tell("paused", name)
 
     def resumed(self, name: str) -> None:
         """The replica's engine goes on."""
@@ -423,8 +422,6 @@ class HeddleRouter(PoolStatus):
                 self._fleet[name] = self._known.get(name) or replace(like, name=name)
         self._known |= self._fleet
         self._orchestrator.replicas_added(self._fleet[name] for name in servers)
-        for name in self._paused & servers.keys():
-            self._tell("paused", name)
         self._time_pause()
         self._go_on()
 

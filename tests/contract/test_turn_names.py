@@ -275,7 +275,10 @@ def test_a_generation_goes_on_after_weight_updates_as_one_turn(monkeypatch):
 
     async def play() -> None:
         rig = Rig(RESIDENTS, engines=2, slots=2, client=HeddleAsyncClient, kv_tokens=200)
-        records = []
+        records, ends = [], []
+        mind = rig.router._orchestrator
+        told = mind.turn_finished
+        monkeypatch.setattr(mind, "turn_finished", lambda turn, now: ends.append(turn) or told(turn, now))
 
         async def episode(sample: int) -> None:
             recorder = rig.start(f"u{sample}", sample)
@@ -306,6 +309,8 @@ def test_a_generation_goes_on_after_weight_updates_as_one_turn(monkeypatch):
             assert recorder.output_tokens == 445 and sorted(turn.output_tokens for turn in recorder.turns) == [5, 40, 400]
             [long] = [turn for turn in recorder.turns if turn.output_tokens == 400]
             assert long.legs and long.paused_s and long.weights and long.ctx_tokens == 10
+        assert sorted(end.before_tokens + end.output_tokens for end in ends if end.completed) == [5] * 5 + [40] * 5 + [400] * 5
+        assert any(end.interrupted and end.before_tokens for end in ends)
         stats = rig.router.stats()
         assert stats["residents/interrupted"] > 0 and not rig.router.failures and stats["hold_overdue"] == 0
 

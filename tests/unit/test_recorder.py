@@ -125,7 +125,7 @@ def test_all_time_of_an_interrupted_turn_is_accounted_for(legs, ends, lost):
         if ends and number == len(legs) - 1:
             recorder.turn_done(context, 7, Decision("r", 0, Reason.STICKY), asked, sent, now, times, held, held_paused, before)
         else:
-            before.interrupted(context, 7, asked, sent, now, times, held, held_paused)
+            before.ended(context, 7, asked, sent, now, times, held, held_paused)
             now += pause
             paused += pause
         paused += parked + held_paused

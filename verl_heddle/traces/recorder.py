@@ -36,7 +36,8 @@ class EngineTimes:
 
 @dataclass(slots=True)
 class Legs:
-    """The requests of one generation that weight updates have ended, all together."""
+    """The requests of one generation, all together: one, and another for every weight update that ended one before its time. Engines that
+    do not tell something count nothing; None where none of them told."""
 
     number: int = 0
     tokens: int = 0
@@ -47,16 +48,17 @@ class Legs:
     ended_s: float = 0.0
     """The last."""
     route_s: float = 0.0
-    queue_s: float = 0.0
+    queue_s: float | None = None
     gen_s: float = 0.0
     transport_s: float = 0.0
     paused_s: float = 0.0
-    preemptions: int = 0
+    preemptions: int | None = None
     cached_tokens: int | None = None
     """Of the first."""
     reread_tokens: int = 0
-    weights: int | None = None
-    """Of the first."""
+    """By the later ones."""
+    weights: tuple[int | None, int | None] = (None, None)
+    """Of the first and the last."""
 
     def asked(self, now_s: float) -> None:
         """The next leg asks for a replica; again if that was lost."""
@@ -64,7 +66,7 @@ class Legs:
             self.paused_s += now_s - self.ended_s
             self.ended_s = now_s
 
-    def interrupted(
+    def ended(
         self,
         context_tokens: int,
         output_tokens: int,
@@ -75,49 +77,31 @@ class Legs:
         held_s: float = 0.0,
         held_paused_s: float = 0.0,
     ) -> None:
-        """A weight update ended a request: arguments as for `Recorder.turn_done`."""
-        spent = _Spent.of(asked_s, sent_s, now_s, times, held_s, held_paused_s)
-        if not self.number:
-            self.context_tokens, self.asked_s = context_tokens, asked_s
-            self.cached_tokens, self.weights = (times.cached_tokens, times.weights) if times else (None, None)
-        elif times and times.cached_tokens is not None:
-            self.reread_tokens += max(0, context_tokens - times.cached_tokens)
-        self.number += 1
-        self.tokens += output_tokens
-        self.route_s += spent.route_s
-        self.queue_s += spent.queue_s or 0.0
-        self.gen_s += spent.gen_s
-        self.transport_s += spent.transport_s
-        self.paused_s += spent.paused_s
-        self.preemptions += (times.preemptions or 0) if times else 0
-        self.ended_s = now_s
+        """A request that asked for a replica at `asked_s` and went to the engine at `sent_s` is back, whole or not.
 
-
-@dataclass(frozen=True, slots=True)
-class _Spent:
-    """Where the time of one request went."""
-
-    route_s: float
-    queue_s: float | None
-    gen_s: float
-    transport_s: float
-    paused_s: float
-
-    @classmethod
-    def of(cls, asked_s: float, sent_s: float, now_s: float, times: EngineTimes | None, held_s: float, held_paused_s: float) -> _Spent:
-        call_s = now_s - sent_s
+        Without `times` the whole call counts as generation. `held_s` of the time before `sent_s` it was held back: that is queueing, but
+        for `held_paused_s` of it, in which every engine was paused.
+        """
+        call_s, held_paused_s = now_s - sent_s, min(held_paused_s, held_s)
         server_s = min(times.server_s, call_s) if times else call_s
         parked_s = min(times.parked_s, server_s) if times else 0.0
-        queued_s = min(times.queue_s, max(0.0, server_s - parked_s)) if times and times.queue_s is not None else None
-        held_paused_s = min(held_paused_s, held_s)
-        held = held_s - held_paused_s
-        return cls(
-            route_s=max(0.0, sent_s - asked_s - held_s),
-            queue_s=(queued_s or 0.0) + held if held else queued_s,
-            gen_s=max(0.0, server_s - parked_s - (queued_s or 0.0)),  # rounding must not make it negative
-            transport_s=call_s - server_s,
-            paused_s=parked_s + held_paused_s,
-        )
+        queued_s = min(times.queue_s, server_s - parked_s) if times and times.queue_s is not None else None
+        if queued_s is not None or held_s > held_paused_s:
+            self.queue_s = (self.queue_s or 0.0) + (queued_s or 0.0) + held_s - held_paused_s
+        self.route_s += max(0.0, sent_s - asked_s - held_s)
+        self.gen_s += max(0.0, server_s - parked_s - (queued_s or 0.0))  # rounding must not make it negative
+        self.transport_s += call_s - server_s
+        self.paused_s += parked_s + held_paused_s
+        cached, weights = (times.cached_tokens, times.weights) if times else (None, None)
+        if times and times.preemptions is not None:
+            self.preemptions = (self.preemptions or 0) + times.preemptions
+        if not self.number:
+            self.context_tokens, self.asked_s, self.cached_tokens, self.weights = context_tokens, asked_s, cached, (weights, weights)
+        elif cached is not None:
+            self.reread_tokens += max(0, context_tokens - cached)
+        self.weights = (self.weights[0], weights)
+        self.tokens += output_tokens
+        self.number, self.ended_s = self.number + 1, now_s
 
 
 @dataclass(slots=True)
@@ -180,48 +164,39 @@ class Recorder:
         held_paused_s: float = 0.0,
         legs: Legs | None = None,
     ) -> None:
-        """The turn asked for a replica at `asked_s`, went to the engine at `sent_s` and came back now.
-
-        Without `times` the whole call counts as generation. `held_s` of the time before `sent_s` it was held back: that is queueing, but
-        for `held_paused_s` of it, in which every engine was paused. `legs`: what weight updates have ended of the turn before.
-        """
-        spent = _Spent.of(asked_s, sent_s, now_s, times, held_s, held_paused_s)
-        before = legs if legs is not None and legs.number else Legs()
-        cached, weights = (times.cached_tokens, times.weights) if times else (None, None)
-        if before.number:
-            reread = before.reread_tokens + (max(0, context_tokens - cached) if cached is not None else 0)
-            context_tokens, asked_s, output_tokens = before.context_tokens, before.asked_s, before.tokens + output_tokens
-            cached = before.cached_tokens
-        first = before.weights if before.number else weights
-        paused_s = spent.paused_s + before.paused_s
-        preemptions = times.preemptions if times else None
+        """The turn is over: its last request as `Legs.ended` takes it. `legs`: those before."""
+        legs = legs if legs is not None else Legs()
+        legs.ended(context_tokens, output_tokens, asked_s, sent_s, now_s, times, held_s, held_paused_s)
         previous = self.turns[-1] if self.turns else None
-        known = (previous.ctx_tokens or 0) + (previous.output_tokens or 0) if previous else context_tokens
+        context = legs.context_tokens
+        known = (previous.ctx_tokens or 0) + (previous.output_tokens or 0) if previous else context
+        first, last = legs.weights
+        several = legs.number > 1
         self.turns.append(
             Turn(
-                input_tokens=max(0, context_tokens - known),
-                output_tokens=output_tokens,
-                gen_s=spent.gen_s + before.gen_s,
-                ctx_tokens=context_tokens,
-                ctx_reset=context_tokens < known,
-                route_s=spent.route_s + before.route_s,
-                queue_s=spent.queue_s if spent.queue_s is None else spent.queue_s + before.queue_s,
-                transport_s=spent.transport_s + before.transport_s,
+                input_tokens=max(0, context - known),
+                output_tokens=legs.tokens,
+                gen_s=legs.gen_s,
+                ctx_tokens=context,
+                ctx_reset=context < known,
+                route_s=legs.route_s,
+                queue_s=legs.queue_s,
+                transport_s=legs.transport_s,
                 replica=decision.replica,
                 priority=decision.priority,
                 reason=str(decision.reason),
                 predicted_remaining=decision.predicted_remaining,
                 predicted_upper=decision.predicted_upper,
-                preemptions=preemptions if preemptions is None else preemptions + before.preemptions,
-                cached_tokens=cached,
-                start_s=asked_s - self.start_s,
-                legs=before.number + 1 if before.number else None,
-                paused_s=paused_s or None,
-                reread_tokens=reread if before.number else None,
-                weights=f"{first}-{weights}" if first is not None and weights is not None else None,
+                preemptions=legs.preemptions,
+                cached_tokens=legs.cached_tokens,
+                start_s=legs.asked_s - self.start_s,
+                legs=legs.number if several else None,
+                paused_s=legs.paused_s or None,
+                reread_tokens=legs.reread_tokens if several else None,
+                weights=f"{first}-{last}" if first is not None and last is not None else None,
             )
         )
-        self.output_tokens += output_tokens
+        self.output_tokens += legs.tokens
         self.last_turn_end_s, self._in_gap = now_s, True
         self.count(self.output_tokens)
 
@@ -234,27 +209,27 @@ class Recorder:
     def turn_cut(
         self, context_tokens: int, decision: Decision | None, asked_s: float, sent_s: float, now_s: float, legs: Legs | None = None
     ) -> None:
-        """The turn was cancelled in the engine, or, with `legs`, between two of them: how long it was there is known, and nothing of its
-        last tokens or their queueing."""
-        before = legs if legs is not None and legs.number else Legs()
+        """The turn was cancelled in the engine, or after `legs` before the next: how long it was there is known, and nothing of its last
+        tokens or their queueing."""
+        before = legs if legs is not None and legs.number else None
         self.turns.append(
             Turn(
                 input_tokens=None,
-                output_tokens=before.tokens if before.number else None,
-                gen_s=now_s - sent_s + before.gen_s,
-                ctx_tokens=before.context_tokens if before.number else context_tokens,
-                route_s=sent_s - asked_s + before.route_s,
-                queue_s=before.queue_s if before.number else None,
-                transport_s=before.transport_s if before.number else None,
-                replica=decision.replica if decision is not None else None,
-                priority=decision.priority if decision is not None else None,
-                reason=str(decision.reason) if decision is not None else None,
-                start_s=(before.asked_s if before.number else asked_s) - self.start_s,
-                legs=before.number or None,
-                paused_s=before.paused_s or None,
+                output_tokens=before.tokens if before else None,
+                gen_s=now_s - sent_s + (before.gen_s if before else 0.0),
+                ctx_tokens=before.context_tokens if before else context_tokens,
+                route_s=sent_s - asked_s + (before.route_s if before else 0.0),
+                queue_s=before.queue_s if before else None,
+                transport_s=before.transport_s if before else None,
+                replica=decision.replica if decision else None,
+                priority=decision.priority if decision else None,
+                reason=str(decision.reason) if decision else None,
+                start_s=(before.asked_s if before else asked_s) - self.start_s,
+                legs=before.number if before else None,
+                paused_s=before.paused_s or None if before else None,
             )
         )
-        self.output_tokens += before.tokens
+        self.output_tokens += before.tokens if before else 0
         self.last_turn_end_s, self._in_gap = now_s, True
 
     def tool_began(self, name: str) -> None:

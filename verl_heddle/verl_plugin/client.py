@@ -162,6 +162,7 @@ class HeddleClient(LLMServerClient):
         tokens, completed, interrupted, engine_s = 0, False, False, None
         context: list[int] = []
         generation, recorder = call.generation, call.recorder
+        before_tokens = generation.legs.tokens
         try:
             output = await super().generate(request_id, **kwargs)
             tokens, completed = len(output.token_ids), output.stop_reason not in ABORTED
@@ -173,7 +174,7 @@ class HeddleClient(LLMServerClient):
                 moments = (call.asked_s, call.sent_s, time.monotonic())
                 held = (call.held_s, call.held_paused_s)
                 if interrupted:
-                    generation.legs.interrupted(call.turn.context_tokens, tokens, *moments, times, *held)
+                    generation.legs.ended(call.turn.context_tokens, tokens, *moments, times, *held)
                 else:
                     recorder.turn_done(call.turn.context_tokens, tokens, call.decision, *moments, times, *held, generation.legs)
                     generation.recorded = True
@@ -193,10 +194,9 @@ class HeddleClient(LLMServerClient):
                 self._landed(call.turn)
                 if not call.alone:
                     turn, replica = call.turn, call.decision.replica
-                    before = generation.legs.tokens - tokens if interrupted else generation.legs.tokens
                     end = TurnEnd(
                         *(turn.trajectory, turn.conversation, replica, turn.turn, tokens, completed, engine_s, turn.leg),
-                        before_tokens=before,
+                        before_tokens=before_tokens,
                         interrupted=interrupted,
                     )
                     self._finished(end, turn, context)

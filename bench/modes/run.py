@@ -11,13 +11,9 @@ take `TRANSFER` of it to them.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -28,8 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench" / "regimes")]
 
 from cells import GPU, GPUS, SAMPLES, SLOTS, Cell, draw
 
-from bench.marked import fill
-from bench.provenance import save
+from bench.cellwise import Bench
 from verl_heddle.options import Options
 from verl_heddle.orchestrator import Orchestrator
 from verl_heddle.report.setting import Setting, setting
@@ -38,8 +33,6 @@ from verl_heddle.simulate.baselines.stock import Stock
 from verl_heddle.training.play import train
 from verl_heddle.training.trainer import MODES, Run, Trainer
 from verl_heddle.trajectory import Trajectory
-
-README, RESULTS = Path(__file__).with_name("README.md"), ROOT / "bench" / "results" / "simulated" / "modes.json"
 
 CELLS = {
     "8B tp1, 16 per GPU, no tools": (Cell("Qwen3-8B", 16, 0.9, 0.0), 1),
@@ -58,32 +51,6 @@ SPARE = 3
 
 UPDATE, TRANSFER = 0.4, 0.03
 ARMS = ("stock", "heddle")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one small cell, nothing is written")
-    parser.add_argument("--table", action="store_true", help="write the README's table from the results that are there")
-    arguments = parser.parse_args()
-    if arguments.quick:
-        print(json.dumps(measured("quick", Cell("Qwen3-8B", 4, 0.9, 0.3), 1, 0, steps=4, skip=1), indent=1))
-        return
-    if not arguments.table:
-        save(RESULTS, simulated())
-    fill(README, "modes", table(json.loads(RESULTS.read_text())))
-    print(f"wrote {README.relative_to(ROOT)}", file=sys.stderr)
-
-
-def simulated() -> dict[str, Any]:
-    """All cells and draws."""
-    rows, begun = list[dict[str, Any]](), time.monotonic()
-    todo = [(name, cell, tp, seed) for name, (cell, tp) in CELLS.items() for seed in range(DRAWS)]
-    with ProcessPoolExecutor() as pool:
-        for row in pool.map(measured, *zip(*todo, strict=True)):
-            rows.append(row)
-            print(f"{len(rows)} of {len(todo)} runs, {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
-    about = {"gpu": GPU, "gpus": GPUS, "slots": SLOTS, "steps": STEPS, "skipped": SKIP, "update": UPDATE, "transfer": TRANSFER}
-    return {"kind": "simulated", **about, "rows": rows}
 
 
 def measured(name: str, cell: Cell, tp: int, seed: int, steps: int = STEPS, skip: int = SKIP) -> dict[str, Any]:
@@ -159,5 +126,13 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def quick() -> dict[str, Any]:
+    """A small cell, a few steps."""
+    return measured("quick", Cell("Qwen3-8B", 4, 0.9, 0.3), 1, 0, steps=4, skip=1)
+
+
+ABOUT = {"gpu": GPU, "gpus": GPUS, "slots": SLOTS, "steps": STEPS, "skipped": SKIP, "update": UPDATE, "transfer": TRANSFER}
+BENCH = Bench("modes", Path(__file__).with_name("README.md"), CELLS, range(DRAWS), ABOUT, measured, table, quick)
+
 if __name__ == "__main__":
-    main()
+    BENCH.main(__doc__)

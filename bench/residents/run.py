@@ -7,11 +7,7 @@ python bench/residents/run.py --table       only write the README's table again
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -21,8 +17,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench" / "regimes")]
 
 from cells import GPU, GPUS, SLOTS, Cell, draw
 
-from bench.marked import fill
-from bench.provenance import save
+from bench.cellwise import Bench
 from verl_heddle.options import Options
 from verl_heddle.orchestrator import Orchestrator
 from verl_heddle.report.draws import Draw
@@ -31,8 +26,6 @@ from verl_heddle.report.setting import Setting, setting
 from verl_heddle.schedule.residents import Residents
 from verl_heddle.simulate import Result, simulate
 from verl_heddle.trajectory import TrajectoryId
-
-README, RESULTS = Path(__file__).with_name("README.md"), ROOT / "bench" / "results" / "simulated" / "residents.json"
 
 CELLS = {
     "32B tp4, 256 per GPU, no tools": (Cell("Qwen3-32B", 256, 0.9, 0.0), 4),
@@ -56,32 +49,6 @@ KNOWN = "known"
 """Resident sets whose order is by true length, longest first."""
 
 SEEDS = (0, 1, 2)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one small cell, nothing is written")
-    parser.add_argument("--table", action="store_true", help="write the README's table from the results that are there")
-    arguments = parser.parse_args()
-    if arguments.quick:
-        cell = Cell("Qwen3-8B", 64, 0.9, 0.3)
-        print(json.dumps(measured("quick", cell, 1, 0), indent=1))
-        return
-    if not arguments.table:
-        save(RESULTS, simulated())
-    fill(README, "residents", table(json.loads(RESULTS.read_text())))
-    print(f"wrote {README.relative_to(ROOT)}", file=sys.stderr)
-
-
-def simulated() -> dict[str, Any]:
-    """All cells and draws."""
-    rows, begun = list[dict[str, Any]](), time.monotonic()
-    todo = [(name, cell, tp, seed) for name, (cell, tp) in CELLS.items() for seed in SEEDS]
-    with ProcessPoolExecutor() as pool:
-        for row in pool.map(measured, *zip(*todo, strict=True)):
-            rows.append(row)
-            print(f"{len(rows)} of {len(todo)} steps, {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
-    return {"kind": "simulated", "gpu": GPU, "gpus": GPUS, "slots": SLOTS, "rows": rows}
 
 
 def measured(name: str, cell: Cell, tp: int, seed: int) -> dict[str, Any]:
@@ -124,5 +91,14 @@ def _again(row: dict[str, Any], arm: str) -> str:
     return f"{row['arms'][arm]['read_again_tokens'] / 1e6:.0f} M"
 
 
+def quick() -> dict[str, Any]:
+    """One cell, one draw, a quarter of the trajectories."""
+    return measured("quick", Cell("Qwen3-8B", 64, 0.9, 0.3), 1, 0)
+
+
+BENCH = Bench(
+    "residents", Path(__file__).with_name("README.md"), CELLS, SEEDS, {"gpu": GPU, "gpus": GPUS, "slots": SLOTS}, measured, table, quick
+)
+
 if __name__ == "__main__":
-    main()
+    BENCH.main(__doc__)

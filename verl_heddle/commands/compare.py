@@ -251,11 +251,10 @@ def _check(plan: Plan, out: Path) -> None:
 
     if find_spec("verl") is None:
         return
-    from omegaconf import OmegaConf
-
     from verl_heddle.verl_plugin.command_line import read
     from verl_heddle.verl_plugin.lint import MODES, lint
     from verl_heddle.verl_plugin.overrides import compose
+    from verl_heddle.verl_plugin.parts import get
 
     if read(plan.command).main is None:
         return
@@ -265,7 +264,7 @@ def _check(plan: Plan, out: Path) -> None:
             config = compose(command.overrides, command)
         except Exception as error:
             raise ValueError(f"arm {arm.name}: {' '.join(str(error).split())}") from None
-        mode = OmegaConf.select(config, "trainer.v1.trainer_mode")
+        mode = get(config, "trainer.v1.trainer_mode")
         if mode in MODES:
             raise ValueError(
                 f"arm {arm.name}: compare measures the makespans of synchronous steps, and trainer_mode={mode} has none; run stock with "

@@ -50,6 +50,8 @@ class Cluster(Stage):
         self._reprioritised = getattr(policy, "reprioritised", None)
         self._prewarms = getattr(policy, "prewarms", None)
         self._transferred = getattr(policy, "transferred", None)
+        self._now = 0.0
+        """Of the event that happens."""
         self._held: dict[str, tuple[Request, Decision]] = {}
         """Turns the policy has not yet admitted, by `TurnStart.request`."""
         self._overhead_s = options.turn_overhead_s
@@ -74,22 +76,25 @@ class Cluster(Stage):
         for state, time in zip(self._work, times, strict=True):
             state.start_s = state.end_s = time
             self._at(time + self._overhead_s, TURN, state)
-        events = self._events
-        while events:
-            now, kind, _, what = heappop(events)
-            if kind == WAKE:
-                if what.next_s == now:  # otherwise it was put forward or back since
-                    for request in what.finish():
-                        self._left(request, now)
-                    what.begin()
-                    self._wake_later(what)
-            elif kind == TURN:
-                self._turn(what, now)
-            else:
-                what(now)
+        while self._events:
+            self._next()
         stuck = sum(state.outcome is None for state in self._work)
         if stuck:
             raise RuntimeError(f"{stuck} trajectories never ended")
+
+    def _next(self) -> None:
+        """Let the next event of the calendar happen."""
+        self._now, kind, _, what = heappop(self._events)
+        if kind == WAKE:
+            if what.next_s == self._now:  # otherwise it was put forward or back since
+                for request in what.finish():
+                    self._left(request, self._now)
+                what.begin()
+                self._wake_later(what)
+        elif kind == TURN:
+            self._turn(what, self._now)
+        else:
+            what(self._now)
 
     # --- a trajectory -----------------------------------------------------------------------------------------------------
 

@@ -13,13 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from heapq import heappop
 
 from verl_heddle.fleet import Replica
 from verl_heddle.simulate.cluster import Cluster
 from verl_heddle.simulate.options import EngineOptions
 from verl_heddle.simulate.policy import Latency, Policy
-from verl_heddle.simulate.stage import CHANGE, TURN, WAKE
+from verl_heddle.simulate.stage import CHANGE, TURN
 from verl_heddle.simulate.workload import Request, TrajectoryState, states
 from verl_heddle.training.trainer import Run, Step, Trainer
 from verl_heddle.trajectory import Outcome, Trajectory, TurnEnd
@@ -87,7 +86,6 @@ class _Training(Cluster):
         self._steps: list[Step] = []
         self._wanted: Condition | None = None
         """What the trainer waits for."""
-        self._now = 0.0
         self._asked_tokens = self._asked = self._interrupted = self._dropped = 0
         self._over = False
         self._paused, self._resumed = getattr(policy, "paused", None), getattr(policy, "resumed", None)
@@ -98,17 +96,7 @@ class _Training(Cluster):
         self._go = partial(self._advance, training)
         self._at(0.0, CHANGE, self._go)
         while self._events and not self._over:
-            self._now, kind, _, what = heappop(self._events)
-            if kind == WAKE:
-                if what.next_s == self._now:
-                    for request in what.finish():
-                        self._left(request, self._now)
-                    what.begin()
-                    self._wake_later(what)
-            elif kind == TURN:
-                self._turn(what, self._now)
-            else:
-                what(self._now)
+            self._next()
         if not self._over:
             raise RuntimeError(f"the run stopped in step {len(self._steps) + 1}, {self._under_way} groups under way")
         return Run(self._steps, self._asked_tokens / self._asked, skip)

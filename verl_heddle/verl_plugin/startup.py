@@ -84,7 +84,7 @@ def banner(config: DictConfig) -> str:
             told.append(f"shaping: spare samples, {spare}, at most {options.shape.most:g}n")
         if "admission" in on:
             told.append(f"admission: {options.admission.per_slot:g} turns per slot")
-    mode = str(OmegaConf.select(config, "trainer.v1.trainer_mode"))
+    mode = parts.get(config, "trainer.v1.trainer_mode")
     if mode in lint.MODES:
         told.append(f"trainer: {mode}, its weight updates are followed")
     told.append(f"poll: {options.poll_interval_s:g} s")

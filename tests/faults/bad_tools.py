@@ -4,23 +4,21 @@ Every seventh call goes wrong, each time in the next of `KINDS`. In step 1 the t
 """
 
 import asyncio
-import importlib.util
 import itertools
+import sys
 import threading
 import time
 from pathlib import Path
 
-from verl.tools.function_tool import FUNCTION_TOOL_REGISTRY
-
 from verl_heddle.verl_plugin.live import CURRENT
+
+sys.path.append(str(Path(__file__).parent))
+
+from recipe_tool import RECIPE, TOOL
 
 KINDS = ("hangs", "crashes", "floods", "is no text", "leaves", "is deaf")
 EVERY = 7
 
-_spec = importlib.util.spec_from_file_location("recipe_tools", Path(__file__).parents[2] / "recipes/math/tools.py")
-_module = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_module)  # registers `simplify`
-_tool = FUNCTION_TOOL_REGISTRY["simplify"]
 _calls, _kinds = itertools.count(1), itertools.cycle(KINDS)
 _lock = threading.Lock()
 
@@ -43,12 +41,12 @@ def _misbehave(kind: str) -> object:
 
 def plain(expression: str) -> object:
     if CURRENT.get().id.step > 1:
-        _tool.is_async, _tool.fn = True, coroutine
+        TOOL.is_async, TOOL.fn = True, coroutine
     kind = _kind()
     if kind in ("hangs", "is deaf"):
         print("BAD TOOL", kind, flush=True)
         threading.Event().wait()
-    return _misbehave(kind) if kind else _module.first_step(expression)
+    return _misbehave(kind) if kind else RECIPE.first_step(expression)
 
 
 async def coroutine(expression: str) -> object:
@@ -62,7 +60,7 @@ async def coroutine(expression: str) -> object:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
             continue
-    return _misbehave(kind) if kind else _module.first_step(expression)
+    return _misbehave(kind) if kind else RECIPE.first_step(expression)
 
 
-_tool.is_async, _tool.fn = False, plain
+TOOL.is_async, TOOL.fn = False, plain

@@ -5,33 +5,28 @@ that number dies: `server`, its process is killed as if by the kernel, or `engin
 """
 
 import asyncio
-import gc
-import importlib.util
 import os
 import signal
+import sys
 from collections import Counter
 from pathlib import Path
 
 import psutil
-import ray
-from verl.tools.function_tool import FUNCTION_TOOL_REGISTRY
 
-from verl_heddle.verl_plugin.client import HeddleClient
 from verl_heddle.verl_plugin.live import CURRENT
+
+sys.path.append(str(Path(__file__).parent))
+
+from recipe_tool import TOOL, client, pid_of
 
 KILLS = [one.split(":") for one in os.environ.get("HEDDLE_KILLS", "2:20:0:server 4:20:1:engine").split()]
 _calls: Counter[int] = Counter()
 
-_spec = importlib.util.spec_from_file_location("recipe_tools", Path(__file__).parents[2] / "recipes/math/tools.py")
-_spec.loader.exec_module(importlib.util.module_from_spec(_spec))  # registers `simplify`
-_tool = FUNCTION_TOOL_REGISTRY["simplify"]
-_simplify = _tool.fn
+_simplify = TOOL.fn
 
 
 def _strike(step: int, replica: int, what: str) -> None:
-    client = next(o for o in gc.get_objects() if isinstance(o, HeddleClient))
-    server = list(client._servers.values())[replica]
-    pid = ray.get(server.__ray_call__.remote(lambda self: os.getpid()), timeout=60)
+    pid = pid_of(list(client()._servers.values())[replica])
     if what == "engine":
         pid = next(child.pid for child in psutil.Process(pid).children(recursive=True) if "EngineCore" in "".join(child.cmdline()))
     os.kill(pid, signal.SIGKILL)
@@ -47,4 +42,4 @@ async def simplify(expression: str) -> str:
     return await _simplify(expression)
 
 
-_tool.fn = simplify
+TOOL.fn = simplify

@@ -5,36 +5,34 @@ shorter here than what it imports. Step 4: the actor is killed for good.
 """
 
 import asyncio
-import gc
-import importlib.util
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
 import ray
-from verl.tools.function_tool import FUNCTION_TOOL_REGISTRY
 
-from verl_heddle.verl_plugin.client import HeddleClient
 from verl_heddle.verl_plugin.live import CURRENT
+
+sys.path.append(str(Path(__file__).parent))
+
+from recipe_tool import TOOL, client, pid_of
 
 PROCESS_DIES, COMES_BACK, ACTOR_DIES = 2, 3, 4
 BACK_S = 240
 """Within a tool call's deadline (heddle.tools.call_s)."""
 _done: set[int] = set()
 
-_spec = importlib.util.spec_from_file_location("recipe_tools", Path(__file__).parents[2] / "recipes/math/tools.py")
-_spec.loader.exec_module(importlib.util.module_from_spec(_spec))  # registers `simplify`
-_tool = FUNCTION_TOOL_REGISTRY["simplify"]
-_simplify = _tool.fn
+_simplify = TOOL.fn
 
 
 def _strike(step: int) -> None:
-    router = next(o for o in gc.get_objects() if isinstance(o, HeddleClient))._load_balancer
+    router = client()._load_balancer
     if step == COMES_BACK:
         return _wait_for(router)
     if step == PROCESS_DIES:
-        os.kill(ray.get(router.__ray_call__.remote(lambda self: os.getpid())), signal.SIGKILL)
+        os.kill(pid_of(router), signal.SIGKILL)
     else:
         ray.kill(router)
     print(f"ROUTER KILLED in step {step}", flush=True)
@@ -59,4 +57,4 @@ async def simplify(expression: str) -> str:
     return await _simplify(expression)
 
 
-_tool.fn = simplify
+TOOL.fn = simplify

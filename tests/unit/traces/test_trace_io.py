@@ -45,7 +45,7 @@ def test_write_then_read(tmp_path: Path, name: str) -> None:
 
 
 def test_the_first_bytes_decide_not_the_name(tmp_path: Path) -> None:
-    (tmp_path / "packed.jsonl").write_bytes(gzip.compress(LINE))
+    (tmp_path / "packed.jsonl").write_bytes(gzip.compress(LINE, mtime=0))
     (tmp_path / "plain.jsonl.gz").write_bytes(LINE)
     assert list(read(tmp_path)) == made_up(1) * 2
 
@@ -96,7 +96,7 @@ def test_small_untidiness_is_read(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     path.write_bytes(b"\n" + LINE.replace(b"\n", b"\r\n") + b"  \n" + LINE.rstrip())
     assert list(read(path)) == made_up(1) * 2
-    path.write_bytes(gzip.compress(LINE) + gzip.compress(LINE))
+    path.write_bytes(gzip.compress(LINE, mtime=0) + gzip.compress(LINE, mtime=0))
     assert list(read(path)) == made_up(1) * 2
 
 
@@ -115,11 +115,11 @@ def flipped(data: bytes, place: int) -> bytes:
     [
         (b"", "empty file; allowed: at least one trajectory"),
         (b"\n \n", "empty file"),
-        (gzip.compress(b""), "empty file"),
+        (gzip.compress(b"", mtime=0), "empty file"),
         (truncated(LINE * 50), "compressed file is cut off; allowed: a complete gzip file"),
         (b"\x1f\x8b", "compressed file is cut off"),
         (flipped(LINE * 50, -6), "compressed file is damaged"),
-        (gzip.compress(LINE) + b"tail", "compressed file is damaged"),
+        (gzip.compress(LINE, mtime=0) + b"tail", "compressed file is damaged"),
         (b"hello world\n", ":1: not JSON (Expecting value at column 1); allowed: one JSON object per line, UTF-8"),
         (b"source,workload\n1,2\n", ":1: not JSON"),
         (bytes(range(256)) * 100, ":1: not JSON"),
@@ -142,7 +142,7 @@ def test_bad_files(tmp_path: Path, content: bytes, words: str) -> None:
 def test_any_flipped_byte_of_a_compressed_file_is_harmless_or_an_error(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl.gz"
     errors = 0
-    for place in range(len(gzip.compress(LINE))):
+    for place in range(len(gzip.compress(LINE, mtime=0))):
         path.write_bytes(flipped(LINE, place))
         try:
             assert list(read(path)) == made_up(1)

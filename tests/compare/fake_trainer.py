@@ -3,6 +3,8 @@
 Takes verl's overrides, simulates each step (stock's rule, or longest first for +plugin=heddle) and writes what a run writes: verl's
 metrics file, heddle's trace, Hydra's config, lines on the console. The real twin of these tests is tests/e2e/test_compare.py.
 
+Under an asynchronous trainer mode it logs windows between batches instead of makespans; the twin of that is tests/e2e/test_async.py.
+
 Environment: FAKE_STEP_S (seconds a step sleeps), FAKE_FAIL (an arm's name: it exits with 3), FAKE_HANG (an arm's name: it goes silent),
 FAKE_CHILD (a file: a child that ignores its parent's death is left behind, its pid written there), FAKE_PARENT (the arm that does so).
 """
@@ -21,14 +23,18 @@ from random import Random
 import yaml
 
 from verl_heddle.latency import LatencyModel
+from verl_heddle.report.attribution import window_metrics
 from verl_heddle.report.steps import metrics_of
+from verl_heddle.report.trained import Trained
 from verl_heddle.simulate import PRIORITY, EngineOptions, make_fleet, simulate
 from verl_heddle.simulate.baselines import LptOracle, Stock
 from verl_heddle.traces import generate, replayable
+from verl_heddle.traces.columns import Columns
 from verl_heddle.traces.recorder import append
 
 LATENCY = LatencyModel.affine(0.004, 0.001, 1e-6, prefill_per_token_s=2e-5, prefill_base_s=0.004)
 SLOTS, REPLICAS = 4, 2
+TRAINED = Trained(fresh_steps=2)
 
 
 def main() -> None:
@@ -81,11 +87,26 @@ def step(number: int, plugin: str | None, seed: int, values: dict[str, str]) -> 
     metrics = metrics_of(lives)
     data = {"timing_s/gen": metrics["makespan_s"], "timing_s/step": metrics["makespan_s"] + 2.0, "critic/score/mean": metrics["reward"]}
     data |= {"response_length/mean": metrics["tokens"] / len(lives)}
+    if number == 2:
+        data["val-core/math/reward/mean@1"] = 0.25
+    if values.get("trainer.v1.trainer_mode", "sync") != "sync":
+        metrics = window(lives, metrics, number)
+        for life in lives:
+            life.meta["trainer_mode"] = values["trainer.v1.trainer_mode"]
     if plugin is not None:
         data |= {f"heddle/{name}": value for name, value in metrics.items()}
         append(Path(values["heddle.trace.dir"]) / "trace.jsonl", lives)
     with open(os.environ["VERL_FILE_LOGGER_PATH"], "a") as file:
         file.write(json.dumps({"step": number, "data": data}) + "\n")
+
+
+def window(lives, metrics, number):
+    """As if these were what ended between two batches, all of it trained on but one of four."""
+    took = metrics["makespan_s"] + 1.0
+    lives = [replace(life, meta=life.meta | {"uid": f"{number}u{index}"}) for index, life in enumerate(lives)]
+    TRAINED.ended(Columns.of(lives))
+    keys = [f"{life.meta['uid']}_{life.trial}_0" for index, life in enumerate(lives) if index % 4]
+    return window_metrics(lives, took, number) | TRAINED.batch(keys, number, took)
 
 
 def guessed(life, rng):

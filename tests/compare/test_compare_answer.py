@@ -127,7 +127,7 @@ def test_tools_that_set_the_pace_are_named():
     def made(name, tool_s):
         split = {"queue_s": 0.1, "generate_s": 2.0, "tool_s": tool_s, "other_s": 0.9, "late_start_s": 0.0}
         known = {"split": split, "median": lambda key: 0.002, "prediction": None, "total": lambda start: {}}
-        return SimpleNamespace(arm=SimpleNamespace(name=name, bare=False), speedup=Ratio(1.0, 0.9, 1.1, ((1, 1.0),), 3), **known)
+        return SimpleNamespace(arm=SimpleNamespace(name=name, bare=False), headline=Ratio(1.0, 0.9, 1.1, ((1, 1.0),), 3), **known)
 
     for tool_s, dominate in ((27.0, True), (1.0, False)):
         arms = {name: made(name, tool_s) for name in ("stock", "heddle")}

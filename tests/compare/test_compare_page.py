@@ -43,7 +43,7 @@ def test_every_part_is_there(html):
     ):
         assert wanted in headings
     assert html.count('<i class="generate" style="height') == 2 * 4, "a column per step and traced arm"
-    assert html.count("<polyline") == 2 * 3 + 3 * (3 * 3), (
+    assert html.count("<polyline") == 2 * 3 + 4 * (3 * 3), (
         "a thick line an arm and a thin one a run; the makespan has two arms, all else three"
     )
     assert html.count("data:image/png") == 2 * 2 and "lower bound" in html

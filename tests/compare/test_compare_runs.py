@@ -174,12 +174,12 @@ def test_a_wrong_verl_override_is_found_before_anything_runs(tmp_path):
     assert done.code == 2 and "arm typo:" in done.err and "enabel" in done.err and not (tmp_path / "cmp").exists()
 
 
-def test_an_asynchronous_trainer_has_no_steps_to_compare(tmp_path):
+def test_an_arm_that_its_trainer_mode_refuses_is_found_before_anything_runs(tmp_path):
     pytest.importorskip("verl")
     mode = "trainer.v1.trainer_mode=colocate_async"
     verl = ("python", "-m", "verl.trainer.main_ppo", "actor_rollout_ref.rollout.name=vllm", mode)
-    done = compare("--out", str(tmp_path / "cmp"), "--no-wandb", command=verl)
-    assert done.code == 2 and "heddle/trained/tokens_per_s" in done.err and not (tmp_path / "cmp").exists()
+    done = compare("--out", str(tmp_path / "cmp"), "--no-wandb", "--arm", "place: heddle.place.enable=true", command=verl)
+    assert done.code == 2 and "arm place:" in done.err and "trainer_mode=colocate_async" in done.err and not (tmp_path / "cmp").exists()
 
 
 def test_dry_run_prints_every_command_and_runs_none(tmp_path):

@@ -252,9 +252,8 @@ def _check(plan: Plan, out: Path) -> None:
     if find_spec("verl") is None:
         return
     from verl_heddle.verl_plugin.command_line import read
-    from verl_heddle.verl_plugin.lint import MODES, lint
+    from verl_heddle.verl_plugin.lint import lint
     from verl_heddle.verl_plugin.overrides import compose
-    from verl_heddle.verl_plugin.parts import get
 
     if read(plan.command).main is None:
         return
@@ -264,12 +263,6 @@ def _check(plan: Plan, out: Path) -> None:
             config = compose(command.overrides, command)
         except Exception as error:
             raise ValueError(f"arm {arm.name}: {' '.join(str(error).split())}") from None
-        mode = get(config, "trainer.v1.trainer_mode")
-        if mode in MODES:
-            raise ValueError(
-                f"arm {arm.name}: compare measures the makespans of synchronous steps, and trainer_mode={mode} has none; run stock with "
-                "+plugin=observe and heddle yourself, and compare heddle/trained/tokens_per_s on W&B (docs/async.md)"
-            )
         faults = [] if arm.bare else [finding for finding in lint(config) if finding.fatal or finding.grave]
         if faults:
             raise ValueError(f"arm {arm.name}: {faults[0].text}")

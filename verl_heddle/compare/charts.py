@@ -34,7 +34,7 @@ Chart = dict[str, Any]
 
 def forest(answer: Comparison, colors: Mapping[str, int]) -> Chart:
     """Each arm's ratio with its interval and pairs, on one axis that has 1 on it."""
-    found = {arm.arm.name: ratio for arm in answer.others if (ratio := arm.speedup or arm.step_ratio) is not None}
+    found = {arm.arm.name: ratio for arm in answer.others if (ratio := arm.headline or arm.step_ratio) is not None}
     if not found:
         return {"forest": []}
     values = [1.0]
@@ -52,7 +52,7 @@ def forest(answer: Comparison, colors: Mapping[str, int]) -> Chart:
         span = (
             None if ratio.low is None or ratio.high is None else {"left": at(ratio.low), "width": round(at(ratio.high) - at(ratio.low), 2)}
         )
-        clock = "" if answer.arms[name].speedup else ", whole step by verl's clock"
+        clock = "" if answer.arms[name].headline else ", whole step by verl's clock"
         rows.append(
             {
                 "name": name,
@@ -95,10 +95,12 @@ def stacks(answer: Comparison) -> Chart:
 
 
 def curves(answer: Comparison, colors: Mapping[str, int]) -> list[Chart]:
-    """Makespan, reward, length and the whole step over the steps."""
+    """How fast, reward, validation, length and the whole step over the steps."""
     wanted = (
         ("makespan of a rollout", "makespan_s", " s"),
+        ("tokens trained on per second", "trained/tokens_per_s", ""),
         ("reward", "reward", ""),
+        ("validation", "validation", ""),
         ("tokens of a response", "response_tokens", ""),
         ("whole training step", "step_s", " s"),
     )

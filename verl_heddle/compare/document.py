@@ -13,7 +13,7 @@ from typing import Any
 
 import verl_heddle
 from verl_heddle.compare.bootstrap import Ratio
-from verl_heddle.compare.measure import RunResult, Step
+from verl_heddle.compare.measure import WINDOW, RunResult, Step
 from verl_heddle.compare.result import ArmResult, Comparison
 from verl_heddle.compare.told import cautions, not_helped, told
 
@@ -89,17 +89,20 @@ def _arm(arm: ArmResult) -> dict[str, Any]:
         "bare": arm.arm.bare,
         "pairs": sorted(arm.runs),
         "speedup": ratio(arm.speedup),
+        "trained_ratio": ratio(arm.trained_ratio),
         "throughput_ratio": ratio(arm.throughput_ratio),
         "step_ratio": ratio(arm.step_ratio),
         "makespan_s": arm.mean("makespan_s"),
         "step_s": arm.mean("step_s"),
         "tokens_per_s": arm.mean("tokens_per_s"),
         "reward": arm.mean("reward"),
+        "validation": arm.mean("validation"),
         "response_tokens": arm.mean("response_tokens"),
         "tail_ratio_time": arm.mean("tail_ratio_time"),
         "queue_share": arm.mean("queue_share"),
         "idle_share": arm.mean("idle_share/mean"),
         "split": arm.split,
+        "windows": _windows(arm),
         "bound_fraction": arm.bound_fraction,
         "decisions": arm.total("decisions/"),
         "outcomes": arm.total("outcomes/"),
@@ -107,6 +110,22 @@ def _arm(arm: ArmResult) -> dict[str, Any]:
         "moves": sum(arm.values("moves")),
         "preemptions": sum(arm.values("preemptions")),
         "prediction": asdict(guess) if guess else None,
+    }
+
+
+def _windows(arm: ArmResult) -> dict[str, float | None] | None:
+    """What an asynchronous trainer is known by."""
+    if arm.shares is None:
+        return None
+    return {
+        "trained_tokens_per_s": arm.trained_tokens_per_s,
+        "window_s": arm.mean(WINDOW),
+        **arm.shares,
+        "interrupted_share": arm.mean("interrupted_share"),
+        "read_again_share": arm.read_again_share,
+        "age_steps": arm.mean("trained/age_steps/mean"),
+        "dropped_share": arm.dropped_share,
+        "length_bias": arm.mean("trained/length_bias"),
     }
 
 
@@ -137,6 +156,7 @@ def _step(step: Step, counts: bool) -> dict[str, Any]:
         "turns",
         "tokens_per_s",
         "reward",
+        "validation",
         "response_tokens",
         "queue_share",
         "moves",
@@ -147,6 +167,8 @@ def _step(step: Step, counts: bool) -> dict[str, Any]:
         "step": step.number,
         "counts": counts,
         **{name: step.get(name) for name in names},
+        "window_s": step.get(WINDOW),
+        "trained_tokens": step.get("trained/tokens"),
         "split": split,
         "bound_s": step.bound_s,
     }

@@ -1,7 +1,8 @@
 """From finished runs to numbers: each run's steps, and what one step of one run took.
 
 The makespan is measured from the trajectories (first start to last end, as the trace tells them), never from `timing_s/gen`, which contains
-how often verl looks. A bare run has no trace: of it only verl's own clocks are known.
+how often verl looks. Under an asynchronous trainer trajectories outlive steps, so there is no makespan: of such a run the numbers are those
+that it logged of the window between two batches (`attribution.window_metrics`). A bare run has no trace: only verl's own clocks are known.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import yaml
@@ -30,10 +32,23 @@ SPLIT = ("queue_s", "generate_s", "tool_s", "other_s", "late_start_s")
 VERLS = {"step_s": "timing_s/step", "reward": "critic/score/mean", "response_tokens": "response_length/mean"}
 """Our name, verl's metric: what a run without a trace is known by."""
 
+VALIDATION = "val-core/"
+"""Start of verl's names for what validation gave, logged at steps that validate."""
+
+OURS = "heddle/"
+"""Start of our names in verl's metrics."""
+
+WINDOW = "window_s"
+"""Logged by asynchronous runs only."""
+
+SHARES = ("generate_share", "queue_share", "tool_share", "paused_share")
+"""Of all time of the trajectories that ended in a window, by what they were doing."""
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One training step of one run. `metrics`: names of `step_metrics`, `reward`, and those of `VERLS`. `bound_s`: None where not known."""
+    """One training step of one run. `metrics`: names of `step_metrics` or `window_metrics`, `reward`, `validation`, and those of `VERLS`.
+    `bound_s`: None where not known."""
 
     number: int
     metrics: Mapping[str, float]
@@ -48,6 +63,11 @@ class Step:
     def split(self) -> dict[str, float] | None:
         """`SPLIT`, None without a trace."""
         return {name: self.metrics[f"last/{name}"] for name in SPLIT} if "makespan_s" in self.metrics else None
+
+    @property
+    def shares(self) -> dict[str, float] | None:
+        """`SHARES`, None without a window."""
+        return {name: self.metrics.get(name, 0.0) for name in SHARES} if WINDOW in self.metrics else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,23 +102,30 @@ def measured(
     """
     ledger = Ledger(out)
     done = [key for key in plan.runs() if ledger.finished(key)]
-    known = _machine(plan, out, [key for key in done if not plan.arm(key.arm).bare], warmup, table, note)
+    logs = {key: numbers(ledger.folder(key) / METRICS) for key in done}
+    in_windows = {key for key, logged in logs.items() if any(OURS + WINDOW in row for row in logged.values())}
+    followed = [key for key in done if not plan.arm(key.arm).bare and key not in in_windows]
+    known = _machine(plan, out, followed, warmup, table, note)
     results = {}
     for key in done:
         entry = ledger.entry(key)
         assert entry is not None
         folder = ledger.folder(key)
-        traced = {} if plan.arm(key.arm).bare else traced_steps(folder, note)
-        logged = numbers(folder / METRICS)
+        traced = traced_steps(folder, note) if key in followed else {}
+        logged = logs[key]
         steps = []
         guessed: dict[int, list[tuple[int, float, float, float | None]]] = {}
         for number in sorted(logged.keys() | traced.keys()):
-            of_verl = {name: logged[number][theirs] for name, theirs in VERLS.items() if theirs in logged.get(number, {})}
+            row = logged.get(number, {})
+            of_verl = {name: row[theirs] for name, theirs in VERLS.items() if theirs in row}
+            if scores := [value for name, value in row.items() if name.startswith(VALIDATION)]:
+                of_verl["validation"] = mean(scores)
+            of_us = {name.removeprefix(OURS): value for name, value in row.items() if name.startswith(OURS)}
             items = traced.get(number)
             if items is None:
-                steps.append(Step(number, of_verl))
+                steps.append(Step(number, of_verl | (of_us if key in in_windows else {})))
                 continue
-            counted = {name[7:]: value for name, value in logged.get(number, {}).items() if name.startswith("heddle/fallbacks/")}
+            counted = {name: value for name, value in of_us.items() if name.startswith("fallbacks/")}
             bound = known.bound(items).makespan_s if known is not None else None
             ours = metrics_of(items)
             steps.append(Step(number, of_verl | counted | {n: v for n, v in ours.items() if n != "reward" or isfinite(v)}, bound))

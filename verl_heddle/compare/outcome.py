@@ -39,7 +39,7 @@ def write(plan: Plan, out: Path, warmup: int, table: LatencyModel | None, shell:
 def publish(answer: Comparison, out: Path, say: Say) -> None:
     """Print the table and where everything is; log the summary to W&B if runs are logged there and a pair is finished."""
     print(report(answer), flush=True)
-    compared = any(arm.speedup or arm.step_ratio for arm in answer.others)
+    compared = any(arm.headline or arm.step_ratio for arm in answer.others)
     if answer.plan.wandb and compared:
         from verl_heddle.compare.wandb_summary import offline_runs, summarise
 
@@ -48,4 +48,6 @@ def publish(answer: Comparison, out: Path, say: Say) -> None:
         if runs := offline_runs(out):
             print(f"  {len(runs)} W&B runs are offline; one of them: wandb sync {runs[-1]}")
             print(f"  all of them: wandb sync {out}/runs/*/wandb/offline-run-* {out}/wandb/offline-run-*")
-    print(f"page: {out / PAGE}\nJSON: {out / JSON}\nwhy was a step slow: verl-heddle explain {out}")
+    print(f"page: {out / PAGE}\nJSON: {out / JSON}")
+    if not answer.in_windows:
+        print(f"why was a step slow: verl-heddle explain {out}")

@@ -12,7 +12,7 @@ from typing import Any
 import verl_heddle
 from verl_heddle.compare import charts
 from verl_heddle.compare.bootstrap import Ratio
-from verl_heddle.compare.measure import SPLIT
+from verl_heddle.compare.measure import SPLIT, WINDOW
 from verl_heddle.compare.progress import duration
 from verl_heddle.compare.result import ArmResult, Comparison
 from verl_heddle.compare.told import SPLIT_WORDS, cautions, interval, not_helped, told
@@ -22,7 +22,26 @@ from verl_heddle.report.words import count, number, percent, ratio, seconds
 COLORS = 6
 """Arms have so many colours; then they repeat."""
 
+SHARE_WORDS = [
+    ("generate", "generating"),
+    ("queue", "waiting"),
+    ("tool", "in tools"),
+    ("paused", "paused for weight updates"),
+    ("other", "else"),
+]
+"""What trajectories of an asynchronous trainer do with their time."""
+
 COUNTED = ("decisions/", "outcomes/", "fallbacks/")
+
+
+STEP_ROWS = (("of trajectory time, waiting for a slot", "queue_share"), ("of the makespan, a replica decodes nothing", "idle_share/mean"))
+WINDOW_ROWS = (
+    ("of trajectory time, waiting", "queue_share"),
+    ("of trajectory time, paused for weight updates", "paused_share"),
+    ("of turns, interrupted by weight updates", "interrupted_share"),
+    ("of the window, an engine has requests", "engines/busy_share"),
+)
+"""Means of shares shown beside the counts."""
 
 
 def page(answer: Comparison, out: Path, shell: str = "") -> str:
@@ -41,7 +60,7 @@ def page(answer: Comparison, out: Path, shell: str = "") -> str:
         not_helped=not_helped(answer),
         cautions=cautions(answer),
         rows=[_row(arm, answer) for arm in answer.arms.values()],
-        split_words=[(key.removesuffix("_s"), SPLIT_WORDS[key]) for key in charts.STACKED],
+        split_words=SHARE_WORDS if answer.in_windows else [(key.removesuffix("_s"), SPLIT_WORDS[key]) for key in charts.STACKED],
         bounded=bounded,
         bound_note=f"Of bound: lower bound over makespan, for these engines; step times: {answer.machine.source}."
         if answer.machine
@@ -50,6 +69,7 @@ def page(answer: Comparison, out: Path, shell: str = "") -> str:
         arm_keys=list(colors.items()),
         **charts.forest(answer, colors),
         **charts.stacks(answer),
+        in_windows=answer.in_windows,
         curves=charts.curves(answer, colors),
         **charts.timeline(answer, out),
         predictions=charts.predictions(answer, colors),
@@ -74,14 +94,15 @@ def _subtitle(answer: Comparison) -> str:
 
 
 def _tiles(answer: Comparison) -> list[dict[str, str]]:
-    best = max((arm for arm in answer.others if arm.speedup), key=lambda arm: arm.speedup.value if arm.speedup else 0.0, default=None)
+    best = max((arm for arm in answer.others if arm.headline), key=lambda arm: arm.headline.value if arm.headline else 0.0, default=None)
     base = answer.base
     tiles = []
-    if best is not None and best.speedup is not None:
-        kind = "best" if best.speedup.verdict == "faster" else ""
-        tiles.append(
-            (kind, f"{best.arm.name} against {base.arm.name}", ratio(best.speedup.value), _range(best.speedup) or "one step of one pair")
-        )
+    if best is not None and (found := best.headline) is not None:
+        kind = "best" if found.verdict == "faster" else ""
+        tiles.append((kind, f"{best.arm.name} against {base.arm.name}", ratio(found.value), _range(found) or "one step of one pair"))
+        rate, theirs = best.trained_tokens_per_s, base.trained_tokens_per_s
+        if rate is not None and theirs is not None:
+            tiles.append(("", "tokens trained on per second", number(rate), f"{number(theirs)} in {base.arm.name}"))
         took, theirs = best.mean("makespan_s"), base.mean("makespan_s")
         if took is not None and theirs is not None:
             tiles.append(("", "a rollout takes", seconds(took), f"{seconds(theirs)} in {base.arm.name}"))
@@ -95,12 +116,12 @@ def _tiles(answer: Comparison) -> list[dict[str, str]]:
 
 
 def _row(arm: ArmResult, answer: Comparison) -> dict[str, Any]:
-    widest = max((one.mean("makespan_s") or 0.0 for one in answer.arms.values()), default=0.0)
-    took, split, share = arm.mean("makespan_s"), arm.split, arm.bound_fraction
-    total = sum(split.values()) if split else 0.0
-    parts = (
-        [{"kind": key.removesuffix("_s"), "width": round(100 * split[key] / total, 3)} for key in charts.STACKED] if split and total else []
-    )
+    length = WINDOW if answer.in_windows else "makespan_s"
+    widest = max((one.mean(length) or 0.0 for one in answer.arms.values()), default=0.0)
+    took, share, split = arm.mean(length), arm.bound_fraction, _parts(arm)
+    total = sum(split.values())
+    parts = [{"kind": kind, "width": round(100 * part / total, 3)} for kind, part in split.items()] if total else []
+    headline = arm.headline
     return {
         "name": arm.arm.name,
         "overrides": " ".join(arm.arm.overrides) or "no plugin",
@@ -109,14 +130,23 @@ def _row(arm: ArmResult, answer: Comparison) -> dict[str, Any]:
         "bound": round(min(99.5, 100 * share * took / widest), 2) if share is not None and took and widest else None,
         "spoken": f"{arm.arm.name}: {seconds(took)}" if took is not None else arm.arm.name,
         "makespan": seconds(took) if took is not None else "not traced",
-        "speedup": ratio(arm.speedup.value) if arm.speedup else "–",  # noqa: RUF001
-        "range": _range(arm.speedup, short=True) if arm.speedup else "",
+        "speedup": ratio(headline.value) if headline else "–",  # noqa: RUF001
+        "range": _range(headline, short=True) if headline else "",
+        "rate": number(rate) if (rate := arm.trained_tokens_per_s) is not None else "–",  # noqa: RUF001
         "per_token": ratio(arm.throughput_ratio.value) if arm.throughput_ratio else "–",  # noqa: RUF001
         "step": seconds(value) if (value := arm.mean("step_s")) is not None else "–",  # noqa: RUF001
         "step_ratio": f"{ratio(arm.step_ratio.value)} {_range(arm.step_ratio, short=True)}" if arm.step_ratio else "",
         "reward": f"{value:.3f}" if (value := arm.mean("reward")) is not None else "–",  # noqa: RUF001
         "fraction": percent(share) if share is not None else "–",  # noqa: RUF001
     }
+
+
+def _parts(arm: ArmResult) -> dict[str, float]:
+    """What a bar is made of, by kind: seconds of the last trajectory, or shares of the time of all."""
+    if (split := arm.split) is not None:
+        return {key.removesuffix("_s"): split[key] for key in charts.STACKED}
+    shares = {key.removesuffix("_share"): value for key, value in (arm.shares or {}).items()}
+    return {**shares, "other": max(0.0, 1.0 - sum(shares.values()))} if shares else {}
 
 
 def _range(found: Ratio, short: bool = False) -> str:
@@ -135,15 +165,14 @@ def _counts(answer: Comparison) -> list[tuple[str, list[tuple[str, str]]]]:
             rows.append((title, [(name, _count(arm, totals[name].get(what, 0.0))) for name, arm in answer.arms.items()]))
     for title, name in (("turns on another replica than before", "moves"), ("slots lost in the engine", "preemptions")):
         rows.append((title, [(arm.arm.name, _count(arm, sum(arm.values(name)))) for arm in answer.arms.values()]))
-    shares = (("of trajectory time, waiting for a slot", "queue_share"), ("of the makespan, a replica decodes nothing", "idle_share/mean"))
-    for title, name in shares:
+    for title, name in WINDOW_ROWS if answer.in_windows else STEP_ROWS:
         cells = [(arm.arm.name, percent(value) if (value := arm.mean(name)) is not None else "–") for arm in answer.arms.values()]  # noqa: RUF001
         rows.append((title, cells))
     return rows
 
 
 def _count(arm: ArmResult, value: float) -> str:
-    return "–" if arm.split is None else count(value)  # noqa: RUF001
+    return "–" if arm.split is None and arm.shares is None else count(value)  # noqa: RUF001
 
 
 def _cell(value: Any) -> str:

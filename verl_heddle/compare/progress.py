@@ -52,8 +52,11 @@ class Progress:
             return
         self._told = now
         of = f" of {self._steps}" if self._steps else ""
-        rollout = data.get("heddle/makespan_s")
-        what = f"rollout {rollout:.2f} s" if rollout is not None else f"step {data['timing_s/step']:.2f} s"
+        what = f"step {data['timing_s/step']:.2f} s"
+        if (rollout := data.get("heddle/makespan_s")) is not None:
+            what = f"rollout {rollout:.2f} s"
+        elif (rate := data.get("heddle/trained/tokens_per_s")) is not None:
+            what = f"trained on {rate:.0f} tokens/s"
         self._line(f"step {self.last_step}{of}: {what}")
 
     def _line(self, text: str) -> None:

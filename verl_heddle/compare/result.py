@@ -15,7 +15,7 @@ import numpy as np
 from verl_heddle.compare.arms import Arm
 from verl_heddle.compare.bootstrap import Ratio, paired_ratio
 from verl_heddle.compare.ledger import Entry
-from verl_heddle.compare.measure import SPLIT, RunResult, Step
+from verl_heddle.compare.measure import SHARES, SPLIT, WINDOW, RunResult, Step
 from verl_heddle.compare.plan import Key, Plan
 from verl_heddle.report.recorded import Machine
 from verl_heddle.traces.describe import spearman
@@ -61,6 +61,16 @@ class ArmResult:
         return self._ratio("makespan_s")
 
     @cached_property
+    def trained_ratio(self) -> Ratio | None:
+        """Tokens trained on per second, this one's over the base's; None for synchronous trainers, which log no windows."""
+        return self._ratio(WINDOW, "trained/tokens")
+
+    @property
+    def headline(self) -> Ratio | None:
+        """What the arm is judged by: `speedup`, under an asynchronous trainer `trained_ratio`."""
+        return self.trained_ratio or self.speedup
+
+    @cached_property
     def step_ratio(self) -> Ratio | None:
         """Seconds of the whole training step of the base over this one's, by verl's clock."""
         return self._ratio("step_s")
@@ -103,6 +113,30 @@ class ArmResult:
         """Mean seconds of `SPLIT`; they add up to the mean makespan. None without a trace."""
         splits = [step.split for step in self.steps if step.split is not None]
         return {name: mean(split[name] for split in splits) for name in SPLIT} if splits else None
+
+    @property
+    def shares(self) -> dict[str, float] | None:
+        """Means of `SHARES`; None for synchronous trainers."""
+        found = [step.shares for step in self.steps if step.shares is not None]
+        return {name: mean(shares[name] for shares in found) for name in SHARES} if found else None
+
+    @property
+    def trained_tokens_per_s(self) -> float | None:
+        """Over the windows that count; None for synchronous trainers."""
+        seconds, tokens = sum(self.values(WINDOW)), sum(self.values("trained/tokens"))
+        return tokens / seconds if seconds else None
+
+    @property
+    def read_again_share(self) -> float | None:
+        """Of what engines read, what the turn before had left there; None where engines do not say."""
+        read = sum(self.values("prefill_tokens"))
+        return sum(self.values("read_again_tokens")) / read if read else None
+
+    @property
+    def dropped_share(self) -> float | None:
+        """Of the tokens of windows, those that were too stale to be trained on; None for synchronous trainers."""
+        dropped, trained = sum(self.values("dropped/tokens")), sum(self.values("trained/tokens"))
+        return dropped / (dropped + trained) if dropped + trained else None
 
     @property
     def bound_fraction(self) -> float | None:
@@ -171,6 +205,11 @@ class Comparison:
     def base(self) -> ArmResult:
         """What the others are compared with."""
         return next(iter(self.arms.values()))
+
+    @property
+    def in_windows(self) -> bool:
+        """Whether an asynchronous trainer was measured: windows between batches, no makespans."""
+        return any(arm.shares is not None for arm in self.arms.values())
 
     @property
     def others(self) -> list[ArmResult]:

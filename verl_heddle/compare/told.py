@@ -37,7 +37,7 @@ def told(answer: Comparison) -> list[str]:
     base = answer.base
     lines = []
     for arm in answer.others:
-        lines += _speed(arm, base)
+        lines += _speed(arm, base) if arm.trained_ratio is None else _windows(arm, arm.trained_ratio, base)
     lines += _lengths_and_rewards(answer)
     lines += _bound(answer)
     return lines or ["No pair is finished, so nothing can be compared yet."]
@@ -48,7 +48,7 @@ def not_helped(answer: Comparison) -> list[str]:
     lines = []
     base = answer.base
     for arm in answer.others:
-        found, name = arm.speedup, arm.arm.name
+        found, name = arm.headline, arm.arm.name
         if found is None or found.verdict == "faster":
             continue
         if found.verdict == "unclear" and _apart(found):
@@ -92,7 +92,7 @@ def cautions(answer: Comparison) -> list[str]:
     for key, entry in answer.missing.items():
         state = "not made yet" if entry is None else entry.why or ("interrupted" if entry.state == "running" else entry.state)
         lines.append(f"Pair {key.pair}, {key.arm} is missing: {state}.")
-    pairs = max((len(arm.speedup.by_pair) for arm in answer.others if arm.speedup), default=0)
+    pairs = max((len(arm.headline.by_pair) for arm in answer.others if arm.headline), default=0)
     if 0 < pairs < FEW_PAIRS:
         lines.append(
             f"The intervals rest on {pairs} pair{'s' if pairs > 1 else ''} and are too narrow for that: "
@@ -125,10 +125,7 @@ def _speed(arm: ArmResult, base: ArmResult) -> list[str]:
         if whole is None:
             return []
         return [f"{name} has no trace; by verl's clock its whole training step runs at {interval(whole)} the speed of {base.arm.name}'s."]
-    verdict = {"faster": "faster", "slower": "slower", "unclear": ONE_PAIR if _apart(found) else "no difference beyond chance"}[
-        found.verdict
-    ]
-    lines = [f"{name}'s rollouts run at {interval(found)} the speed of {base.arm.name}'s: {verdict}."]
+    lines = [f"{name}'s rollouts run at {interval(found)} the speed of {base.arm.name}'s: {_verdict(found)}."]
     if whole is not None:
         took, rollout = base.mean("step_s"), base.mean("makespan_s")
         share = f"; rollouts are {percent(rollout / took)} of {base.arm.name}'s step" if took and rollout else ""
@@ -150,6 +147,33 @@ def _speed(arm: ArmResult, base: ArmResult) -> list[str]:
     return lines
 
 
+def _windows(arm: ArmResult, found: Ratio, base: ArmResult) -> list[str]:
+    """Under an asynchronous trainer: how fast, where the time of trajectories went, how stale what is trained on."""
+    name, other = arm.arm.name, base.arm.name
+    lines = [f"{name} trains on {interval(found)} as many tokens per second as {other}: {_verdict(found)}."]
+    both = [(one.arm.name, one) for one in (arm, base)]
+    spent = [
+        f"{percent(shares['paused_share'])} standing still for weight updates and {percent(shares['queue_share'])} waiting ({whose})"
+        for whose, one in both
+        if (shares := one.shares) is not None
+    ]
+    lines.append(f"Trajectories spend of their time {listed(spent)}.")
+    if again := [f"{percent(share)} ({whose})" for whose, one in both if (share := one.read_again_share) is not None]:
+        lines.append(f"Of what engines read, they had read before and thrown away: {listed(again)}.")
+    ages = [
+        f"{number(age)} steps old, {percent(one.dropped_share or 0.0)} of tokens dropped ({whose})"
+        for whose, one in both
+        if (age := one.mean("trained/age_steps/mean")) is not None
+    ]
+    if ages:
+        lines.append(f"What is trained on is in the mean {listed(ages)}.")
+    return lines
+
+
+def _verdict(found: Ratio) -> str:
+    return {"faster": "faster", "slower": "slower", "unclear": ONE_PAIR if _apart(found) else "no difference beyond chance"}[found.verdict]
+
+
 def _lengths_and_rewards(answer: Comparison) -> list[str]:
     rewards = {name: value for name, arm in answer.arms.items() if (value := arm.mean("reward")) is not None}
     lengths = {name: value for name, arm in answer.arms.items() if (value := _length(arm)) is not None}
@@ -160,6 +184,8 @@ def _lengths_and_rewards(answer: Comparison) -> list[str]:
             f"Mean reward: {told}."
             + (f" Tokens a trajectory: {listed([f'{v:,.0f} ({n})' for n, v in lengths.items()])}." if lengths else "")
         )
+    if scores := {name: value for name, arm in answer.arms.items() if (value := arm.mean("validation")) is not None}:
+        lines.append(f"Validation: {listed([f'{value:.3f} ({name})' for name, value in scores.items()])}.")
     base = lengths.get(answer.base.arm.name)
     for arm in answer.others:
         own, per_token = lengths.get(arm.arm.name), arm.throughput_ratio

@@ -17,7 +17,9 @@ from verl_heddle.compare.result import ArmResult, Comparison
 
 CURVES = {
     "makespan_s": "makespan of a rollout, s",
+    "trained/tokens_per_s": "tokens trained on per second",
     "reward": "reward",
+    "validation": "validation",
     "response_tokens": "tokens of a response",
     "step_s": "training step, s",
 }
@@ -81,23 +83,25 @@ def _log(wandb: Any, run: Any, answer: Comparison, out: Path) -> None:
             media[f"compare/{metric}"] = wandb.plot.line_series(xs=xs, ys=ys, keys=list(lines), title=title, xname="training step")
     run.log(media)
     for name, arm in answer.arms.items():
-        for kind, found in (("speedup", arm.speedup), ("step_ratio", arm.step_ratio), ("throughput_ratio", arm.throughput_ratio)):
-            if found is not None:
+        for kind in ("speedup", "trained_ratio", "step_ratio", "throughput_ratio"):
+            if (found := getattr(arm, kind)) is not None:
                 run.summary.update({f"{name}/{kind}": found.value, f"{name}/{kind}_low": found.low, f"{name}/{kind}_high": found.high})
         run.summary.update({f"{name}/{key}": value for key, value in _cells(arm).items() if isinstance(value, float)})
 
 
 def _cells(arm: ArmResult) -> dict[str, Any]:
-    """The columns of the table."""
-    found, split = arm.speedup, arm.split or dict.fromkeys(SPLIT)
+    """The columns of the table; the speedup is `headline`."""
+    found, split = arm.headline, arm.split or dict.fromkeys(SPLIT)
     return {
         "runs": len(arm.runs),
         "speedup": found.value if found else None,
         "low": found.low if found else None,
         "high": found.high if found else None,
         "makespan_s": arm.mean("makespan_s"),
+        "trained_tokens_per_s": arm.trained_tokens_per_s,
         "step_s": arm.mean("step_s"),
         "reward": arm.mean("reward"),
+        "validation": arm.mean("validation"),
         "tokens_per_s": arm.mean("tokens_per_s"),
         "bound_fraction": arm.bound_fraction,
         "queue_share": arm.mean("queue_share"),

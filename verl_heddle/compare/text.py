@@ -61,7 +61,7 @@ WINDOW_COLUMNS: tuple[Column, ...] = (
     ("tool", _share("tool_share")),
     ("paused", _share("paused_share")),
     ("read again", lambda arm: _percent(arm.read_again_share)),
-    ("age steps", lambda arm: _number(arm.mean("trained/age_steps/mean"))),
+    ("age steps", lambda arm: _number(arm.mean("trained/age_steps/mean"), ".1f")),
     ("dropped", lambda arm: _percent(arm.dropped_share)),
 )
 """The same under an asynchronous trainer."""

@@ -161,12 +161,12 @@ def _windows(arm: ArmResult, found: Ratio, base: ArmResult) -> list[str]:
     if again := [f"{percent(share)} ({whose})" for whose, one in both if (share := one.read_again_share) is not None]:
         lines.append(f"Of what engines read, they had read before and thrown away: {listed(again)}.")
     ages = [
-        f"{number(age)} steps old, {percent(one.dropped_share or 0.0)} of tokens dropped ({whose})"
+        f"{age:.1f} steps old with {percent(one.dropped_share or 0.0)} of tokens dropped ({whose})"
         for whose, one in both
         if (age := one.mean("trained/age_steps/mean")) is not None
     ]
     if ages:
-        lines.append(f"What is trained on is in the mean {listed(ages)}.")
+        lines.append(f"What is trained on is on average {listed(ages)}.")
     return lines
 
 

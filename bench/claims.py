@@ -1,6 +1,6 @@
-"""What the README claims of speed, in its own words, computed from the results of the benches: worst beside best, whole tables.
+"""What the pages claim of speed, in their own words, computed from the results of the benches: worst beside best, whole tables.
 
-`make docs` writes these between marks of the README; a test finds them out of date when a bench was run again.
+`make docs` writes these between marks of the README and docs/results.md; a test finds them out of date when a bench was run again.
 """
 
 from __future__ import annotations
@@ -33,10 +33,8 @@ def pictured() -> str:
     told = "; ".join(f"{name}, {_pairs(one['ratios']['stock/heddle'])}" for name, one in real.items())
     return (
         "*Simulated: 8 H200, step times composed by AIConfigurator from tables of single operators, not measured; no GPU run has been\n"
-        "made yet. Left: what there is to win, and that most of it is often the tensor-parallel degree, which needs no plugin. Right:\n"
-        "what heddle gives over stock where KV cache is short, all rows ([numbers](bench/residents/README.md)).\n"
-        "Measured, on two real vLLM engines on a CPU with KV cache for a quarter of the contexts:\n"
-        f"{told} ([pairs](bench/residents/README.md)).*"
+        "made. Left: what there is to win. Right: heddle over stock where KV cache is short. Measured on two real vLLM engines on a CPU\n"
+        f"with KV cache for a quarter of the contexts: {told} ([pairs](bench/residents/README.md)).*"
     )
 
 
@@ -47,36 +45,44 @@ def _pairs(ratio: dict[str, Any]) -> str:
 
 
 def where_it_helps() -> str:
-    """The table of heddle over stock by kind of rollout, and what else could be had there."""
+    """The table of heddle over stock by kind of rollout."""
     short = results("simulated/residents.json")["rows"]
-
-    def over(arm: str, some: Iterable[dict[str, Any]] = short) -> list[float]:
-        return [row["arms"]["stock"]["makespan_s"] / row["arms"][arm]["makespan_s"] for row in some]
-
-    def told(arm: str) -> str:
-        values = over(arm)
-        return f"{_mean(values):.2f}x ({min(values):.2f}x to {max(values):.2f}x)"
-
     lines = ["| your rollout | mean | worst to best | slower than stock |", "|---|---|---|---|"]
     for tools, what in TOOLS.items():
-        lines.append(_row(f"KV cache is short, {what}", over("heddle", (row for row in short if tools in row["cell"]))))
+        lines.append(_row(f"KV cache is short, {what}", _over("heddle", (row for row in short if tools in row["cell"]))))
     cells, best = len({row["cell"] for row in short}), max(cell["best_speedup"] for cell in results("simulated/regimes.json")["cells"])
     return "\n".join(
         [
             *lines,
             "",
-            f"All simulated: makespan of stock over heddle's at the same degree, geometric mean over {len(short)} steps of {cells}",
-            "cells at 128 and 256 trajectories per GPU whose contexts want more KV cache than there is. Where there is room for all,",
-            "heddle does what verl does. The tensor-parallel degree",
-            f"alone, without the plugin, is worth up to {best:.1f}x: `verl-heddle plan`.",
-            "",
-            f"Over all these steps heddle gives {told('heddle')}; with its longest first by true lengths {told('known')}; by predicted",
-            f"length without resident sets (`heddle.priority.order=longest`) {told('heddle_longest')}; ThunderAgent's law",
-            f"{told('thunder_agent')}, Continuum's {told('continuum')}, trajectory-FCFS {told('trajectory_fcfs')}. vLLM's KV offloading",
-            f"(`heddle.offload.enable=true`), to an ideal host tier, gives stock verl {told('stock_tier')}; resident sets rest beside it.",
-            "[All numbers](bench/residents/README.md).",
+            f"Simulated: stock's makespan over heddle's at the same degree, geometric mean over {len(short)} steps of {cells} cells",
+            "at 128 and 256 trajectories per GPU whose contexts want more KV cache than there is. Where there is room for all, heddle",
+            f"does what verl does. The tensor-parallel degree alone, without the plugin, is worth up to {best:.1f}x: `verl-heddle plan`.",
         ]
     )
+
+
+def peers() -> str:
+    """What else could be had where KV cache is short."""
+    short = results("simulated/residents.json")["rows"]
+
+    def told(arm: str) -> str:
+        values = _over(arm, short)
+        return f"{_mean(values):.2f}x ({min(values):.2f}x to {max(values):.2f}x)"
+
+    return "\n".join(
+        [
+            f"Over all {len(short)} steps of [bench/residents](../bench/residents/README.md), simulated, heddle gives {told('heddle')};",
+            f"with its longest first by true lengths {told('known')}; by predicted length without resident sets",
+            f"(`heddle.priority.order=longest`) {told('heddle_longest')}; ThunderAgent's law {told('thunder_agent')},",
+            f"Continuum's {told('continuum')}, trajectory-FCFS {told('trajectory_fcfs')}. vLLM's KV offloading",
+            f"(`heddle.offload.enable=true`), to an ideal host tier, gives stock verl {told('stock_tier')}; resident sets rest beside it.",
+        ]
+    )
+
+
+def _over(arm: str, rows: Iterable[dict[str, Any]]) -> list[float]:
+    return [row["arms"]["stock"]["makespan_s"] / row["arms"][arm]["makespan_s"] for row in rows]
 
 
 def accuracy() -> str:
@@ -84,10 +90,10 @@ def accuracy() -> str:
     roomy, rules = (results(f"cpu/{name}.json") for name in ("fidelity", "fidelity_rules"))
     return (
         f"Against two real vLLM engines on a CPU, {_errors(roomy)}\n"
-        "([bench/fidelity](bench/fidelity/README.md)). That is at most 24 trajectories, contexts to 1,900 tokens, KV cache for all of\n"
+        "([bench/fidelity](../bench/fidelity/README.md)). That is at most 24 trajectories, contexts to 1,900 tokens, KV cache for all of\n"
         "them and no preemption, while the gains above come from KV pressure. With KV cache for a quarter of the contexts:\n"
         f"against vLLM's own scheduler on a virtual clock, {_errors(rules)};\n"
-        f"against engines, in the pairs of [bench/residents](bench/residents/README.md), {_pair_errors()}."
+        f"against engines, in the pairs of [bench/residents](../bench/residents/README.md), {_pair_errors()}."
     )
 
 

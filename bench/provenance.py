@@ -33,7 +33,7 @@ DECIDES = (
     *("verl_heddle/orchestrator.py", "verl_heddle/options.py"),
     *(f"verl_heddle/{name}" for name in ("place", "predict", "schedule", "shape")),
 )
-STUDIES = tuple(f"verl_heddle/report/{name}.py" for name in ("draws", "play", "setting", "study"))
+STUDIES = tuple(f"verl_heddle/report/{name}.py" for name in ("draws", "play", "rules", "setting", "study"))
 WORK = ("verl_heddle/traces/generate.py", "verl_heddle/traces/workloads.py")
 SIMULATED = (*DECIDES, *WORK, "verl_heddle/simulate", "verl_heddle/latency", "verl_heddle/data/latency.json.gz")
 LIVE = (*DECIDES, "verl_heddle/verl_plugin")
@@ -45,6 +45,7 @@ MEASURES: dict[str, tuple[str, ...]] = {
     "cpu/fidelity_rules.json": ("verl_heddle/simulate", *SCHEDULER, "bench/fidelity/rules.py"),
     "cpu/kills.json": (*LIVE, "bench/placement/kills.py"),
     "cpu/learning.json": (*LIVE, "bench/learning/run.py"),
+    "cpu/modes.json": (*LIVE, *SIMULATED, "verl_heddle/training", "bench/modes/real.py", "bench/modes/replay_loop.py"),
     "cpu/placement.json": (*DECIDES, *SCHEDULER, "bench/placement/real.py", "bench/placement/heddle.py"),
     "cpu/residents.json": (
         *DECIDES,
@@ -69,10 +70,8 @@ MEASURES: dict[str, tuple[str, ...]] = {
 """Result, below `FOLDER` -> files and folders whose code it measures, the bench's own included."""
 
 PAGES: dict[str, tuple[str, ...]] = {
-    "README.md": (
-        *("simulated/regimes.json", "simulated/residents.json"),
-        *("cpu/residents.json", "cpu/fidelity.json", "cpu/fidelity_rules.json"),
-    ),
+    "README.md": ("simulated/regimes.json", "simulated/residents.json", "cpu/residents.json"),
+    "docs/results.md": ("simulated/residents.json", "cpu/residents.json", "cpu/fidelity.json", "cpu/fidelity_rules.json"),
     "bench/fidelity/README.md": ("cpu/fidelity.json", "cpu/fidelity_rules.json"),
     "bench/layout/README.md": ("simulated/layout.json",),
     "bench/learning/README.md": ("cpu/learning.json",),

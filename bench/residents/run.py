@@ -21,7 +21,8 @@ from bench.cellwise import Bench
 from verl_heddle.options import Options
 from verl_heddle.orchestrator import Orchestrator
 from verl_heddle.report.draws import Draw
-from verl_heddle.report.play import RULES, bound, play
+from verl_heddle.report.play import bound, play
+from verl_heddle.report.rules import RULES
 from verl_heddle.report.setting import Setting, setting
 from verl_heddle.schedule.residents import Residents
 from verl_heddle.simulate import Result, simulate

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from docs_pages import EXAMPLE, ROOT
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "compare"))
 
@@ -23,4 +24,6 @@ def place(tmp_path_factory):
         (folder / run).mkdir(parents=True)
         recorded(folder / run, steps=12, prompts=2, median_tokens=60)
     (folder / "program.py").write_text("print(1)\n")
+    for name, text in EXAMPLE.findall((ROOT / "CONTRIBUTING.md").read_text()):
+        (folder / name).write_text(text)
     return folder

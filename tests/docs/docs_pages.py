@@ -10,7 +10,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-PAGES = sorted(path for pattern in ("README.md", "docs/*.md", "recipes/*/README.md", "bench/*/README.md") for path in ROOT.glob(pattern))
+PAGES = sorted(
+    path
+    for pattern in ("README.md", "CONTRIBUTING.md", "docs/*.md", "recipes/*/README.md", "bench/*/README.md")
+    for path in ROOT.glob(pattern)
+)
 
 COMMANDED = [page for page in PAGES if page.relative_to(ROOT).parts[0] != "bench"]
 """Pages whose commands are executed; what benches cost is said on their pages."""
@@ -23,6 +27,10 @@ PLACEHOLDERS = {
     "MODEL=... ": "MODEL=Qwen/Qwen3-32B ",
 }
 """What a reader puts in, and what the tests put in."""
+
+
+EXAMPLE = re.compile(r"^<!-- example: (\S+) -->\n```\w+\n(.*?)^```", re.S | re.M)
+"""A file that a page shows, which its commands name."""
 
 
 @dataclass(frozen=True)

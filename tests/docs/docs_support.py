@@ -20,15 +20,15 @@ sys.path.insert(0, str(ROOT))
 from bench import claims  # noqa: E402
 from bench.marked import replaced  # noqa: E402
 
-README = ROOT / "README.md"
+README, RESULTS = ROOT / "README.md", ROOT / "docs" / "results.md"
 SIZES = ROOT / "recipes" / "config" / "README.md"
 
 RUNS, ACCEPTED, REFUSED, UNTRIED = "runs", "accepted", "refused at start-up", "**not run yet**"
 
 ENVIRONMENTS = {
     "cpu": "all tests: `make test`",
-    "cpu-pins": "contract and engine tests: `make test-pins`; verl's own pin for GPUs",
-    "cpu-newest": "contract and engine tests: `make test-newest`; the newest beside verl",
+    "cpu-pins": "contract and engine tests: `make test-pins`",
+    "cpu-newest": "contract and engine tests: `make test-newest`",
 }
 """Files of envs/ that tests run in, and what runs in them."""
 
@@ -51,14 +51,14 @@ ROWS = (
     Row(
         "`trainer.v1.trainer_mode=sync`, verl's default",
         RUNS,
-        "training with and without the flag, same tokens",
+        "same tokens with and without the flag",
         (f"{TRAINING}::test_same_tokens_for_every_trajectory",),
         "trainer.v1.trainer_mode=sync",
     ),
     Row(
         "DAPO: group filtering and refill",
         RUNS,
-        "training with filtering, refill and shaping; the replay buffer is configured as verl's own",
+        "with filtering, refill and shaping",
         (
             "tests/e2e/test_shaping.py::test_by_forecast_corrected_and_with_dapo_filtering",
             f"{SAMPLER}::test_configured_like_verls_own",
@@ -69,7 +69,7 @@ ROWS = (
     Row(
         "`trainer_mode=colocate_async`",
         RUNS,
-        "weight updates inside turns, validation beside training: the tokens of synchronous training; deaths while paused, resume",
+        "the tokens of synchronous training; deaths while paused, resume",
         (
             f"{ASYNC}::test_the_tokens_are_those_of_synchronous_training",
             "tests/faults/test_async_deaths.py",
@@ -79,7 +79,7 @@ ROWS = (
     Row(
         "`trainer_mode=separate_async`",
         RUNS,
-        "the same, the trainer's replicas come and go; weights through shared memory, one node",
+        "the same; the trainer's replicas come and go; one node",
         (f"{ASYNC}::test_the_tokens_are_those_of_synchronous_training", f"{ASYNC}::test_replicas_come_and_go"),
         "trainer.v1.trainer_mode=separate_async",
     ),
@@ -97,7 +97,7 @@ ROWS = (
     Row(
         "replicas of mixed tensor parallelism, changed between steps",
         RUNS,
-        "[1,1,1], [2,1] and back, on a CPU; every shard compared with the trainer's weights",
+        "on a CPU; every shard compared with the trainer's weights",
         ("tests/e2e/test_layouts.py::test_after_every_update_each_engine_holds_the_trainers_weights",),
     ),
     Row("NVIDIA GPUs, several nodes", UNTRIED, "nothing is known that stands in the way"),
@@ -139,7 +139,8 @@ def sizes() -> str:
 
 
 TABLES = {
-    README: {"figure": claims.pictured, "helps": claims.where_it_helps, "accuracy": claims.accuracy, "tested": support},
+    README: {"figure": claims.pictured, "helps": claims.where_it_helps, "tested": support},
+    RESULTS: {"peers": claims.peers, "accuracy": claims.accuracy},
     SIZES: {"sizes": sizes},
 }
 """Page -> the names of its markers, and what stands between them."""

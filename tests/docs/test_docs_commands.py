@@ -8,7 +8,7 @@
 | `python -m verl.trainer.main_ppo` | composed by verl's own entry point (`--cfg job`), not trained |
 | `recipes/*/run.sh` | run up to Python: the data it asks for is made (generated, no model), what it would train is composed and checked |
 | `make X` | `make -n X` |
-| `pip install X` | name and extras are this package's |
+| `pip install X` | name (or `.`) and extras are this package's; installing is tests/unit's wheel tests |
 | `python -m recipes.sandbox` | run |
 | `python bench/*.py` | `--help`, and the options are among those it tells |
 
@@ -131,7 +131,7 @@ def pip(command: Command, shell: Shell) -> None:
     setup.read(ROOT / "setup.cfg")
     for word in command.words[2:]:
         name, extras = re.fullmatch(r"([\w.-]+)(?:\[([\w,]+)\])?", word).groups()
-        assert name == setup["metadata"]["name"] and set((extras or "").split(",")) <= {"", *setup["options.extras_require"]}
+        assert name in (".", setup["metadata"]["name"]) and set((extras or "").split(",")) <= {"", *setup["options.extras_require"]}
 
 
 def sandbox(command: Command, shell: Shell) -> None:

@@ -8,7 +8,8 @@ from report_cases import lived, trace
 from verl_heddle.options import Admission, Options, Priority
 from verl_heddle.orchestrator import Orchestrator
 from verl_heddle.report.draws import Draw, generated, recorded
-from verl_heddle.report.play import RULES, CrossFitted, bound, measured, play, teach
+from verl_heddle.report.play import CrossFitted, bound, measured, play, teach
+from verl_heddle.report.rules import RULES
 from verl_heddle.report.setting import setting
 from verl_heddle.simulate import PRIORITY, simulate
 from verl_heddle.traces import SEARCH

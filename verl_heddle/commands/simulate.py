@@ -48,6 +48,9 @@ examples:
   slow tools and few slots
       verl-heddle simulate --workload search --set tool_mean_s=5 --model qwen3-8b --slots 32
 
+  a policy of your own beside them
+      verl-heddle simulate --workload coding --model qwen3-14b --policy my_policy.py
+
   every peer's rule, five draws
       verl-heddle simulate --workload math --model qwen3-32b --gpus 16 --arms all --seeds 5
 
@@ -71,6 +74,13 @@ def add_parser(subparsers: Any) -> None:
         metavar="A,B,...",
         help=f"which rules (stock is always one): {', '.join(DEFAULT_ARMS)} are the default; also {', '.join(OTHER_ARMS)}; 'all' for all",
     )
+    parser.add_argument(
+        "--policy",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="a policy of your own, as one more rule: a Python file with one class (repeatable); how to write one: CONTRIBUTING.md",
+    )
     files = parser.add_argument_group("what is written besides the table")
     files.add_argument("--json", metavar="FILE", help="everything as JSON; - prints it instead of the table")
     files.add_argument("--png", metavar="FILE", help="timeline: replicas over time, coloured by trajectory length (needs matplotlib)")
@@ -92,6 +102,7 @@ def _run(args: argparse.Namespace) -> int:
     from verl_heddle.report.text import report
 
     arms = DEFAULT_ARMS if args.arms is None else (*DEFAULT_ARMS, *OTHER_ARMS) if args.arms == "all" else tuple(args.arms.split(","))
+    arms = (*arms, *(file if file.endswith(".py") else f"{file}.py" for file in args.policy))
     setting = setting_of(args)
     paths = _paths(args)
     source = source_of(args)

@@ -7,80 +7,24 @@ adds up to the makespan and a throughput is all tokens over all seconds.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from verl_heddle.fleet import Replica
-from verl_heddle.options import Options, Place
+from verl_heddle.options import Options
 from verl_heddle.orchestrator import Orchestrator
 from verl_heddle.predict.recall import recall
 from verl_heddle.report.draws import Draw, Step
+from verl_heddle.report.rules import rule_of
 from verl_heddle.report.setting import Setting
 from verl_heddle.schedule.preempt import Rule as PreemptRule
 from verl_heddle.simulate import Bound, EngineOptions, Policy, Result, lower_bound, simulate
-from verl_heddle.simulate.baselines import (
-    AffinityMargin,
-    Continuum,
-    DualThreshold,
-    Lfs,
-    LptOracle,
-    Plas,
-    RoundRobin,
-    Slime,
-    Stock,
-    ThunderAgent,
-    TrajectoryFcfs,
-    UniBoost,
-    VerlStar,
-    WaveAdmission,
-)
+from verl_heddle.simulate.baselines import LptOracle, Stock
 from verl_heddle.trajectory import Decision, Prewarm, ToolStart, Trajectory, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
 
 TAIL = ("queue_s", "prefill_s", "generate_s", "tool_s", "other_s")
 """Keys of a tail split, in the order of a turn."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """A policy by name. `knows`: it is told the true lengths."""
-
-    title: str
-    make: Callable[[int], Policy] | None = None
-    order: Literal["fcfs", "priority"] = "fcfs"
-    options: Options | None = None
-    """heddle with these: it is shown the epoch before, and its engines preempt on arrival."""
-    knows: bool = False
-    tier: bool = False
-    """Engines keep evicted KV cache in the host's memory, `Setting.tier`."""
-    mixed: bool = False
-    """On `Setting.mixed`, where there is one, instead of one degree for all."""
-
-
-PLACING = Rule("heddle with heddle.place.enable", options=Options(place=Place(enable=True)))
-
-RULES: Mapping[str, Rule] = {
-    "stock": Rule("stock verl", Stock),
-    "stock_tier": Rule("stock verl with KV offload to the host", Stock, tier=True),
-    "trajectory_fcfs": Rule("trajectory-FCFS: first turn first", TrajectoryFcfs, "priority"),
-    "round_robin": Rule("round-robin", RoundRobin),
-    "slime": Rule("Slime: least load, every turn", Slime),
-    "verl_star": Rule("Verl*: sticky until 32 apart", VerlStar),
-    "dual_threshold": Rule("SGLang dual threshold (verl #6533)", DualThreshold),
-    "affinity_margin": Rule("affinity margin 2 (verl #7435)", AffinityMargin),
-    "plas": Rule("PLAS: least served first (Autellix)", Plas, "priority"),
-    "thunder_agent": Rule("ThunderAgent: pauses and resumes programs", ThunderAgent),
-    "continuum": Rule("Continuum: KV kept for a time to live", Continuum, "priority"),
-    "wave_admission": Rule("llm-d wave admission: free KV against growth", WaveAdmission),
-    "lfs": Rule("NeMo-RL #4007: probes, then longest groups", Lfs),
-    "uniboost": Rule("UniBoost: short reads put forward", UniBoost, "priority"),
-    "heddle": Rule("heddle: resident sets, least served first", options=Options()),
-    "heddle_tier": Rule("heddle with KV offload to the host", options=Options(), tier=True),
-    "heddle_longest": Rule("heddle with heddle.priority.order=longest", options=Options.longest()),
-    "heddle_place": PLACING,
-    "heddle_mixed": replace(PLACING, title="heddle on mixed degrees, placing", mixed=True),
-    "lpt_oracle": Rule("oracle: longest first, true lengths", order="priority", knows=True),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,13 +75,12 @@ class Run:
 
 
 def play(name: str, tp: int, setting: Setting, draw: Draw) -> list[Result]:
-    """Simulate the draw's steps under rule `name` on replicas of degree `tp`; results by step.
+    """Simulate the draw's steps under rule `name` (`rule_of`) on replicas of degree `tp`; results by step.
 
     Raises:
-        KeyError: there is no such rule.
-        ValueError: what `simulate` does not take.
+        ValueError: there is no such rule, or what `simulate` does not take.
     """
-    rule = RULES[name]
+    rule = rule_of(name)
     fleet = setting.mixed_fleet() if rule.mixed and setting.mixed else setting.fleet(tp)
     engine = setting.engine(rule.order) if rule.options is None else engine_for(rule.options, setting)
     if rule.tier:

@@ -17,7 +17,7 @@ MAX_JOBS = 8
 """Processes started by default at most: every one holds its own copy of the draws."""
 
 Wanted = tuple[str, int]
-"""A rule of `play.RULES` and a tensor-parallel degree."""
+"""A rule (`rules.rule_of`) and a tensor-parallel degree."""
 
 Progress = Callable[[int, int, str], None]
 """Told (simulations done, of how many, which one was the last)."""

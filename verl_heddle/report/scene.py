@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from verl_heddle.report.play import RULES, play
+from verl_heddle.report.play import play
 from verl_heddle.report.raster import Raster, raster
+from verl_heddle.report.rules import rule_of
 from verl_heddle.report.study import Answer, Row
 from verl_heddle.simulate import Result
 
@@ -25,7 +26,7 @@ class Scene:
     @property
     def title(self) -> str:
         """For example "stock verl, tp=1"."""
-        return f"{RULES[self.row.rule].title}, {self.row.where}"
+        return f"{rule_of(self.row.rule).title}, {self.row.where}"
 
     @property
     def idle_share(self) -> float:

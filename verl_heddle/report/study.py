@@ -15,8 +15,9 @@ from typing import TypeVar
 
 from verl_heddle.report.draws import Source
 from verl_heddle.report.mixed import mixed_layout
-from verl_heddle.report.play import RULES, Run
+from verl_heddle.report.play import Run
 from verl_heddle.report.pool import Pool, Progress, Wanted
+from verl_heddle.report.rules import RULES, is_file, rule_of
 from verl_heddle.report.setting import Setting
 from verl_heddle.report.words import mixture
 from verl_heddle.simulate import Bound
@@ -142,16 +143,20 @@ def median_by(items: Sequence[T], key: Callable[[T], float]) -> T:
 
 
 def study(setting: Setting, source: Source, arms: Sequence[str], jobs: int | None = None, progress: Progress | None = None) -> Answer:
-    """Simulate `arms` (names of `ARMS`; stock always comes along): rules at the user's degree, and stock and heddle at stock's best.
+    """Simulate `arms` (names of `ARMS` and files of policies; stock always comes along): rules at the user's degree, and stock and heddle
+    at stock's best.
 
     Raises:
         ValueError: an unknown arm, or a replica of the user's degree that does not hold the longest turn.
     """
-    if unknown := [name for name in arms if name not in ARMS]:
-        raise ValueError(f"unknown arm {unknown[0]!r}; there are {', '.join(ARMS)}")
+    own = list(dict.fromkeys(filter(is_file, arms)))
+    for name in own:
+        rule_of(name)  # what is wrong with it is said before anything is simulated
+    if unknown := [name for name in arms if name not in ARMS and name not in own]:
+        raise ValueError(f"unknown arm {unknown[0]!r}; there are {', '.join(ARMS)}, and files of policies (docs/simulate.md)")
     able = _able(setting, source)
-    names = [name for name in ARMS if name == "stock" or name in arms]
-    wanted: list[Wanted] = [(name, setting.tp) for name in names if name in RULES]
+    names = [*(name for name in ARMS if name == "stock" or name in arms), *own]
+    wanted: list[Wanted] = [(name, setting.tp) for name in names if name in RULES or name in own]
     if any(name.endswith("_best_tp") for name in names):
         wanted += [("stock", tp) for tp in able if tp != setting.tp]
     later = "heddle_best_tp" in names
@@ -160,7 +165,7 @@ def study(setting: Setting, source: Source, arms: Sequence[str], jobs: int | Non
         best = min((tp for name, tp in wanted if name == "stock"), key=lambda tp: (_median_s(runs["stock", tp]), tp))
         if later and ("heddle", best) not in runs:
             runs |= pool.runs([("heddle", best)])
-    at = {name: (name, setting.tp) if name in RULES else (name.removesuffix("_best_tp"), best) for name in names}
+    at = {name: (name.removesuffix("_best_tp"), best) if name.endswith("_best_tp") else (name, setting.tp) for name in names}
     return Answer(setting, source, _rows(at, runs, bounds, setting.tp), bounds)
 
 
@@ -202,7 +207,7 @@ def _rows(
     return {
         name: Row(
             name,
-            titles.get(name, RULES[rule].title),
+            titles.get(name) or rule_of(rule).title,
             rule,
             degree,
             runs[rule, degree],

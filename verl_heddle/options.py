@@ -217,6 +217,18 @@ class Trace:
 
 
 @dataclass
+class Twin:
+    """`heddle.twin.*`: what each step would have taken under the other rule, simulated beside the trainer's update."""
+
+    enable: bool = option(
+        True,
+        "Tell on W&B (heddle/twin/*) what a synchronous step would have taken under stock verl, with +plugin=observe under heddle. Costs a "
+        "process at the lowest priority on the trainer's host. Rests with heddle.shape and heddle.layout.",
+    )
+    budget_s: float = option(120.0, "Seconds after which a step is given up.")
+
+
+@dataclass
 class Deadlines:
     """`heddle.deadlines.*`: how long we wait for another process before going on without it, in seconds."""
 
@@ -246,6 +258,7 @@ class Options:
     shape: Shape = field(default_factory=Shape)
     tools: Tools = field(default_factory=Tools)
     trace: Trace = field(default_factory=Trace)
+    twin: Twin = field(default_factory=Twin)
     deadlines: Deadlines = field(default_factory=Deadlines)
 
     @classmethod
@@ -262,6 +275,11 @@ class Options:
     def predicts(self) -> bool:
         """Whether some decision asks how long trajectories will be."""
         return not self.observe and (self.place.enable or (self.priority.enable and self.priority.order == "longest"))
+
+    @property
+    def judges(self) -> bool:
+        """Whether the twin judges steps; samples that are stopped and replicas of several degrees are beyond it."""
+        return self.twin.enable and (self.observe or not (self.shape.enable or self.layout.enable))
 
     @property
     def admits(self) -> bool:
@@ -321,6 +339,8 @@ def check(options: Options) -> list[str]:
         )
     if not options.admission.hold_s > 0:
         problems.append(f"heddle.admission.hold_s must be positive seconds, got {options.admission.hold_s}")
+    if not options.twin.budget_s > 0:
+        problems.append(f"heddle.twin.budget_s must be positive seconds, got {options.twin.budget_s}")
     if options.offload.gib is not None and not options.offload.gib > 0:
         problems.append(f"heddle.offload.gib must be positive, or null, got {options.offload.gib}")
     if not 0 < options.offload.host_share <= 0.9:

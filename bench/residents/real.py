@@ -40,6 +40,7 @@ from verl_heddle.simulate import EngineOptions, simulate
 from verl_heddle.simulate.workload import walk
 from verl_heddle.traces import generate, replayable
 from verl_heddle.trajectory import Trajectory
+from verl_heddle.twin.judge import judge
 
 RESULT = ROOT / "bench/results/cpu/residents.json"
 README = Path(__file__).parent / "README.md"
@@ -67,6 +68,8 @@ WORKLOADS = {one.name: one for one in (SHORT, replace(SHORT, name="long tools", 
 CALIBRATION_SEED = 1000
 ARMS = ("stock", "thunder", "heddle")
 VERSUS = (("stock", "thunder"), ("stock", "heddle"))
+TWIN = {"stock": "heddle", "heddle": "stock"}
+"""The arm that ran, and of which the twin tells."""
 
 
 def options(arm: str, seed: int) -> Options:
@@ -114,17 +117,25 @@ class Bench:
         result = simulate(step, fleet, self.latency, policy, engine=engine)
         return result.makespan_s, sum(replica.recomputed_tokens for replica in result.replicas)
 
+    def judged(self, arm: str, records: list[Trajectory], seed: int, held: int) -> dict[str, float]:
+        """What the twin makes of this run, knowing nothing of the other."""
+        order = "priority" if arm == "heddle" else "fcfs"
+        engines = {"tp": 1, "slots": SLOTS, "replicas": REPLICAS, "kv_tokens": held, "order": order}
+        return judge([replace(item, meta={**item.meta, **options(arm, seed).decisions(), **engines}) for item in records])
+
     def pair(self, workload: str, seed: int) -> dict[str, Any]:
         """One seed under every arm: seconds and tokens read again, real and forecast, and disturbance."""
         step = generate(WORKLOADS[workload], TRAJECTORIES, 1, seed)
         held = kv_tokens(step)
         row: dict[str, Any] = {"seed": seed, "kv_tokens": held, "makespan_s": {}, "forecast_s": {}, "again": {}, "forecast_again": {}}
-        row["disturbed"] = {}
+        row["disturbed"], row["twin"] = {}, {}
         for arm in turned(ARMS, seed):
             records, row["disturbed"][arm] = calm(lambda arm=arm: self.replay(arm, step, seed, held))
             row["makespan_s"][arm] = makespan(records)
             row["again"][arm] = int(step_metrics(records)["read_again_tokens"])
             row["forecast_s"][arm], row["forecast_again"][arm] = self.forecast(arm, step, seed, held)
+            if arm in TWIN:
+                row["twin"][arm] = self.judged(arm, records, seed, held)
         return row
 
 
@@ -156,6 +167,7 @@ def store(workload: str, rows: list[dict[str, Any]]) -> None:
     kept[workload] = {"date": result["date"], "ratios": summary(rows, VERSUS), "pairs": rows}
     save(RESULT, result | {"workloads": kept}, kept=True)
     fill(README, "real", table(kept))
+    fill(README, "twin", twin_table(kept))
 
 
 def table(workloads: dict[str, Any]) -> str:
@@ -169,6 +181,19 @@ def table(workloads: dict[str, Any]) -> str:
             lines.append(
                 f"| {name} | {arm} | {ratio['median']:.2f} | {shown} | {ratio['forecast_median']:.2f} | {again:.0f} | {expected:.0f} |"
             )
+    return "\n".join(lines)
+
+
+def twin_table(workloads: dict[str, Any]) -> str:
+    """Markdown: what the twin of one arm's run says the other takes, over what it took in the same pair."""
+    lines = ["| workload | ran | told of | told / measured, by pair | error of the own run |", "|---|---|---|---|---|"]
+    for name, told in workloads.items():
+        rows = [row for row in told["pairs"] if row.get("twin")]
+        for ran, other in TWIN.items():
+            judged = [(row["twin"][ran], row["makespan_s"][other]) for row in rows]
+            ratios = [f"{twin[f'{other}_s'] / took:.2f}" if f"{other}_s" in twin else "not judged" for twin, took in judged]
+            errors = [f"{twin['error']:+.0%}" for twin, _ in judged]
+            lines.append(f"| {name} | {ran} | {other} | {' '.join(ratios)} | {' '.join(errors)} |")
     return "\n".join(lines)
 
 

@@ -60,6 +60,18 @@ def test_both_arms_finish_and_are_compared(done):
     assert value["engines"]["assumed"] == [] and value["engines"]["slots"] == 8
 
 
+def test_the_twin_judges_steps_beside_the_run(done):
+    lines = [
+        json.loads(line)["data"]
+        for arm in ("stock", "heddle")
+        for line in (done[0] / f"runs/p1-{arm}/metrics.jsonl").read_text().splitlines()
+    ]
+    steps = [line for line in lines if "heddle/makespan_s" in line]
+    assert len(steps) == 4 and all(line["heddle/twin/failures"] == 0 for line in steps)
+    judged = [line for line in steps if "heddle/twin/error" in line]
+    assert judged and all(line["heddle/twin/step"] == 1 for line in judged), "of the step before, in the last one's metrics"
+
+
 def test_the_arms_differ_in_the_plugin_only(done):
     value = json.loads((done[0] / "compare.json").read_text())
     keys = {row["key"]: row["values"] for row in value["config_diff"]}

@@ -6,7 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from verl_heddle.options import Deadlines, Options, Priority, Trace, check, walk
+from verl_heddle.options import Deadlines, Options, Priority, Trace, Twin, check, walk
 from verl_heddle.verl_plugin.settings import options_of
 
 
@@ -33,6 +33,7 @@ def test_defaults_are_sound():
         (Options(priority=Priority(order="shortest")), "priority.order"),
         (Options(deadlines=Deadlines(router_s=-1)), "router_s"),
         (Options(trace=Trace(dir="")), "trace.dir"),
+        (Options(twin=Twin(budget_s=0)), "twin.budget_s"),
     ],
 )
 def test_bad_values_are_named(options, word):

@@ -190,9 +190,9 @@ class Machine:
         anew by their law, which binds to a replica when there is room."""
         return self.again(step, ready(step), overhead=overhead_s(step))
 
-    def admitting(self, order: str) -> Orchestrator:
-        """Heddle with resident sets on this machine."""
-        policy = Orchestrator(Options(residents=Residents(order=order)))
+    def admitting(self, order: str, seed: int = 0) -> Orchestrator:
+        """Heddle with resident sets on this machine; `seed` of its random ties."""
+        policy = Orchestrator(Options(residents=Residents(order=order), seed=seed))
         policy.step_times_known(self.latency)
         return policy
 

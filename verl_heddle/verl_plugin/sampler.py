@@ -24,6 +24,7 @@ from verl_heddle.report.quality import prediction_quality
 from verl_heddle.report.trained import Trained
 from verl_heddle.traces.columns import Columns
 from verl_heddle.traces.writer import FLUSH_S, TraceWriter
+from verl_heddle.twin.process import Twin
 from verl_heddle.verl_plugin import manager as agent_loops
 from verl_heddle.verl_plugin.settings import options_of
 from verl_heddle.verl_plugin.stock import buffer_arguments
@@ -57,6 +58,7 @@ class _Watch:
         self._run = time.strftime("%Y%m%d-%H%M%S")
         self.failures = 0
         self._before: dict[str, Counter[str]] = {}
+        self._twin = Twin(options.twin.budget_s, say_once) if options.judges else None
         trace = options.trace
         self._writer: TraceWriter | None = None
         if trace.enable:
@@ -95,6 +97,9 @@ class _Watch:
         router = manager.step_ended(global_step, train)
         metrics |= {f"shape/{name}": value for name, value in manager.shaped(global_step).items()}
         metrics |= self._layout(manager)
+        if self._twin is not None and manager.sync and len(train):
+            metrics |= {f"twin/{name}": value for name, value in self._twin.told().items()} | {"twin/failures": self._twin.failures}
+            self._twin.ask(global_step, train, self._engines(manager))
         for name in ("fit_s", "fit_rows"):
             if name in router:
                 metrics[f"predict/{name}"] = router.pop(name)

@@ -1,0 +1,27 @@
+"""The process that judges: a pickled `(Columns, meta)` on standard input, a line of JSON on standard output."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import sys
+
+from verl_heddle.twin.judge import judge
+
+
+def main() -> None:
+    """Judge one step."""
+    os.nice(19)
+    columns, meta = pickle.load(sys.stdin.buffer)
+    records = list(columns.records())
+    for item in records:
+        item.meta.update(meta)
+    try:
+        print(json.dumps(judge(records)))
+    except ValueError as error:
+        print(json.dumps({"why": str(error)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -58,7 +58,23 @@ def where_it_helps() -> str:
             f"Simulated: stock's makespan over heddle's at the same degree, geometric mean over {len(short)} steps of {cells} cells",
             "at 128 and 256 trajectories per GPU whose contexts want more KV cache than there is. Where there is room for all, heddle",
             f"does what verl does. The tensor-parallel degree alone, without the plugin, is worth up to {best:.1f}x: `verl-heddle plan`.",
+            _switch(),
         ]
+    )
+
+
+def _switch() -> str:
+    """What verl's own switch of trainer is worth, without and with the plugin."""
+    rows = [row["modes"] for row in results("simulated/modes.json")["rows"]]
+    base = [modes["sync"]["stock"]["tokens_per_s"] for modes in rows]
+
+    def over(arm: str) -> str:
+        values = [modes["colocate_async"][arm]["tokens_per_s"] / one for modes, one in zip(rows, base, strict=True)]
+        return f"{min(values):.2f}x to {max(values):.2f}x"
+
+    return (
+        f"verl's own `colocate_async`, off-policy, trains on {over('stock')} stock's synchronous tokens per second without the plugin,\n"
+        f"{over('heddle')} with it ([bench/modes](bench/modes/README.md))."
     )
 
 

@@ -70,7 +70,7 @@ MEASURES: dict[str, tuple[str, ...]] = {
 """Result, below `FOLDER` -> files and folders whose code it measures, the bench's own included."""
 
 PAGES: dict[str, tuple[str, ...]] = {
-    "README.md": ("simulated/regimes.json", "simulated/residents.json", "cpu/residents.json"),
+    "README.md": ("simulated/regimes.json", "simulated/residents.json", "simulated/modes.json", "cpu/residents.json"),
     "docs/results.md": ("simulated/residents.json", "cpu/residents.json", "cpu/fidelity.json", "cpu/fidelity_rules.json"),
     "bench/fidelity/README.md": ("cpu/fidelity.json", "cpu/fidelity_rules.json"),
     "bench/layout/README.md": ("simulated/layout.json",),

@@ -44,7 +44,7 @@ RESULT = ROOT / "bench/results/cpu/modes.json"
 README = Path(__file__).with_name("README.md")
 PROMPTS, SAMPLES, REPLICAS, SLOTS = 12, 4, 2, 24
 BLOCK_TOKENS, BATCH_TOKENS = 32, 2048
-PROMPT_TOKENS, RESPONSE_TOKENS = 256, 1280
+PROMPT_TOKENS, RESPONSE_TOKENS = 192, 1024
 KV_SHARE = 0.3
 """Of the contexts of one batch at their ends: what the KV cache of both replicas holds."""
 STEPS, SKIP, SPARE = 8, 1, 3
@@ -137,7 +137,8 @@ def command(folder: Path, held: int) -> list[str]:
         *("+recipe=math", "+machine=cpu", f"actor_rollout_ref.model.path={folder}/policy"),
         *(f"data.train_files={folder}/train.parquet", f"data.val_files={folder}/train.parquet", f"data.train_batch_size={PROMPTS}"),
         *(f"data.max_prompt_length={PROMPT_TOKENS}", f"data.max_response_length={RESPONSE_TOKENS}"),
-        *(f"actor_rollout_ref.actor.ppo_mini_batch_size={PROMPTS}", "actor_rollout_ref.actor.optim.lr=0"),
+        *(f"actor_rollout_ref.actor.ppo_mini_batch_size={PROMPTS}", "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=12"),
+        *("actor_rollout_ref.actor.optim.lr=0", f"{rollout}.log_prob_micro_batch_size_per_gpu=12"),
         *(f"{rollout}.n={SAMPLES}", f"{rollout}.max_num_seqs={SLOTS}", f"{rollout}.max_model_len={PROMPT_TOKENS + RESPONSE_TOKENS + 1}"),
         *(f"{rollout}.max_num_batched_tokens={BATCH_TOKENS}", f"{rollout}.agent.agent_loop_config_path={folder}/loops.yaml"),
         *(f"{vllm}.num_gpu_blocks_override={held // BLOCK_TOKENS}", f"{vllm}.block_size={BLOCK_TOKENS}"),

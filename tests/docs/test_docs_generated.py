@@ -91,6 +91,10 @@ def test_the_readme_says_where_the_simulator_was_held_against_engines():
     assert "KV pressure" in told and "not measured" in claims.pictured()
 
 
+def test_the_readme_is_short():
+    assert len(README.read_text().split()) <= 1200
+
+
 def test_no_speed_is_claimed_outside_of_what_is_generated():
     text = README.read_text()
     for name, table in TABLES[README].items():

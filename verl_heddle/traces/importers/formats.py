@@ -1,0 +1,103 @@
+"""Which formats there are, which one a file has, and its trajectories with a word on what was told, estimated and missing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from verl_heddle.traces.importers import openai_chat
+from verl_heddle.traces.importers.counting import Tally
+from verl_heddle.traces.importers.document import Document, documents
+from verl_heddle.traces.schema import TraceError
+from verl_heddle.trajectory import Trajectory
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """`knows(value of the first document)`; `read(documents of one file, tally)` gives its trajectories."""
+
+    name: str
+    title: str
+    knows: Callable[[Any], bool]
+    read: Callable[[Iterable[Document], Tally], Iterator[Trajectory]]
+
+
+MODULES: Sequence[Any] = (openai_chat,)
+"""In the order in which they are asked: the more particular first."""
+
+FORMATS: Mapping[str, Format] = {module.NAME: Format(module.NAME, module.TITLE, module.knows, module.read) for module in MODULES}
+
+
+@dataclass
+class Imported:
+    """Trajectories as they come, and what can be said of them when they have all come."""
+
+    format: Format
+    trajectories: Iterator[Trajectory]
+    tally: Tally
+    turns: int = field(default=0)
+    count: int = field(default=0)
+
+    def told(self) -> list[str]:
+        """One line each: what was understood, estimated, missing."""
+        lines = [f"{self.format.title}: {self.count:,} trajectories, {self.turns:,} turns"]
+        if self.tally.told:
+            lines.append(f"told by the file: {_listed(self.tally.told)}")
+        if self.tally.estimated:
+            lines.append(f"estimated as characters / 4 (exact with --tokenizer): {_listed(self.tally.estimated)}")
+        if self.tally.missing:
+            lines.append(f"not told, taken as unknown: {_listed(self.tally.missing)}")
+        lines += [f"left out, {why}: {number:,}" for why, number in self.tally.left_out.items()]
+        return lines
+
+
+def detect(path: Path) -> Format | None:
+    """The format of a file; None: none of these.
+
+    Raises:
+        TraceError: the file cannot be read at all.
+    """
+    first = next(documents(path), None)
+    return None if first is None else next((one for one in FORMATS.values() if one.knows(first.value)), None)
+
+
+def imported(path: Path, name: str | None = None, tally: Tally | None = None) -> Imported:
+    """Begin to import a file; trials of one prompt are numbered in the order of the file.
+
+    Args:
+        name: of the format; None: found out.
+
+    Raises:
+        TraceError: unknown format; while iterating: what is wrong with a document.
+    """
+    every = documents(path)
+    first = next(every)
+    if name is not None and name not in FORMATS:
+        raise TraceError(f"unknown format {name!r}", allowed=", ".join(FORMATS))
+    kind = FORMATS[name] if name is not None else next((one for one in FORMATS.values() if one.knows(first.value)), None)
+    if kind is None:
+        raise TraceError("not a format that is known", allowed=f"{', '.join(FORMATS)} (--format), or a trace", file=str(path))
+    found = Imported(kind, iter(()), Tally() if tally is None else tally)
+    found.trajectories = _numbered(kind.read(chain([first], every), found.tally), found, str(path))
+    return found
+
+
+def _numbered(items: Iterator[Trajectory], found: Imported, file: str) -> Iterator[Trajectory]:
+    trials: Counter[tuple[str, str]] = Counter()
+    for item in items:
+        key = (item.prompt_id, str(item.trial))
+        again = trials[key]
+        trials[key] += 1
+        found.count += 1
+        found.turns += len(item.steps)
+        yield replace(item, trial=again if item.trial == 0 else f"{item.trial}.{again}") if again else item
+    if not found.count:
+        raise TraceError("no trajectory in it", allowed="at least one assistant message", file=file)
+
+
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{name} {number:,} times" for name, number in counts.most_common())

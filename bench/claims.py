@@ -89,10 +89,11 @@ def peers() -> str:
     return "\n".join(
         [
             f"Over all {len(short)} steps of [bench/residents](../bench/residents/README.md), simulated, heddle gives {told('heddle')};",
-            f"with its longest first by true lengths {told('known')}; by predicted length without resident sets",
+            f"admitting the longest first, true lengths known, {told('known')}; by predicted length without resident sets",
             f"(`heddle.priority.order=longest`) {told('heddle_longest')}; ThunderAgent's law {told('thunder_agent')},",
             f"Continuum's {told('continuum')}, trajectory-FCFS {told('trajectory_fcfs')}. vLLM's KV offloading",
-            f"(`heddle.offload.enable=true`), to an ideal host tier, gives stock verl {told('stock_tier')}; resident sets rest beside it.",
+            f"(`heddle.offload.enable=true`), to an ideal host tier, gives stock verl {told('stock_tier')}; resident sets are",
+            "disabled with it.",
         ]
     )
 

@@ -57,6 +57,31 @@ def test_what_is_wrong_with_a_file_is_said_before_anything_is_simulated(tmp_path
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("return 1 / 0", "own.py, line 6, place: ZeroDivisionError"),
+        ("raise ValueError('mine')", "own.py, line 6, place: ValueError: mine"),
+        ("return 'nowhere', 'reason'", "the policy chose replica 'nowhere', which is not in the fleet"),
+        (
+            "return self.least_loaded(), 'r'\n\n    def priority(self, turn):\n        return 0.5",
+            "answers what the simulator cannot use: TypeError",
+        ),
+    ],
+)
+def test_a_policy_that_raises_is_told_with_its_place(tmp_path, capsys, body, words):
+    from verl_heddle.cli import main
+
+    file = tmp_path / "own.py"
+    file.write_text(f"from verl_heddle.simulate.baselines import Peer\n\n\nclass Own(Peer):\n    def place(self, turn):\n        {body}\n")
+    small = ("--prompts", "2", "--samples", "2", "--seeds", "1", "--gpus", "2")
+    for jobs in ("1", "2"):
+        words_typed = ["simulate", "--workload", "math", "--model", "qwen3-8b", *small, "--arms", "stock", "--jobs", jobs]
+        assert main([*words_typed, "--policy", str(file)]) == 2
+        said = capsys.readouterr().err.strip()
+        assert words in said and len(said.splitlines()) == 1, said
+
+
 def test_names_are_names():
     assert rule_of("stock") is RULES["stock"]
     with pytest.raises(ValueError, match="there is no rule 'magic'"):

@@ -64,7 +64,7 @@ def test_sentences_say_what_the_numbers_say(answer):
 
 def test_sentence_where_nobody_waits():
     lines = explain(small(("heddle",), seeds=(0,), slots=256))
-    assert lines[-1].startswith("heddle's priorities change nothing at tp=1: every turn finds a free slot")
+    assert lines[-1].startswith("heddle changes nothing at tp=1: every turn finds room")
 
 
 def test_sentence_where_slots_are_short_and_tp_is_right():

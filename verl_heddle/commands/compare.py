@@ -35,7 +35,7 @@ examples:
       verl-heddle compare --recipe math --pairs 3 --out cmp
 
   more arms: a part switched off, another setting
-      verl-heddle compare --recipe math --arm "no_priority: heddle.priority.enable=false heddle.admission.per_slot=0"
+      verl-heddle compare --recipe math --arm "no_residents: heddle.residents.enable=false"
 
   go on after an interruption, a crash, a failed arm; or with more pairs
       verl-heddle compare --out cmp

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,13 +104,17 @@ def _run(args: argparse.Namespace) -> int:
     from verl_heddle.report.text import report
 
     arms = DEFAULT_ARMS if args.arms is None else (*DEFAULT_ARMS, *OTHER_ARMS) if args.arms == "all" else tuple(args.arms.split(","))
-    arms = (*arms, *(file if file.endswith(".py") else f"{file}.py" for file in args.policy))
+    if odd := [file for file in args.policy if not file.endswith(".py")]:
+        raise ValueError(f"--policy {odd[0]}: must be a Python file (.py)")
+    arms = (*arms, *args.policy)
     setting = setting_of(args)
     paths = _paths(args)
     source = source_of(args)
     meter = Meter()
     try:
         answer = study(setting, source, arms, args.jobs, meter)
+    except Exception as error:
+        raise _blamed(error, args.policy) from error
     finally:
         meter.close()
     sentences = explain(answer)
@@ -116,6 +122,21 @@ def _run(args: argparse.Namespace) -> int:
         print(report(answer, sentences), end="")
     _write(paths, answer, sentences, list(answer.rows) if args.arms else None)
     return 0
+
+
+def _blamed(error: Exception, policies: list[str]) -> Exception:
+    """A policy's own error as one line with its place; another error as it is."""
+    told = "".join(traceback.format_exception(error))  # with what another process told of its own
+    for file in policies:
+        places = re.findall(rf'File "{re.escape(os.path.realpath(file))}", line (\d+), in (\w+)', told)
+        if places:
+            line, where = places[-1]
+            return ValueError(f"{file}, line {line}, {where}: {type(error).__name__}: {error}")
+    if policies and not isinstance(error, ValueError | OSError):
+        return ValueError(
+            f"a policy of --policy {', '.join(policies)} answers what the simulator cannot use: {type(error).__name__}: {error}"
+        )
+    return error
 
 
 def _paths(args: argparse.Namespace) -> dict[str, str]:

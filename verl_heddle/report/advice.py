@@ -102,12 +102,10 @@ def told(answer: Answer, advice: Advice) -> list[str]:
     stock = answer.rows[f"stock_tp{row.tp}"]
     ratios = answer.rows[f"heddle_tp{row.tp}"].ratios(stock)
     if advice.heddle:
-        lines.append(f"Switch heddle on: at tp={row.tp} its priorities make the step {gain(ratios)} as fast as stock's order does.")
+        lines.append(f"Switch heddle on: at tp={row.tp} it makes the step {gain(ratios)} as fast as stock.")
     else:
-        verdict = "lose against stock's order" if loses(ratios) else "make no difference beyond chance"
-        lines.append(
-            f"heddle's priorities {verdict} at tp={row.tp}: {gain(ratios)}. +plugin=observe keeps verl's decisions and shows the step."
-        )
+        verdict = "loses against stock" if loses(ratios) else "makes no difference beyond chance"
+        lines.append(f"heddle {verdict} at tp={row.tp}: {gain(ratios)}. +plugin=observe keeps verl's decisions and shows the step.")
     lines += _mixed_told(answer)
     return lines + [_trial_told(trial, answer.setting) for trial in advice.trials]
 

@@ -1,4 +1,4 @@
-"""What held a step up and what to do about it, in at most four plain sentences.
+"""What held a step up and what to do about it, in at most four plain sentences, and one for each policy of the user's own.
 
 Every sentence is a rule over the numbers of an `Answer`; none says more than the draws support (`study.wins`). They tell of the draw in
 which stock's makespan is the median, and of the slowest step in it.
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from statistics import median_low
 
 from verl_heddle.report.play import Run
+from verl_heddle.report.rules import is_file
 from verl_heddle.report.study import Answer, Row, loses, wins
 from verl_heddle.report.words import count, listed, number, percent, ratio, seconds
 
@@ -21,8 +22,8 @@ WAITED = 0.01
 
 
 def explain(answer: Answer) -> list[str]:
-    """Where the time goes, why, what to do, what heddle does: one entry each, in this order, as far as the arms are there."""
-    return [situation(answer), cause(answer), *_remedy(answer), *_heddle(answer)]
+    """Where the time goes, why, what to do, what heddle and one's own policies do: in this order, as far as the arms are there."""
+    return [situation(answer), cause(answer), *_remedy(answer), *_heddle(answer), *_own(answer)]
 
 
 def situation(answer: Answer) -> str:
@@ -121,15 +122,27 @@ def _heddle(answer: Answer) -> list[str]:
     ratios = row.ratios(base)
     where = f"at tp={row.tp}"
     if wins(ratios):
-        return [f"heddle's priorities make the step {gain(ratios)} as fast as stock {where}: the longest no longer wait behind the short."]
+        why = "contexts stay in the KV cache between turns, where stock reads them again"
+        return [f"heddle makes the step {gain(ratios)} as fast as stock {where}: {why}."]
     if loses(ratios):
-        return [f"heddle's priorities lose here: {gain(ratios)} of stock's speed {where}. Use +plugin=observe."]
+        return [f"heddle loses here: {gain(ratios)} of stock's speed {where}. Use +plugin=observe."]
     other = row.stock if base is None else base.runs
     if median_low(run.queue_share for run in other) < WAITED:
-        return [f"heddle's priorities change nothing {where}: every turn finds a free slot, and only waiting turns can be put in order."]
+        return [f"heddle changes nothing {where}: every turn finds room, and only where turns wait is there something to decide."]
     limit = answer.rows.get("lpt_oracle")
     hope = f"; with the lengths known in advance, longest first gives {ratio(limit.speedup)} at tp={limit.tp}" if limit else ""
-    return [f"heddle's priorities give {gain(ratios)} {where}, no difference beyond chance{hope}."]
+    return [f"heddle gives {gain(ratios)} {where}, no difference beyond chance{hope}."]
+
+
+def _own(answer: Answer) -> list[str]:
+    lines = []
+    for name, row in answer.rows.items():
+        if is_file(name):
+            verdict = (
+                "faster than stock" if wins(row.speedups) else "slower than stock" if loses(row.speedups) else "no difference beyond chance"
+            )
+            lines.append(f"{name} gives {gain(row.speedups)} at tp={row.tp}: {verdict}.")
+    return lines
 
 
 def gain(ratios: list[float]) -> str:

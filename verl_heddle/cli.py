@@ -7,9 +7,17 @@ import sys
 from collections.abc import Sequence
 
 import verl_heddle
-from verl_heddle.commands import compare, doctor, explain, overrides, plan, simulate
+from verl_heddle.commands import compare, doctor, explain, overrides, plan, simulate, trace
 
-MODULES = {"doctor": doctor, "overrides": overrides, "simulate": simulate, "plan": plan, "compare": compare, "explain": explain}
+MODULES = {
+    "doctor": doctor,
+    "overrides": overrides,
+    "simulate": simulate,
+    "plan": plan,
+    "compare": compare,
+    "explain": explain,
+    "trace": trace,
+}
 
 EPILOG = """\
 The plugin itself needs no command: add +plugin=heddle to a stock verl command line.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -23,6 +24,8 @@ def place(tmp_path_factory):
     for run in ("checkpoints/p/e/heddle", "your-run/heddle"):
         (folder / run).mkdir(parents=True)
         recorded(folder / run, steps=12, prompts=2, median_tokens=60)
+    said = [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "It is four. " * 20}]
+    (folder / "chats.jsonl").write_text(f"{json.dumps({'messages': said})}\n" * 8)
     (folder / "program.py").write_text("print(1)\n")
     for name, text in EXAMPLE.findall((ROOT / "CONTRIBUTING.md").read_text()):
         (folder / name).write_text(text)

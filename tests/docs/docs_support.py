@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 from bench import claims  # noqa: E402
 from bench.marked import replaced  # noqa: E402
 
-README, RESULTS = ROOT / "README.md", ROOT / "docs" / "results.md"
+README, RESULTS, FORMATS_PAGE = ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "import.md"
 SIZES = ROOT / "recipes" / "config" / "README.md"
 
 RUNS, ACCEPTED, REFUSED, UNTRIED = "runs", "accepted", "refused at start-up", "**not run yet**"
@@ -138,10 +138,18 @@ def sizes() -> str:
     return "\n".join([head, "|---|---|---|---|---|---|---|", *lines])
 
 
+def formats() -> str:
+    """The formats that can be imported."""
+    from verl_heddle.traces.importers import FORMATS
+
+    return "\n".join(["| `--format` | what |", "|---|---|", *(f"| `{name}` | {one.title} |" for name, one in sorted(FORMATS.items()))])
+
+
 TABLES = {
     README: {"figure": claims.pictured, "helps": claims.where_it_helps, "tested": support},
     RESULTS: {"peers": claims.peers, "accuracy": claims.accuracy},
     SIZES: {"sizes": sizes},
+    FORMATS_PAGE: {"formats": formats},
 }
 """Page -> the names of its markers, and what stands between them."""
 

@@ -3,7 +3,7 @@
 | command | what is done with it |
 |---|---|
 | `verl-heddle simulate`, `plan` | run, with two prompts of two samples |
-| `verl-heddle explain`, `overrides`, `doctor` | run |
+| `verl-heddle explain`, `overrides`, `doctor`, `trace` | run |
 | `verl-heddle compare` | run on a finished comparison; a new one with --dry-run |
 | `python -m verl.trainer.main_ppo` | composed by verl's own entry point (`--cfg job`), not trained |
 | `recipes/*/run.sh` | run up to Python: the data it asks for is made (generated, no model), what it would train is composed and checked |
@@ -144,7 +144,12 @@ def bench(command: Command, shell: Shell) -> None:
     assert all(word.partition("=")[0] in told for word in command.words[2:] if word.startswith("-"))
 
 
+def traced(command: Command, shell: Shell) -> None:
+    assert good(shell.heddle(command, shell.place))
+
+
 CLASSES = (
+    (r"verl-heddle trace ", traced),
     (r"verl-heddle simulate ", simulate),
     (r"verl-heddle plan ", plan),
     (r"verl-heddle explain ", explain),

@@ -7,7 +7,9 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
@@ -31,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     work = parser.add_argument_group("what is run (one of the two)")
     which = work.add_mutually_exclusive_group(required=True)
     which.add_argument(
-        "--trace", metavar="FILE", help="a trace file or a folder of them (.jsonl, .jsonl.gz); +plugin=heddle and observe write one"
+        "--trace",
+        metavar="FILE",
+        help="a trace or a folder of them (+plugin=heddle and observe write one), or logs of other tools (docs/import.md)",
     )
     which.add_argument("--workload", choices=WORKLOADS, help="an invented workload, for a first look without a trace")
     work.add_argument("--step", type=int, metavar="N", help="of a trace: this training step; default: every step, one after the other")
@@ -137,11 +141,30 @@ def source_of(args: argparse.Namespace) -> Source:
     if args.trace is not None:
         if args.set:
             raise ValueError("--set changes a generated workload, not a trace")
-        return recorded(args.trace, seeds, args.step, args.prompts, args.samples, args.cold)
+        with _ours(args.trace) as path:
+            return recorded(path, seeds, args.step, args.prompts, args.samples, args.cold)
     if args.step is not None:
         raise ValueError("--step chooses a step of a trace, a workload has only one")
     prompts = args.prompts or max(8, PROMPTS_PER_GPU * args.gpus)
     return generated(args.workload, prompts, args.samples or SAMPLES, seeds, args.cold, **dict(map(_parameter, args.set)))
+
+
+@contextmanager
+def _ours(path: str) -> Iterator[str]:
+    """The path of a trace; a file of another format is imported into one that lives as long as the context, and told of on stderr."""
+    from verl_heddle.traces import write
+    from verl_heddle.traces.importers.anything import is_ours, trajectories
+
+    if is_ours(path):
+        yield path
+        return
+    items, found = trajectories(path)
+    with TemporaryDirectory(prefix="heddle-import-") as folder:
+        trace = os.path.join(folder, f"{os.path.basename(path).removesuffix('.gz').removesuffix('.jsonl')}.jsonl")
+        write(trace, items)
+        for line in found.told() if found is not None else ():
+            print(f"{path}: {line}", file=sys.stderr)
+        yield trace
 
 
 def answered(args: argparse.Namespace, work: Callable[[argparse.Namespace], int]) -> int:

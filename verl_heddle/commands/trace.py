@@ -1,0 +1,116 @@
+"""`verl-heddle trace`: traces out of other people's files; what a trace is like; parts and sums of traces."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from verl_heddle.commands.asking import _positive, answered, check_writable, one_line
+
+if TYPE_CHECKING:
+    from verl_heddle.traces.importers import Imported
+    from verl_heddle.traces.importers.counting import Tally
+    from verl_heddle.trajectory import Trajectory
+
+EXAMPLES = """\
+examples:
+  logs of an agent, as something to simulate; the format is found out
+      verl-heddle trace import logs/*.traj --out agent.jsonl.gz
+      verl-heddle simulate --trace agent.jsonl.gz --model qwen3-14b
+
+  what is in it: lengths, spread, tools, contexts
+      verl-heddle trace describe agent.jsonl.gz
+
+  token counts by a tokenizer instead of characters / 4
+      verl-heddle trace import chats.jsonl --tokenizer Qwen/Qwen3-8B --out chats.trace.jsonl
+
+simulate, plan and describe take foreign files as well, and import them on the way. No text is kept. Formats: docs/import.md.
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Declare the command."""
+    parser = subparsers.add_parser(
+        "trace",
+        help="import other tools' logs, describe traces, merge and cut them",
+        description="Make traces of the files you have, and see what is in them.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.error = one_line(parser.prog)
+    what = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    for name, help_text, several in (
+        ("import", "make one trace of files in other formats", True),
+        ("describe", "a trace, or another file, in words and one picture", False),
+        ("merge", "several traces as one", True),
+        ("head", "the first trajectories of a trace", False),
+    ):
+        one = what.add_parser(name, help=help_text, description=help_text, formatter_class=argparse.RawDescriptionHelpFormatter)
+        one.error = one_line(one.prog)  # type: ignore[method-assign]
+        one.add_argument("files", nargs="+" if several else 1, metavar="FILE", help="a file; of our own traces also a folder")
+        if name != "merge":
+            one.add_argument("--format", help="of a foreign file; default: found out from what is in it")
+            one.add_argument("--tokenizer", metavar="NAME", help="folder or name of a Hugging Face tokenizer; default: characters / 4")
+        if name == "head":
+            one.add_argument("-n", type=_positive, default=100, metavar="N", help="how many (default 100)")
+        if name != "describe":
+            one.add_argument("--out", required=True, metavar="FILE", help="the trace to write; compressed if it ends in .gz")
+            one.add_argument("--force", action="store_true", help="replace FILE if it is there")
+
+
+def run(args: argparse.Namespace) -> int:
+    """The exit code is 0, or 2 for what the user can mend."""
+    return answered(args, _run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from verl_heddle.traces.importers.counting import Tally
+
+    if args.what == "describe":
+        from verl_heddle.report.workload_words import words
+
+        items, found = _open(args, args.files[0], Tally(args.tokenizer))
+        lines = words(items)
+        _tell(args.files[0], found)
+        print("\n".join(lines))
+        return 0
+    check_writable(args.out)
+    if Path(args.out).exists() and not args.force:
+        raise ValueError(f"{args.out} is there already; --force replaces it")
+    if Path(args.out).resolve() in {Path(file).resolve() for file in args.files}:
+        raise ValueError(f"{args.out} is one of the files that are read")
+    number = _written(args, Tally(getattr(args, "tokenizer", None)))
+    print(f"wrote {args.out}: {number:,} trajectories")
+    return 0
+
+
+def _written(args: argparse.Namespace, tally: Tally) -> int:
+    from verl_heddle.traces import write
+
+    every = chain.from_iterable(_items(args, file, tally) for file in args.files)
+    return write(args.out, islice(every, args.n) if args.what == "head" else every)
+
+
+def _items(args: argparse.Namespace, file: str, tally: Tally) -> Iterator[Trajectory]:
+    """Of one file, told of when it is through."""
+    from verl_heddle.traces.importers.counting import Tally as Fresh
+
+    own = tally if len(args.files) == 1 else Fresh(getattr(args, "tokenizer", None))
+    items, found = _open(args, file, own)
+    yield from items
+    _tell(file, found)
+
+
+def _open(args: argparse.Namespace, file: str, tally: Tally) -> tuple[Iterator[Trajectory], Imported | None]:
+    from verl_heddle.traces.importers.anything import trajectories
+
+    return trajectories(file, getattr(args, "format", None), tally, lambda text: print(f"{file}: {text}", file=sys.stderr))
+
+
+def _tell(file: str, found: Imported | None) -> None:
+    if found is not None:
+        print("\n".join(f"{file}: {line}" for line in found.told()), file=sys.stderr)

@@ -7,6 +7,7 @@ from math import inf
 from shlex import quote
 
 from verl_heddle.report.advice import Advice, forecast, why
+from verl_heddle.report.headline import headline
 from verl_heddle.report.setting import Setting
 from verl_heddle.report.study import Answer, Row
 from verl_heddle.report.words import count, number, ratio, spread
@@ -82,7 +83,13 @@ def table(rows: Sequence[Row]) -> str:
 
 def report(answer: Answer, sentences: Sequence[str]) -> str:
     """Everything `verl-heddle simulate` prints."""
-    parts = ["\n".join(assumptions(answer)), table(list(answer.rows.values())), LEGEND, "\n".join(f"- {line}" for line in sentences)]
+    parts = [
+        "\n".join(headline(answer)),
+        "\n".join(assumptions(answer)),
+        table(list(answer.rows.values())),
+        LEGEND,
+        "\n".join(f"- {line}" for line in sentences),
+    ]
     return "\n\n".join(parts) + "\n"
 
 

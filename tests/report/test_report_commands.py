@@ -75,7 +75,7 @@ def test_plan_prints_overrides(capsys, tmp_path):
         (("--workload", "math", "--json", "/nowhere/x.json"), "there is no folder"),
         (("--workload", "math", "--html", "/tmp"), "it is a folder"),
         (("--trace", "/nowhere.jsonl"), "no such file"),
-        (("--trace", __file__), "neither JSON nor CSV"),
+        (("--trace", __file__), "not JSON"),
         (("--workload", "math", "--set", "median_tokens=400000", "--set", "cap_tokens=900000"), "longest turn needs"),
     ],
 )

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 from verl_heddle.traces.importers.counting import Tally
 from verl_heddle.traces.importers.document import documents
-from verl_heddle.traces.importers.formats import Imported, imported
+from verl_heddle.traces.importers.formats import FORMATS, Imported, imported
 from verl_heddle.traces.io import Note, read, trace_files
+from verl_heddle.traces.schema import TraceError
 from verl_heddle.trajectory import Trajectory
+
+OURS = {field.name for field in fields(Trajectory)}
 
 
 def is_ours(path: str | os.PathLike[str]) -> bool:
-    """Whether it is a trace, a folder of them, or something that only `read` can tell what is wrong with.
-
-    Raises:
-        TraceError: the file is neither a trace nor JSON nor CSV.
-    """
+    """Whether `read` is to say what is in it: a trace, a folder, or a file that no format knows and that is no other JSON object."""
     place = Path(path)
     if place.is_dir() or not place.is_file():
         return True
-    first = next(documents(place), None)
-    return first is not None and isinstance(first.value, dict) and {"source", "workload", "steps"} <= first.value.keys()
+    try:
+        first = next(documents(place)).value
+    except TraceError:
+        return True
+    if any(one.knows(first) for one in FORMATS.values()):
+        return False
+    return not isinstance(first, dict) or bool(OURS & first.keys() - {"model", "meta"})
 
 
 def trajectories(

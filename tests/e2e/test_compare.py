@@ -28,13 +28,16 @@ def command(*words: str, **extra: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "verl_heddle.cli", *words], capture_output=True, text=True, timeout=1200, env=environment)
 
 
+def compared(workspace, out: Path, steps: int, *overrides: str) -> tuple[Path, subprocess.CompletedProcess]:
+    """(folder, finished call): one pair of the math recipe's command, on data and model made once for all tests."""
+    recipe = {"OUT": str(workspace), "NAME": "compare", "STEPS": str(steps), "GPUS": "1", "PYTHON": sys.executable}
+    run = ("bash", str(ROOT / "recipes/math/run.sh"), "+machine=cpu", *overrides)
+    return out, command("compare", "--out", str(out), "--pairs", "1", "--steps", str(steps), "--", *run, **recipe)
+
+
 @pytest.fixture(scope="module")
 def done(workspace, tmp_path_factory):
-    """(folder, finished call): the math recipe's command on data and model made once for all tests."""
-    out = tmp_path_factory.mktemp("compare") / "cmp"
-    recipe = {"OUT": str(workspace), "NAME": "compare", "STEPS": "2", "GPUS": "1", "PYTHON": sys.executable}
-    words = ("compare", "--out", str(out), "--pairs", "1", "--steps", "2", "--", "bash", str(ROOT / "recipes/math/run.sh"), "+machine=cpu")
-    return out, command(*words, **recipe)
+    return compared(workspace, tmp_path_factory.mktemp("compare") / "cmp", 2)
 
 
 def test_both_arms_finish_and_are_compared(done):
@@ -116,3 +119,22 @@ def test_explain_takes_the_comparison(done):
     call = command("explain", str(done[0]))
     assert call.returncode == 0, call.stderr
     assert "- Step 2 took" in call.stdout and "Its life, turn by turn" in call.stdout and "What would have helped" in call.stdout
+
+
+def test_an_asynchronous_trainer_is_compared_by_tokens_trained_on(workspace, tmp_path):
+    out, call = compared(workspace, tmp_path / "windows", 3, "trainer.v1.trainer_mode=colocate_async", "trainer.test_freq=3")
+    assert call.returncode == 0, call.stderr[-4000:]
+    value = json.loads((out / "compare.json").read_text())
+    jsonschema = pytest.importorskip("jsonschema")
+    assert list(jsonschema.Draft202012Validator(schema()).iter_errors(value)) == []
+    for arm in value["arms"]:
+        windows = arm["windows"]
+        assert windows["trained_tokens_per_s"] > 0 and windows["dropped_share"] == 0 and windows["interrupted_share"] > 0
+        assert 0 < windows["paused_share"] < 1 and arm["speedup"] is None and arm["validation"] is not None
+        logged = [json.loads(line)["data"] for line in (out / f"runs/p1-{arm['name']}/metrics.jsonl").read_text().splitlines()]
+        tokens = [row["heddle/trained/tokens"] for row in logged if "heddle/trained/tokens" in row]
+        steps = next(run["steps"] for run in value["runs"] if run["arm"] == arm["name"])
+        assert [step["trained_tokens"] for step in steps] == tokens and len(tokens) == 3
+    ratio = next(arm["trained_ratio"] for arm in value["arms"] if arm["name"] == "heddle")
+    assert ratio["steps"] == 2 and 0.2 < ratio["value"] < 5
+    assert "trained tokens/s" in call.stdout and "of 3: trained on" in call.stderr

@@ -1,4 +1,4 @@
-"""The plugin's planned placement beside its priorities, with the predictor taught by one epoch, against stock verl on the same fleet.
+"""The plugin with planned placement, its predictor taught by one epoch, and as released, against stock verl on the same fleet.
 
     python bench/placement/beside.py               # about two minutes on one core; a line of JSON per cell, then all of them together
 

@@ -3,7 +3,7 @@
 Takes verl's overrides, simulates each step (stock's rule, or longest first for +plugin=heddle) and writes what a run writes: verl's
 metrics file, heddle's trace, Hydra's config, lines on the console. The real twin of these tests is tests/e2e/test_compare.py.
 
-Under an asynchronous trainer mode it logs windows between batches instead of makespans; the twin of that is in tests/e2e/test_compare.py as well.
+Under an asynchronous trainer mode it logs windows between batches instead of makespans.
 
 Environment: FAKE_STEP_S (seconds a step sleeps), FAKE_FAIL (an arm's name: it exits with 3), FAKE_HANG (an arm's name: it goes silent),
 FAKE_CHILD (a file: a child that ignores its parent's death is left behind, its pid written there), FAKE_PARENT (the arm that does so).

@@ -109,3 +109,22 @@ def test_a_million_lines_are_read_one_at_a_time(tmp_path):
     finally:
         tracemalloc.stop()
     assert peak < 60e6, "prompts and trials are remembered, conversations are not"
+
+
+def test_what_is_nested_without_end_says_nothing():
+    from verl_heddle.traces.importers.fields import text
+
+    deep: object = "x"
+    for _ in range(5000):
+        deep = [deep]
+    assert text(deep) == "" and text({"input": deep}) == "" and text(["a", {"text": ["b"]}]) == "a\nb"
+
+
+def test_a_header_without_rows(tmp_path):
+    assert "a header and no rows" in fault(tmp_path, "TIMESTAMP,ContextTokens,GeneratedTokens\n", name="code.csv")
+
+
+def test_the_order_of_formats_does_not_matter_but_for_chat(tmp_path):
+    from verl_heddle.traces.importers.formats import FORMATS
+
+    assert list(FORMATS)[-1] == "openai", "it takes whatever has messages"

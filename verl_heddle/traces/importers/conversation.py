@@ -14,6 +14,7 @@ from hashlib import blake2b
 from typing import Any, Literal
 
 from verl_heddle.traces.importers.counting import Tally
+from verl_heddle.traces.schema import MAX_TOKENS
 from verl_heddle.trajectory import Trajectory, Turn
 
 LONGEST_S = 1e9
@@ -96,7 +97,7 @@ def trajectory(
         )
         if not order:
             prompt_tokens = heard
-        context += output
+        context = min(context + output, MAX_TOKENS)
     digest = prompt_id or blake2b("\0".join(one.text for one in opening).encode("utf-8", "replace"), digest_size=8).hexdigest()
     return Trajectory(source, workload, digest, trial, prompt_tokens, tuple(turns), reward, model, dict(meta or {}))
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime
-from math import isfinite
 from typing import Any
 
-from verl_heddle.traces.schema import MAX_TOKENS
+from verl_heddle.traces.schema import MAX_DEPTH, MAX_TOKENS
+
+LARGEST = 1e300
+"""The trace schema takes no larger number."""
 
 
 def get(value: Any, *path: str | int) -> Any:
@@ -41,22 +43,27 @@ def real(value: Any) -> float | None:
         number = float(value)
     except OverflowError:
         return None
-    return number if isfinite(number) else None
+    return number if abs(number) <= LARGEST else None  # NaN fails the comparison
 
 
-def text(value: Any) -> str:
-    """Everything that is said in a message's content: text, lists of parts, and JSON of what else there is."""
+def text(value: Any, depth: int = 0) -> str:
+    """Everything that is said in a message's content: text, lists of parts, and JSON of what else there is; nothing below `MAX_DEPTH`."""
+    if depth > MAX_DEPTH:
+        return ""
     if value is None:
         return ""
     if isinstance(value, str):
         return value
     if isinstance(value, list):
-        return "\n".join(filter(None, map(text, value)))
+        return "\n".join(filter(None, (text(one, depth + 1) for one in value)))
     if isinstance(value, dict):
         for key in ("text", "content", "thinking", "reasoning", "output"):
             if isinstance(value.get(key), str | list):
-                return text(value[key])
-    return json.dumps(value, ensure_ascii=False, default=str)
+                return text(value[key], depth + 1)
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str)
+    except RecursionError:
+        return ""
 
 
 def name(value: Any) -> str | None:

@@ -9,7 +9,18 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from verl_heddle.traces.importers import openai_chat
+from verl_heddle.traces.importers import (
+    claude_code,
+    inspect_log,
+    mini_swe_agent,
+    openai_chat,
+    openhands,
+    request_traces,
+    swe_agent,
+    tau2,
+    verl_dump,
+    weave,
+)
 from verl_heddle.traces.importers.counting import Tally
 from verl_heddle.traces.importers.document import Document, documents
 from verl_heddle.traces.schema import TraceError
@@ -18,18 +29,33 @@ from verl_heddle.trajectory import Trajectory
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """`knows(value of the first document)`; `read(documents of one file, tally)` gives its trajectories."""
+    """`knows(value of the first document)`; `read(documents of one file, tally)` gives its trajectories. `one_of_a_kind`: no two of them
+    are of one prompt, so that a million of them need not be remembered."""
 
     name: str
     title: str
     knows: Callable[[Any], bool]
     read: Callable[[Iterable[Document], Tally], Iterator[Trajectory]]
+    one_of_a_kind: bool = False
 
 
-MODULES: Sequence[Any] = (openai_chat,)
+MODULES: Sequence[Any] = (
+    swe_agent,
+    mini_swe_agent,
+    openhands,
+    claude_code,
+    tau2,
+    inspect_log,
+    weave,
+    verl_dump,
+    request_traces,
+    openai_chat,
+)
 """In the order in which they are asked: the more particular first."""
 
-FORMATS: Mapping[str, Format] = {module.NAME: Format(module.NAME, module.TITLE, module.knows, module.read) for module in MODULES}
+FORMATS: Mapping[str, Format] = {
+    module.NAME: Format(module.NAME, module.TITLE, module.knows, module.read, getattr(module, "ONE_OF_A_KIND", False)) for module in MODULES
+}
 
 
 @dataclass
@@ -75,7 +101,9 @@ def imported(path: Path, name: str | None = None, tally: Tally | None = None) ->
         TraceError: unknown format; while iterating: what is wrong with a document.
     """
     every = documents(path)
-    first = next(every)
+    first = next(every, None)
+    if first is None:
+        raise TraceError("a header and no rows", allowed="at least one", file=str(path))
     if name is not None and name not in FORMATS:
         raise TraceError(f"unknown format {name!r}", allowed=", ".join(FORMATS))
     kind = FORMATS[name] if name is not None else next((one for one in FORMATS.values() if one.knows(first.value)), None)
@@ -89,9 +117,11 @@ def imported(path: Path, name: str | None = None, tally: Tally | None = None) ->
 def _numbered(items: Iterator[Trajectory], found: Imported, file: str) -> Iterator[Trajectory]:
     trials: Counter[tuple[str, str]] = Counter()
     for item in items:
-        key = (item.prompt_id, str(item.trial))
-        again = trials[key]
-        trials[key] += 1
+        again = 0
+        if not found.format.one_of_a_kind:
+            key = (item.prompt_id, str(item.trial))
+            again = trials[key]
+            trials[key] += 1
         found.count += 1
         found.turns += len(item.steps)
         yield replace(item, trial=again if item.trial == 0 else f"{item.trial}.{again}") if again else item

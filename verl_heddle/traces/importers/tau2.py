@@ -1,0 +1,136 @@
+"""tau2-bench: one object with `info`, `tasks` and `simulations`; and tau-bench: a list of tasks with their `traj`.
+
+A turn is a generation of the agent. What the simulated user does with tools of its own the agent does not see: it is time that the user
+takes. The greeting that opens a tau2 conversation is no generation, it is fixed. Source: `data_model/simulation.py` and
+`data_model/message.py` of sierra-research/tau2-bench; `agents/` and the historical trajectories of sierra-research/tau-bench.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from verl_heddle.traces.importers import openai_chat
+from verl_heddle.traces.importers.conversation import Message, trajectory
+from verl_heddle.traces.importers.counting import Tally
+from verl_heddle.traces.importers.document import Document
+from verl_heddle.traces.importers.fields import count, get, name, real, text, unix_s
+from verl_heddle.trajectory import Trajectory
+
+NAME, TITLE = "tau2", "tau2-bench or tau-bench results"
+ROLES = ("system", "user", "assistant", "tool")
+
+_REACT_RESULT = "API output: "
+"""What an agent without tool calls reads is the user's words or this."""
+
+
+def knows(value: object) -> bool:
+    """Whether the first document is of this format."""
+    if isinstance(value, list):
+        return isinstance(get(value, 0, "traj"), list) and get(value, 0, "task_id") is not None
+    return (
+        isinstance(get(value, "simulations"), list)
+        and isinstance(get(value, "info"), dict)
+        and (get(value, "info", "environment_info") is not None or get(value, "simulations", 0, "task_id") is not None)
+    )
+
+
+def read(documents: Iterable[Document], tally: Tally) -> Iterator[Trajectory]:
+    """A trajectory for every simulation."""
+    for document in documents:
+        for item in (_old if isinstance(document.value, list) else _simulations)(document, tally):
+            if item is None:
+                tally.left_out["without an assistant message"] += 1
+            else:
+                yield item
+
+
+def _simulations(document: Document, tally: Tally) -> Iterator[Trajectory | None]:
+    about = get(document.value, "info")
+    preamble = "\n".join(text(get(about, "environment_info", key)) for key in ("policy", "tool_defs"))
+    for number, run in enumerate(_list(document, get(document.value, "simulations"), "simulations")):
+        if isinstance(run, dict) and run.get("messages") is None:  # a voice run has ticks of audio
+            tally.left_out["without messages"] += 1
+            continue
+        field = f"simulations[{number}].messages"
+        yield trajectory(
+            _messages(document, _list(document, get(run, "messages"), field), field),
+            tally,
+            source=NAME,
+            workload=name(get(about, "environment_info", "domain_name")) or "tau2-bench",
+            prompt_id=_task(run),
+            trial=count(get(run, "trial")) or 0,
+            reward=real(get(run, "reward_info", "reward")),
+            model=name(get(about, "agent_info", "llm")),
+            preamble=preamble,
+        )
+
+
+def _messages(document: Document, said: list[Any], field: str) -> list[Message]:
+    """What the agent says and reads."""
+    made: list[Message] = []
+    for index, one in enumerate(said):
+        role = get(one, "role")
+        if role not in ROLES:
+            document.fault(f"got {role!r}", field=f"{field}[{index}].role", allowed=", ".join(ROLES))
+        calls = get(one, "tool_calls")
+        calls = calls if isinstance(calls, list) else []
+        if (role == "tool" and get(one, "requestor") == "user") or (role == "user" and calls):
+            continue
+        words = "\n".join(filter(None, [text(get(one, "content")), *(text(get(call, "arguments")) for call in calls)]))
+        if not made and role == "assistant" and not calls and get(one, "usage") is None:
+            role = "system"  # the greeting
+        heard = Message(role, words, ended_s=unix_s(get(one, "timestamp")))
+        if role == "assistant":
+            heard = replace(
+                heard,
+                tokens=count(get(one, "usage", "completion_tokens")),
+                context_tokens=count(get(one, "usage", "prompt_tokens")),
+                calls=tuple(name(get(call, "name")) or "tool" for call in calls),
+                gen_s=real(get(one, "generation_time_seconds")),
+            )
+        made.append(heard)
+    return made
+
+
+def _old(document: Document, tally: Tally) -> Iterator[Trajectory | None]:
+    """Of tau-bench, whose messages are those of the OpenAI API."""
+    for number, run in enumerate(document.value):
+        field = f"[{number}].traj"
+        said = _list(document, get(run, "traj"), field)
+        messages = [openai_chat.message(one, document, f"{field}[{index}]") for index, one in enumerate(said)]
+        for index, message in enumerate(messages[1:], 1):
+            before = messages[index - 1]
+            if message.role == "user" and before.role == "assistant" and message.text.startswith(_REACT_RESULT):
+                messages[index - 1] = replace(before, calls=(_action(before.text),))
+                messages[index] = replace(message, role="tool")
+        yield trajectory(
+            messages,
+            tally,
+            source=NAME,
+            workload="tau-bench",
+            prompt_id=_task(run),
+            trial=count(get(run, "trial")) or 0,
+            reward=real(get(run, "reward")),
+        )
+
+
+def _action(words: str) -> str:
+    """The tool that an agent without tool calls names in its last lines."""
+    try:
+        return name(get(json.loads(words.rpartition("Action:")[2]), "name")) or "tool"
+    except (ValueError, RecursionError):
+        return "tool"
+
+
+def _task(run: object) -> str | None:
+    task = get(run, "task_id")
+    return str(task) if type(task) is int else name(task)
+
+
+def _list(document: Document, value: object, field: str) -> list[Any]:
+    if not isinstance(value, list):
+        document.fault(f"got {type(value).__name__}", field=field, allowed="a list")
+    return value

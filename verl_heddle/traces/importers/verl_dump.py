@@ -1,0 +1,119 @@
+"""verl's dumps: `trainer.rollout_data_dir` and `validation_data_dir` get a `<step>.jsonl` of `input`, `output`, `gts`, `score`, `step`.
+
+The output is one text, tool results included, without special tokens: in the templates of Qwen and Hermes a line that is only `user` and
+one that is only `assistant` are left of them, and there it is cut into turns. Other templates give one turn. Nothing in it is timed or
+counted. Source: `_write_generations` of verl 0.9, `trainer/ppo/v1/trainer_base.py` and `trainer/ppo/ray_trainer.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+
+from verl_heddle.traces.importers.conversation import Message, trajectory
+from verl_heddle.traces.importers.counting import Tally
+from verl_heddle.traces.importers.document import Document
+from verl_heddle.traces.importers.fields import count, get, name, real
+from verl_heddle.trajectory import Trajectory
+
+NAME, TITLE = "verl_dump", "verl rollout or validation dump"
+
+_START = re.compile(r"<\|im_start\|>(\w+)\n?")
+_GLUED = re.compile(r"(?<!\n)(user|tool)(?=\n\s*<tool_response>)")
+"""verl appends the result's tokens to those of the call, and no line break is between them."""
+_FUNCTION = re.compile(r"<function=([^>\s]+)>")
+_LISTENING = ("user", "tool")
+
+
+def knows(value: object) -> bool:
+    """Whether the first document is of this format."""
+    keys = {"input", "output", "score", "step"}
+    return isinstance(value, dict) and keys <= value.keys() and isinstance(value["input"], str) and isinstance(value["output"], str)
+
+
+def read(documents: Iterable[Document], tally: Tally) -> Iterator[Trajectory]:
+    """A trajectory for every line."""
+    for document in documents:
+        row = document.value
+        for key in ("input", "output"):
+            if not isinstance(get(row, key), str):
+                document.fault(f"got {type(get(row, key)).__name__}", field=key, allowed="text")
+        step = count(get(row, "step"))
+        item = trajectory(
+            [Message("user", row["input"]), *_messages(row["output"])],
+            tally,
+            source=NAME,
+            workload=name(get(row, "data_source")) or "verl",
+            reward=real(get(row, "score")),
+            meta={} if step is None else {"step": step},
+        )
+        if item is None:
+            tally.left_out["without output"] += 1
+        else:
+            yield item
+
+
+def _messages(output: str) -> list[Message]:
+    parts = [part for part in (_marked(output) if "<|im_start|>" in output else _bare(output)) if part[1].strip()]
+    made: list[Message] = []
+    for index, (role, text) in enumerate(parts):
+        if role != "assistant":
+            made.append(Message("tool" if _is_result(role, text) else "user", text))
+            continue
+        answered = index + 1 < len(parts) and _is_result(*parts[index + 1])
+        made.append(Message("assistant", text, calls=_calls(text) or (("tool",) if answered else ())))
+    return made
+
+
+def _is_result(role: str, text: str) -> bool:
+    return role == "tool" or "<tool_response>" in text
+
+
+def _marked(output: str) -> list[tuple[str, str]]:
+    """Roles and texts where the special tokens are still in it."""
+    said, *rest = _START.split(output)
+    parts = [("assistant", said), *zip(rest[::2], rest[1::2], strict=True)]
+    return [(role, text.replace("<|im_end|>", "").replace("<|endoftext|>", "")) for role, text in parts]
+
+
+def _bare(output: str) -> list[tuple[str, str]]:
+    """Roles and texts where only the names of the roles are left.
+
+    A line `user` that no line `assistant` follows is the model's own, unless a tool's result is below it: an output ends there that has
+    reached its limit.
+    """
+    parts: list[tuple[str, str]] = []
+    said: list[str] = []
+    heard: list[str] = []
+    results = open_results = 0
+    for line in _GLUED.sub(r"\n\1", output).split("\n"):
+        if heard and line == "assistant" and not open_results:
+            parts += [("assistant", "\n".join(said)), (heard[0], "\n".join(heard))]
+            said, heard, results = [], [], 0
+        elif line in _LISTENING and not results:
+            said += heard
+            heard = [line]
+        elif heard:
+            heard.append(line)
+            results += line.count("<tool_response>")
+            open_results = max(0, open_results + line.count("<tool_response>") - line.count("</tool_response>"))
+        else:
+            said.append(line)
+    if not results:
+        return [*parts, ("assistant", "\n".join(said + heard))]
+    return [*parts, ("assistant", "\n".join(said)), (heard[0], "\n".join(heard))]
+
+
+def _calls(text: str) -> tuple[str, ...]:
+    """Names of the tools that it calls, in JSON (Hermes) or in XML (Qwen3-Coder); what is neither is no call for verl."""
+    names = []
+    for piece in text.split("<tool_call>")[1:]:
+        body, closed, _ = piece.partition("</tool_call>")
+        try:
+            called = name(get(json.loads(body), "name"))
+        except (ValueError, RecursionError):
+            called = match.group(1) if (match := _FUNCTION.search(body)) else None
+        if closed and called:
+            names.append(called)
+    return tuple(names)

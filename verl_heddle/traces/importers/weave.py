@@ -1,0 +1,199 @@
+"""Calls of W&B Weave, as JSON Lines or a JSON list: `op_name`, `trace_id`, `started_at`, `ended_at`, `inputs`, `output`, `summary`.
+
+The calls of one trace that are of a model (inputs with `messages`, an output with `choices` or with Anthropic's `content` and `usage`) are
+its turns, in the order in which they began; from the end of one to the start of the next is the time of its tools. A call inside such a
+call is the same one again, seen by another layer. The calls of a trace lie anywhere in the file, so that all are kept until its end, as
+numbers and names. Source: `CallSchema` of the Weave documentation, and the integrations of weave 0.54 for OpenAI and Anthropic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+from math import inf
+from typing import Any
+
+from verl_heddle.traces.importers.conversation import Message, trajectory
+from verl_heddle.traces.importers.counting import Tally
+from verl_heddle.traces.importers.document import Document
+from verl_heddle.traces.importers.fields import count, get, name, text, unix_s
+from verl_heddle.trajectory import Trajectory
+
+NAME, TITLE = "weave", "W&B Weave calls"
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """Of a model. `asked`: its last input is a person's, or what Anthropic calls so, a tool's result."""
+
+    message: Message
+    prompt: str
+    asked: bool
+    model: str | None
+    context_told: bool
+    output_told: bool
+
+
+@dataclass(slots=True)
+class _Trace:
+    calls: list[tuple[str | None, _Call]] = field(default_factory=list)
+    parents: dict[str, str | None] = field(default_factory=dict)
+    workload: str | None = None
+
+
+def knows(value: object) -> bool:
+    """Whether the first document is of this format."""
+    first = value[0] if isinstance(value, list) and value else value
+    return (
+        isinstance(first, dict)
+        and {"op_name", "trace_id", "started_at", "inputs"} <= first.keys()
+        and name(first["op_name"]) is not None
+        and name(first["trace_id"]) is not None
+    )
+
+
+def read(documents: Iterable[Document], tally: Tally) -> Iterator[Trajectory]:
+    """A trajectory for every trace."""
+    traces: dict[str, _Trace] = {}
+    for document in documents:
+        rows = document.value if isinstance(document.value, list) else [document.value]
+        for number, row in enumerate(rows):
+            key = name(get(row, "trace_id"))
+            if key is None:
+                where = f"[{number}]." if isinstance(document.value, list) else ""
+                document.fault(f"got {type(get(row, 'trace_id')).__name__}", field=f"{where}trace_id", allowed="text")
+            _take(traces.setdefault(key, _Trace()), row, tally)
+    for trace in traces.values():
+        item = _trajectory(trace, tally)
+        if item is not None:
+            yield item
+
+
+def _take(trace: _Trace, row: Any, tally: Tally) -> None:
+    key, parent = name(get(row, "id")), name(get(row, "parent_id"))
+    if key is not None:
+        trace.parents[key] = parent
+    if parent is None:
+        trace.workload = _op(get(row, "op_name"))
+    call = _call(row, tally)
+    if call is None:
+        tally.left_out["calls that are not of a model"] += 1
+    else:
+        trace.calls.append((key, call))
+
+
+def _op(reference: object) -> str | None:
+    """The name in `weave:///entity/project/op/name:digest`."""
+    return (name(reference) or "").rpartition("/")[2].partition(":")[0] or None
+
+
+def _call(row: Any, tally: Tally) -> _Call | None:
+    said, output = get(row, "inputs", "messages"), get(row, "output")
+    choices, content = get(output, "choices"), get(output, "content")
+    if not isinstance(said, list):
+        return None
+    if isinstance(choices, list):
+        answer = get(choices, 0, "message")
+        calls = get(answer, "tool_calls")
+        asked = [get(call, "function") for call in calls] if isinstance(calls, list) else []
+        words = [text(get(answer, key)) for key in ("reasoning_content", "reasoning", "content")]
+    elif isinstance(content, list) and get(output, "usage") is not None:
+        asked = [part for part in content if get(part, "type") == "tool_use"]
+        words = [text(part) for part in content if get(part, "type") != "tool_use"]
+    else:
+        return None
+    context, made = _usage(row)
+    system, tools = text(get(row, "inputs", "system")), text(get(row, "inputs", "tools"))
+    if context is None:
+        heard = sum(tally.tokens(text(get(one, "content")) + text(get(one, "tool_calls"))) for one in said)
+        heard += tally.tokens(system) + tally.tokens(tools)
+    words += [text(get(call, "arguments")) + text(get(call, "input")) for call in asked]
+    return _Call(
+        Message(
+            "assistant",
+            tokens=tally.tokens("\n".join(filter(None, words))) if made is None else made,
+            context_tokens=heard if context is None else context,
+            started_s=unix_s(get(row, "started_at")),
+            ended_s=unix_s(get(row, "ended_at")),
+            calls=tuple(name(get(call, "name")) or "tool" for call in asked),
+        ),
+        prompt=blake2b(
+            "\0".join([system, *(text(get(one, "content")) for one in said)]).encode("utf-8", "replace"), digest_size=8
+        ).hexdigest(),
+        asked=get(said, -1, "role") == "user",
+        model=name(get(output, "model")) or name(get(row, "inputs", "model")),
+        context_told=context is not None,
+        output_told=made is not None,
+    )
+
+
+def _usage(row: Any) -> tuple[int | None, int | None]:
+    """Tokens read and generated, None where nobody says.
+
+    Anthropic's `input_tokens` are without those of the cache; in the summary, where Weave has added them up, they are with them.
+    """
+    usage = get(row, "output", "usage")
+    made = _first(usage, "completion_tokens", "output_tokens")
+    context = count(get(usage, "prompt_tokens"))
+    if context is None and (fresh := count(get(usage, "input_tokens"))) is not None:
+        context = count(fresh + sum(count(get(usage, f"cache_{way}_input_tokens")) or 0 for way in ("read", "creation")))
+    models = get(row, "summary", "usage")
+    if isinstance(models, dict) and len(models) == 1:  # of several models it is a sum
+        (only,) = models.values()
+        context = _first(only, "prompt_tokens", "input_tokens") if context is None else context
+        made = _first(only, "completion_tokens", "output_tokens") if made is None else made
+    return context, made
+
+
+def _first(usage: Any, *keys: str) -> int | None:
+    return next((number for key in keys if (number := count(get(usage, key))) is not None), None)
+
+
+def _trajectory(trace: _Trace, tally: Tally) -> Trajectory | None:
+    of_models = {key for key, _ in trace.calls if key is not None}
+    calls = [call for key, call in trace.calls if not _inside(key, trace.parents, of_models)]
+    if len(trace.calls) > len(calls):
+        tally.left_out["calls inside a call of a model"] += len(trace.calls) - len(calls)
+    calls.sort(key=lambda call: inf if call.message.started_s is None else call.message.started_s)
+    messages: list[Message] = []
+    for call in calls:
+        if messages and call.asked:
+            messages.append(Message("user"))
+        messages.append(call.message)
+    counted = Tally()
+    item = trajectory(
+        messages,
+        counted,
+        source=NAME,
+        workload=trace.workload or NAME,
+        prompt_id=calls[0].prompt if calls else None,
+        model=calls[0].model if calls else None,
+    )
+    if item is None:
+        return None
+    # Every count of a message is told there: whether the file told it is known here.
+    for what in ("told", "missing"):
+        if number := getattr(counted, what)["tool seconds"]:
+            getattr(tally, what)["tool seconds"] += number
+    for call in calls:
+        (tally.told if call.context_told or tally.exact else tally.estimated)["context"] += 1
+        (tally.told if call.output_told or tally.exact else tally.estimated)["output tokens"] += 1
+    return replace(
+        item,
+        steps=tuple(
+            replace(turn, output_est=not call.output_told and not tally.exact) for turn, call in zip(item.steps, calls, strict=True)
+        ),
+    )
+
+
+def _inside(key: str | None, parents: dict[str, str | None], of_models: set[str]) -> bool:
+    """Whether a call of a model is above it. Parents that go round in a circle end the search."""
+    seen = set()
+    above = None if key is None else parents.get(key)
+    while above is not None and above not in seen:
+        if above in of_models and above != key:
+            return True
+        seen.add(above)
+        above = parents.get(above)
+    return False

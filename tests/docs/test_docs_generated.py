@@ -68,6 +68,10 @@ def test_the_readme_claims_what_the_whole_tables_say():
     short = claims.results("simulated/residents.json")["rows"]
     cells = [row["arms"]["stock"]["makespan_s"] / row["arms"]["heddle"]["makespan_s"] for row in short]
     rows = [line.split("|")[1:-1] for line in claims.where_it_helps().splitlines() if re.search(r"\d of \d+ \|", line)]
+    map_row = rows.pop()
+    every = [cell["heddle_speedup"] for cell in claims.results("simulated/regimes.json")["cells"]]
+    assert f"all {len(every)} cells" in map_row[0] and f"{min(every):.2f}x to {max(every):.2f}x" in map_row[2]
+    assert map_row[3].strip() == f"{sum(value < 0.995 for value in every)} of {len(every)}"
     told = [(*map(float, re.findall(r"([\d.]+)x", worst_to_best)), *map(int, counts.split(" of "))) for _, _, worst_to_best, counts in rows]
     assert sum(count for *_, count in told) == len(cells), "no step is left out"
     assert sum(slower for *_, slower, _ in told) == sum(value < 0.995 for value in cells)

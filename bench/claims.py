@@ -116,10 +116,14 @@ def accuracy() -> str:
     )
 
 
-def _pair_errors() -> str:
-    """Of the forecasts of bench/residents, over all arms and pairs."""
+def pair_errors() -> list[float]:
+    """Of the forecasts of bench/residents, with sign, over all arms and pairs: engines that are short of KV cache."""
     pairs = [row for told in results("cpu/residents.json")["workloads"].values() for row in told["pairs"]]
-    errors = [row["forecast_s"][arm] / row["makespan_s"][arm] - 1 for row in pairs for arm in row["makespan_s"]]
+    return [row["forecast_s"][arm] / row["makespan_s"][arm] - 1 for row in pairs for arm in row["makespan_s"]]
+
+
+def _pair_errors() -> str:
+    errors = pair_errors()
     off = sorted(map(abs, errors))
     return (
         f"{len(errors)} runs: makespan error {100 * median(off):.1f} % in the median, {100 * off[-1]:.1f} % at worst, "

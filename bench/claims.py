@@ -32,16 +32,17 @@ def pictured() -> str:
     real = results("cpu/residents.json")["workloads"]
     told = "; ".join(f"{name}, {_pairs(one['ratios']['stock/heddle'])}" for name, one in real.items())
     return (
-        "*Simulated: 8 H200, step times composed by AIConfigurator from tables of single operators, not measured; no GPU run has been\n"
-        "made. Left: what there is to win. Right: heddle over stock where KV cache is short. Measured on two real vLLM engines on a CPU\n"
-        f"with KV cache for a quarter of the contexts: {told} ([pairs](bench/residents/README.md)).*"
+        "*Simulated: 8 H200, step times composed by AIConfigurator from tables of single operators, not measured. Left: what there is to\n"
+        "win. Right: heddle over stock where KV cache is short. Measured on two real vLLM engines on a CPU\n"
+        f"with KV cache for a quarter of the contexts: {told}\n"
+        "([pairs](bench/residents/README.md)).*"
     )
 
 
 def _pairs(ratio: dict[str, Any]) -> str:
     """Median and range of the pairs of one arm, and the forecast."""
     low, high, count = min(ratio["pairs"]), max(ratio["pairs"]), len(ratio["pairs"])
-    return f"{ratio['median']:.2f}x, the median of {count} pairs from {low:.2f}x to {high:.2f}x; forecast {ratio['forecast_median']:.2f}x"
+    return f"{ratio['median']:.2f}x ({low:.2f}x to {high:.2f}x over {count} pairs; forecast {ratio['forecast_median']:.2f}x)"
 
 
 def where_it_helps() -> str:

@@ -8,6 +8,7 @@ import json
 import pytest
 from samples import fault, lines, put, taken
 
+from verl_heddle.traces import TraceError
 from verl_heddle.traces.importers import imported
 
 
@@ -118,6 +119,21 @@ def test_what_is_nested_without_end_says_nothing():
     for _ in range(5000):
         deep = [deep]
     assert text(deep) == "" and text({"input": deep}) == "" and text(["a", {"text": ["b"]}]) == "a\nb"
+
+
+@pytest.mark.parametrize("kind", ["claude_code", "openai"])
+def test_a_file_that_is_nested_without_end_ends_in_a_line_or_is_read(tmp_path, kind):
+    path = put(tmp_path, "")
+    for depth in (50, 300, 700, 950, 5000):
+        part = "[" * depth + "]" * depth
+        event = '{"type": "user", "uuid": "u", "sessionId": "s", "message": {"role": "user", "content": DEEP}}'.replace("DEEP", part)
+        answer = '{"type": "assistant", "uuid": "v", "sessionId": "s", "message": {"role": "assistant", "content": "a"}}'
+        chat = '{"messages": [{"role": "user", "content": DEEP}, {"role": "assistant", "content": "a"}]}'.replace("DEEP", part)
+        path.write_text(f"{event}\n{answer}\n" if kind == "claude_code" else f"{chat}\n")
+        try:
+            assert len(list(imported(path, kind).trajectories)) == 1
+        except TraceError as error:
+            assert str(path) in str(error)
 
 
 def test_a_header_without_rows(tmp_path):

@@ -116,7 +116,7 @@ def imported(path: Path, name: str | None = None, tally: Tally | None = None) ->
 
 def _numbered(items: Iterator[Trajectory], found: Imported, file: str) -> Iterator[Trajectory]:
     trials: Counter[tuple[str, str]] = Counter()
-    for item in items:
+    for item in _shallow(items, file):
         again = 0
         if not found.format.one_of_a_kind:
             key = (item.prompt_id, str(item.trial))
@@ -127,6 +127,13 @@ def _numbered(items: Iterator[Trajectory], found: Imported, file: str) -> Iterat
         yield replace(item, trial=again if item.trial == 0 else f"{item.trial}.{again}") if again else item
     if not found.count:
         raise TraceError("no trajectory in it", allowed="at least one assistant message", file=file)
+
+
+def _shallow(items: Iterator[Trajectory], file: str) -> Iterator[Trajectory]:
+    try:
+        yield from items
+    except RecursionError:
+        raise TraceError("nested too deeply", file=file) from None
 
 
 def _listed(counts: Counter[str]) -> str:

@@ -81,6 +81,7 @@ COMMANDS = {
     "plan": ["plan", *WORK, "--html", "plan.html"],
     "explain": ["explain", "run/heddle", "--json", "explain.json"],
     "compare": ["compare", "--dry-run", "--out", "cmp", "--steps", "2", "--", *VERL, "+machine=cpu"],
+    "trace": ["trace", "describe", "run/heddle"],
 }
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from verl_heddle.traces.importers.conversation import Message, trajectory
 from verl_heddle.traces.importers.counting import Tally
 from verl_heddle.traces.importers.document import Document
-from verl_heddle.traces.importers.fields import count, get, name, text, unix_s
+from verl_heddle.traces.importers.fields import count, get, items, name, text, unix_s
 from verl_heddle.trajectory import Trajectory
 
 NAME, TITLE = "claude_code", "Claude-Code-style session log"
@@ -57,9 +57,7 @@ def read(documents: Iterable[Document], tally: Tally) -> Iterator[Trajectory]:
             model=spoken.model,
             meta={"parent": session} if agent is not None and session is not None else {},
         )
-        if item is None:
-            tally.left_out["without an assistant message"] += 1
-        else:
+        if item is not None:
             yield item
 
 
@@ -186,7 +184,7 @@ def _said(conversation: _Conversation, value: dict[str, Any]) -> None:
     answer.context = count(sum(read)) or answer.context  # 0 is what a message has that was not counted
     answer.tokens = count(get(message, "usage", "output_tokens")) or answer.tokens
     content = message.get("content")
-    for block in content if isinstance(content, list) else []:
+    for block in items(content):
         if get(block, "type") == "tool_use":
             answer.calls.append(name(get(block, "name")) or "tool")
             if call := name(get(block, "id")):

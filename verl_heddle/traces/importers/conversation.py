@@ -9,7 +9,7 @@ take as long as the longest.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Literal
 
@@ -54,7 +54,7 @@ def trajectory(
     preamble: str = "",
     meta: dict[str, Any] | None = None,
 ) -> Trajectory | None:
-    """The trajectory of a conversation; None where no assistant speaks.
+    """The trajectory of a conversation; None where no assistant speaks, which is tallied.
 
     Args:
         prompt_id: None: a digest of what stands before the first assistant message.
@@ -62,6 +62,7 @@ def trajectory(
     """
     spoken = [index for index, message in enumerate(messages) if message.role == "assistant"]
     if not spoken:
+        tally.left_out["without an assistant message"] += 1
         return None
     opening = messages[: spoken[0]]
     turns: list[Turn] = []
@@ -100,12 +101,6 @@ def trajectory(
         context = min(context + output, MAX_TOKENS)
     digest = prompt_id or blake2b("\0".join(one.text for one in opening).encode("utf-8", "replace"), digest_size=8).hexdigest()
     return Trajectory(source, workload, digest, trial, prompt_tokens, tuple(turns), reward, model, dict(meta or {}))
-
-
-def last_without_tool(item: Trajectory) -> Trajectory:
-    """The same, its last turn leading to nothing: for sources that end with the call that submits."""
-    end = replace(item.steps[-1], tool=None, tool_latency_s=None)
-    return replace(item, steps=(*item.steps[:-1], end))
 
 
 def _output(message: Message, tally: Tally) -> tuple[int, bool]:

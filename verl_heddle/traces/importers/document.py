@@ -31,6 +31,16 @@ class Document:
     file: str
     line: int
 
+    def list_of(self, value: Any, what: str, field: str) -> list[Any]:
+        """The value, which has to be a list of `what`.
+
+        Raises:
+            TraceError: it is none.
+        """
+        if not isinstance(value, list):
+            self.fault(f"got {type(value).__name__}", field=field, allowed=f"a list of {what}")
+        return value
+
     def fault(self, problem: str, *, field: str = "", allowed: str = "") -> NoReturn:
         """It cannot be read.
 

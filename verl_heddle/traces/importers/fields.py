@@ -6,7 +6,7 @@ import json
 from datetime import UTC, datetime
 from typing import Any
 
-from verl_heddle.traces.schema import MAX_DEPTH, MAX_TOKENS
+from verl_heddle.traces.schema import MAX_DEPTH, MAX_TOKENS, MAX_UNIX_S
 
 LARGEST = 1e300
 """The trace schema takes no larger number."""
@@ -20,6 +20,11 @@ def get(value: Any, *path: str | int) -> Any:
         except (KeyError, IndexError, TypeError):
             return None
     return value
+
+
+def items(value: Any) -> list[Any]:
+    """What is in a list; nothing where it is none."""
+    return value if isinstance(value, list) else []
 
 
 def count(value: Any) -> int | None:
@@ -72,10 +77,10 @@ def name(value: Any) -> str | None:
 
 
 def unix_s(value: Any) -> float | None:
-    """A time of day: unix seconds, milliseconds (from the year 5138 in seconds on) or ISO 8601 (UTC where it names no zone)."""
+    """A time of day: unix seconds, milliseconds (what is later than the trace schema takes) or ISO 8601 (UTC where it names no zone)."""
     number = real(value)
     if number is not None and not isinstance(value, bool):
-        return number / 1000 if number > 1e11 else number
+        return number / 1000 if number > MAX_UNIX_S else number
     if not isinstance(value, str):
         return None
     try:

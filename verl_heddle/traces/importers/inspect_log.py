@@ -14,7 +14,7 @@ from typing import Any
 from verl_heddle.traces.importers.conversation import Message, trajectory
 from verl_heddle.traces.importers.counting import Tally
 from verl_heddle.traces.importers.document import Document
-from verl_heddle.traces.importers.fields import count, get, name, real, text, unix_s
+from verl_heddle.traces.importers.fields import count, get, items, name, real, text, unix_s
 from verl_heddle.trajectory import Trajectory
 
 NAME, TITLE = "inspect", "Inspect eval log"
@@ -36,14 +36,10 @@ def knows(value: object) -> bool:
 def read(documents: Iterable[Document], tally: Tally) -> Iterator[Trajectory]:
     """A trajectory for every sample in every epoch."""
     for document in documents:
-        samples = get(document.value, "samples")
-        if not isinstance(samples, list):
-            document.fault(f"got {type(samples).__name__}", field="samples", allowed="a list of samples: a header alone has none")
+        samples = document.list_of(get(document.value, "samples"), "samples: a header alone has none", "samples")
         for number, sample in enumerate(samples):
-            said = get(sample, "messages")
             field = f"samples[{number}].messages"
-            if not isinstance(said, list):
-                document.fault(f"got {type(said).__name__}", field=field, allowed="a list of messages")
+            said = document.list_of(get(sample, "messages"), "messages", field)
             sample_id = get(sample, "id")
             item = trajectory(
                 _messages(document, sample, said, field),
@@ -55,9 +51,7 @@ def read(documents: Iterable[Document], tally: Tally) -> Iterator[Trajectory]:
                 reward=_score(sample),
                 model=name(get(document.value, "eval", "model")),
             )
-            if item is None:
-                tally.left_out["without an assistant message"] += 1
-            else:
+            if item is not None:
                 yield item
 
 
@@ -70,10 +64,8 @@ def _messages(document: Document, sample: Any, said: list[Any], field: str) -> l
         role = get(one, "role")
         if role not in ROLES:
             document.fault(f"got {role!r}", field=f"{field}[{index}].role", allowed=", ".join(ROLES))
-        calls = get(one, "tool_calls")
-        calls = calls if isinstance(calls, list) else []
-        words = [text(get(one, "content")), *(text(get(call, "arguments")) for call in calls)]
-        message = Message(role, "\n".join(filter(None, words)))
+        calls = items(get(one, "tool_calls"))
+        message = Message(role, text([get(one, "content"), *(get(call, "arguments") for call in calls)]))
         if _generated(one):
             names = tuple(name(get(call, "function")) or name(get(call, "function", "name")) or "tool" for call in calls)
             message = replace(_told(message, answers[spoken]), calls=names)
@@ -100,7 +92,7 @@ def _events(sample: Any, answers: list[Any]) -> tuple[list[Any], dict[str, Any]]
     events = get(sample, "events")
     if not isinstance(events, list):
         events = get(sample, "transcript", "events")  # logs of 2024
-    events = events if isinstance(events, list) else []
+    events = items(events)
     models = [one for one in events if get(one, "event") == "model" and not get(one, "pending") and get(one, "error") is None]
     known = {number: one for one in models if (number := name(get(one, "output", "choices", 0, "message", "id")))}
     found = [known.get(name(get(answer, "id")) or "") for answer in answers]

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from verl_heddle.traces.importers.conversation import Message, trajectory
 from verl_heddle.traces.importers.counting import Tally
 from verl_heddle.traces.importers.document import Document
-from verl_heddle.traces.importers.fields import count, get, name, real, text, unix_s
+from verl_heddle.traces.importers.fields import count, get, items, name, real, text, unix_s
 from verl_heddle.traces.importers.swe_agent import command_name, stem
 from verl_heddle.trajectory import Trajectory
 
@@ -50,16 +50,12 @@ def read(documents: Iterable[Document], tally: Tally) -> Iterator[Trajectory]:
             model=name(get(info, "config", "model", "model_name")),
             meta={"truncated": True} if get(info, "exit_status") == "LimitsExceeded" else {},
         )
-        if item is None:
-            tally.left_out["without an assistant message"] += 1
-        else:
+        if item is not None:
             yield item
 
 
 def _messages(document: Document) -> list[Message]:
-    said = get(document.value, "messages")
-    if not isinstance(said, list):
-        document.fault(f"got {type(said).__name__}", field="messages", allowed="a list of messages")
+    said = document.list_of(get(document.value, "messages"), "messages", "messages")
     messages: list[Message] = []
     answered = False
     for number, one in enumerate(said):
@@ -105,11 +101,9 @@ def _role(one: Any, answered: bool) -> Literal["system", "user", "assistant", "t
 
 def _commands(one: Any) -> list[str]:
     """The commands of an assistant message; one that nobody knows where none can be found."""
-    actions = get(one, "extra", "actions")
-    if isinstance(actions, list) and actions:
+    if actions := items(get(one, "extra", "actions")):
         return [text(get(action, "command")) for action in actions]
-    calls = get(one, "tool_calls")
-    if isinstance(calls, list) and calls:
+    if calls := items(get(one, "tool_calls")):
         return [_argument(get(call, "function", "arguments")) for call in calls]
     blocks = _BLOCK.findall(text(get(one, "content")))
     return blocks[-1:] or [""]
@@ -123,11 +117,10 @@ def _argument(arguments: Any) -> str:
 
 
 def _said(one: Any) -> str:
-    parts = [text(get(one, key)) for key in ("reasoning_content", "content")]
-    calls, output = get(one, "tool_calls"), get(one, "output")
-    parts += [text(get(call, "function", "arguments")) for call in (calls if isinstance(calls, list) else [])]
-    parts += [text(get(part, key)) for part in (output if isinstance(output, list) else []) for key in ("summary", "content", "arguments")]
-    return "\n".join(filter(None, parts))
+    parts = [get(one, key) for key in ("reasoning_content", "content")]
+    parts += [get(call, "function", "arguments") for call in items(get(one, "tool_calls"))]
+    parts += [get(part, key) for part in items(get(one, "output")) for key in ("summary", "content", "arguments")]
+    return text(parts)
 
 
 def _told(usage: Any, *keys: str) -> int | None:

@@ -13,7 +13,7 @@ from typing import Any
 from verl_heddle.traces.importers.conversation import Message, trajectory
 from verl_heddle.traces.importers.counting import Tally
 from verl_heddle.traces.importers.document import Document
-from verl_heddle.traces.importers.fields import count, get, name, real, text, unix_s
+from verl_heddle.traces.importers.fields import count, get, items, name, real, text, unix_s
 from verl_heddle.trajectory import Trajectory
 
 NAME, TITLE = "openai", "OpenAI-style chat with tool calls"
@@ -34,8 +34,7 @@ def read(documents: Iterable[Document], tally: Tally) -> Iterator[Trajectory]:
         for number, row in enumerate(rows):
             where = f"[{number}]" if isinstance(document.value, list) else ""
             said = get(row, "messages") if get(row, "messages") is not None else get(row, "request", "messages")
-            if not isinstance(said, list):
-                document.fault(f"got {type(said).__name__}", field=f"{where}messages", allowed="a list of messages")
+            said = document.list_of(said, "messages", f"{where}messages")
             answer = get(row, "response", "choices", 0, "message")
             messages = [
                 message(one, document, f"{where}messages[{index}]") for index, one in enumerate([*said, *([answer] if answer else [])])
@@ -54,9 +53,7 @@ def read(documents: Iterable[Document], tally: Tally) -> Iterator[Trajectory]:
                 model=name(get(row, "model")) or name(get(row, "response", "model")),
                 preamble=text(get(row, "tools")) or text(get(row, "request", "tools")),
             )
-            if item is None:
-                tally.left_out["without an assistant message"] += 1
-            else:
+            if item is not None:
                 yield item
 
 
@@ -70,13 +67,11 @@ def message(value: Any, document: Document, field: str) -> Message:
     if role is None:
         document.fault(f"got {get(value, 'role')!r}", field=f"{field}.role", allowed=", ".join(ROLES))
     calls = get(value, "tool_calls") or ([value["function_call"]] if get(value, "function_call") else [])
-    asked = [get(call, "function") or call for call in calls] if isinstance(calls, list) else []
-    parts = [text(get(value, key)) for key in ("reasoning_content", "reasoning", "content")] + [
-        text(get(call, "arguments")) for call in asked
-    ]
+    asked = [get(call, "function") or call for call in items(calls)]
+    parts = [get(value, key) for key in ("reasoning_content", "reasoning", "content")] + [get(call, "arguments") for call in asked]
     made = Message(
         role,  # type: ignore[arg-type]
-        "\n".join(filter(None, parts)),
+        text(parts),
         started_s=unix_s(get(value, "started_at")),
         ended_s=unix_s(get(value, "timestamp")) or unix_s(get(value, "created_at")),
         calls=tuple(name(get(call, "name")) or "tool" for call in asked),

@@ -15,7 +15,7 @@ from typing import Any
 from verl_heddle.traces.importers.conversation import Message, trajectory
 from verl_heddle.traces.importers.counting import Tally
 from verl_heddle.traces.importers.document import Document
-from verl_heddle.traces.importers.fields import count, get, name, real, text, unix_s
+from verl_heddle.traces.importers.fields import count, get, items, name, real, text, unix_s
 from verl_heddle.trajectory import Trajectory
 
 NAME, TITLE = "openhands", "OpenHands events or evaluation output"
@@ -58,22 +58,21 @@ def read(documents: Iterable[Document], tally: Tally) -> Iterator[Trajectory]:
     for document in documents:
         value = document.value
         if isinstance(value, list) and not any(_has_events(one) for one in value):
-            yield from _taken(value, {}, document, "", tally)
+            yield from _episode(value, {}, document, "", tally)
         elif isinstance(value, list) or _has_events(value):
             for number, one in enumerate(value if isinstance(value, list) else [value]):
                 where = f"[{number}]." if isinstance(value, list) else ""
                 key = "history" if get(one, "history") is not None else "trajectory"
                 events = get(one, key)
-                if events is not None and not isinstance(events, list):
-                    document.fault(f"got {type(events).__name__}", field=where + key, allowed="a list of events")
-                yield from _taken(events or [], one, document, where + key, tally)
+                events = [] if events is None else document.list_of(events, "events", where + key)
+                yield from _episode(events, one, document, where + key, tally)
         elif isinstance(value, dict):
             stream.append(value)
             last = document
         else:
             document.fault(f"got {type(value).__name__}", allowed="an event, a list of events, or the output of an evaluation")
     if last is not None:
-        yield from _taken(stream, {}, replace(last, line=0), "", tally)
+        yield from _episode(stream, {}, replace(last, line=0), "", tally)
 
 
 def _is_event(value: Any) -> bool:
@@ -96,16 +95,10 @@ def _is_episode(value: Any) -> bool:
     return _is_event(first) or (first is None and name(value.get("instance_id")) is not None and isinstance(value.get("test_result"), dict))
 
 
-def _taken(events: Sequence[Any], episode: Any, document: Document, where: str, tally: Tally) -> list[Trajectory]:
-    item = _episode(events, episode, document, where, tally)
-    if item is None:
-        tally.left_out["without an assistant message"] += 1
-    return [] if item is None else [item]
-
-
-def _episode(events: Sequence[Any], episode: Any, document: Document, where: str, tally: Tally) -> Trajectory | None:
+def _episode(events: Sequence[Any], episode: Any, document: Document, where: str, tally: Tally) -> Iterator[Trajectory]:
+    """One trajectory, or none."""
     usages = get(episode, "metrics", "token_usages")
-    known = {get(one, "response_id"): one for one in usages if name(get(one, "response_id"))} if isinstance(usages, list) else {}
+    known = {get(one, "response_id"): one for one in items(usages) if name(get(one, "response_id"))}
     heard = _Heard(known)
     for number, event in enumerate(events):
         for one in event if isinstance(event, list) else [event]:  # old outputs pair an action with what it led to
@@ -114,7 +107,7 @@ def _episode(events: Sequence[Any], episode: Any, document: Document, where: str
             heard.event(one)
     verdict = get(episode, "report", "resolved")
     verdict = get(episode, "test_result", "report", "resolved") if verdict is None else verdict
-    return trajectory(
+    item = trajectory(
         heard.messages,
         tally,
         source=NAME,
@@ -124,6 +117,8 @@ def _episode(events: Sequence[Any], episode: Any, document: Document, where: str
         model=name(get(episode, "metadata", "llm_config", "model")) or name(get(episode, "metadata", "llm", "model")) or heard.model,
         preamble=heard.tools,
     )
+    if item is not None:
+        yield item
 
 
 @dataclass
@@ -145,19 +140,19 @@ class _Heard:
         if kind == "SystemPromptEvent" or action == "system":
             self.tools = text(event.get("tools")) or text(get(event, "args", "tools"))
             said = [event.get("system_prompt"), event.get("dynamic_context"), get(event, "args", "content")]
-            self.messages.append(Message("system", _joined(said), ended_s=ended))
+            self.messages.append(Message("system", text(said), ended_s=ended))
         elif kind in _RESULTS:
             said = [event.get(key) for key in ("observation", "extended_content", "error", "rejection_reason")]
-            self.messages.append(Message("tool", _joined(said), ended_s=ended))
+            self.messages.append(Message("tool", text(said), ended_s=ended))
         elif kind == "MessageEvent" and source != "agent":
             said = [get(event, "llm_message", "content"), event.get("extended_content")]
-            self.messages.append(Message("user" if source == "user" else "system", _joined(said), ended_s=ended))
+            self.messages.append(Message("user" if source == "user" else "system", text(said), ended_s=ended))
         elif kind in ("MessageEvent", "ActionEvent"):
             call = None if kind == "MessageEvent" else name(event.get("tool_name")) or "tool"
             self._said(event, call, ended)
         elif observation == "recall":  # the program puts it beside what the user said
             said = [event.get("content"), get(event, "extras", "repo_instructions"), get(event, "extras", "microagent_knowledge")]
-            self.messages.append(Message("system", _joined(said), ended_s=ended))
+            self.messages.append(Message("system", text(said), ended_s=ended))
         elif observation is not None and observation not in _NOT_HEARD:
             self.messages.append(Message("tool", text(event.get("content")), ended_s=ended))
         elif action == "message" and source == "user":
@@ -175,7 +170,7 @@ class _Heard:
         if key is not None and key in self.places:
             first = self.messages[self.places[key]]
             more = "" if answer is not None else _written(event)  # the response holds all its calls
-            self.messages[self.places[key]] = replace(first, text=_joined([first.text, more]), calls=first.calls + calls)
+            self.messages[self.places[key]] = replace(first, text=text([first.text, more]), calls=first.calls + calls)
             return
         if key is not None:
             self.places[key] = len(self.messages)
@@ -202,16 +197,11 @@ class _Heard:
 
 
 def _answered(answer: Any) -> str:
-    calls = get(answer, "tool_calls")
-    asked = [get(call, "function", "arguments") for call in calls] if isinstance(calls, list) else []
-    return _joined([get(answer, "reasoning_content"), get(answer, "content"), *asked])
+    asked = [get(call, "function", "arguments") for call in items(get(answer, "tool_calls"))]
+    return text([get(answer, "reasoning_content"), get(answer, "content"), *asked])
 
 
 def _written(event: dict[str, Any]) -> str:
     said = [event.get("reasoning_content"), event.get("thought"), get(event, "llm_message", "reasoning_content")]
     said += [get(event, "llm_message", "content"), get(event, "tool_call", "arguments")]
-    return _joined(said + [get(event, "args", key) for key in _ARGUMENTS])
-
-
-def _joined(parts: Sequence[Any]) -> str:
-    return "\n".join(filter(None, map(text, parts)))
+    return text(said + [get(event, "args", key) for key in _ARGUMENTS])

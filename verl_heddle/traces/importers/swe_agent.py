@@ -47,9 +47,7 @@ def read(documents: Iterable[Document], tally: Tally) -> Iterator[Trajectory]:
         several = isinstance(attempts, list) and bool(attempts)
         for number, run in enumerate(attempts if several else [document.value]):
             item = _run(run, document, f"attempts[{number}]." if several else "", tally)
-            if item is None:
-                tally.left_out["without an assistant message"] += 1
-            else:
+            if item is not None:
                 yield item
 
 
@@ -69,9 +67,8 @@ def stem(file: str) -> str:
 
 
 def _run(run: Any, document: Document, where: str, tally: Tally) -> Trajectory | None:
-    steps, info = get(run, "trajectory"), get(run, "info")
-    if not isinstance(steps, list):
-        document.fault(f"got {type(steps).__name__}", field=f"{where}trajectory", allowed="a list of steps")
+    info = get(run, "info")
+    steps = document.list_of(get(run, "trajectory"), "steps", f"{where}trajectory")
     messages = _opening(run)
     for number, step in enumerate(steps):
         if not isinstance(step, dict):

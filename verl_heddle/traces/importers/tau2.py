@@ -16,7 +16,7 @@ from verl_heddle.traces.importers import openai_chat
 from verl_heddle.traces.importers.conversation import Message, trajectory
 from verl_heddle.traces.importers.counting import Tally
 from verl_heddle.traces.importers.document import Document
-from verl_heddle.traces.importers.fields import count, get, name, real, text, unix_s
+from verl_heddle.traces.importers.fields import count, get, items, name, real, text, unix_s
 from verl_heddle.trajectory import Trajectory
 
 NAME, TITLE = "tau2", "tau2-bench or tau-bench results"
@@ -41,22 +41,20 @@ def read(documents: Iterable[Document], tally: Tally) -> Iterator[Trajectory]:
     """A trajectory for every simulation."""
     for document in documents:
         for item in (_old if isinstance(document.value, list) else _simulations)(document, tally):
-            if item is None:
-                tally.left_out["without an assistant message"] += 1
-            else:
+            if item is not None:
                 yield item
 
 
 def _simulations(document: Document, tally: Tally) -> Iterator[Trajectory | None]:
     about = get(document.value, "info")
     preamble = "\n".join(text(get(about, "environment_info", key)) for key in ("policy", "tool_defs"))
-    for number, run in enumerate(_list(document, get(document.value, "simulations"), "simulations")):
+    for number, run in enumerate(document.list_of(get(document.value, "simulations"), "simulations", "simulations")):
         if isinstance(run, dict) and run.get("messages") is None:  # a voice run has ticks of audio
             tally.left_out["without messages"] += 1
             continue
         field = f"simulations[{number}].messages"
         yield trajectory(
-            _messages(document, _list(document, get(run, "messages"), field), field),
+            _messages(document, document.list_of(get(run, "messages"), "messages", field), field),
             tally,
             source=NAME,
             workload=name(get(about, "environment_info", "domain_name")) or "tau2-bench",
@@ -75,11 +73,10 @@ def _messages(document: Document, said: list[Any], field: str) -> list[Message]:
         role = get(one, "role")
         if role not in ROLES:
             document.fault(f"got {role!r}", field=f"{field}[{index}].role", allowed=", ".join(ROLES))
-        calls = get(one, "tool_calls")
-        calls = calls if isinstance(calls, list) else []
+        calls = items(get(one, "tool_calls"))
         if (role == "tool" and get(one, "requestor") == "user") or (role == "user" and calls):
             continue
-        words = "\n".join(filter(None, [text(get(one, "content")), *(text(get(call, "arguments")) for call in calls)]))
+        words = text([get(one, "content"), *(get(call, "arguments") for call in calls)])
         if not made and role == "assistant" and not calls and get(one, "usage") is None:
             role = "system"  # the greeting
         heard = Message(role, words, ended_s=unix_s(get(one, "timestamp")))
@@ -99,7 +96,7 @@ def _old(document: Document, tally: Tally) -> Iterator[Trajectory | None]:
     """Of tau-bench, whose messages are those of the OpenAI API."""
     for number, run in enumerate(document.value):
         field = f"[{number}].traj"
-        said = _list(document, get(run, "traj"), field)
+        said = document.list_of(get(run, "traj"), "messages", field)
         messages = [openai_chat.message(one, document, f"{field}[{index}]") for index, one in enumerate(said)]
         for index, message in enumerate(messages[1:], 1):
             before = messages[index - 1]
@@ -128,9 +125,3 @@ def _action(words: str) -> str:
 def _task(run: object) -> str | None:
     task = get(run, "task_id")
     return str(task) if type(task) is int else name(task)
-
-
-def _list(document: Document, value: object, field: str) -> list[Any]:
-    if not isinstance(value, list):
-        document.fault(f"got {type(value).__name__}", field=field, allowed="a list")
-    return value

@@ -39,18 +39,20 @@ def read(documents: Iterable[Document], tally: Tally) -> Iterator[Trajectory]:
         for key in ("input", "output"):
             if not isinstance(get(row, key), str):
                 document.fault(f"got {type(get(row, key)).__name__}", field=key, allowed="text")
+        said = _messages(row["output"])
+        if not any(message.role == "assistant" for message in said):
+            tally.left_out["without output"] += 1
+            continue
         step = count(get(row, "step"))
         item = trajectory(
-            [Message("user", row["input"]), *_messages(row["output"])],
+            [Message("user", row["input"]), *said],
             tally,
             source=NAME,
             workload=name(get(row, "data_source")) or "verl",
             reward=real(get(row, "score")),
             meta={} if step is None else {"step": step},
         )
-        if item is None:
-            tally.left_out["without output"] += 1
-        else:
+        if item is not None:
             yield item
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from verl_heddle.traces.importers.conversation import Message, trajectory
 from verl_heddle.traces.importers.counting import Tally
 from verl_heddle.traces.importers.document import Document
-from verl_heddle.traces.importers.fields import count, get, name, text, unix_s
+from verl_heddle.traces.importers.fields import count, get, items, name, text, unix_s
 from verl_heddle.trajectory import Trajectory
 
 NAME, TITLE = "weave", "W&B Weave calls"
@@ -95,12 +95,11 @@ def _call(row: Any, tally: Tally) -> _Call | None:
         return None
     if isinstance(choices, list):
         answer = get(choices, 0, "message")
-        calls = get(answer, "tool_calls")
-        asked = [get(call, "function") for call in calls] if isinstance(calls, list) else []
-        words = [text(get(answer, key)) for key in ("reasoning_content", "reasoning", "content")]
+        asked = [get(call, "function") for call in items(get(answer, "tool_calls"))]
+        words = [get(answer, key) for key in ("reasoning_content", "reasoning", "content")]
     elif isinstance(content, list) and get(output, "usage") is not None:
         asked = [part for part in content if get(part, "type") == "tool_use"]
-        words = [text(part) for part in content if get(part, "type") != "tool_use"]
+        words = [part for part in content if get(part, "type") != "tool_use"]
     else:
         return None
     context, made = _usage(row)
@@ -112,7 +111,7 @@ def _call(row: Any, tally: Tally) -> _Call | None:
     return _Call(
         Message(
             "assistant",
-            tokens=tally.tokens("\n".join(filter(None, words))) if made is None else made,
+            tokens=tally.tokens(text(words)) if made is None else made,
             context_tokens=heard if context is None else context,
             started_s=unix_s(get(row, "started_at")),
             ended_s=unix_s(get(row, "ended_at")),

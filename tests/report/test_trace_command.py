@@ -57,6 +57,14 @@ def test_a_fault_leaves_no_file(chats, tmp_path, capsys):
     assert "unknown format 'magic'; allowed: " in capsys.readouterr().err
 
 
+def test_a_header_without_rows_ends_in_a_line(tmp_path, capsys):
+    path = tmp_path / "code.csv"
+    path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n")
+    assert command("describe", path) == 2
+    said = capsys.readouterr().err
+    assert str(path) in said and len(said.splitlines()) == 1
+
+
 def test_describe_tells_lengths_spread_tools_and_contexts(chats, tmp_path, capsys):
     assert command("describe", chats) == 0
     said = capsys.readouterr().out

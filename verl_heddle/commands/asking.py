@@ -153,16 +153,16 @@ def source_of(args: argparse.Namespace) -> Source:
 def _ours(path: str) -> Iterator[str]:
     """The path of a trace; a file of another format is imported into one that lives as long as the context, and told of on stderr."""
     from verl_heddle.traces import write
-    from verl_heddle.traces.importers.anything import is_ours, trajectories
+    from verl_heddle.traces.importers.anything import trajectories
 
-    if is_ours(path):
+    items, found = trajectories(path)
+    if found is None:
         yield path
         return
-    items, found = trajectories(path)
     with TemporaryDirectory(prefix="heddle-import-") as folder:
         trace = os.path.join(folder, f"{os.path.basename(path).removesuffix('.gz').removesuffix('.jsonl')}.jsonl")
         write(trace, items)
-        for line in found.told() if found is not None else ():
+        for line in found.told():
             print(f"{path}: {line}", file=sys.stderr)
         yield trace
 

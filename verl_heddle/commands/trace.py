@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 from verl_heddle.commands.asking import _positive, answered, check_writable, one_line
 
 if TYPE_CHECKING:
-    from verl_heddle.traces.importers import Imported
-    from verl_heddle.traces.importers.counting import Tally
     from verl_heddle.trajectory import Trajectory
 
 EXAMPLES = """\
@@ -52,7 +50,9 @@ def add_parser(subparsers: Any) -> None:
         one = what.add_parser(name, help=help_text, description=help_text, formatter_class=argparse.RawDescriptionHelpFormatter)
         one.error = one_line(one.prog)  # type: ignore[method-assign]
         one.add_argument("files", nargs="+" if several else 1, metavar="FILE", help="a file; of our own traces also a folder")
-        if name != "merge":
+        if name == "merge":
+            one.set_defaults(format=None, tokenizer=None)
+        else:
             one.add_argument("--format", help="of a foreign file; default: found out from what is in it")
             one.add_argument("--tokenizer", metavar="NAME", help="folder or name of a Hugging Face tokenizer; default: characters / 4")
         if name == "head":
@@ -68,49 +68,33 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from verl_heddle.traces.importers.counting import Tally
-
     if args.what == "describe":
         from verl_heddle.report.workload_words import words
 
-        items, found = _open(args, args.files[0], Tally(args.tokenizer))
-        lines = words(items)
-        _tell(args.files[0], found)
-        print("\n".join(lines))
+        print("\n".join(words(_items(args, args.files[0]))))
         return 0
     check_writable(args.out)
     if Path(args.out).exists() and not args.force:
         raise ValueError(f"{args.out} is there already; --force replaces it")
     if Path(args.out).resolve() in {Path(file).resolve() for file in args.files}:
         raise ValueError(f"{args.out} is one of the files that are read")
-    number = _written(args, Tally(getattr(args, "tokenizer", None)))
+    from verl_heddle.traces import write
+
+    every = chain.from_iterable(_items(args, file) for file in args.files)
+    number = write(args.out, islice(every, args.n) if args.what == "head" else every)
     print(f"wrote {args.out}: {number:,} trajectories")
     return 0
 
 
-def _written(args: argparse.Namespace, tally: Tally) -> int:
-    from verl_heddle.traces import write
-
-    every = chain.from_iterable(_items(args, file, tally) for file in args.files)
-    return write(args.out, islice(every, args.n) if args.what == "head" else every)
-
-
-def _items(args: argparse.Namespace, file: str, tally: Tally) -> Iterator[Trajectory]:
-    """Of one file, told of when it is through."""
-    from verl_heddle.traces.importers.counting import Tally as Fresh
-
-    own = tally if len(args.files) == 1 else Fresh(getattr(args, "tokenizer", None))
-    items, found = _open(args, file, own)
-    yield from items
-    _tell(file, found)
-
-
-def _open(args: argparse.Namespace, file: str, tally: Tally) -> tuple[Iterator[Trajectory], Imported | None]:
+def _items(args: argparse.Namespace, file: str) -> Iterator[Trajectory]:
+    """Of one file; what its import has to say is told when it is through."""
     from verl_heddle.traces.importers.anything import trajectories
+    from verl_heddle.traces.importers.counting import Tally
 
-    return trajectories(file, getattr(args, "format", None), tally, lambda text: print(f"{file}: {text}", file=sys.stderr))
+    def tell(text: str) -> None:
+        print(f"{file}: {text}", file=sys.stderr)
 
-
-def _tell(file: str, found: Imported | None) -> None:
-    if found is not None:
-        print("\n".join(f"{file}: {line}" for line in found.told()), file=sys.stderr)
+    items, found = trajectories(file, args.format, Tally(args.tokenizer), tell)
+    yield from items
+    for line in found.told() if found is not None else ():
+        tell(line)

@@ -16,6 +16,10 @@ def _number(value: float | None, form: str = "") -> str:
     return "-" if value is None else format(value, form) if form else number(value)
 
 
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.0f} %"
+
+
 def _ratio(found: Ratio | None) -> str:
     if found is None:
         return "-"
@@ -31,17 +35,13 @@ COLUMNS: tuple[Column, ...] = (
     ("whole step s", lambda arm: _number(arm.mean("step_s"))),
     ("speedup", lambda arm: _ratio(arm.step_ratio)),
     ("reward", lambda arm: _number(arm.mean("reward"), ".3f")),
-    ("of bound", lambda arm: "-" if arm.bound_fraction is None else f"{100 * arm.bound_fraction:.0f} %"),
+    ("of bound", lambda arm: _percent(arm.bound_fraction)),
     ("queue", lambda arm: _number(arm.split["queue_s"] if arm.split else None)),
     ("generate", lambda arm: _number(arm.split["generate_s"] if arm.split else None)),
     ("tool", lambda arm: _number(arm.split["tool_s"] if arm.split else None)),
     ("other", lambda arm: _number(arm.split["other_s"] + arm.split["late_start_s"] if arm.split else None)),
 )
 """Heading and cell. The last four split the makespan by what the trajectory that ended last was doing, seconds."""
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.0f} %"
 
 
 def _share(name: str) -> Callable[[ArmResult], str]:

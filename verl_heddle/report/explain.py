@@ -138,9 +138,12 @@ def _own(answer: Answer) -> list[str]:
     lines = []
     for name, row in answer.rows.items():
         if is_file(name):
-            verdict = (
-                "faster than stock" if wins(row.speedups) else "slower than stock" if loses(row.speedups) else "no difference beyond chance"
-            )
+            if wins(row.speedups):
+                verdict = "faster than stock"
+            elif loses(row.speedups):
+                verdict = "slower than stock"
+            else:
+                verdict = "no difference beyond chance"
             lines.append(f"{name} gives {gain(row.speedups)} at tp={row.tp}: {verdict}.")
     return lines
 

@@ -7,6 +7,7 @@ from math import floor, log2
 from typing import Any
 
 from verl_heddle.report.words import count, number, percent
+from verl_heddle.simulate.workload import walk
 from verl_heddle.traces.describe import BATCH, summary
 from verl_heddle.traces.replay import replayable
 from verl_heddle.trajectory import Trajectory
@@ -27,7 +28,7 @@ class Measured:
         for item in self._items:
             if item.output_tokens:
                 self.lengths.append(item.output_tokens)
-                self.contexts.append(_most_context(item))
+                self.contexts.append(max(context + output for context, _, output in walk(replayable(item))))
             yield item
 
 
@@ -90,11 +91,3 @@ def _samples(told: dict[str, Any]) -> str:
 def _turns(told: dict[str, Any]) -> str:
     steps = told["steps"]
     return "" if steps is None else f", {count(steps['p50'])} turns in the median, {count(steps['max'])} at most"
-
-
-def _most_context(item: Trajectory) -> int:
-    context, most = item.prompt_tokens or 0, 0
-    for turn in replayable(item).steps:
-        context = (turn.ctx_tokens if turn.ctx_tokens is not None else context + (turn.input_tokens or 0)) + (turn.output_tokens or 0)
-        most = max(most, context)
-    return most

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from verl_heddle.traces import TraceError, from_dict, to_dict
-from verl_heddle.traces.importers import Imported, detect, imported
+from verl_heddle.traces.importers import Imported, imported
 from verl_heddle.trajectory import Trajectory
 
 
@@ -26,9 +26,8 @@ def put(folder: Path, content: str | bytes, name: str = "file.jsonl") -> Path:
 def taken(folder: Path, content: str | bytes, kind: str, name: str = "file.jsonl") -> tuple[list[Trajectory], Imported]:
     """Its trajectories, the format found out; every one of them fits the trace schema and survives the way through it."""
     path = put(folder, content, name)
-    found = detect(path)
-    assert found is not None and found.name == kind, found
     result = imported(path)
+    assert result.format.name == kind, result.format
     items = list(result.trajectories)
     assert [from_dict(to_dict(item)) for item in items] == items
     return items, result

@@ -5,6 +5,6 @@ conversations, and go through `conversation.trajectory`. What is not told is est
 be is a `TraceError` with file, line and field. No text is kept: a trace holds counts, names and times.
 """
 
-from verl_heddle.traces.importers.formats import FORMATS, Imported, detect, imported
+from verl_heddle.traces.importers.formats import FORMATS, Imported, imported
 
-__all__ = ["FORMATS", "Imported", "detect", "imported"]
+__all__ = ["FORMATS", "Imported", "imported"]

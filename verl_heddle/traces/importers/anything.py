@@ -8,27 +8,12 @@ from dataclasses import fields
 from pathlib import Path
 
 from verl_heddle.traces.importers.counting import Tally
-from verl_heddle.traces.importers.document import documents
-from verl_heddle.traces.importers.formats import FORMATS, Imported, imported
-from verl_heddle.traces.io import Note, read, trace_files
+from verl_heddle.traces.importers.formats import Imported, UnknownFormatError, imported
+from verl_heddle.traces.io import Note, read
 from verl_heddle.traces.schema import TraceError
 from verl_heddle.trajectory import Trajectory
 
-OURS = {field.name for field in fields(Trajectory)}
-
-
-def is_ours(path: str | os.PathLike[str]) -> bool:
-    """Whether `read` is to say what is in it: a trace, a folder, or a file that no format knows and that is no other JSON object."""
-    place = Path(path)
-    if place.is_dir() or not place.is_file():
-        return True
-    try:
-        first = next(documents(place)).value
-    except TraceError:
-        return True
-    if any(one.knows(first) for one in FORMATS.values()):
-        return False
-    return not isinstance(first, dict) or bool(OURS & first.keys() - {"model", "meta"})
+OURS = {field.name for field in fields(Trajectory)} - {"model", "meta"}
 
 
 def trajectories(
@@ -36,14 +21,24 @@ def trajectories(
 ) -> tuple[Iterator[Trajectory], Imported | None]:
     """The trajectories of either, and for a foreign file what its import has to say.
 
+    What no format knows and is no other JSON object is left to `read`, which says what is wrong with it.
+
     Args:
         name: of the foreign format; None: found out.
 
     Raises:
         TraceError: as `read` and `imported`.
     """
-    if name is None and is_ours(path):
-        trace_files(path)
-        return read(path, note), None
-    found = imported(Path(path), name, tally)
-    return found.trajectories, found
+    place = Path(path)
+    if name is not None or place.is_file():
+        try:
+            found = imported(place, name, tally)
+        except UnknownFormatError as error:
+            if isinstance(error.first, dict) and not OURS & error.first.keys():
+                raise
+        except TraceError:
+            if name is not None:
+                raise
+        else:
+            return found.trajectories, found
+    return read(path, note), None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import cache
 
 CHARACTERS_PER_TOKEN = 4.0
 """English text and code of the public traces have 4.0 to 4.1 where both could be counted."""
@@ -41,6 +42,7 @@ class Tally:
         return max(1, round(len(text) / CHARACTERS_PER_TOKEN))
 
 
+@cache
 def _tokenizer(name: str):  # type: ignore[no-untyped-def]
     try:
         from transformers import AutoTokenizer

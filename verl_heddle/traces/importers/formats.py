@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -65,8 +65,8 @@ class Imported:
     format: Format
     trajectories: Iterator[Trajectory]
     tally: Tally
-    turns: int = field(default=0)
-    count: int = field(default=0)
+    turns: int = 0
+    count: int = 0
 
     def told(self) -> list[str]:
         """One line each: what was understood, estimated, missing."""
@@ -81,14 +81,12 @@ class Imported:
         return lines
 
 
-def detect(path: Path) -> Format | None:
-    """The format of a file; None: none of these.
+class UnknownFormatError(TraceError):
+    """No format knows the file; `first`: the value of its first document."""
 
-    Raises:
-        TraceError: the file cannot be read at all.
-    """
-    first = next(documents(path), None)
-    return None if first is None else next((one for one in FORMATS.values() if one.knows(first.value)), None)
+    def __init__(self, path: Path, first: Any) -> None:
+        super().__init__("not a format that is known", allowed=f"{', '.join(FORMATS)} (--format), or a trace", file=str(path))
+        self.first = first
 
 
 def imported(path: Path, name: str | None = None, tally: Tally | None = None) -> Imported:
@@ -100,15 +98,15 @@ def imported(path: Path, name: str | None = None, tally: Tally | None = None) ->
     Raises:
         TraceError: unknown format; while iterating: what is wrong with a document.
     """
+    if name is not None and name not in FORMATS:
+        raise TraceError(f"unknown format {name!r}", allowed=", ".join(FORMATS))
     every = documents(path)
     first = next(every, None)
     if first is None:
         raise TraceError("a header and no rows", allowed="at least one", file=str(path))
-    if name is not None and name not in FORMATS:
-        raise TraceError(f"unknown format {name!r}", allowed=", ".join(FORMATS))
     kind = FORMATS[name] if name is not None else next((one for one in FORMATS.values() if one.knows(first.value)), None)
     if kind is None:
-        raise TraceError("not a format that is known", allowed=f"{', '.join(FORMATS)} (--format), or a trace", file=str(path))
+        raise UnknownFormatError(path, first.value)
     found = Imported(kind, iter(()), Tally() if tally is None else tally)
     found.trajectories = _numbered(kind.read(chain([first], every), found.tally), found, str(path))
     return found

@@ -7,7 +7,8 @@ from math import nan
 import pytest
 from hypothesis import given
 from samples import lines
-from test_import_swe_agent import ended, hostile, strangers, took
+from test_import_swe_agent import strangers
+from wrecked import ended, known_and_read, wrecked
 
 from verl_heddle.traces.importers import claude_code
 
@@ -106,7 +107,7 @@ SESSION = [
 
 
 def test_a_session(tmp_path):
-    (item, _), tally = took(tmp_path, claude_code, lines(*SESSION))
+    (item, _), tally = known_and_read(claude_code, tmp_path, lines(*SESSION))
     assert (item.source, item.workload, item.prompt_id, item.meta) == ("claude_code", "coding", SESSION_ID, {})
     assert (item.model, item.prompt_tokens, item.reward) == ("claude-sonnet-4-5", 4004, None)
     assert [turn.tool for turn in item.steps] == ["Bash+Task", "user", "Write", None]
@@ -120,7 +121,7 @@ def test_a_session(tmp_path):
 
 
 def test_a_sub_agent(tmp_path):
-    (_, item), _ = took(tmp_path, claude_code, lines(*SESSION))
+    (_, item), _ = known_and_read(claude_code, tmp_path, lines(*SESSION))
     assert (item.prompt_id, item.meta, item.prompt_tokens) == (f"{SESSION_ID}:a1b2", {"parent": SESSION_ID}, 503)
     assert [(turn.tool, turn.tool_latency_s, turn.ctx_tokens, turn.output_tokens) for turn in item.steps] == [
         ("Read", 1.0, 503, 20),
@@ -142,7 +143,7 @@ def test_sub_agents_without_a_name_are_told_apart_by_their_beginning(tmp_path):
         side(12, "u11", {"role": "user", "content": "again"}, "user"),
         side(13, "u12", says("m3", text("x" * 8))),
     ]
-    items, _ = took(tmp_path, claude_code, lines(*log))
+    items, _ = known_and_read(claude_code, tmp_path, lines(*log))
     assert [(item.prompt_id, [turn.output_tokens for turn in item.steps]) for item in items] == [
         (SESSION_ID, [9]),
         (f"{SESSION_ID}:u10", [5, 2]),
@@ -151,7 +152,7 @@ def test_sub_agents_without_a_name_are_told_apart_by_their_beginning(tmp_path):
 
 
 def test_the_file_of_a_sub_agent(tmp_path):
-    (item,), _ = took(tmp_path, claude_code, lines(*(one for one in SESSION if one.get("agentId"))))
+    (item,), _ = known_and_read(claude_code, tmp_path, lines(*(one for one in SESSION if one.get("agentId"))))
     assert (item.prompt_id, item.meta) == (f"{SESSION_ID}:a1b2", {"parent": SESSION_ID})
 
 
@@ -170,7 +171,7 @@ def test_without_usage_and_times_the_texts_are_counted(tmp_path):
         line(5, "user", {"role": "user", "content": []}),
         line(6, "assistant", {"role": "assistant", "content": "c" * 40}),
     ]
-    (item,), tally = took(tmp_path, claude_code, lines(*log))
+    (item,), tally = known_and_read(claude_code, tmp_path, lines(*log))
     assert [turn.tool for turn in item.steps] == ["Bash+Bash", None, None], "messages without an id are messages of their own"
     assert (item.prompt_tokens, [turn.output_tokens for turn in item.steps]) == (10, [24, 10, 10]), (
         "22 + 2 x 36 characters of input and 2 breaks"
@@ -181,7 +182,7 @@ def test_without_usage_and_times_the_texts_are_counted(tmp_path):
 
 def test_a_session_without_an_id_is_told_by_its_prompt(tmp_path):
     log = [{key: value for key, value in one.items() if key != "sessionId"} for one in SESSION[3:]]
-    items, _ = took(tmp_path, claude_code, lines(*log))
+    items, _ = known_and_read(claude_code, tmp_path, lines(*log))
     assert len(items[0].prompt_id) == 16 and (items[1].prompt_id, items[1].meta) == ("a1b2", {})
 
 
@@ -241,6 +242,6 @@ def test_what_is_odd_in_a_message_costs_only_itself(key, value):
     assert ended(claude_code, *({**one, "message": {**one["message"], key: value}} for one in SESSION if "message" in one)) is None
 
 
-@given(hostile(SESSION))
+@given(wrecked(SESSION))
 def test_nothing_else_is_raised(values):
     ended(claude_code, *values)

@@ -7,7 +7,8 @@ from math import nan
 
 import pytest
 from hypothesis import given
-from test_import_swe_agent import ended, hostile, strangers, took
+from test_import_swe_agent import strangers
+from wrecked import ended, known_and_read, wrecked
 
 from verl_heddle.traces.importers import mini_swe_agent
 
@@ -92,7 +93,7 @@ RESPONSES = {
 
 
 def test_a_run(tmp_path):
-    (item,), tally = took(tmp_path, mini_swe_agent, json.dumps(RUN, indent=2), "other.traj.json")
+    (item,), tally = known_and_read(mini_swe_agent, tmp_path, json.dumps(RUN, indent=2), "other.traj.json")
     assert (item.source, item.workload, item.prompt_id) == ("mini_swe_agent", "coding", "django__django-10914")
     assert (item.model, item.reward, item.meta) == ("anthropic/claude-sonnet-4-5", None, {"truncated": True})
     assert item.prompt_tokens == 160, "told by the usage, 150 by the texts"
@@ -111,14 +112,14 @@ def test_a_run(tmp_path):
 
 
 def test_an_old_run(tmp_path):
-    (item,), _ = took(tmp_path, mini_swe_agent, json.dumps(OLD), "django__django-1.5.traj.json")
+    (item,), _ = known_and_read(mini_swe_agent, tmp_path, json.dumps(OLD), "django__django-1.5.traj.json")
     assert (item.prompt_id, item.prompt_tokens, item.reward, item.meta) == ("django__django-1.5", 20, 1.0, {})
     (turn,) = item.steps
     assert (turn.tool, turn.tool_latency_s, turn.output_est) == ("sed", 2.5, True), "the command of the last block"
 
 
 def test_the_responses_api(tmp_path):
-    (item,), _ = took(tmp_path, mini_swe_agent, json.dumps(RESPONSES))
+    (item,), _ = known_and_read(mini_swe_agent, tmp_path, json.dumps(RESPONSES))
     first, second = item.steps
     assert (item.prompt_tokens, first.output_tokens, first.tool, first.tool_latency_s) == (50, 7, "ls", 1.0)
     assert (second.input_tokens, second.ctx_tokens, second.output_tokens) == (10, 67, 2), "what is encrypted is not said"
@@ -169,6 +170,6 @@ def test_what_is_odd_costs_only_itself(key, value):
     assert ended(mini_swe_agent, {**OLD, "info": value}) is None
 
 
-@given(hostile([RUN, RESPONSES]))
+@given(wrecked([RUN, RESPONSES]))
 def test_nothing_else_is_raised(values):
     ended(mini_swe_agent, *values)

@@ -8,7 +8,8 @@ from math import nan
 import pytest
 from hypothesis import given
 from samples import lines
-from test_import_swe_agent import ended, hostile, strangers, took
+from test_import_swe_agent import strangers
+from wrecked import ended, known_and_read, wrecked
 
 from verl_heddle.traces.importers import openhands
 
@@ -184,7 +185,7 @@ SDK = {
 
 def test_a_stream_of_events(tmp_path):
     for number, content in enumerate((json.dumps(STREAM), lines(*STREAM), lines({"trajectory": STREAM}))):
-        (item,), tally = took(tmp_path, openhands, content)
+        (item,), tally = known_and_read(openhands, tmp_path, content)
         assert (item.source, item.workload, item.model) == ("openhands", "coding", "meta-llama/llama-4-maverick"), number
         assert (len(item.prompt_id), item.prompt_tokens, item.reward, item.meta) == (16, 5920, None, {})
         assert [turn.tool for turn in item.steps] == ["execute_bash+str_replace_editor", "think", "execute_bash", "user", None]
@@ -199,7 +200,7 @@ def test_a_stream_of_events(tmp_path):
 def test_an_evaluation(tmp_path):
     failed = {**EVALUATION, "test_result": {}, "report": {"resolved": False}, "instance_id": "other"}
     ill = {**EVALUATION, "history": None, "error": "it crashed"}
-    items, tally = took(tmp_path, openhands, lines(EVALUATION, failed, ill))
+    items, tally = known_and_read(openhands, tmp_path, lines(EVALUATION, failed, ill))
     assert [(item.prompt_id, item.reward, item.model) for item in items] == [
         ("ponylang__ponyc-4595", 1.0, "openai/llama-4"),
         ("other", 0.0, "openai/llama-4"),
@@ -213,7 +214,7 @@ def test_an_evaluation(tmp_path):
 
 def test_without_usage_the_texts_are_counted(tmp_path):
     plain = [event | {"tool_call_metadata": None, "llm_metrics": None} for event in STREAM]
-    (item,), _ = took(tmp_path, openhands, json.dumps(plain))
+    (item,), _ = known_and_read(openhands, tmp_path, json.dumps(plain))
     assert item.prompt_tokens == 100 + 50 + 10 + 5, "system, task, context and the tools' schemas"
     assert [turn.tool for turn in item.steps] == ["run", "edit", "think", "run", "user", None]
 
@@ -232,7 +233,7 @@ def test_usage_is_the_growth_of_what_was_used(tmp_path):
         STREAM[16],
         does(5, 5, "message", {"content": "a" * 8}, **used(900, 90)),
     ]
-    (item,), _ = took(tmp_path, openhands, json.dumps(events))
+    (item,), _ = known_and_read(openhands, tmp_path, json.dumps(events))
     assert [(turn.ctx_tokens, turn.output_tokens, turn.output_est) for turn in item.steps] == [
         (100, 10, False),
         (150, 20, False),
@@ -243,34 +244,36 @@ def test_usage_is_the_growth_of_what_was_used(tmp_path):
 
 def test_old_outputs_pair_actions_with_observations(tmp_path):
     paired = {**EVALUATION, "history": [[STREAM[1], STREAM[3]], [STREAM[5], STREAM[6]], [STREAM[12], STREAM[13]]]}
-    (item,), _ = took(tmp_path, openhands, lines(paired))
+    (item,), _ = known_and_read(openhands, tmp_path, lines(paired))
     assert [(turn.tool, turn.tool_latency_s) for turn in item.steps] == [("execute_bash", 2.0), ("execute_bash", 1.0)]
 
 
 def test_events_of_the_sdk(tmp_path):
     for content in (lines(SDK), json.dumps([SDK])):
-        (item,), _ = took(tmp_path, openhands, content)
+        (item,), _ = known_and_read(openhands, tmp_path, content)
         assert (item.prompt_id, item.model, item.reward) == ("i-1", "litellm_proxy/m", None)
         assert item.prompt_tokens == 110 + 60 + 6, "system, task with what goes with it, and the tools"
         assert [turn.tool for turn in item.steps] == ["terminal+file_editor", "user", None]
         assert [turn.tool_latency_s for turn in item.steps] == [4.0, 3.0, None]
         assert [(turn.output_tokens, turn.output_est) for turn in item.steps] == [(30, True), (40, False), (10, True)]
         assert [(turn.ctx_tokens, turn.input_tokens) for turn in item.steps] == [(176, 0), (300, 94), (345, 5)]
-    (item,), _ = took(tmp_path, openhands, lines(*SDK["history"]))
+    (item,), _ = known_and_read(openhands, tmp_path, lines(*SDK["history"]))
     assert (item.prompt_tokens, len(item.steps)) == (176, 3) and item.steps[1].ctx_tokens == 176 + 30 + 20
     assert all(openhands.knows(event) for event in SDK["history"][:4]), "every event may come first"
 
 
 def test_what_the_program_says_is_no_person(tmp_path):
     user, agent = SDK["history"][1], SDK["history"][8] | {"llm_response_id": None}
-    (item,), _ = took(tmp_path, openhands, lines(user, agent, user | {"source": "environment", "timestamp": at(14)}, agent, user, agent))
+    (item,), _ = known_and_read(
+        openhands, tmp_path, lines(user, agent, user | {"source": "environment", "timestamp": at(14)}, agent, user, agent)
+    )
     assert [turn.tool for turn in item.steps] == [None, "user", None]
 
 
 def test_a_response_without_usage_is_counted_once(tmp_path):
     both = response("gen-1", 0, 0, "c" * 40, ("execute_bash", "a" * 40), ("str_replace_editor", "b" * 40))
     events = [STREAM[1]] + [event | {"tool_call_metadata": metadata(both, "x"), "llm_metrics": None} for event in STREAM[5:9]]
-    (item,), _ = took(tmp_path, openhands, json.dumps(events))
+    (item,), _ = known_and_read(openhands, tmp_path, json.dumps(events))
     assert [(turn.tool, turn.output_tokens) for turn in item.steps] == [("x+x", 30)], "122 characters"
 
 
@@ -309,12 +312,12 @@ def test_what_is_odd_costs_only_itself(key, value):
     assert ended(openhands, {**EVALUATION, "metrics": value, "metadata": value, "report": value}) is None
 
 
-@given(hostile([EVALUATION, SDK]))
+@given(wrecked([EVALUATION, SDK]))
 def test_no_evaluation_raises_anything_else(values):
     ended(openhands, *values)
 
 
-@given(hostile(STREAM))
+@given(wrecked(STREAM))
 def test_no_stream_raises_anything_else(values):
     ended(openhands, *values)
     ended(openhands, values)

@@ -1,73 +1,20 @@
-"""SWE-agent's runs: what is estimated and shared out, what ran and how long; and the helpers of the tests of coding agents."""
+"""SWE-agent's runs: what is estimated and shared out, what ran and how long; and what the files of other formats begin with."""
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator
-from math import inf, nan
-from pathlib import Path
+from math import nan
 from typing import Any
 
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
-from samples import lines, put
+from samples import lines
+from wrecked import ended, known_and_read, wrecked
 
-from verl_heddle.traces import TraceError, from_dict, to_dict
 from verl_heddle.traces.importers import openai_chat, swe_agent
 from verl_heddle.traces.importers.counting import Tally
-from verl_heddle.traces.importers.document import Document, documents
-from verl_heddle.trajectory import Trajectory
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 3) | st.sampled_from([2**70, 1e308, nan, inf, "", "\ud800", "assistant", "2024-01-01"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["type", "text", "role", "id"]), inner, max_size=3),
-    max_leaves=6,
-)
-
-
-def took(folder: Path, module: Any, content: str, name: str = "file.jsonl") -> tuple[list[Trajectory], Tally]:
-    """The trajectories of a file that the module knows; each fits the trace schema and survives the way through it."""
-    path, tally = put(folder, content, name), Tally()
-    assert module.knows(next(documents(path)).value) is True
-    items = list(module.read(documents(path), tally))
-    assert [from_dict(to_dict(item)) for item in items] == items
-    return items, tally
-
-
-def ended(module: Any, *values: Any) -> str | None:
-    """The one line that values of a file end in; None where they are trajectories that fit the schema."""
-    assert all(module.knows(value) in (True, False) for value in values)
-    try:
-        items = list(module.read([Document(value, "some/file.jsonl", number + 1) for number, value in enumerate(values)], Tally()))
-    except TraceError as error:
-        assert "\n" not in str(error) and str(error).startswith("some/file.jsonl"), str(error)
-        return str(error)
-    assert [from_dict(to_dict(item)) for item in items] == items
-    return None
-
-
-@st.composite
-def hostile(draw: st.DrawFn, values: list[Any]) -> list[Any]:
-    """The values of a file, some of what is in them replaced, or left out, or said twice."""
-    changed = copy.deepcopy(values)
-    for _ in range(draw(st.integers(1, 3))):
-        places = [place for place in _places(changed) if place]
-        if not places:
-            break
-        *way, last = draw(st.sampled_from(places))
-        holder: Any = changed
-        for key in way:
-            holder = holder[key]
-        match draw(st.sampled_from(["replace", "replace", "drop", "twice"])):
-            case "replace":
-                holder[last] = draw(JSON)
-            case "drop":
-                del holder[last]
-            case "twice" if isinstance(holder, list):
-                holder.insert(last, copy.deepcopy(holder[last]))
-    return changed
+from verl_heddle.traces.importers.document import Document
 
 
 def deep() -> list[Any]:
@@ -95,12 +42,6 @@ def strangers(own: Any) -> Iterator[Any]:
     yield from (value for module, values in found.items() if module is not own for value in values)
     yield from [None, 3, "text", [], {}, [[]], [None], {"type": "user"}, {"messages": 3}, {"trajectory": "x"}, {"history": []}, {"info": 3}]
     yield {"source": "s", "workload": "w", "prompt_id": "p", "trial": 0, "prompt_tokens": 1, "steps": [], "meta": {}}
-
-
-def _places(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    yield place
-    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
-        yield from _places(value[key], (*place, key))
 
 
 def step(action: str, response: str, observation: str, seconds: float | None = None) -> dict[str, Any]:
@@ -140,7 +81,7 @@ def told(tokens: Any) -> dict[str, Any]:
 
 
 def test_a_run(tmp_path):
-    (item,), tally = took(tmp_path, swe_agent, json.dumps(RUN, indent=2), "astropy__astropy-1.2907.traj")
+    (item,), tally = known_and_read(swe_agent, tmp_path, json.dumps(RUN, indent=2), "astropy__astropy-1.2907.traj")
     assert (item.source, item.workload, item.prompt_id, item.model) == ("swe_agent", "coding", "astropy__astropy-1.2907", "gpt-4o")
     assert (item.prompt_tokens, item.reward, item.meta) == (170, None, {"truncated": True}), "system 100, demonstration 20, issue 50"
     assert [turn.tool for turn in item.steps] == ["find_file", "str_replace_editor", "vim", None, "submit"]
@@ -160,7 +101,7 @@ def test_a_run(tmp_path):
     ids=str,
 )
 def test_what_is_told_in_all_is_shared_out_to_the_last_token(tmp_path, tokens, made):
-    (item,), _ = took(tmp_path, swe_agent, json.dumps(told(tokens)))
+    (item,), _ = known_and_read(swe_agent, tmp_path, json.dumps(told(tokens)))
     assert [turn.output_tokens for turn in item.steps] == made and item.meta == {}
     assert item.steps[-1].ctx_tokens == 170 + sum(made[:-1]) + 37, "contexts have in them what was generated"
 
@@ -179,14 +120,14 @@ def test_a_prompt_out_of_the_first_query(tmp_path):
     asked = [{"role": "system", "content": "s" * 40}, {"role": "user", "content": "u" * 40}]
     for key, said in (("query", asked), ("messages", [*asked, {"role": "assistant", "content": "a" * 400}])):
         run = {"trajectory": [{**step("ls", "ls", "x"), key: said}], "environment": "e"}
-        (item,), _ = took(tmp_path, swe_agent, json.dumps(run))
+        (item,), _ = known_and_read(swe_agent, tmp_path, json.dumps(run))
         assert item.prompt_tokens == 20, key
 
 
 def test_attempts_are_trajectories(tmp_path):
     second = {**RUN, "trajectory": RUN["trajectory"][:1], "info": {}}
     whole = {"attempts": [RUN, second], **RUN, "info": {"model_stats": {"tokens_received": 10**6}}, "instance_id": "i"}
-    items, _ = took(tmp_path, swe_agent, json.dumps(whole))
+    items, _ = known_and_read(swe_agent, tmp_path, json.dumps(whole))
     assert [(item.prompt_id, len(item.steps), item.output_tokens) for item in items] == [("i", 5, 125), ("i", 1, 10)]
     assert swe_agent.knows({"attempts": [RUN]})
 
@@ -218,7 +159,7 @@ def test_the_stem_of_a_file(file, stem):
 
 
 def test_a_file_without_a_stem_is_told_by_its_prompt(tmp_path):
-    (item,), _ = took(tmp_path, swe_agent, json.dumps(RUN), ".traj")
+    (item,), _ = known_and_read(swe_agent, tmp_path, json.dumps(RUN), ".traj")
     assert len(item.prompt_id) == 16, "a digest"
 
 
@@ -254,10 +195,10 @@ def test_what_is_odd_or_missing_costs_only_itself(key, value):
 
 
 def test_a_run_without_steps_is_left_out(tmp_path):
-    items, tally = took(tmp_path, swe_agent, lines({**RUN, "trajectory": []}))
+    items, tally = known_and_read(swe_agent, tmp_path, lines({**RUN, "trajectory": []}))
     assert items == [] and tally.left_out == {"without an assistant message": 1}
 
 
-@given(hostile([RUN, {"attempts": [RUN]}]))
+@given(wrecked([RUN, {"attempts": [RUN]}]))
 def test_nothing_else_is_raised(values):
     ended(swe_agent, *values)

@@ -50,7 +50,7 @@ MEASURES: dict[str, tuple[str, ...]] = {
     "cpu/residents.json": (
         *DECIDES,
         *("verl_heddle/verl_plugin/client.py", "verl_heddle/verl_plugin/router.py", "verl_heddle/simulate/baselines/thunder_agent.py"),
-        *("bench/residents/real.py", "bench/residents/peers.py"),
+        *("bench/residents/real.py", "bench/residents/peers.py", "verl_heddle/twin", "verl_heddle/report/recorded.py"),
     ),
     "cpu/router.json": (*DECIDES, "verl_heddle/verl_plugin/router.py", "bench/router/alone.py", "bench/router/load.py"),
     "cpu/schedule.json": (*SCHEDULER, "bench/schedule/pairs.py", "bench/schedule/work.py"),

@@ -35,6 +35,7 @@ from verl_heddle.options import Options
 from verl_heddle.orchestrator import Orchestrator
 from verl_heddle.simulate import EngineOptions
 from verl_heddle.simulate.baselines.stock import Stock
+from verl_heddle.simulate.workload import walk
 from verl_heddle.traces import generate, read, write
 from verl_heddle.training.play import train
 from verl_heddle.training.trainer import Trainer
@@ -97,8 +98,7 @@ def fitting(item: Trajectory) -> Trajectory:
 
 def kv_tokens(plays: Sequence[Sequence[Trajectory]]) -> int:
     """KV cache of a replica, in whole blocks; the longest context fits."""
-    items = [item for group in plays for item in group]
-    ends = [(item.prompt_tokens or 1) + sum((turn.input_tokens or 0) + (turn.output_tokens or 0) for turn in item.steps) for item in items]
+    ends = [max(context + output for context, _, output in walk(item)) for group in plays for item in group]
     batch = PROMPTS * SAMPLES * sum(ends) / len(ends)
     wanted = max(KV_SHARE * batch / REPLICAS, max(ends) + BLOCK_TOKENS)
     return -(-round(wanted) // BLOCK_TOKENS) * BLOCK_TOKENS

@@ -56,6 +56,7 @@ MEASURES: dict[str, tuple[str, ...]] = {
     "cpu/schedule.json": (*SCHEDULER, "bench/schedule/pairs.py", "bench/schedule/work.py"),
     "h200/forecast.json": (*SIMULATED, "bench/gpu/experiments"),
     "prediction.json": (*WORK, "verl_heddle/predict", "bench/prediction/experiment.py", "bench/prediction/replay.py"),
+    "simulated/auto.json": (*SIMULATED, *STUDIES, "verl_heddle/twin", "bench/auto", "bench/regimes/cells.py"),
     "simulated/layout.json": (*SIMULATED, "verl_heddle/layout", "bench/layout"),
     "simulated/modes.json": (*SIMULATED, "verl_heddle/training", "bench/modes/run.py", "bench/regimes/cells.py"),
     "simulated/placement.json": (*SIMULATED, "bench/placement/run.py", "bench/placement/cases.py"),
@@ -72,6 +73,7 @@ MEASURES: dict[str, tuple[str, ...]] = {
 PAGES: dict[str, tuple[str, ...]] = {
     "README.md": ("simulated/regimes.json", "simulated/residents.json", "simulated/modes.json", "cpu/residents.json"),
     "docs/results.md": ("simulated/residents.json", "cpu/residents.json", "cpu/fidelity.json", "cpu/fidelity_rules.json"),
+    "bench/auto/README.md": ("simulated/auto.json",),
     "bench/fidelity/README.md": ("cpu/fidelity.json", "cpu/fidelity_rules.json"),
     "bench/layout/README.md": ("simulated/layout.json",),
     "bench/learning/README.md": ("cpu/learning.json",),

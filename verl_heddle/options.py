@@ -243,6 +243,11 @@ class Options:
     """`heddle.*`."""
 
     observe: bool = option(False, "Only watch: verl's own rules decide everything, heddle measures. Set by +plugin=observe.")
+    auto: bool = option(
+        True,
+        "Let resident sets rest, and verl's own rule place turns, while the twin expects steps to end sooner so: by what it says of both "
+        "for the last steps, and by how far that was off. Synchronous trainers only; needs heddle.twin.",
+    )
     poll_interval_s: float = option(
         0.1, "How often the trainer looks whether the batch is complete. verl's fixed 2 s rounds every rollout up by up to 2 s."
     )
@@ -286,14 +291,19 @@ class Options:
         """Whether replicas keep resident sets."""
         return not self.observe and self.residents.enable and not self.place.enable
 
-    def decisions(self) -> dict[str, Any]:
-        """What of this decides about turns, for the trace: `preempt` (its settings; False: off), `residents` (their order; False: off) and
-        `per_slot` (0: no bound)."""
+    @property
+    def chooses(self) -> bool:
+        """Whether resident sets rest where the twin says that they do not pay."""
+        return self.auto and self.judges and self.admits
+
+    def decisions(self, rests: bool = False) -> dict[str, Any]:
+        """What of this decides about turns, for the trace: `preempt` (its settings; False: off), `residents` (their order; False: off, or
+        they rest) and `per_slot` (0: no bound)."""
         preempts = not self.observe and self.priority.enable and self.preempt.enable
         bounded = not (self.observe or self.admits) and self.admission.per_slot > 0
         return {
             "preempt": {name: value for name, value in asdict(self.preempt).items() if name != "enable"} if preempts else False,
-            "residents": self.residents.order if self.admits else False,
+            "residents": self.residents.order if self.admits and not rests else False,
             "per_slot": self.admission.per_slot if bounded else 0,
         }
 

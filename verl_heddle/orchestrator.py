@@ -15,6 +15,7 @@ Invariants
   those of stock verl; so is the placement of resident sets while there is room for all, and planned placement until there are step times
   to plan with (`step_times_known`). One exception without `observe`: stock verl forgets the replica of a conversation once
   `sticky.CACHE_SIZE` others have asked since;
+- so they are for trajectories that begin while resident sets rest (`rest`);
 - where the host keeps what replicas evict (`Replica.tier`), resident sets rest, and verl's rule decides: what they save costs little
   there, and they lost up to 14 % to stock with the same tier.
 """
@@ -61,6 +62,8 @@ class _Life:
     """Replica of the last turn of each conversation."""
     open: set[str] = field(default_factory=set)
     """Requests of its turns under way."""
+    plain: bool = False
+    """Whether verl's own rule places its turns, since resident sets rested when it began."""
 
 
 @dataclass(slots=True)
@@ -103,6 +106,8 @@ class Orchestrator:
         self._latency: Latency | None = None
         self._pace = Pace()
         self._replicas: dict[str, Replica] = {}
+        self._rests = False
+        """Whether resident sets rest for trajectories that begin."""
         self._tiered = False
         """Whether the host keeps what some replica evicts."""
         self._lives: dict[str, _Life] = {}
@@ -159,6 +164,10 @@ class Orchestrator:
         """The replica's engine goes on."""
         if self.residents is not None:
             self.residents.resume(name, now)
+
+    def rest(self, rests: bool, now: float) -> None:
+        """Resident sets rest, or decide again, for trajectories that begin from now on (`twin.choice`)."""
+        self._rests = rests
 
     def homes_forgotten(self) -> int:
         """Forget where conversations live (verl's `clear_sticky_cache`); returns how many there were."""
@@ -228,7 +237,7 @@ class Orchestrator:
 
     def _where(self, turn: TurnStart, life: _Life | None, estimate: Estimate | None, priority: int, now: float) -> tuple[str, Reason, bool]:
         """Replica, why, and whether the turn is held."""
-        if self.residents is not None and life is not None and self._replicas and not self._tiered:
+        if self.residents is not None and life is not None and self._replicas and not (self._tiered or life.plain):
             resident = self.residents.home_of(turn.trajectory.key) is not None
             replica = self.residents.turn_started(turn, now)
             if replica is not None:
@@ -395,7 +404,7 @@ class Orchestrator:
         """The life of the trajectory, begun if it is new, with what the turn tells of it."""
         life = self._lives.get(turn.trajectory.key)
         if life is None:
-            life = self._lives[turn.trajectory.key] = _Life(turn.trajectory)
+            life = self._lives[turn.trajectory.key] = _Life(turn.trajectory, plain=self._rests)
         if turn.turn >= life.turns:  # otherwise its replica was lost, and it starts again
             life.turns = turn.turn + 1
             life.tool_s += turn.tool_s or 0.0

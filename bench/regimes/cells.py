@@ -101,15 +101,15 @@ def measure(cell: Cell) -> dict[str, Any]:
     }
 
 
-def draw(cell: Cell, where: Setting, seed: int) -> Draw:
-    """The step, and as many other samples of the same prompts as the epoch before."""
-    number = cell.concurrency * GPUS
+def draw(cell: Cell, where: Setting, seed: int, longer: float = 1.0) -> Draw:
+    """The step, and as many other samples of the same prompts as the epoch before; trajectories `longer` than the map's."""
+    number = cell.concurrency * where.gpus
     both = generate(
         "coding",
         number // SAMPLES,
         2 * SAMPLES,
         seed=seed,
-        median_tokens=MEAN_TOKENS / exp(cell.sigma**2 / 2),
+        median_tokens=longer * MEAN_TOKENS / exp(cell.sigma**2 / 2),
         tools=TOOLS,
         tool_mean_s=1.0,
         tool_timeout_s=LONGEST_TOOL,

@@ -54,6 +54,8 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
         self.fleet: dict[str, Replica] = {}
         self.servers: dict[str, Any] = {}
         """Actor handles of `fleet`, by name; the client's own table."""
+        self.rests = False
+        """Whether resident sets rest (`heddle.auto`)."""
         self._paused: dict[str, bool] = {}
         """Replicas that a weight update has paused, and whether they have left for the trainer (they refuse requests)."""
         self.learnt: bytes | None = None
@@ -265,6 +267,13 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
         ray.get(self.router.configure.remote(*told), timeout=deadline_s)
         for name in self._paused:
             self.router.paused.remote(name)
+        if self.rests:
+            self.router.rest.remote(True)
+
+    def rest(self, rests: bool) -> None:
+        """Resident sets rest, or decide again, from the next step on."""
+        self.rests = rests
+        self.router.rest.remote(rests)
 
     def paused(self, name: str, leaves: bool = False) -> None:
         """A weight update stops this replica's engine and aborts its requests; `leaves`: for the trainer, which wants its GPUs."""

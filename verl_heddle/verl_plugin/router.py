@@ -156,6 +156,10 @@ class HeddleRouter(PoolStatus):
         self._latency = latency
         self._tell_times()
 
+    def rest(self, rests: bool) -> None:
+        """Resident sets rest, or decide again. Between steps."""
+        self._tell("rest", rests)
+
     def turns_started(self, turns: Sequence[TurnStart], told: Sequence[tuple[str, Any]] = ()) -> list[Decision]:
         """`turn_started` for several turns of one worker, in order. `told`: what the worker has had to tell before, as to `told`.
 

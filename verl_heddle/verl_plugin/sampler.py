@@ -24,11 +24,12 @@ from verl_heddle.report.quality import prediction_quality
 from verl_heddle.report.trained import Trained
 from verl_heddle.traces.columns import Columns
 from verl_heddle.traces.writer import FLUSH_S, TraceWriter
+from verl_heddle.twin.choice import Choice
 from verl_heddle.twin.process import Twin
 from verl_heddle.verl_plugin import manager as agent_loops
 from verl_heddle.verl_plugin.settings import options_of
 from verl_heddle.verl_plugin.stock import buffer_arguments
-from verl_heddle.verl_plugin.voice import say_once
+from verl_heddle.verl_plugin.voice import say, say_once
 
 PREFIX = "heddle/"
 
@@ -59,6 +60,7 @@ class _Watch:
         self.failures = 0
         self._before: dict[str, Counter[str]] = {}
         self._twin = Twin(options.twin.budget_s, say_once) if options.judges else None
+        self._choice = Choice() if options.chooses else None
         trace = options.trace
         self._writer: TraceWriter | None = None
         if trace.enable:
@@ -98,8 +100,7 @@ class _Watch:
         metrics |= {f"shape/{name}": value for name, value in manager.shaped(global_step).items()}
         metrics |= self._layout(manager)
         if self._twin is not None and manager.sync and len(train):
-            metrics |= {f"twin/{name}": value for name, value in self._twin.told().items()} | {"twin/failures": self._twin.failures}
-            self._twin.ask(global_step, train, self._engines(manager))
+            metrics |= self._judge(self._twin, manager, global_step, train)
         for name in ("fit_s", "fit_rows"):
             if name in router:
                 metrics[f"predict/{name}"] = router.pop(name)
@@ -124,6 +125,20 @@ class _Watch:
         metrics["fallbacks/total"] = sum(news.values())
         metrics |= {f"fallbacks/{name}": count for name, count in news.items()}
         return {PREFIX + name: float(value) for name, value in metrics.items()}
+
+    def _judge(self, twin: Twin, manager: Any, global_step: int, train: Columns) -> dict[str, float]:
+        """Ask the twin about the step that is over, take up what it says of the one before, and choose the next step's rule by it."""
+        answer = twin.told()
+        metrics = {f"twin/{name}": value for name, value in answer.items()} | {"twin/failures": twin.failures}
+        twin.ask(global_step, train, self._engines(manager))
+        if self._choice is not None:
+            self._choice.ran(global_step)
+            line = self._choice.judged(answer) if answer else None
+            if line is not None:
+                say(line)
+                manager.rest(self._choice.rests)
+            metrics |= {f"auto/{name}": value for name, value in self._choice.metrics().items()}
+        return metrics
 
     def _window(self, manager: Any, global_step: int, train: Columns, keys: Sequence[str]) -> dict[str, float]:
         """Of the time since the last batch of an asynchronous trainer."""
@@ -162,7 +177,7 @@ class _Watch:
         rollout = manager.config.actor_rollout_ref.rollout
         held = [replica.kv_tokens for replica in manager.fleet.values()]
         return {
-            **self._options.decisions(),
+            **self._options.decisions(manager.rests),
             "utilization": float(rollout.gpu_memory_utilization),
             "kv_tokens": min((one for one in held if one is not None), default=None),
             "tp": int(rollout.tensor_model_parallel_size),

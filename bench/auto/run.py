@@ -6,7 +6,8 @@
 
 A run has ten different steps, each three times in a row, on two replicas; over a run lengths grow by half. Each step is played under both
 rules, as what would have happened, and under both again with other random ties, as what the twin makes of it. The choice sees the twin's
-answer one step late, as in a run. The second table is of large steps, of which the twin plays a part (`judge.sampled`). Open traces are read from VERL_HEDDLE_TRACES or ../shared/traces; without them those rows are left out.
+answer one step late, as in a run. Also: other fixed rules on cells of the map, and large steps of which the twin plays a part
+(`judge.sampled`). Open traces are read from VERL_HEDDLE_TRACES or ../shared/traces; without them those rows are left out.
 """
 
 from __future__ import annotations

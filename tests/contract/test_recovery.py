@@ -84,7 +84,7 @@ def made(monkeypatch):
     manager._deterministic, manager._cap_tokens, manager._samples = False, 20_000, (2, 1)
     manager.learnt = manager._learnt_asked = manager._latency = manager.planner = manager.layouts = None
     manager._fallbacks = manager._silent = manager._replicas_lost = 0
-    manager._replicas, manager.sync, manager._paused = 8, True, {}
+    manager._replicas, manager.sync, manager._paused, manager.rests = 8, True, {}, False
     manager._troubles, manager._visits, manager._plans, manager._router_lost, manager._weights = Counter(), [], False, False, -1
     manager.agent_loop_workers, manager.dispatched = [Actor(worker)], []
     manager._configure_router(1.0)
@@ -144,6 +144,19 @@ def test_a_restarted_router_is_told_what_the_one_before_it_had_learnt(made, monk
     assert router.target.configured() and worker.back == 1 and router.calls["configure"] == 2
     assert abs(knows(router.target) - warm) < abs(cold - warm) / 4
     assert router.target.turn_started(TurnStart(TrajectoryId("p", "w", 0, 4), "w_0", 0, 10, 0)).reason is Reason.LEAST_INFLIGHT
+
+
+def test_a_restarted_router_is_told_that_resident_sets_rest(made, monkeypatch):
+    manager, router, worker = made
+    manager.rest(True)
+    monkeypatch.setattr(routers, "_restarted", lambda: True)
+    router.target = HeddleRouter({"s0": router})
+    worker.fallbacks = 1
+    step(manager, 1)
+    step(manager, 2)
+    assert router.target.configured() and router.calls["rest"] == 2 and router.target._orchestrator._rests
+    manager.rest(False)
+    assert not router.target._orchestrator._rests
 
 
 def test_a_restarted_router_that_knows_nothing_decides_nothing(monkeypatch):

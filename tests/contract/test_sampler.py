@@ -109,7 +109,7 @@ def test_a_full_disk_costs_the_trace_not_the_metrics(monkeypatch, tmp_path, caps
     from verl_heddle.verl_plugin.sampler import _Watch
 
     class Manager:
-        sync = True
+        sync, rests = True, False
         servers = ("r0",)
         fleet: ClassVar = {"r0": Replica("r0", tp=2, slots=8)}
         """What the engine says of itself."""
@@ -163,6 +163,64 @@ def test_a_full_disk_costs_the_trace_not_the_metrics(monkeypatch, tmp_path, caps
     full.flush()
     assert full.step(2, "train")["heddle/metrics_failures"] >= 1
     assert "trace lines of a step are lost" in capsys.readouterr().err
+
+
+def test_where_the_twin_says_that_resident_sets_lose_they_rest_from_the_next_step_on(monkeypatch, tmp_path, capsys):
+    """The twin's process is a fake that answers a step late; tests/e2e/test_compare.py has the real one."""
+    from collections import Counter
+
+    from verl_heddle.options import Options, Trace
+    from verl_heddle.traces.columns import Columns
+    from verl_heddle.verl_plugin import manager as agent_loops
+    from verl_heddle.verl_plugin.sampler import _Watch
+
+    class Twin:
+        failures = 0
+
+        def __init__(self):
+            self.asked, self.answer = [], {}
+
+        def ask(self, number, step, meta):
+            self.asked.append(meta["residents"])
+            self.told = lambda: {"step": number, "error": 0.01, "stock_s": 90.0, "heddle_s": 100.0, "speedup": 0.9}
+
+        def told(self):
+            return {}
+
+    class Manager:
+        sync, rests, servers, layouts = True, False, ("r0",), None
+        fleet: ClassVar = {}
+        config = OmegaConf.create(
+            {"actor_rollout_ref": {"rollout": {"tensor_model_parallel_size": 1, "max_num_seqs": 8, "gpu_memory_utilization": 0.5}}}
+        )
+
+        def collect(self):
+            return Columns.of([recorded()]), Counter()
+
+        def step_ended(self, step, records):
+            return {}
+
+        def shaped(self, step):
+            return {}
+
+        def engine_counts(self):
+            return Counter()
+
+        def rest(self, rests):
+            self.rests = rests
+
+    manager = Manager()
+    monkeypatch.setattr(agent_loops, "MANAGER", manager)
+    watch = _Watch(Options(trace=Trace(dir=str(tmp_path))))
+    watch._twin = twin = Twin()
+    metrics = [watch.step(number, "train") for number in range(1, 6)]
+    watch.flush()
+    assert [one["heddle/auto/rests"] for one in metrics] == [0, 0, 0, 1, 1], "three steps are judged, each a step late"
+    assert manager.rests and twin.asked == ["least_served"] * 4 + [False], "of a step the twin hears by which rule it ran"
+    lines = [json.loads(line)["meta"]["residents"] for line in (tmp_path / "trace.jsonl").read_text().splitlines()]
+    assert lines == ["least_served"] * 4 + [False]
+    assert metrics[-1]["heddle/auto/gain"] == pytest.approx(0.9) and metrics[-1]["heddle/twin/step"] == 4
+    assert capsys.readouterr().err.count("after step 3 resident sets rest") == 1
 
 
 class Clock:

@@ -19,7 +19,11 @@ from verl_heddle.schedule.pauses import LONGEST_PAUSE_S, SETTLE_S
 from verl_heddle.schedule.rent import FEW, futile
 from verl_heddle.schedule.resident import ORDERS
 from verl_heddle.schedule.residents import Residents
-from verl_heddle.trajectory import TrajectoryId, TurnEnd, TurnStart
+from verl_heddle.simulate import make_fleet, simulate
+from verl_heddle.simulate.baselines import Stock
+from verl_heddle.simulate.workload import most_kv
+from verl_heddle.traces import generate, replayable
+from verl_heddle.trajectory import Outcome, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
 
 HOLD_S = 10.0
 PROMPT = 50
@@ -328,6 +332,37 @@ def test_where_the_host_keeps_what_is_evicted_verls_rule_decides():
     made[True].replicas_added([Replica("r1", slots=2, kv_tokens=100)])
     decisions = [made[True].turn_started(started(number, 0, 90), 1.0) for number in (9, 12)]
     assert [one.held for one in decisions] == [False, True], "none keeps anything any more"
+
+
+def test_trajectories_that_begin_while_resident_sets_rest_go_by_verls_rule_and_the_others_as_they_began():
+    orchestrator = Orchestrator(Options())
+    orchestrator.replicas_added([Replica("r", slots=2, kv_tokens=100)])
+    first, second = started(0, 0, 90), started(3, 0, 90)
+    assert not orchestrator.turn_started(first, 0.0).held and orchestrator.turn_started(second, 0.0).held
+    orchestrator.rest(True, 1.0)
+    plain = [started(number, 0, 90) for number in (6, 9)]
+    assert [orchestrator.turn_started(turn, 1.0).held for turn in plain] == [False, False]
+    assert orchestrator.inflight == {"r": 3} and orchestrator.holds
+    orchestrator.rest(False, 2.0)
+    orchestrator.turn_finished(finished(plain[0], "r", 5), 2.0)
+    assert not orchestrator.turn_started(started(6, 1, 95, 5), 2.0).held, "as it began"
+    assert orchestrator.turn_started(started(12, 0, 90), 2.0).held
+    orchestrator.turn_finished(finished(first, "r", 5), 3.0)
+    orchestrator.trajectory_ended(TrajectoryEnd(first.trajectory, Outcome.FINISHED, 5, 1), 3.0)
+    assert orchestrator.admitted(3.0) == [(second.request, "r")]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_at_rest_a_step_is_stocks_turn_by_turn(seed):
+    work = [replayable(item) for item in generate("search", 12, 4, seed=seed, median_tokens=150, cap_tokens=1200, tool_mean_s=0.3)]
+    latency = LatencyModel.affine(0.01, 0.001, 1e-7, prefill_per_token_s=2e-4, prefill_base_s=0.01)
+    fleet = make_fleet(3, 1, latency, 16, {1: 2 * most_kv(work)})
+    rests, keeps = Orchestrator(Options(seed=seed)), Orchestrator(Options(seed=seed))
+    rests.rest(True, 0.0)
+    stock, rested, kept = (simulate(work, fleet, latency, policy, seed=0) for policy in (Stock(seed), rests, keeps))
+    for column in ("replica", "end_s", "queue_s", "trajectory"):
+        assert (stock.turns.column(column) == rested.turns.column(column)).all()
+    assert kept.makespan_s != stock.makespan_s
 
 
 def test_contexts_that_the_engines_have_dropped_are_not_counted_on():

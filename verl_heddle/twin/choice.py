@@ -1,9 +1,9 @@
 """Which rule runs next, resident sets or verl's own: by what the twin says of both, held against what the steps took.
 
 Law. The gain of resident sets is the mean, over the last `WINDOW` judged steps, of the logarithm of the twin's stock_s over heddle_s; both
-are of the same step, so its lengths cancel. The twin may see one rule better than it is. What a rule was measured
-to take over what the twin made of it is its bias, the mean over the last `WINDOW` steps in which it ran; the difference of the two biases is
-added to the gain. The margin is the standard error of that sum; of a rule that has not run, the other's bias is taken, and is the error.
+are of the same step, so its lengths cancel. The twin may see one rule better than it is. What a rule was measured to take over what the
+twin made of it is its bias, the mean over the last `WINDOW` steps in which it ran; the difference of the two biases is added to the gain.
+The margin is the standard error of that sum; of a rule that has not run, the other's bias is taken, and is the error.
 
 Resident sets run from the start: no rule loses less where nothing is known (docs/regimes.md). They rest once their gain and the margin
 are below -`WORTH`, and come back as soon as their gain is above 0, or the twin cannot judge. Each return doubles the steps that pass before

@@ -72,6 +72,16 @@ def test_the_ratio_is_that_of_the_traces_without_the_first_steps(finished, value
     assert [row["pair"] for row in found["by_pair"]] == [1, 2]
 
 
+def test_the_twins_number_stands_beside_the_measured_one(finished, value):
+    twin = {"steps": 4, "speedup": pytest.approx(1.25), "error": 0.02}
+    assert arm(value, "stock")["twin"] == arm(value, "heddle")["twin"] == twin, "steps 2 and 3 of 4 in two pairs; of the last nobody tells"
+    assert arm(value, "stock_bare")["twin"] is None
+    line = next(line for line in value["explanation"] if "twin" in line)
+    measured = arm(value, "heddle")["speedup"]["value"]
+    assert "1.25x inside stock (4 steps, 2 % off on what ran) and 1.25x inside heddle" in line
+    assert f"measured, arm against arm: {measured:.2f}x (heddle)" in line and line in finished[1].out
+
+
 def test_numbers_hang_together(value):
     for one in value["arms"]:
         if one["bare"]:

@@ -103,6 +103,7 @@ def _arm(arm: ArmResult) -> dict[str, Any]:
         "idle_share": arm.mean("idle_share/mean"),
         "split": arm.split,
         "windows": _windows(arm),
+        "twin": asdict(arm.twin) if arm.twin else None,
         "bound_fraction": arm.bound_fraction,
         "decisions": arm.total("decisions/"),
         "outcomes": arm.total("outcomes/"),

@@ -41,6 +41,9 @@ OURS = "heddle/"
 WINDOW = "window_s"
 """Logged by asynchronous runs only."""
 
+TWIN = "twin/"
+"""Start of what the twin says of the step `twin/step`, logged with a later one."""
+
 SHARES = ("generate_share", "queue_share", "tool_share", "paused_share")
 """Of all time of the trajectories that ended in a window, by what they were doing."""
 
@@ -113,6 +116,7 @@ def measured(
         folder = ledger.folder(key)
         traced = traced_steps(folder, note) if key in followed else {}
         logged = logs[key]
+        judged = _judged(logged)
         steps = []
         guessed: dict[int, list[tuple[int, float, float, float | None]]] = {}
         for number in sorted(logged.keys() | traced.keys()):
@@ -121,6 +125,7 @@ def measured(
             if scores := [value for name, value in row.items() if name.startswith(VALIDATION)]:
                 of_verl["validation"] = mean(scores)
             of_us = {name.removeprefix(OURS): value for name, value in row.items() if name.startswith(OURS)}
+            of_verl |= judged.get(number, {})
             items = traced.get(number)
             if items is None:
                 steps.append(Step(number, of_verl | (of_us if key in in_windows else {})))
@@ -134,6 +139,16 @@ def measured(
         predicted = [row for step in warm for row in guessed.get(step.number, [])]
         results[key] = RunResult(key, entry, tuple(steps), warm, predicted, config_of(folder))
     return results, known
+
+
+def _judged(logged: Mapping[int, Mapping[str, float]]) -> dict[int, dict[str, float]]:
+    """What the twin said, by the step that it is of."""
+    found = {}
+    for row in logged.values():
+        said = {name.removeprefix(OURS): value for name, value in row.items() if name.startswith(OURS + TWIN)}
+        if (number := said.get(TWIN + "step")) is not None:
+            found[int(number)] = said
+    return found
 
 
 def traced_steps(folder: Path, note: Callable[[str], None] = lambda text: None) -> dict[int, list[Trajectory]]:

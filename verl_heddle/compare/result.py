@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import exp
+from math import exp, log
 from statistics import mean, median
 from typing import Any
 
@@ -45,6 +45,16 @@ class Prediction:
     factor: float
     bias: float
     covered: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Twin:
+    """What the twin inside an arm's runs said of `steps` steps that count: `speedup`, seconds of verl's rule over heddle's (geometric mean),
+    and `error`, the median of how far it was off on the steps as they ran (share of the makespan)."""
+
+    steps: int
+    speedup: float
+    error: float
 
 
 @dataclass(frozen=True)
@@ -160,6 +170,15 @@ class ArmResult:
             bias=float(told.sum() / true.sum()),
             covered=mean(value <= high for value, high in upper) if upper else None,
         )
+
+    @property
+    def twin(self) -> Twin | None:
+        """None where it judged no step."""
+        judged = [step for step in self.steps if step.get("twin/speedup")]
+        if not judged:
+            return None
+        speedup = exp(mean(log(step.metrics["twin/speedup"]) for step in judged))
+        return Twin(len(judged), speedup, median(abs(step.metrics["twin/error"]) for step in judged))
 
     def curve(self, name: str) -> list[tuple[int, float]]:
         """(step, mean over the runs) of a metric, all steps."""

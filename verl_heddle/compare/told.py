@@ -38,6 +38,7 @@ def told(answer: Comparison) -> list[str]:
     lines = []
     for arm in answer.others:
         lines += _speed(arm, base) if arm.trained_ratio is None else _windows(arm, arm.trained_ratio, base)
+    lines += _twins(answer)
     lines += _lengths_and_rewards(answer)
     lines += _bound(answer)
     return lines or ["No pair is finished, so nothing can be compared yet."]
@@ -172,6 +173,20 @@ def _windows(arm: ArmResult, found: Ratio, base: ArmResult) -> list[str]:
 
 def _verdict(found: Ratio) -> str:
     return {"faster": "faster", "slower": "slower", "unclear": ONE_PAIR if _apart(found) else "no difference beyond chance"}[found.verdict]
+
+
+def _twins(answer: Comparison) -> list[str]:
+    """What the twin inside each run says of verl's rule against heddle's, beside what was measured."""
+    judged = [(name, arm.twin) for name, arm in answer.arms.items() if arm.twin is not None]
+    said = [
+        f"{ratio(twin.speedup)} inside {name} ({count(twin.steps)} step{'s' * (twin.steps > 1)}, {percent(twin.error)} off on what ran)"
+        for name, twin in judged
+    ]
+    if not said:
+        return []
+    found = [f"{ratio(arm.speedup.value)} ({name})" for name, arm in answer.arms.items() if arm.twin and arm.speedup is not None]
+    beside = f"; measured, arm against arm: {listed(found)}" if found else ""
+    return [f"The twin, which replays each step under verl's rule and under heddle's, makes the plugin {listed(said)}{beside}."]
 
 
 def _lengths_and_rewards(answer: Comparison) -> list[str]:

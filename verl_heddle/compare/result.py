@@ -49,7 +49,7 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Twin:
-    """What the twin inside an arm's runs said of `steps` steps that count: `speedup`, seconds of verl's rule over heddle's (geometric mean),
+    """What the twin inside an arm's runs said of `steps` steps that count: `speedup`, verl's seconds over heddle's (geometric mean),
     and `error`, the median of how far it was off on the steps as they ran (share of the makespan)."""
 
     steps: int

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.marked import fill
-from bench.provenance import FOLDER, ROOT, save
+from bench.provenance import FOLDER, ROOT, measured_again, save
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,24 @@ class Bench:
         parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--quick", action="store_true", help="one small cell, nothing is written")
         parser.add_argument("--table", action="store_true", help="write the README's table from the results that are there")
+        parser.add_argument(
+            "--check", type=int, metavar="N", help="measure N rows anew: are they what they were? Then the results still hold"
+        )
         arguments = parser.parse_args()
         results = FOLDER / "simulated" / f"{self.name}.json"
         if arguments.quick:
             print(json.dumps(self.quick(), indent=1))
             return
+        if arguments.check:
+            return measured_again(results, json.loads(results.read_text())["rows"], self._again, arguments.check)
         if not arguments.table:
             save(results, {"kind": "simulated", **self.about, "rows": self.rows()})
         fill(self.readme, self.name, self.table(json.loads(results.read_text())))
         print(f"wrote {self.readme.relative_to(ROOT)}", file=sys.stderr)
+
+    def _again(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        cell, tp = self.cells[row["cell"]]
+        return self.measured(row["cell"], cell, tp, row["seed"])
 
     def rows(self) -> list[dict[str, Any]]:
         """Of all cells and draws, a process to each core."""

@@ -2,6 +2,7 @@
 
     python bench/regimes/run.py                      the map, about 40 minutes on one core; writes bench/results/simulated/regimes.json too
     python bench/regimes/run.py --jobs 8             the same numbers, sooner
+    python bench/regimes/run.py --check 12           12 cells again: do the results hold for the code of now?
     python bench/regimes/run.py --from FILE          only write docs/regimes.md and docs/regimes.png again
 
 Each cell simulates stock verl at every fixed tensor-parallel degree and heddle at stock's usual and best degree, on the same draws.
@@ -14,11 +15,12 @@ import json
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import fields
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from cells import CONCURRENCY, DRAWS, GPU, GPUS, MEAN_TOKENS, MODELS, SAMPLES, SIGMAS, SLOTS, TOOL_SHARES, cells, measure
+from cells import CONCURRENCY, DRAWS, GPU, GPUS, MEAN_TOKENS, MODELS, SAMPLES, SIGMAS, SLOTS, TOOL_SHARES, Cell, cells, measure
 from picture import heat_maps
 from reading import markdown
 
@@ -26,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import verl_heddle
-from bench.provenance import save
+from bench.provenance import measured_again, save
 from verl_heddle.report.setting import OVERHEAD_S, setting
 
 RESULTS = ROOT / "bench" / "results" / "simulated" / "regimes.json"
@@ -49,7 +51,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1, help="processes (default 1)")
     parser.add_argument("--from", dest="known", type=Path, help="write the page from these results instead of simulating")
+    parser.add_argument("--check", type=int, metavar="N", help="measure N cells anew: are they what they were? Then the results still hold")
     arguments = parser.parse_args()
+    if arguments.check:
+        names = [item.name for item in fields(Cell)]
+        rows = json.loads(RESULTS.read_text())["cells"]
+        return measured_again(RESULTS, rows, lambda row: measure(Cell(*(row[name] for name in names))), arguments.check)
     result = json.loads(arguments.known.read_text()) if arguments.known else simulated(arguments.jobs)
     if not arguments.known:
         save(RESULTS, result)

@@ -1,6 +1,7 @@
 """What heddle is worth, simulated: the slot-limited places of the regime map, and the open traces.
 
     python bench/schedule/simulated.py            # about twenty minutes on one core; JSON and the table of bench/schedule/README.md
+    python bench/schedule/simulated.py --check 4  # four rows again: do the results hold for the code of now?
     python bench/schedule/simulated.py --quick    # one small place and one trace, printed only
 
 `stock`: first come, first served. `stock + tier`: the same with KV cache kept in the host's memory, read back at 25 GB/s per GPU, without
@@ -14,6 +15,7 @@ Open traces are read from --traces, by default VERL_HEDDLE_TRACES or ../shared/t
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -31,7 +33,7 @@ from cells import GPU, GPUS, SLOTS, Cell
 from cells import draw as drawn
 
 from bench.marked import fill
-from bench.provenance import save
+from bench.provenance import measured_again, save
 from verl_heddle.options import Options
 from verl_heddle.orchestrator import Orchestrator
 from verl_heddle.predict.quantities import Estimate
@@ -150,17 +152,24 @@ def measure(name: str, where: Setting, tp: int, draws: Sequence[Draw]) -> dict[s
     return row
 
 
-def places(quick: bool) -> Iterator[dict[str, Any]]:
-    """The rows of the map."""
+def once_more(row: dict[str, Any], folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The row measured anew."""
+    return next(places(False, row["name"]) if row["kind"] == "generated" else traces(folder, False, row["name"]))
+
+
+def places(quick: bool, only: str = "") -> Iterator[dict[str, Any]]:
+    """The rows of the map, or `only` one."""
     for cell, tp in QUICK if quick else PLACES:
+        name = f"{cell.model} tp {tp}, {cell.concurrency} per GPU, tools {cell.tool_share:.0%}"
+        if only not in ("", name):
+            continue
         where = setting(cell.model, GPU, GPUS, None, SLOTS, cell.utilization)
         draws = [drawn(cell, where, seed) for seed in SEEDS[: 1 if quick else 2]]
-        name = f"{cell.model} tp {tp}, {cell.concurrency} per GPU, tools {cell.tool_share:.0%}"
         yield measure(name, where, tp, draws) | {"kind": "generated"}
 
 
-def traces(folder: str | os.PathLike[str], quick: bool) -> Iterator[dict[str, Any]]:
-    """The open traces, on two replicas with few slots."""
+def traces(folder: str | os.PathLike[str], quick: bool, only: str = "") -> Iterator[dict[str, Any]]:
+    """The open traces, on two replicas with few slots; or `only` one row."""
     try:
         files = sorted(trace_files(folder))
     except TraceError as error:
@@ -168,9 +177,12 @@ def traces(folder: str | os.PathLike[str], quick: bool) -> Iterator[dict[str, An
         return
     for file in files[:1] if quick else files:
         for slots in TRACE_SLOTS:
+            name = f"{file.name.split('.')[0]}, {slots} slots"
+            if only not in ("", name):
+                continue
             where = setting("Qwen3-8B", GPU, 8, 4, slots)
             source = recorded(file, SEEDS)
-            yield measure(f"{file.name.split('.')[0]}, {slots} slots", where, 4, source.draws) | {"kind": "open trace"}
+            yield measure(name, where, 4, source.draws) | {"kind": "open trace"}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -190,7 +202,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one small place and one trace, printed only")
     parser.add_argument("--traces", default=os.environ.get("VERL_HEDDLE_TRACES", ROOT.parent / "shared" / "traces"))
+    parser.add_argument("--check", type=int, metavar="N", help="measure N rows anew: are they what they were? Then the results still hold")
     args = parser.parse_args()
+    if args.check:
+        rows = json.loads(RESULT.read_text())["rows"]
+        return measured_again(RESULT, rows, lambda row: once_more(row, args.traces), args.check)
     rows: list[dict[str, Any]] = []
     for row in chain(traces(args.traces, args.quick), places(args.quick)):
         rows.append(row)

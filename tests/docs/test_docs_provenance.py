@@ -10,7 +10,22 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from bench import provenance
-from bench.provenance import CHANGED, FOLDER, FRESH, MEASURES, PAGES, RECORD, UNRECORDED, fingerprint, line, page, record, save, state
+from bench.provenance import (
+    CHANGED,
+    FOLDER,
+    FRESH,
+    MEASURES,
+    PAGES,
+    RECORD,
+    UNRECORDED,
+    fingerprint,
+    line,
+    measured_again,
+    page,
+    record,
+    save,
+    state,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -55,6 +70,22 @@ def test_a_result_is_out_of_date_when_the_code_changes_and_not_when_words_do(ben
     assert state("x.json")[0] == CHANGED and line(["x.json"]).endswith("**The code measured has changed since.**")
     save(result, {"speedup": 1.2})
     assert state("x.json")[0] == FRESH
+
+
+def test_a_result_holds_for_other_code_that_gives_the_same_rows(bench):
+    result, code = bench
+    rows = [{"row": number, "speedup": 1.0 + number / 7} for number in range(10)]
+    save(result, {"rows": rows})
+    code.write_text("K = 2\n")
+    asked = []
+    measured_again(result, rows, lambda row: asked.append(row) or {**row}, 4)
+    assert len(asked) == 4 and state("x.json") == (FRESH, "0123456789abcdef")
+    assert line(["x.json"]) == "*Measured on commit:* x.json `0123456` (4 of 10 rows the same on `0123456`)."
+    code.write_text("K = 3\n")
+    assert state("x.json")[0] == CHANGED, "other code again"
+    with pytest.raises(SystemExit, match="is not what it was"):
+        measured_again(result, rows, lambda row: {**row, "speedup": row["speedup"] + 1e-12}, 4)
+    assert state("x.json")[0] == CHANGED
 
 
 def test_parts_that_were_kept_leave_a_result_out_of_date(bench):

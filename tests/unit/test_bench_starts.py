@@ -15,6 +15,7 @@ MAIN = re.compile('^if __name__ == "__main__"', re.M)
 SCRIPTS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "bench").rglob("*.py") if MAIN.search(path.read_text()))
 SMALL = {
     "bench/placement/scenarios.py": ["--quick", "--json", "out.json"],
+    "bench/auto/cost.py": ["--quick"],
     "bench/auto/run.py": ["--quick"],
     "bench/modes/run.py": ["--quick"],
     "bench/residents/run.py": ["--quick"],

@@ -4,10 +4,11 @@
     python bench/auto/run.py --quick       one scene, four steps, printed only
     python bench/auto/run.py --table       only write the README's table again
 
-A run has ten different steps, each three times in a row, on two replicas; over a run lengths grow by half. Each step is played under both
-rules, as what would have happened, and under both again with other random ties, as what the twin makes of it. The choice sees the twin's
-answer one step late, as in a run. Also: other fixed rules on cells of the map, and large steps of which the twin plays a part
-(`judge.sampled`). Open traces are read from VERL_HEDDLE_TRACES or ../shared/traces; without them those rows are left out.
+A run has ten different steps: the first five, three times over, then the others; over a run lengths grow by half. Each step is played under
+both rules, as what would have happened, and under both again with other random ties, as what the twin makes of it; that is what is stored.
+The choice is applied to it when the table is written: it sees the twin's answer one step late, as in a run. Also: other fixed rules on
+cells of the map, and large steps of which the twin plays a part (`judge.sampled`). Open traces are read from VERL_HEDDLE_TRACES or
+../shared/traces; without them those rows are left out.
 """
 
 from __future__ import annotations
@@ -188,43 +189,42 @@ def _play(step: Step, where: Setting, latency: Any, believed: Any, rests: bool, 
 
 
 def measure(scene: Scene, number: int = STEPS) -> dict[str, Any]:
-    """One run: seconds under both fixed rules and under the choice."""
+    """The different steps of one run: seconds under verl's rule and under resident sets, as they would take, and as the twin makes them."""
     where = _where(scene)
     believed = _Misread(where.latency, scene.reading)
-    choice, late = Choice(), dict[str, float]()
-    took: list[dict[bool, float]] = []
-    rested: list[bool] = []
-    changes = 0
+    steps = []
     for seed, step in enumerate(_steps(scene, where, number)):
-        true = {rests: _play(step, where, where.latency, believed, rests, seed) for rests in (True, False)}
-        twins = {rests: _play(step, where, believed, believed, rests, 1000 + seed) for rests in (True, False)}
-        twins[True] /= scene.flatters
-        for _ in range(TIMES):
-            took.append(true)
-            rested.append(choice.rests)
-            choice.ran(len(took))
-            if late:
-                changes += choice.judged(late) is not None
-            late = _answer(len(took), rested[-1], true, twins)
-    fixed = {rests: sum(one[rests] for one in took) for rests in (True, False)}
-    return {
-        "name": scene.name,
-        "group": scene.group,
-        "stock_s": fixed[True],
-        "heddle_s": fixed[False],
-        "auto_s": sum(one[rests] for one, rests in zip(took, rested, strict=True)),
-        "rested": sum(rested),
-        "changes": changes,
-    }
+        true = [_play(step, where, where.latency, believed, rests, seed) for rests in (True, False)]
+        twins = [_play(step, where, believed, believed, rests, 1000 + seed) for rests in (True, False)]
+        steps.append({"true_s": true, "twin_s": [twins[0] / scene.flatters, twins[1]]})
+    return {"name": scene.name, "group": scene.group, "steps": steps}
 
 
-def _answer(number: int, ran: bool, true: dict[bool, float], twins: dict[bool, float]) -> dict[str, float]:
-    """As `twin.judge.judge` tells, of a step that `ran` at rest or not."""
-    error = twins[ran] / true[ran] - 1
+def course(row: dict[str, Any]) -> dict[str, Any]:
+    """The run: seconds under both fixed rules and under the choice."""
+    steps, half = row["steps"], max(1, len(row["steps"]) // 2)
+    order = [*steps[:half] * TIMES, *steps[half:] * TIMES]
+    choice, late, total, rested, changes = Choice(), dict[str, float](), 0.0, 0, 0
+    for number, step in enumerate(order, start=1):
+        ran = 0 if choice.rests else 1
+        total += step["true_s"][ran]
+        rested += choice.rests
+        choice.ran(number)
+        if late:
+            changes += choice.judged(late) is not None
+        late = _answer(number, ran, step["true_s"][ran], step["twin_s"])
+    stock_s, heddle_s = (sum(step["true_s"][rule] for step in order) for rule in (0, 1))
+    about = {"name": row["name"], "group": row["group"]}
+    return {**about, "stock_s": stock_s, "heddle_s": heddle_s, "auto_s": total, "rested": rested, "changes": changes}
+
+
+def _answer(number: int, ran: int, took: float, twins: Sequence[float]) -> dict[str, float]:
+    """As `twin.judge.judge` tells, of a step that took so long under verl's rule (0) or resident sets (1)."""
+    error = twins[ran] / took - 1
     if abs(error) > MOST_ERROR:
         return {"step": number, "error": error}
-    told = {rests: true[ran] * twins[rests] / twins[ran] for rests in twins}
-    return {"step": number, "error": error, "stock_s": told[True], "heddle_s": told[False], "speedup": told[True] / told[False]}
+    stock_s, heddle_s = (took * one / twins[ran] for one in twins)
+    return {"step": number, "error": error, "stock_s": stock_s, "heddle_s": heddle_s, "speedup": stock_s / heddle_s}
 
 
 def rules(cell: Cell) -> dict[str, Any]:
@@ -278,6 +278,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "| runs | number | auto over verl's rule | resident sets always | within 3 % of the better one | that rested |",
         "|---|---|---|---|---|---|",
     ]
+    rows = [course(row) for row in rows]
     for group in dict.fromkeys(row["group"] for row in rows):
         of = [row for row in rows if row["group"] == group]
         auto, always = ([row["stock_s"] / row[name] for row in of] for name in ("auto_s", "heddle_s"))
@@ -304,7 +305,7 @@ def main() -> None:
     arguments = parser.parse_args()
     results = FOLDER / "simulated" / "auto.json"
     if arguments.quick:
-        print(json.dumps(measure(Scene("quick", "quick", Cell("Qwen3-8B", 16, 0.9, 0.3)), 4), indent=1))
+        print(json.dumps(course(measure(Scene("quick", "quick", Cell("Qwen3-8B", 16, 0.9, 0.3)), 4)), indent=1))
         return
     if not arguments.table:
         todo = [scene for scene in scenes() if arguments.only in f"{scene.group}: {scene.name}"]
@@ -312,7 +313,7 @@ def main() -> None:
         with ProcessPoolExecutor(arguments.jobs) as pool:
             for row in pool.map(measure, todo):
                 rows.append(row)
-                print(f"{len(rows)} of {len(todo)}, {time.monotonic() - begun:.0f} s:", row, file=sys.stderr, flush=True)
+                print(f"{len(rows)} of {len(todo)}, {time.monotonic() - begun:.0f} s:", course(row), file=sys.stderr, flush=True)
             if arguments.only:
                 print(table(rows))
                 return

@@ -5,7 +5,7 @@ are of the same step, so its lengths cancel. The twin may see one rule better th
 twin made of it is its bias, the mean over the last `WINDOW` steps in which it ran; the difference of the two biases is added to the gain.
 The margin is the standard error of that sum; of a rule that has not run, the other's bias is taken, and is the error.
 
-Resident sets run from the start: no rule loses less where nothing is known (docs/regimes.md). They rest once their gain and the margin
+Resident sets run from the start: no rule loses less where nothing is known (docs/regimes.md). They rest once their gain and `SURE` margins
 are below -`WORTH`, and come back as soon as their gain is above 0, or the twin cannot judge. Each return doubles the steps that pass before
 they rest again. So a wrong twin costs what resident sets gain in two steps (the one that belies it, and the one in which it is judged), at
 steps 4, 12 and 28 of a run at the earliest. Source: issue 17; held against fixed rules by bench/auto.
@@ -24,8 +24,11 @@ WINDOW = 8
 ENOUGH = 3
 """Judged steps before anything is decided."""
 
-WORTH = 0.005
+WORTH = 0.01
 """Logarithm of the least gain that is worth a change."""
+
+SURE = 2.0
+"""Standard errors beyond which a gain is no chance."""
 
 WAIT_STEPS = 8
 """Steps after the first return in which resident sets do not rest again."""
@@ -64,7 +67,7 @@ class Choice:
         last = f"; of step {step}, {answer['stock_s']:.0f} s without and {answer['heddle_s']:.0f} s with them"
         if self.rests and gain > 0:
             return self._back(step, f"steps are expected to be {exp(gain):.2f}x as fast with them{last}")
-        if not self.rests and gain + margin < -WORTH and step >= self._not_before:
+        if not self.rests and gain + SURE * margin < -WORTH and step >= self._not_before:
             self.rests = True
             return f"after step {step} resident sets rest: steps are expected to be {exp(-gain):.2f}x as fast by verl's own rule{last}"
         return None

@@ -1,7 +1,7 @@
 """What the twin costs the trainer: updates of a small transformer on all cores, with and without the twin judging a step beside them.
 
     python bench/auto/cost.py               pairs of a minute, alternating; writes bench/results/cpu/twin.json and the README's table
-    python bench/auto/cost.py --quick       one pair of two seconds and a small step, printed only
+    python bench/auto/cost.py --quick       one pair of half a second and a small step, printed only
 
 The load is the update of a policy in torch, as verl's trainer has it, on every core of this machine: the hardest case, since a trainer
 whose work is on GPUs leaves cores free. The twin is the plugin's own process, judging a recorded step again and again while the load runs.
@@ -90,10 +90,10 @@ def updates(seconds: float) -> float:
 
     torch.set_num_threads(os.cpu_count() or 1)
     torch.manual_seed(0)
-    layer = torch.nn.TransformerEncoderLayer(256, 4, 1024, batch_first=True)
-    model = torch.nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+    layer = torch.nn.TransformerEncoderLayer(128, 4, 512, batch_first=True)
+    model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
     optimizer = torch.optim.AdamW(model.parameters())
-    batch = torch.randn(8, 256, 256)
+    batch = torch.randn(4, 128, 128)
     model(batch)
     begun, done = time.perf_counter(), 0
     while time.perf_counter() - begun < seconds:
@@ -143,11 +143,11 @@ def table(told: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one pair of two seconds and a small step, printed only")
+    parser.add_argument("--quick", action="store_true", help="one pair of half a second and a small step, printed only")
     parser.add_argument("--table", action="store_true", help="write the README's table from the results that are there")
     arguments = parser.parse_args()
     if arguments.quick:
-        print(json.dumps(measure(1, 2.0, 4), indent=1))
+        print(json.dumps(measure(1, 0.5, 4), indent=1))
         return
     if not arguments.table:
         save(RESULT, measure(PAIRS, SECONDS, 128))

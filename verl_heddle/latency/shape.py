@@ -325,10 +325,11 @@ def _quantised(shape: Shape, quantised: Any, where: str) -> Shape:
     if bits is None and method == "bitsandbytes":
         bits = 4 if quantised.get("load_in_4bit") else 8
     if not isinstance(bits, int | float) or not 1 <= bits <= 16:
-        raise ValueError(f"{where}: quantization_config lacks the bits of a weight (quant_method {method or 'missing'}); say --weights")
-    # A scale of 8 bits for each 32 (mxfp4) or 16 values (nvfp4), of 16 bits for each 128 of an integer, next to nothing for fp8.
-    size = bits / 8 + {4: 1 / 32 if method == "mxfp4" else 1 / 16 if "fp4" in method + algorithm else 1 / 64}.get(int(bits), 0.0)
+        raise ValueError(f"{where}: quantization_config lacks the bits of a weight (quant_method {method or 'missing'})")
     fp8 = fp8 or (stored.get("type") == "float" and bits == 8)
+    name = "fp8" if fp8 else "mxfp4" if method == "mxfp4" else "nvfp4" if "fp4" in method + algorithm else f"int{int(bits)}"
+    # A scale of 8 bits for each 32 (mxfp4) or 16 values (nvfp4), of 16 bits for each 128 of an integer, next to nothing for fp8.
+    size = bits / 8 + {"mxfp4": 1 / 32, "nvfp4": 1 / 16, "int4": 1 / 64}.get(name, 0.0)
     kept = " ".join(map(str, quantised.get("modules_to_not_convert") or quantised.get("ignore") or quantised.get("ignored_layers") or ()))
     block = quantised.get("weight_block_size")
     cache = str(quantised.get("kv_cache_quant_algo") or "").lower() == "fp8" or quantised.get("kv_cache_scheme") is not None
@@ -340,6 +341,6 @@ def _quantised(shape: Shape, quantised: Any, where: str) -> Shape:
         expert_bytes=size,
         kv_value_bytes=1.0 if cache else 2.0,
         fp8_compute=bool(fp8),
-        weights="fp8" if fp8 else method if "fp4" in method else f"int{int(bits)}",
+        weights=name,
         block=int(max(block)) if isinstance(block, list | tuple) and block else 0,
     )

@@ -39,11 +39,13 @@ class Times:
     fits: tuple[tuple[int, FitQuality], ...] = ()
     file: str | None = None
 
-    @property
-    def how(self) -> str:
-        """Which of the three it is; of a table, whose it is where it has another name."""
+    def told(self, source: str) -> str:
+        """`source` of the latency model, with which of the three it is: the others' says so itself. Of a table also whose it is, where the
+        model has another name."""
+        if self.kind != TABLE:
+            return source
         other = self.latency.name.rsplit(" on ", 1)[0]
-        return f"table of {other}, the shape of {self.shape.name}" if self.kind == TABLE and other != self.shape.name else self.kind
+        return f"table{'' if other == self.shape.name else f' of {other}, whose shape {self.shape.name} has'}, {source}"
 
     def document(self) -> dict[str, Any]:
         """As JSON: `kind`; `errors` by what they are of, each with `median` and `p90`; of a calibration `turns` and `file`."""
@@ -73,7 +75,7 @@ def times(gpu: str, model: str, weights: str | None = None, kv: str | None = Non
     precision = "" if (shape.weights, shape.kv) == ("bf16", "bf16") else f" ({shape.weights} weights, {shape.kv} KV)"
     made = roofline(place, shape)
     errors = ", ".join(f"{kind}s {100 * low:.0f} % ({100 * high:.0f} %)" for kind, (low, high) in HELD_OUT.items())
-    source = f"of {made.source}{precision}, not measured; against tables it was not fitted to it is off by, median (p90): {errors}"
+    source = f"{made.source}{precision}, not measured; against tables it was not fitted to it is off by, median (p90): {errors}"
     return Times(replace(made, name=f"{shape.name}{precision} on {place.name}", source=source), ROOFLINE, shape, place)
 
 

@@ -67,6 +67,11 @@ class Setting:
         """Model and GPU as the latency table calls them."""
         return self.latency.name
 
+    @property
+    def step_times(self) -> str:
+        """Where they come from, and how far off they are."""
+        return self.latency.source if self.times is None else self.times.told(self.latency.source)
+
     @cached_property
     def tps(self) -> tuple[int, ...]:
         """Degrees that hold the model and divide the GPUs, ascending."""
@@ -187,7 +192,11 @@ def setting(
         roomy = [one for one in draft.tps if (held := draft.kv_tokens[one]) is None or held >= ROOM_TOKENS]
         tp = next((one for one in roomy if one >= least_usual(found.shape)), draft.tps[-1])
     if tp not in draft.tps:
-        why = "is not known" if tp not in latency.tps else "does not divide the GPUs" if gpus % tp else "does not hold the model"
+        why = "does not divide the GPUs" if gpus % tp else "does not hold the model"
+        if tp not in latency.tps:
+            why = (
+                f"does not divide the model's {found.shape.heads} heads" if not found.shape.splits(tp) else "is not among the degrees known"
+            )
         raise ValueError(
             f"--tp {tp} {why} ({latency.name}, {gpus} GPUs, gpu_memory_utilization {utilization:g}); "
             f"possible: {', '.join(map(str, draft.tps))}"

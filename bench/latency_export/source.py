@@ -55,19 +55,26 @@ MODELS = {
 class Source:
     """Latency of one model on one GPU at one tensor-parallel degree, mixture of experts split by tensor parallelism.
 
-    `path`: a model that AIConfigurator bundles, or a folder with a config.json; its precision is that of the config.
+    `path`: a model that AIConfigurator bundles, or a folder with a config.json; its precision is that of the config, or with `fp8`
+    whole-tensor fp8 of a dense model's matrices.
     """
 
-    def __init__(self, gpu: Gpu, path: str, tp: int, experts: bool) -> None:
+    def __init__(self, gpu: Gpu, path: str, tp: int, experts: bool, fp8: bool = False) -> None:
         logging.disable(logging.WARNING)  # it announces fallback tables of models that are not asked for here
-        from aiconfigurator.sdk import config, models, perf_database  # here: only this environment of its own has it, and --help needs none
+        from aiconfigurator.sdk import (
+            common,
+            config,
+            models,
+            perf_database,
+        )  # here: only this environment of its own has it, and --help needs none
         from aiconfigurator.sdk.backends.factory import get_backend
         from aiconfigurator.sdk.inference_session import InferenceSession
 
         self._runtime = config.RuntimeConfig
         self._database = perf_database.get_database(gpu.system, "vllm", gpu.vllm)
         split = {"moe_tp_size": tp, "moe_ep_size": 1} if experts else {}
-        self._model = models.get_model(path, config.ModelConfig(tp_size=tp, **split), "vllm")
+        precision = {"gemm_quant_mode": common.GEMMQuantMode.fp8} if fp8 else {}
+        self._model = models.get_model(path, config.ModelConfig(tp_size=tp, **split, **precision), "vllm")
         self._backend = get_backend("vllm")
         self._session = InferenceSession(self._model, self._database, self._backend)
 

@@ -16,7 +16,7 @@ examples:
   step 12, of a comparison's second pair, under heddle
       verl-heddle explain cmp --arm heddle --pair 2 --step 12
 
-  what another tensor parallelism would have given: needs a GPU's table of step times
+  what another tensor parallelism would have given: needs step times of a model and a GPU
       verl-heddle explain checkpoints/p/e/heddle --model qwen3-14b --gpu h200
 
 Nothing is run and no GPU is needed. What-ifs are simulated with the latency measured in the run itself, or with the table of --model and

@@ -164,6 +164,22 @@ def test_a_config_a_folder_and_a_name_are_one_model(tmp_path):
     assert shape_of(str(tmp_path)).name == tmp_path.name
 
 
+def test_a_snapshot_of_the_hubs_cache_has_the_models_name(tmp_path):
+    folder = tmp_path / "models--acme--Qwen3-8B-Tuned" / "snapshots" / "0123abcd"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(PLAIN))
+    assert shape_of(str(folder)).name == shape_of(str(folder / "config.json")).name == "Qwen3-8B-Tuned"
+
+
+@pytest.mark.parametrize(
+    "kept", [["model.layers.*.self_attn"], ["re:.*self_attn.*"], [f"model.layers.{index}.self_attn.q_proj" for index in range(4)]]
+)
+def test_attention_that_is_not_quantised(kept):
+    quantised = {"quant_method": "compressed-tensors", "ignore": kept, "config_groups": {"g": {"weights": {"num_bits": 4, "type": "int"}}}}
+    shape = read_shape(PLAIN | {"quantization_config": quantised}, "m")
+    assert (shape.attention_bytes, shape.mlp_bytes) == (2.0, 0.5 + 1 / 64)
+
+
 def test_a_folder_without_a_config_is_looked_up_by_its_name(tmp_path):
     (tmp_path / "Qwen3-8B").mkdir()
     assert shape_of(str(tmp_path / "Qwen3-8B")) == known()["Qwen3-8B"]

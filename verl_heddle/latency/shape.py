@@ -210,7 +210,7 @@ def shape_of(model: str) -> Shape:
             raise ValueError(f"{file} is not JSON: {error}") from None
         if not isinstance(config, dict):
             raise ValueError(f"{file} is not a model's config: no JSON object")
-        return read_shape(config, path.resolve().name if path.is_dir() else file.resolve().parent.name, str(file))
+        return read_shape(config, _name(file.absolute().parent), str(file))
     wanted = plain(re.split(r"[/\\]", model.rstrip("/\\"))[-1])
     for name, entry in _models().items():
         if wanted in {plain(alias) for alias in (name, *entry["aliases"])}:
@@ -220,6 +220,11 @@ def shape_of(model: str) -> Shape:
     raise ValueError(
         f"unknown model {model!r}. Known by name: {', '.join(_models())}; for another give its config.json or a folder with one"
     )
+
+
+def _name(folder: Path) -> str:
+    """A model's name by its folder; of a snapshot in the hub's cache (models--owner--name/snapshots/revision) the model's."""
+    return folder.parent.parent.name.rsplit("--", 1)[-1] if folder.parent.name == "snapshots" else folder.name
 
 
 def read_shape(config: Mapping[str, Any], name: str, where: str = "") -> Shape:
@@ -333,7 +338,8 @@ def _quantised(shape: Shape, quantised: Any, where: str) -> Shape:
     kept = " ".join(map(str, quantised.get("modules_to_not_convert") or quantised.get("ignore") or quantised.get("ignored_layers") or ()))
     block = quantised.get("weight_block_size")
     cache = str(quantised.get("kv_cache_quant_algo") or "").lower() == "fp8" or quantised.get("kv_cache_scheme") is not None
-    attention = 2.0 if re.search(r"self_attn(?!\.)|attn\.\*|\*attn", kept) or method == "mxfp4" else size
+    whole = re.search(r"self_attn(?!\.)|attn\.\*|\*attn", kept) or kept.count("self_attn") >= shape.layers
+    attention = 2.0 if whole or method == "mxfp4" else size
     return replace(
         shape,
         attention_bytes=attention,

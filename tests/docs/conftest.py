@@ -27,6 +27,8 @@ def place(tmp_path_factory):
     said = [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "It is four. " * 20}]
     (folder / "chats.jsonl").write_text(f"{json.dumps({'messages': said})}\n" * 8)
     (folder / "program.py").write_text("print(1)\n")
+    (folder / "my-model").mkdir()
+    (folder / "my-model" / "config.json").write_text((ROOT / "bench" / "latency_export" / "Qwen3-14B" / "config.json").read_text())
     for name, text in EXAMPLE.findall((ROOT / "CONTRIBUTING.md").read_text()):
         (folder / name).write_text(text)
     return folder

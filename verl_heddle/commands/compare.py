@@ -87,8 +87,14 @@ def add_parser(subparsers: Any) -> None:
     where.add_argument("--out", metavar="DIR", help="folder of the comparison (default outputs/compare, outputs/compare-RECIPE)")
     where.add_argument("--name", metavar="NAME", help="W&B group and start of the runs' names (default: the folder's name)")
     where.add_argument("--no-wandb", action="store_true", help="do not log to W&B")
-    where.add_argument("--model", metavar="MODEL", help="with --gpu: step times for the lower bound from the shipped table, e.g. qwen3-8b")
-    where.add_argument("--gpu", metavar="GPU", help="h100 or h200; without these two, step times are calibrated from the runs")
+    where.add_argument(
+        "--model", metavar="MODEL", help="with --gpu: step times for the lower bound, as verl-heddle simulate takes it, e.g. qwen3-8b"
+    )
+    where.add_argument(
+        "--gpu",
+        metavar="GPU",
+        help="as verl-heddle simulate takes it, e.g. h200; without these two, step times are calibrated from the runs",
+    )
     where.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
     where.add_argument("--report-only", action="store_true", help="run nothing, write the report anew")
 
@@ -211,9 +217,9 @@ def _table(args: argparse.Namespace) -> Any:
         raise ValueError("--model and --gpu go together")
     if args.model is None:
         return None
-    from verl_heddle.latency import load
+    from verl_heddle.latency.times import times
 
-    return load(args.gpu, args.model)
+    return times(args.gpu, args.model).latency
 
 
 def _show(plan: Plan, out: Path) -> int:

@@ -16,7 +16,7 @@ examples:
   step 12, of a comparison's second pair, under heddle
       verl-heddle explain cmp --arm heddle --pair 2 --step 12
 
-  what another tensor parallelism would have given: needs a GPU's table of step times
+  what another tensor parallelism would have given: needs step times of a model and a GPU
       verl-heddle explain checkpoints/p/e/heddle --model qwen3-14b --gpu h200
 
 Nothing is run and no GPU is needed. What-ifs are simulated with the latency measured in the run itself, or with the table of --model and
@@ -41,8 +41,10 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--pair", type=_positive, metavar="N", help="of a comparison: this pair's runs only")
     parser.add_argument("--tp", type=_positive, metavar="N", help="tensor_model_parallel_size of the run, if its trace does not say")
     parser.add_argument("--slots", type=_positive, metavar="N", help="max_num_seqs of the run, if its trace does not say")
-    parser.add_argument("--model", metavar="MODEL", help="with --gpu: step times from the shipped table, e.g. qwen3-8b")
-    parser.add_argument("--gpu", metavar="GPU", help="h100 or h200")
+    parser.add_argument(
+        "--model", metavar="MODEL", help="with --gpu: step times of that model there, as verl-heddle simulate takes it, e.g. qwen3-8b"
+    )
+    parser.add_argument("--gpu", metavar="GPU", help="as verl-heddle simulate takes it, e.g. h200")
     parser.add_argument(
         "--gpu-memory-utilization",
         type=_share,
@@ -69,9 +71,9 @@ def _run(args: argparse.Namespace) -> int:
     check_writable(args.json)
     table = None
     if args.model is not None:
-        from verl_heddle.latency import load
+        from verl_heddle.latency.times import times
 
-        table = load(args.gpu, args.model)
+        table = times(args.gpu, args.model).latency
     answer = why(Path(args.run), args.step, args.arm, args.pair, args.tp, args.slots, table, args.gpu_memory_utilization)
     if args.json != "-":
         print(text(answer), end="")

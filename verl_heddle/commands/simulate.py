@@ -56,7 +56,7 @@ examples:
   every peer's rule, five draws
       verl-heddle simulate --workload math --model qwen3-32b --gpus 16 --arms all --seeds 5
 
-Nothing is run and no GPU is needed: step times come from a table shipped with the package (AIConfigurator, vLLM 0.24).
+Nothing is run and no GPU is needed: step times come from a table, a roofline or a run of your own, and which is told: docs/models.md.
 What the columns, the arms and the JSON keys mean: docs/simulate.md. Which settings to use: verl-heddle plan.
 """
 

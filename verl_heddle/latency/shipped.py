@@ -1,4 +1,4 @@
-"""The shipped table: `load(gpu, model)` and `available()`.
+"""The first shipped table: `load(gpu, model)` and `available()`. Of further models and GPUs: `verl_heddle.latency.times`.
 
 Source: AIConfigurator's measured op tables, exported by `bench/latency_export/export.py`; see `verl_heddle/data/README.md` for the
 version, the licence and the measured interpolation error. bf16 weights and KV, vLLM, one replica within one node.

@@ -161,7 +161,7 @@ def _facts(answer: Answer) -> list[tuple[str, str]]:
         ("tensor parallel", f"{setting.tp} (also possible: {', '.join(others) or 'none'})"),
         ("slots (max_num_seqs)", str(setting.slots)),
         ("gpu_memory_utilization", memory),
-        ("step times", setting.latency.source),
+        ("step times", setting.step_times),
         ("heddle has seen", str(about["history"])),
         ("draws", f"{len(draws)}, seeds {', '.join(str(draw.seed) for draw in draws)}"),
     ]

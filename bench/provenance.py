@@ -37,6 +37,7 @@ STUDIES = tuple(f"verl_heddle/report/{name}.py" for name in ("draws", "play", "r
 WORK = ("verl_heddle/traces/generate.py", "verl_heddle/traces/workloads.py")
 SIMULATED = (*DECIDES, *WORK, "verl_heddle/simulate", "verl_heddle/latency", "verl_heddle/data/latency.json.gz")
 LIVE = (*DECIDES, "verl_heddle/verl_plugin")
+PUBLISHED = ("bench/published/run.py", "bench/published/benchmarks.json")
 SCHEDULER = ("verl_heddle/schedule", "verl_heddle/verl_plugin/vllm_scheduler.py")
 
 MEASURES: dict[str, tuple[str, ...]] = {
@@ -61,6 +62,7 @@ MEASURES: dict[str, tuple[str, ...]] = {
     "simulated/placement.json": (*SIMULATED, "bench/placement/run.py", "bench/placement/cases.py"),
     "simulated/placement_prices.json": ("verl_heddle/place", "verl_heddle/latency", "bench/placement/scenarios.py"),
     "simulated/placement_solver.json": ("verl_heddle/place", "verl_heddle/latency", "bench/placement/solver.py"),
+    "simulated/published.json": (*SIMULATED, "verl_heddle/data", "verl_heddle/report/setting.py", *PUBLISHED),
     "simulated/regimes.json": (*SIMULATED, *STUDIES, "bench/regimes/cells.py"),
     "simulated/residents.json": (*SIMULATED, *STUDIES, "bench/residents/run.py", "bench/regimes/cells.py"),
     "simulated/schedule.json": (*SIMULATED, *STUDIES, "bench/schedule/simulated.py", "bench/regimes/cells.py"),
@@ -81,6 +83,7 @@ PAGES: dict[str, tuple[str, ...]] = {
         *("cpu/placement.json", "cpu/kills.json"),
     ),
     "bench/prediction/README.md": ("prediction.json",),
+    "bench/published/README.md": ("simulated/published.json",),
     "bench/residents/README.md": ("simulated/residents.json", "cpu/residents.json"),
     "bench/router/README.md": ("cpu/router.json",),
     "bench/schedule/README.md": ("simulated/schedule.json", "cpu/schedule.json"),

@@ -1,14 +1,14 @@
 """Forecasts of decode throughput held against published benchmarks, none of them a source of the tables or fitted to.
 
-    python bench/published/run.py            every row of benchmarks.json; a minute; bench/results/simulated/published.json and the README's table
+    python bench/published/run.py            every row; writes bench/results/simulated/published.json and the README's table
     python bench/published/run.py --quick    the first row of each unit, printed only
     python bench/published/run.py --table    only write the README's table again
 
-A row is one engine under one load: `requests` of `inputs` and `outputs` tokens each, all there at once, of which `slots` run at a time. The
-simulator plays that with what `verl-heddle simulate` takes for this model and GPU, its assumed host time in every step included; no time
-between turns, since no router of verl's stands before these engines. `slots` null: as many as KV cache holds to their end (TensorRT-LLM's
-`guaranteed_no_evict`), `MOST` at most. Units: output tokens per second of the whole run, prompt and output tokens per second, or
-milliseconds between tokens. The error is that of throughput: forecast / measured - 1, with times the inverse.
+A row of benchmarks.json is one engine under one load: `requests` of `inputs` and `outputs` tokens each, all there at once, of which `slots`
+run at a time. The simulator plays that with what `verl-heddle simulate` takes for this model and GPU, its assumed host time in every step
+included; no time between turns, since no router of verl's stands before these engines. `slots` null: as many as KV cache holds to their end
+(TensorRT-LLM's `guaranteed_no_evict`), `MOST` at most. Units: output tokens per second of the whole run, prompt and output tokens the same,
+or milliseconds between tokens. The error is that of throughput: forecast / measured - 1, with times the inverse.
 """
 
 from __future__ import annotations
@@ -95,23 +95,34 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     ]
     numbers = {name: number for number, name in enumerate(BENCHMARKS["sources"], 1)}
     for row in rows:
-        made = f"{row['forecast']:,.4g}" if "error" in row else "none"
-        error = f"{row['error']:+.0%}" if "error" in row else "not forecast"
-        lines.append(
-            f"| {row['model']} | {row['gpu']} | {row['tp']} | {row['weights']}, {row['kv']} | {row['engine']} | {row.get('at_once', row['slots'])} | "
-            f"{row['inputs']:,}, {row['outputs']:,} | {row['measured']:,} {row['unit']} | {made} | {error} | {kind(row)} | [{numbers[row['source']]}] |"
-        )
+        cells = [row[name] for name in ("model", "gpu", "tp")]
+        cells += [
+            f"{row['weights']}, {row['kv']}",
+            row["engine"],
+            row.get("at_once", row["slots"]),
+            f"{row['inputs']:,}, {row['outputs']:,}",
+        ]
+        cells += [
+            f"{digits(row['measured'])} {row['unit']}",
+            *([f"{digits(row['forecast'])}", f"{row['error']:+.0%}"] if "error" in row else ["none", ""]),
+        ]
+        lines.append(f"| {' | '.join(map(str, cells))} | {kind(row)} | [{numbers[row['source']]}] |")
     for name, number in numbers.items():
         source = BENCHMARKS["sources"][name]
         lines += ["", f"[{number}] [{source['what']}]({source['url']})"]
     return "\n".join(lines)
 
 
+def digits(value: float) -> str:
+    """Four of them, or all before the point."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:
     """Errors over all rows and by the source of step times."""
     made = [row for row in rows if "error" in row]
     said = []
-    for name in ("all", *dict.fromkeys(kind(row) for row in made)):
+    for name in ["all", *dict.fromkeys(map(kind, made))] if made else []:
         errors = [row["error"] for row in made if name in ("all", kind(row))]
         said.append(
             f"{name}: {len(errors)} rows, error {median(map(abs, errors)):.0%} in the median, {max(errors, key=abs):+.0%} at worst, "

@@ -56,7 +56,7 @@ def main() -> None:
     check_version()
 
     keys = [(gpu, model, tp) for gpu in GPUS for model in MODELS for tp in TPS]
-    sources = {key: Source(*key) for key in keys}
+    sources = {key: source(*key) for key in keys}
     decode_axes, decode = table(sources, "decode_ms", BATCHES, CONTEXTS, arguments.tolerance)
     prefill_axes, prefill = table(sources, "prefill_ms", NEW, CACHED, arguments.tolerance)
     prefill_axes[0].insert(0, 0)  # no new tokens, no time
@@ -80,6 +80,10 @@ def main() -> None:
         sys.exit("a held-back point is off by more than 3 %: lower --tolerance")
 
 
+def source(gpu: str, model: str, tp: int) -> Source:
+    return Source(GPUS[gpu], MODELS[model][0], tp, bool(shape(model).get("num_experts")))
+
+
 def table(sources: dict[Key, Source], ask: str, xs: Any, ys: Any, tolerance: float) -> tuple[list[list[int]], dict[Key, list[list[float]]]]:
     """Ask every source on the dense grid; the chosen axes and each source's monotone values on them."""
     dense = []
@@ -96,8 +100,8 @@ def grid(ask: Any, xs: Any, ys: Any) -> Array:
     return np.array([[ask(int(x), int(y)) for y in ys] for x in xs])
 
 
-def rounded(value: float) -> float:
-    return float(f"{value:.{DIGITS}g}")
+def rounded(value: float, digits: int = DIGITS) -> float:
+    return float(f"{value:.{digits}g}")
 
 
 def assemble(sources: dict[Key, Source], axes: dict[str, Any], decode: dict[Key, Any], prefill: dict[Key, Any]) -> dict[str, Any]:

@@ -25,11 +25,12 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU as AIConfigurator calls it (`system`) and as torch sees it."""
+    """A GPU as AIConfigurator calls it (`system`, measured with vLLM `vllm`) and as torch sees it."""
 
     system: str
     memory_bytes: int
     aliases: tuple[str, ...]
+    vllm: str = VLLM
 
 
 GPUS = {
@@ -52,18 +53,21 @@ MODELS = {
 
 
 class Source:
-    """Latency of one model on one GPU at one tensor-parallel degree, bf16, mixture of experts split by tensor parallelism."""
+    """Latency of one model on one GPU at one tensor-parallel degree, mixture of experts split by tensor parallelism.
 
-    def __init__(self, gpu: str, model: str, tp: int) -> None:
+    `path`: a model that AIConfigurator bundles, or a folder with a config.json; its precision is that of the config.
+    """
+
+    def __init__(self, gpu: Gpu, path: str, tp: int, experts: bool) -> None:
         logging.disable(logging.WARNING)  # it announces fallback tables of models that are not asked for here
         from aiconfigurator.sdk import config, models, perf_database  # here: only this environment of its own has it, and --help needs none
         from aiconfigurator.sdk.backends.factory import get_backend
         from aiconfigurator.sdk.inference_session import InferenceSession
 
         self._runtime = config.RuntimeConfig
-        self._database = perf_database.get_database(GPUS[gpu].system, "vllm", VLLM)
-        experts = {"moe_tp_size": tp, "moe_ep_size": 1} if shape(model).get("num_experts") else {}
-        self._model = models.get_model(MODELS[model][0], config.ModelConfig(tp_size=tp, **experts), "vllm")
+        self._database = perf_database.get_database(gpu.system, "vllm", gpu.vllm)
+        split = {"moe_tp_size": tp, "moe_ep_size": 1} if experts else {}
+        self._model = models.get_model(path, config.ModelConfig(tp_size=tp, **split), "vllm")
         self._backend = get_backend("vllm")
         self._session = InferenceSession(self._model, self._database, self._backend)
 

@@ -25,8 +25,8 @@ def test_degrees_follow_memory_and_division():
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("gpt-5", "h200", 8), "no latency table for model"),
-        (("qwen3-8b", "abacus", 8), "no latency table for GPU"),
+        (("gpt-5", "h200", 8), "unknown model"),
+        (("qwen3-8b", "abacus", 8), "unknown GPU"),
         (("qwen3-8b", "h200", 0), "at least 1"),
         (("qwen3-8b", "h200", 8, 3), "possible: 1, 2, 4, 8"),
         (("qwen3-8b", "h200", 6, 4), "does not divide"),

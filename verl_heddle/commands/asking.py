@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from verl_heddle.report.draws import Source
     from verl_heddle.report.setting import Setting
     from verl_heddle.simulate import HostTier
+    from verl_heddle.trajectory import Trajectory
 
 WORKLOADS = ("coding", "search", "math")
 
@@ -54,14 +55,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="heddle starts without history, as in a first epoch; default: it has seen one epoch (docs/simulate.md)",
     )
     place = parser.add_argument_group("on what")
-    place.add_argument("--model", required=True, help="qwen3-8b, qwen3-14b, qwen3-32b, qwen3-30b-a3b, or a path that ends so")
-    place.add_argument("--gpu", default="h200", help="h100 or h200 (default)")
+    place.add_argument(
+        "--model", required=True, help="a known name (qwen3-14b, llama-3.1-70b, ...: docs/models.md), a config.json, or a folder with one"
+    )
+    place.add_argument(
+        "--gpu",
+        default="h200",
+        help="a100, h20, h100, h200 (default), l40s, b200, or another one as name:mem=..GiB,bw=..TB/s,tflops=.. (dense bf16)",
+    )
+    place.add_argument("--weights", choices=("bf16", "fp8"), help="precision of the weights (default: as the model's config says)")
+    place.add_argument("--kv", choices=("bf16", "fp8"), help="precision of the KV cache (default: as the model's config says)")
+    place.add_argument(
+        "--calibrate",
+        metavar="RUN",
+        help="step times of your own engines: a trace of theirs, or a folder with one; other degrees of tensor parallelism are scaled",
+    )
     place.add_argument("--gpus", type=_positive, default=8, metavar="N", help="GPUs for rollout (default 8)")
     place.add_argument(
         "--tp",
         type=_positive,
         metavar="N",
-        help="your tensor_model_parallel_size; default: the smallest with room for 100,000 KV tokens, from 2 for qwen3-32b",
+        help="your tensor_model_parallel_size; default: the smallest with room for 100,000 KV tokens, from 2 for a dense 32B",
     )
     place.add_argument("--slots", type=_positive, default=256, metavar="N", help="your max_num_seqs (default 256, verl's)")
     place.add_argument(
@@ -112,7 +126,30 @@ def setting_of(args: argparse.Namespace) -> Setting:
         sync_s=args.sync_s,
         tools_at_once=args.tools_at_once,
         tier=_tier(args),
+        weights=args.weights,
+        kv=args.kv,
+        run=None if args.calibrate is None else (args.calibrate, _live(args.calibrate)),
     )
+
+
+def _live(run: str) -> list[Trajectory]:
+    """Training trajectories to calibrate on, of whole steps after the first: of a trace, or of the one in a run's folder.
+
+    Raises:
+        ValueError: no such trace, or none of a live run.
+    """
+    from verl_heddle.report.recorded import CALIBRATION_TURNS
+    from verl_heddle.report.steps import WARM_UP_STEPS
+    from verl_heddle.traces.steps import training_steps
+
+    inside = [os.path.join(run, name) for name in (os.path.join("heddle", "trace.jsonl"), "trace.jsonl")]
+    steps = list(training_steps(next(filter(os.path.isfile, inside), run)).values())
+    found: list[Trajectory] = []
+    for step in steps[WARM_UP_STEPS:] or steps:
+        found += step
+        if sum(len(item.steps) for item in found) >= CALIBRATION_TURNS:
+            break
+    return found
 
 
 def _tier(args: argparse.Namespace) -> HostTier | None:

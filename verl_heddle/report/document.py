@@ -78,6 +78,9 @@ def config(answer: Answer) -> dict[str, Any]:
         "offload_host_bytes": None if setting.tier.host_bytes == inf else int(setting.tier.host_bytes),
         "assumed": list(setting.assumed),
         "latency": setting.latency.source,
+        "weights": setting.times.shape.weights if setting.times else None,
+        "kv": setting.times.shape.kv if setting.times else None,
+        "times": setting.times.document() if setting.times else None,
     }
 
 

@@ -1,8 +1,9 @@
 """What a question to the simulator is asked about: a model, GPUs, verl's rollout settings, and what a step costs beside its kernels.
 
 Defaults are verl's own (`rollout.yaml` of verl 0.9.1: 256 sequences, 0.5 of the GPU's memory) but for the tensor-parallel degree, where
-the usual choice is the smallest that holds the model with room for KV, and 2 for a dense 32B (Heddle, arXiv 2603.28101, section 8). What a
-table of kernels does not know (host time, time between turns, weight sync) has a default that is something real, and `assumed` names it.
+the usual choice is the smallest that holds the model with room for KV, and 2 for a dense 32B (Heddle, arXiv 2603.28101, section 8) and what
+weighs as much. What a source of step times does not know (host time, time between turns, weight sync) has a default that is something real,
+and `assumed` names it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from math import inf
 from typing import Literal
 
 from verl_heddle.fleet import BATCH_TOKENS, Replica
-from verl_heddle.latency import HOST_STEP_S, LatencyModel, load
+from verl_heddle.latency import HOST_STEP_S, LatencyModel
+from verl_heddle.latency.shape import Shape
+from verl_heddle.latency.times import CALIBRATED, Times, calibrated, times, would_fit
 from verl_heddle.simulate import DEFAULT_SLOTS, EngineOptions, HostTier, make_fleet
 from verl_heddle.simulate.workload import most_kv
 from verl_heddle.trajectory import Trajectory
@@ -22,8 +25,8 @@ from verl_heddle.trajectory import Trajectory
 UTILIZATION = 0.5
 """verl's default `rollout.gpu_memory_utilization`: the trainer shares the GPU."""
 
-USUAL_TP = {"Qwen3-32B on H100": 2, "Qwen3-32B on H200": 2}
-"""Least usual degree where it is not 1; keys are names of latency models."""
+HEAVY_BYTES = 60e9
+"""Weights from which a dense model is usually split over two GPUs even where one holds it: a dense 32B in bf16 is 66 GB."""
 
 ROOM_TOKENS = 100_000
 """KV tokens that the usual degree leaves room for: two or three trajectories of full length (40K). Less is no baseline but a mistake."""
@@ -54,6 +57,8 @@ class Setting:
     """Options that nobody gave: what they stand for is assumed, not measured on these engines."""
     tier: HostTier = field(default_factory=HostTier)
     """What `stock_tier` keeps evicted KV cache in."""
+    times: Times | None = None
+    """Which source the step times have, and how far off it is; None: made by hand."""
     mixed: tuple[int, ...] = ()
     """Degrees of a mixed layout that is asked about beside the fixed degrees, most GPUs first; none: not asked."""
 
@@ -124,15 +129,29 @@ def setting(
     sync_s: float | None = None,
     tools_at_once: float | None = None,
     tier: HostTier | None = None,
+    weights: str | None = None,
+    kv: str | None = None,
+    run: tuple[str, Sequence[Trajectory]] | None = None,
 ) -> Setting:
-    """A `Setting` with the shipped latency table; `tp` None: the usual one. Of the others None is the default, and told as assumed.
+    """A `Setting` with the best step times there are; `tp` None: the usual one. Of the others None is the default, and told as assumed.
+
+    Args:
+        weights, kv: their precision, "bf16" or "fp8"; None: as the model's config says.
+        run: name and trajectories of a recorded run whose engines' times to use.
 
     Raises:
-        ValueError: no such table, a number out of range, or a degree that does not hold the model or divide the GPUs; one line.
+        ValueError: unknown model or GPU, a number out of range, a run that cannot be calibrated on, or a degree that does not hold the
+            model or divide the GPUs; one line.
     """
-    latency = load(gpu, model)
+    found = times(gpu, model, weights, kv)
+    if run is not None:
+        if host_s is not None:
+            raise ValueError("--host-s is part of what --calibrate measures: give one of the two")
+        found = calibrated(found, run[1], run[0], tp)
+    latency = found.latency
     given = {"host_s": host_s, "overhead_s": overhead_s, "sync_s": sync_s, "tools_at_once": tools_at_once, "offload": tier}
-    assumed = tuple(name for name, value in given.items() if value is None)
+    measured = {"host_s"} if found.kind == CALIBRATED else set()
+    assumed = tuple(name for name, value in given.items() if value is None and name not in measured)
     overhead_s = OVERHEAD_S if overhead_s is None else overhead_s
     host_s, host_how = (HOST_STEP_S, "assumed") if host_s is None else (host_s, "as given")
     if gpus < 1 or slots < 1 or not 0 < utilization <= 1:
@@ -140,7 +159,10 @@ def setting(
     for option, value in (("--overhead-s", overhead_s), ("--host-s", host_s), ("--sync-s", sync_s or 0.0)):
         if not 0 <= value < 3600:
             raise ValueError(f"{option} must be from 0 to 3600, got {value:g}")
-    latency = latency.with_host(host_s, host_how)
+    if found.kind == CALIBRATED:
+        host_s = 0.0
+    else:
+        latency = latency.with_host(host_s, host_how)
     draft = Setting(
         latency,
         latency.name.rsplit(" on ", 1)[-1],
@@ -154,19 +176,25 @@ def setting(
         inf if tools_at_once is None else tools_at_once,
         assumed,
         tier or HostTier(),
+        found,
     )
     if not draft.tps:
         raise ValueError(
-            f"{latency.name}: none of the tensor-parallel degrees {', '.join(map(str, latency.tps))} both divides {gpus} GPUs and holds "
-            f"the model in {utilization:g} of their memory: raise --gpu-memory-utilization or change --gpus"
+            f"{latency.name}: no tensor-parallel degree within a node both divides {gpus} GPUs and holds the model in {utilization:g} of "
+            f"their memory: {would_fit(found, gpus, utilization)}"
         )
     if tp is None:
         roomy = [one for one in draft.tps if (held := draft.kv_tokens[one]) is None or held >= ROOM_TOKENS]
-        tp = next((one for one in roomy if one >= USUAL_TP.get(latency.name, 1)), draft.tps[-1])
+        tp = next((one for one in roomy if one >= least_usual(found.shape)), draft.tps[-1])
     if tp not in draft.tps:
-        why = "is not in the table" if tp not in latency.tps else "does not divide the GPUs" if gpus % tp else "does not hold the model"
+        why = "is not known" if tp not in latency.tps else "does not divide the GPUs" if gpus % tp else "does not hold the model"
         raise ValueError(
             f"--tp {tp} {why} ({latency.name}, {gpus} GPUs, gpu_memory_utilization {utilization:g}); "
             f"possible: {', '.join(map(str, draft.tps))}"
         )
     return replace(draft, tp=tp)
+
+
+def least_usual(shape: Shape) -> int:
+    """The least tensor-parallel degree that is usual for a model."""
+    return 2 if not shape.experts and shape.weight_bytes(1) >= HEAVY_BYTES else 1

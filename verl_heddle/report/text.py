@@ -49,7 +49,7 @@ def assumptions(answer: Answer) -> list[str]:
         f"{count(sum(item.output_tokens for item in work) / about['steps'])} tokens a step)",
         f"{setting.model}, {setting.gpus} GPUs, {setting.slots} slots a replica, gpu_memory_utilization {setting.utilization:g}"
         + (f" ({held:,} KV tokens a replica of tp={setting.tp})" if held is not None else ""),
-        f"simulated, nothing was run; step times: {setting.latency.source}",
+        f"simulated, nothing was run; step times: {f'{setting.times.how}, ' if setting.times else ''}{setting.latency.source}",
         *_beside(setting, "stock_tier" in answer.rows),
         f"heddle has seen {about['history']}",
         f"{draws} draw{'s: median, and range in brackets' if draws > 1 else ': chance is not visible, use --seeds'}",

@@ -1,0 +1,345 @@
+"""What a model weighs and reads, from its Hugging Face config.json: parameters, weight bytes and KV bytes per GPU.
+
+Read are dense models and mixtures of experts (routed and shared), grouped and multi-head latent attention (DeepSeek), sliding windows,
+tied embeddings, and `quantization_config` (fp8, mxfp4, nvfp4, int4/int8, compressed-tensors). A multimodal config is read at its
+`text_config`: the language model alone. Layers for speculative decoding (`num_nextn_predict_layers`) are not counted, as an engine does
+not load them. Biases are not counted (0.03 % at most).
+
+What is not modelled is refused rather than guessed: state-space and linear-attention layers, sparse (indexed) attention, layers of
+different widths. Source: the config classes of transformers; parameter counts are checked against published ones in
+`tests/unit/test_latency_shape.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from verl_heddle.latency.gpus import GIB, plain
+
+KV_CONTEXT = 8192
+"""Tokens of context at which bytes per token are told where sliding layers bound them: a window's KV is spread over so many tokens."""
+
+BYTES = {"bf16": 2.0, "fp8": 1.0}
+"""Bytes of a value, of the precisions that can be asked for."""
+
+STEP_TOKENS = 8192
+"""Tokens of one engine step that activations are sized for: vLLM's `max_num_batched_tokens` as verl sets it."""
+
+RESERVED_BYTES, COMMUNICATION_BYTES = int(3.5 * GIB), int(0.38 * GIB)
+"""CUDA context and graphs; buffers of a tensor-parallel group. AIConfigurator 0.12.0's, "for safer deployment"."""
+
+ACTIVATIONS, EXPERT_ACTIVATIONS = 11, 44
+"""Hidden states of a full step that are alive at once, in bf16: AIConfigurator 0.12.0's number at tp=1, of dense models and of experts."""
+
+REFUSED = {
+    "index_topk": "sparse attention",
+    "compress_ratios": "compressed attention",
+    "linear_attn_config": "linear attention",
+    "full_attention_interval": "linear attention",
+    "hybrid_override_pattern": "state-space layers",
+    "mamba_d_state": "state-space layers",
+    "ssm_cfg": "state-space layers",
+    "block_configs": "layers of different widths",
+    "global_head_dim": "layers of different widths",
+}
+"""Fields of models whose cost this reading would get wrong, and why."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's sizes. Widths in values, precisions in bytes a value; `config` is what it was read from."""
+
+    name: str
+    hidden: int
+    layers: int
+    vocab: int
+    tied: bool
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dense_layers: int
+    dense_width: int
+    """Of the MLP in layers without experts."""
+    experts: int = 0
+    top_k: int = 0
+    expert_width: int = 0
+    shared_width: int = 0
+    """Of all shared experts of a layer together."""
+    latent: int = 0
+    """Multi-head latent attention: values cached per token and layer (latent and rotary); 0: keys and values of heads."""
+    rope_dim: int = 0
+    query_rank: int = 0
+    nope_dim: int = 0
+    value_dim: int = 0
+    window: int = 0
+    window_layers: int = 0
+    """Layers that attend to the last `window` tokens only."""
+    attention_bytes: float = 2.0
+    mlp_bytes: float = 2.0
+    expert_bytes: float = 2.0
+    kv_value_bytes: float = 2.0
+    fp8_compute: bool = False
+    """Matrix products run in fp8 on GPUs that have it."""
+    weights: str = "bf16"
+    """Name of the weights' precision."""
+    block: int = 0
+    """Width of a block that shares a quantisation scale; a GPU's part of an MLP must be a multiple. 0: none."""
+    config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def kv(self) -> str:
+        """Name of the KV cache's precision."""
+        return "bf16" if self.kv_value_bytes == 2.0 else "fp8"
+
+    @property
+    def expert_layers(self) -> int:
+        return self.layers - self.dense_layers
+
+    def splits(self, tp: int) -> bool:
+        """Whether vLLM can split the model over `tp` GPUs: heads, and blocks of quantised weights, must divide."""
+        if self.heads % tp or (self.kv_heads % tp and tp % self.kv_heads):
+            return False
+        return not self.block or all(width % (tp * self.block) == 0 for width in (self.expert_width, self.dense_width) if width)
+
+    @property
+    def parameters(self) -> int:
+        """All, without biases and layers for speculative decoding."""
+        return round(self._parameters(self.experts))
+
+    @property
+    def active_parameters(self) -> int:
+        """Those that one token uses; of tied embeddings the one table, of others both."""
+        return round(self._parameters(self.top_k))
+
+    def _parameters(self, experts: float) -> float:
+        split, copied = self.attention_values(1)
+        tables = self.vocab * self.hidden * (1 if self.tied else 2)
+        per_layer = split + copied + 2 * self.hidden
+        moe = self.expert_layers * (3 * self.hidden * (experts * self.expert_width + self.shared_width) + self.hidden * self.experts)
+        return tables + self.layers * per_layer + self.dense_layers * 3 * self.hidden * self.dense_width + moe + self.hidden
+
+    def attention_values(self, tp: int) -> tuple[float, float]:
+        """Attention weights of one layer on one of `tp` GPUs: those that are split, and those that are copied or belong to KV heads."""
+        if self.latent:
+            rank = self.latent - self.rope_dim
+            query = self.heads * (self.nope_dim + self.rope_dim)
+            into = self.query_rank or self.hidden
+            parts = into * query + rank * self.heads * (self.nope_dim + self.value_dim) + self.heads * self.value_dim * self.hidden
+            copied = self.hidden * (self.query_rank + self.latent) + self.query_rank + rank
+            return parts / tp, float(copied)
+        split = 2 * self.hidden * self.heads * self.head_dim / tp
+        return split, 2.0 * self.hidden * self.kv_heads_per_gpu(tp) * self.head_dim
+
+    def kv_heads_per_gpu(self, tp: int) -> int:
+        """vLLM copies a head where there are more GPUs than heads."""
+        return max(1, self.kv_heads // tp)
+
+    def weight_bytes(self, tp: int) -> int:
+        """Weight bytes on one of `tp` GPUs: tables, attention and MLPs are split; norms, routers and what KV heads share are copied."""
+        tables = 2.0 * self.vocab * self.hidden * (1 if self.tied else 2) / tp
+        attention = self.attention_bytes * sum(self.attention_values(tp))
+        dense = self.mlp_bytes * 3 * self.hidden * self.dense_width / tp
+        routed = self.expert_bytes * 3 * self.hidden * self.expert_width * self.experts / tp
+        moe = routed + self.mlp_bytes * 3 * self.hidden * self.shared_width / tp + 2.0 * self.hidden * self.experts
+        norms = 2.0 * 2 * self.hidden
+        layers = self.layers * (attention + norms) + self.dense_layers * dense + self.expert_layers * moe
+        return round(tables + layers + 2.0 * self.hidden)
+
+    def kv_layer_bytes(self, tp: int) -> float:
+        """Bytes that one token takes in the cache of one layer on one of `tp` GPUs; a latent is copied to all."""
+        return self.kv_value_bytes * (self.latent or 2 * self.kv_heads_per_gpu(tp) * self.head_dim)
+
+    def kv_bytes_per_token(self, tp: int) -> int:
+        """Bytes of one token in the KV cache of one of `tp` GPUs, of a sequence of `KV_CONTEXT` tokens where layers slide."""
+        kept = min(1.0, self.window / KV_CONTEXT)
+        return round(self.kv_layer_bytes(tp) * (self.layers - self.window_layers * (1 - kept)))
+
+    def overhead_bytes(self, tp: int) -> int:
+        """Memory of a GPU that is neither weights nor KV cache."""
+        alive = EXPERT_ACTIVATIONS if self.experts else ACTIVATIONS
+        return RESERVED_BYTES + (COMMUNICATION_BYTES if tp > 1 else 0) + alive * 2 * STEP_TOKENS * self.hidden
+
+    def in_precision(self, weights: str | None = None, kv: str | None = None) -> Shape:
+        """The model with all its matrices, or its KV cache, in "bf16" or "fp8"; None: as it is.
+
+        Embeddings, output head, norms and routers stay bf16, as engines keep them.
+        """
+        shape = self
+        if weights is not None and weights != self.weights:
+            size = BYTES[weights]
+            shape = replace(
+                shape,
+                attention_bytes=size, mlp_bytes=size, expert_bytes=size, fp8_compute=weights == "fp8", weights=weights, block=0,
+            )  # fmt: skip
+        return shape if kv is None else replace(shape, kv_value_bytes=BYTES[kv])
+
+
+@cache
+def known() -> dict[str, Shape]:
+    """Models known by name, from `verl_heddle/data/models.json`."""
+    return {name: read_shape(entry["config"], name) for name, entry in _models().items()}
+
+
+@cache
+def _models() -> dict[str, Any]:
+    entries: dict[str, Any] = json.loads(files("verl_heddle").joinpath("data/models.json").read_text())
+    return entries
+
+
+def shape_of(model: str) -> Shape:
+    """The shape of a known model, of a config.json, or of a folder that has one.
+
+    A path wins where it exists; otherwise its last part is looked up among the known names: "Qwen/Qwen3-8B", "qwen3-8b".
+
+    Raises:
+        ValueError: unknown, or the config lacks a field; one line.
+    """
+    path = Path(model)
+    file = path / "config.json" if path.is_dir() else path
+    if file.is_file():
+        try:
+            config = json.loads(file.read_text())
+        except ValueError as error:
+            raise ValueError(f"{file} is not JSON: {error}") from None
+        if not isinstance(config, dict):
+            raise ValueError(f"{file} is not a model's config: no JSON object")
+        return read_shape(config, path.resolve().name if path.is_dir() else file.resolve().parent.name, str(file))
+    wanted = plain(re.split(r"[/\\]", model.rstrip("/\\"))[-1])
+    for name, entry in _models().items():
+        if wanted in {plain(alias) for alias in (name, *entry["aliases"])}:
+            return known()[name]
+    if path.is_dir() or model.endswith(".json"):
+        raise ValueError(f"no config.json at {model}")
+    raise ValueError(
+        f"unknown model {model!r}. Known by name: {', '.join(_models())}; for another give its config.json or a folder with one"
+    )
+
+
+def read_shape(config: Mapping[str, Any], name: str, where: str = "") -> Shape:
+    """The shape that a Hugging Face config describes.
+
+    Raises:
+        ValueError: a field is missing, or the model has parts that are not modelled; one line that names the field.
+    """
+    where = where or f"config of {name}"
+    outer, text = config, config.get("text_config")
+    if isinstance(text, Mapping):
+        config = {**text, **{key: outer[key] for key in ("quantization_config",) if key in outer}}
+    for key, why in REFUSED.items():
+        if config.get(key) is not None:
+            raise ValueError(f"{where}: {key} says {why}, which is not modelled")
+
+    def number(*keys: str, default: int | None = None) -> int:
+        for key in keys:
+            value = config.get(key)
+            if isinstance(value, int | float) and not isinstance(value, bool) and value >= 0 and value == int(value):
+                return int(value)
+            if value is not None:
+                raise ValueError(f"{where}: {key} must be a whole number, got {value!r}")
+        if default is None:
+            raise ValueError(f"{where} lacks {' or '.join(keys)}")
+        return default
+
+    layers, hidden, heads = number("num_hidden_layers"), number("hidden_size"), number("num_attention_heads")
+    if min(layers, hidden, heads) < 1:
+        raise ValueError(f"{where}: num_hidden_layers, hidden_size and num_attention_heads must be positive")
+    experts = number("num_experts", "n_routed_experts", "num_local_experts", default=0)
+    moe = _expert_layers(config, layers) if experts else 0
+    width = number("intermediate_size", default=0 if moe == layers else None)
+    expert_width = number("moe_intermediate_size", default=width) if experts else 0
+    shared = number("shared_expert_intermediate_size", default=number("n_shared_experts", "num_shared_experts", default=0) * expert_width)
+    latent: dict[str, Any] = {}
+    if config.get("kv_lora_rank"):
+        rope = number("qk_rope_head_dim")
+        latent = {"latent": number("kv_lora_rank") + rope, "rope_dim": rope, "query_rank": number("q_lora_rank", default=0)}
+        latent |= {"nope_dim": number("qk_nope_head_dim"), "value_dim": number("v_head_dim")}
+    shape = Shape(
+        name=name,
+        hidden=hidden,
+        layers=layers,
+        vocab=number("vocab_size"),
+        tied=bool(config.get("tie_word_embeddings", outer.get("tie_word_embeddings", str(config.get("model_type")).startswith("gemma")))),
+        heads=heads,
+        kv_heads=heads if latent else max(1, number("num_key_value_heads", default=heads)),
+        head_dim=number("head_dim", default=hidden // heads),
+        dense_layers=layers - moe,
+        dense_width=width if moe < layers else 0,
+        experts=experts if moe else 0,
+        top_k=number("num_experts_per_tok", "experts_per_token", "top_k_experts", "num_experts_per_token") if moe else 0,
+        expert_width=expert_width,
+        shared_width=shared if moe else 0,
+        **latent,
+        **_windows(config, layers, where),
+        config=config,
+    )
+    return _quantised(shape, config.get("quantization_config"), where)
+
+
+def _expert_layers(config: Mapping[str, Any], layers: int) -> int:
+    """How many layers have experts: all but the first `first_k_dense_replace`, the named ones, and those between every n-th."""
+    every = int(config.get("decoder_sparse_step") or config.get("interleave_moe_layer_step") or config.get("moe_layer_freq") or 1)
+    first, named = int(config.get("first_k_dense_replace") or 0), set(config.get("mlp_only_layers") or ())
+    return sum(index >= first and index not in named and (index + 1) % every == 0 for index in range(layers))
+
+
+def _windows(config: Mapping[str, Any], layers: int, where: str) -> dict[str, Any]:
+    """Window and how many layers slide: as `layer_types` says, else by the family's pattern."""
+    kinds = config.get("layer_types")
+    window = config.get("sliding_window") or config.get("attention_chunk_size") or 0
+    if kinds:
+        odd = sorted(set(kinds) - {"full_attention", "sliding_attention", "chunked_attention"})
+        if odd:
+            raise ValueError(f"{where}: layer_types has {odd[0]}, which is not modelled")
+        sliding = sum(kind != "full_attention" for kind in kinds[:layers])
+        if sliding and not window:
+            raise ValueError(f"{where} lacks sliding_window, and layer_types has sliding_attention")
+        return {"window": int(window), "window_layers": sliding} if sliding else {}
+    family = str(config.get("model_type"))
+    asked = config.get("use_sliding_window", not family.startswith("qwen"))  # Qwen's default is off, with a window in the config
+    if not window or not asked:
+        return {}
+    if family.startswith("qwen"):
+        return {"window": int(window), "window_layers": max(0, layers - int(config.get("max_window_layers") or 0))}
+    pattern = int(config.get("sliding_window_pattern") or {"gemma2": 2, "gemma3_text": 6, "cohere2": 4}.get(family, 0))
+    return {"window": int(window), "window_layers": layers - (layers // pattern if pattern else 0)}
+
+
+def _quantised(shape: Shape, quantised: Any, where: str) -> Shape:
+    """The shape with the precisions of a `quantization_config`."""
+    if not isinstance(quantised, Mapping):
+        return shape
+    method = str(quantised.get("quant_method") or quantised.get("quant_algo") or "").lower()
+    groups = quantised.get("config_groups") or {}
+    first: Any = next(iter(groups.values()), {}) if isinstance(groups, Mapping) else {}
+    stored = (first.get("weights") or {}) if isinstance(first, Mapping) else {}
+    algorithm = str(quantised.get("quant_algo") or "").lower()
+    fp8 = "fp8" in method or "fp8" in algorithm
+    bits = 8 if fp8 else 4 if "fp4" in method + algorithm else stored.get("num_bits") or quantised.get("bits") or quantised.get("w_bit")
+    if bits is None and method == "bitsandbytes":
+        bits = 4 if quantised.get("load_in_4bit") else 8
+    if not isinstance(bits, int | float) or not 1 <= bits <= 16:
+        raise ValueError(f"{where}: quantization_config lacks the bits of a weight (quant_method {method or 'missing'}); say --weights")
+    # A scale of 8 bits for each 32 (mxfp4) or 16 values (nvfp4), of 16 bits for each 128 of an integer, next to nothing for fp8.
+    size = bits / 8 + {4: 1 / 32 if method == "mxfp4" else 1 / 16 if "fp4" in method + algorithm else 1 / 64}.get(int(bits), 0.0)
+    fp8 = fp8 or (stored.get("type") == "float" and bits == 8)
+    kept = " ".join(map(str, quantised.get("modules_to_not_convert") or quantised.get("ignore") or quantised.get("ignored_layers") or ()))
+    block = quantised.get("weight_block_size")
+    cache = str(quantised.get("kv_cache_quant_algo") or "").lower() == "fp8" or quantised.get("kv_cache_scheme") is not None
+    attention = 2.0 if re.search(r"self_attn(?!\.)|attn\.\*|\*attn", kept) or method == "mxfp4" else size
+    return replace(
+        shape,
+        attention_bytes=attention,
+        mlp_bytes=2.0 if method == "mxfp4" else size,
+        expert_bytes=size,
+        kv_value_bytes=1.0 if cache else 2.0,
+        fp8_compute=bool(fp8),
+        weights="fp8" if fp8 else method if "fp4" in method else f"int{int(bits)}",
+        block=int(max(block)) if isinstance(block, list | tuple) and block else 0,
+    )

@@ -1,0 +1,169 @@
+"""Step times of a model on a GPU, from the best source there is, and what to say of it: a table, a roofline, or the user's own engines.
+
+Order: `calibrated` where the user has a recorded run; the shipped table of that GPU and shape (a fine-tune has its base model's) in the
+precision it was made for; otherwise the roofline, with the error that it has against tables that it was not fitted to.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from verl_heddle.latency.calibrate import calibrate
+from verl_heddle.latency.gpus import GPUS, Gpu, gpu_of
+from verl_heddle.latency.host import HOST_STEP_S
+from verl_heddle.latency.model import MIN_KV_TOKENS, Engine, FitQuality, LatencyModel
+from verl_heddle.latency.roofline import HELD_OUT, TPS, memory, roofline
+from verl_heddle.latency.shape import Shape, known, shape_of
+from verl_heddle.latency.tables import table, tables
+from verl_heddle.trajectory import Trajectory
+
+TABLE, ROOFLINE, CALIBRATED = "table", "roofline", "calibrated"
+
+
+@dataclass(frozen=True)
+class Times:
+    """A latency model, which `kind` of source it has, and the model and GPU asked about.
+
+    `fits`: of a calibration, how well each recorded degree's engine explains its turns. `file`: which run that was.
+    """
+
+    latency: LatencyModel
+    kind: str
+    shape: Shape
+    gpu: Gpu
+    fits: tuple[tuple[int, FitQuality], ...] = ()
+    file: str | None = None
+
+    @property
+    def how(self) -> str:
+        """Which of the three it is; of a table, whose it is where it has another name."""
+        other = self.latency.name.rsplit(" on ", 1)[0]
+        return f"table of {other}, the shape of {self.shape.name}" if self.kind == TABLE and other != self.shape.name else self.kind
+
+    def document(self) -> dict[str, Any]:
+        """As JSON: `kind`; `errors` by what they are of, each with `median` and `p90`; of a calibration `turns` and `file`."""
+        if self.kind == CALIBRATED:
+            errors = {f"turns at tp={tp}": {"median": fit.median_error, "p90": fit.p90_error} for tp, fit in self.fits}
+            return {"kind": self.kind, "errors": errors, "turns": sum(fit.turns for _, fit in self.fits), "file": self.file}
+        errors = {kind: {"median": low, "p90": high} for kind, (low, high) in HELD_OUT.items()} if self.kind == ROOFLINE else {}
+        return {"kind": self.kind, "errors": errors, "turns": None, "file": None}
+
+
+def times(gpu: str, model: str, weights: str | None = None, kv: str | None = None) -> Times:
+    """The times of `model` on `gpu`.
+
+    Args:
+        gpu: as `gpu_of` takes it.
+        model: as `shape_of` takes it: a known name, a config.json, a folder with one.
+        weights, kv: "bf16" or "fp8"; None: as the model's config says.
+
+    Raises:
+        ValueError: unknown, unreadable or not modelled; one line.
+    """
+    place, shape = gpu_of(gpu), shape_of(model).in_precision(weights, kv)
+    if GPUS.get(place.name) == place:
+        for name in tables()[place.name]:
+            if known()[name] == replace(shape, name=name) and (found := table(place.name, name)) is not None:
+                return Times(found, TABLE, shape, place)
+    precision = "" if (shape.weights, shape.kv) == ("bf16", "bf16") else f" ({shape.weights} weights, {shape.kv} KV)"
+    made = roofline(place, shape)
+    errors = ", ".join(f"{kind}s {100 * low:.0f} % ({100 * high:.0f} %)" for kind, (low, high) in HELD_OUT.items())
+    source = f"of {made.source}{precision}, not measured; against tables it was not fitted to it is off by, median (p90): {errors}"
+    return Times(replace(made, name=f"{shape.name}{precision} on {place.name}", source=source), ROOFLINE, shape, place)
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """Seconds of another engine, times a factor."""
+
+    seconds: Callable[[Any, Any], Any]
+    factor: float
+
+    def __call__(self, first: Any, second: Any) -> Any:
+        return self.factor * self.seconds(first, second)
+
+
+def calibrated(base: Times, records: Iterable[Trajectory], file: str, tp: int | None = None) -> Times:
+    """`base` with the engines of a recorded run, at the degrees recorded; the others are the base's with host time, times one factor.
+
+    The factor is the median, over the batches and contexts that the run saw, of recorded over base decode time.
+
+    Args:
+        records: live trajectories, as `verl_heddle.latency.calibrate` takes them.
+        file: told as where the times come from.
+        tp: degree of trajectories that do not say.
+
+    Raises:
+        ValueError: a trajectory's degree is not known, or there are too few turns; one line.
+    """
+    by_tp: dict[int, list[Trajectory]] = defaultdict(list)
+    for item in records:
+        degree = item.meta.get("tp") or tp
+        if degree is None:
+            raise ValueError(f"{file} does not say the tensor-parallel degree of its engines: give --tp")
+        by_tp[int(degree)].append(item)
+    host = base.latency.with_host(HOST_STEP_S, "assumed")
+    engines, factors = {}, []
+    for degree, items in sorted(by_tp.items()):
+        if degree not in host.engines:
+            raise ValueError(f"{file} has engines of tp={degree}, {base.latency.name} knows {', '.join(map(str, base.latency.tps))}")
+        try:
+            fitted = calibrate(items, degree).engines[degree]
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+        engines[degree] = replace(host.engines[degree], decode=fitted.decode, prefill=fitted.prefill, fit=fitted.fit, host_s=0.0)
+        factors.append(_factor(fitted, host.engines[degree]))
+    if not engines:
+        raise ValueError(f"{file} holds no training trajectory to calibrate on")
+    factor = float(np.median(factors))
+    others = {
+        degree: replace(engine, decode=Scaled(engine.decode, factor), prefill=Scaled(engine.prefill, factor), host_s=factor * engine.host_s)
+        for degree, engine in host.engines.items()
+        if degree not in engines
+    }
+    fits = tuple((degree, engine.fit) for degree, engine in engines.items() if engine.fit is not None)
+    source = "; ".join(
+        f"calibrated on {fit.turns:,} turns of {file} at tp={degree}, off by {100 * fit.median_error:.0f} % in the median "
+        f"({100 * fit.p90_error:.0f} % at p90)"
+        for degree, fit in fits
+    )
+    if others:
+        source += f"; tp={', '.join(map(str, sorted(others)))}: the {base.kind} with host time, times {factor:.2f}"
+    return replace(base, latency=replace(base.latency, engines={**engines, **others}, source=source), kind=CALIBRATED, fits=fits, file=file)
+
+
+def _factor(fitted: Engine, base: Engine) -> float:
+    """Median of one's decode time over the other's, over what the run saw: batches to its largest, contexts to its longest."""
+    assert fitted.fit is not None
+    batch = np.geomspace(1.0, max(2.0, fitted.fit.max_batch), 8)[:, None]
+    context = np.linspace(0.25, 1.0, 4) * max(128.0, fitted.fit.max_context)
+    return float(np.median(np.asarray(fitted.decode(batch, context)) / (np.asarray(base.decode(batch, context)) + base.host_s)))
+
+
+def would_fit(asked: Times, gpus: int, utilization: float) -> str:
+    """What to change so that some degree within a node holds the model, one change or two; says so where nothing known does."""
+
+    def holds(gpu: Gpu, shape: Shape, share: float, count: int = gpus) -> bool:
+        degrees = [tp for tp in TPS if count % tp == 0 and shape.splits(tp)]
+        return any(memory(gpu, shape, tp).kv_tokens(share) >= MIN_KV_TOKENS for tp in degrees)
+
+    smaller = asked.shape.in_precision("fp8") if asked.shape.weights == "bf16" else None
+    most = 0.9
+    share = next((one for one in (0.6, 0.7, 0.8, most) if one > utilization and holds(asked.gpu, asked.shape, one)), None)
+    ways = [] if share is None else [f"raise --gpu-memory-utilization to {share:g}"]
+    if smaller is not None and holds(asked.gpu, smaller, utilization):
+        ways.append("--weights fp8")
+    if others := [name for name, gpu in GPUS.items() if gpu != asked.gpu and holds(gpu, asked.shape, utilization)]:
+        ways.append(f"--gpu {' or '.join(others)}")
+    if not ways and smaller is not None and holds(asked.gpu, smaller, most):
+        ways.append(f"--weights fp8 with --gpu-memory-utilization {most:g}")
+    if not ways and (others := [name for name, gpu in GPUS.items() if holds(gpu, asked.shape, most)]):
+        ways.append(f"--gpu {' or '.join(others)} with --gpu-memory-utilization {most:g}")
+    if not ways and holds(asked.gpu, asked.shape, most, max(TPS)):
+        ways.append(f"--gpus {max(TPS)} with --gpu-memory-utilization {most:g}")
+    return "; or ".join(ways) or "no GPU known here holds it within a node, and replicas over several nodes are not modelled"

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from bench.marked import fill
 from bench.provenance import save
-from verl_heddle.fleet import BATCH_TOKENS
+from verl_heddle.fleet import BATCH_TOKENS, Replica
 from verl_heddle.report.setting import Setting, setting
 from verl_heddle.simulate import EngineOptions, Result, simulate
 from verl_heddle.simulate.baselines.stock import Stock
@@ -50,10 +50,11 @@ def forecast(row: Mapping[str, Any]) -> dict[str, Any]:
     except ValueError as error:
         return {**row, "refused": str(error)}
     engine = EngineOptions("fcfs", batch_tokens=max(row.get("batch_tokens", BATCH_TOKENS), slots))
-    result = simulate(work(row), where.fleet(row["tp"]), where.latency, Stock(), engine=engine)
+    fleet = [Replica("engine", row["tp"], slots, where.kv_tokens[row["tp"]])]
+    result = simulate(work(row), fleet, where.latency, Stock(), engine=engine)
     value = told(row, result)
     ratio = row["measured"] / value if row["unit"] == MS else value / row["measured"]
-    return {**row, "forecast": value, "error": ratio - 1.0, "at_once": slots, "times": where.latency.source}
+    return {**row, "forecast": value, "error": ratio - 1.0, "at_once": slots, "times": where.times.kind if where.times else "none"}
 
 
 def situation(row: Mapping[str, Any]) -> tuple[Setting, int]:
@@ -63,12 +64,13 @@ def situation(row: Mapping[str, Any]) -> tuple[Setting, int]:
         ValueError: the simulator knows no such model or GPU, or says that it does not fit.
     """
     tp, held = row["tp"], row["inputs"] + row["outputs"]
-    where = setting(row["model"], row["gpu"], tp, tp, row["slots"] or MOST, row["utilization"], 0.0)
+    precision = {"weights": row["weights"], "kv": row["kv"]}
+    where = setting(row["model"], row["gpu"], tp, tp, row["slots"] or MOST, row["utilization"], 0.0, **precision)
+    where.able(work(row)[:1])
     kv_tokens = where.kv_tokens[tp]
     if row["slots"] is None and kv_tokens is not None:
-        where = setting(row["model"], row["gpu"], tp, tp, max(1, min(MOST, kv_tokens // held)), row["utilization"], 0.0)
-    where.able(work(row)[:1])
-    return where, where.slots
+        return where, min(MOST, kv_tokens // held)
+    return where, row["slots"] or MOST
 
 
 def work(row: Mapping[str, Any]) -> list[Trajectory]:
@@ -106,7 +108,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{digits(row['measured'])} {row['unit']}",
             *([f"{digits(row['forecast'])}", f"{row['error']:+.0%}"] if "error" in row else ["none", ""]),
         ]
-        lines.append(f"| {' | '.join(map(str, cells))} | {kind(row)} | [{numbers[row['source']]}] |")
+        lines.append(f"| {' | '.join(map(str, cells))} | {row.get('times', 'none')} | [{numbers[row['source']]}] |")
     for name, number in numbers.items():
         source = BENCHMARKS["sources"][name]
         lines += ["", f"[{number}] [{source['what']}]({source['url']})"]
@@ -119,24 +121,16 @@ def digits(value: float) -> str:
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Errors over all rows and by the source of step times."""
+    """Errors over all rows, by the source of step times and by GPU; then what could not be forecast, with the reason."""
     made = [row for row in rows if "error" in row]
-    said = []
-    for name in ["all", *dict.fromkeys(map(kind, made))] if made else []:
-        errors = [row["error"] for row in made if name in ("all", kind(row))]
-        said.append(
-            f"{name}: {len(errors)} rows, error {median(map(abs, errors)):.0%} in the median, {max(errors, key=abs):+.0%} at worst, "
-            f"{median(errors):+.0%} with sign"
-        )
-    refused = [f"{row['model']} on {row['gpu']}: {row['refused']}" for row in rows if "refused" in row]
-    return "\n".join(f"- {line}" for line in [*said, *refused])
-
-
-def kind(row: Mapping[str, Any]) -> str:
-    """Whether step times are from a table of measured kernels or from the roofline."""
-    if "times" not in row:
-        return "none"
-    return "table" if "op tables" in row["times"] else "roofline"
+    lines = ["| rows | number | error, median | worst | median with sign |", "|---|---|---|---|---|"]
+    for name in ["all", *dict.fromkeys(row[key] for key in ("times", "gpu") for row in made)] if made else []:
+        errors = [row["error"] for row in made if name in ("all", row["times"], row["gpu"])]
+        lines.append(f"| {name} | {len(errors)} | {median(map(abs, errors)):.0%} | {max(errors, key=abs):+.0%} | {median(errors):+.0%} |")
+    for row in rows:
+        if "refused" in row:
+            lines += ["", f"No forecast of {row['model']} on {row['gpu']}: {row['refused']}"]
+    return "\n".join(lines)
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from bench.published.run import ALL, BENCHMARKS, MS, OUTPUT, forecast, kind, summary, table
+from bench.published.run import ALL, BENCHMARKS, MS, OUTPUT, forecast, summary, table
 from verl_heddle.latency import HOST_STEP_S, load
 
 ROWS = BENCHMARKS["rows"]
@@ -31,7 +31,7 @@ def test_one_request_at_a_time_takes_the_steps_of_the_table():
     latency = load("H100", "Qwen3-8B")
     step = latency.decode_s(1, 1, 300 + 400 / 2) + HOST_STEP_S
     made = forecast(ALONE)
-    assert made["forecast"] == pytest.approx(1e3 * step, rel=0.01) and kind(made) == "table"
+    assert made["forecast"] == pytest.approx(1e3 * step, rel=0.01) and made["times"] == "table"
     whole = latency.prefill_s(1, 300) + HOST_STEP_S + 399 * step
     assert forecast(ALONE | {"unit": OUTPUT})["forecast"] == pytest.approx(400 / whole, rel=0.01)
     assert forecast(ALONE | {"unit": ALL})["forecast"] == pytest.approx(700 / whole, rel=0.01)
@@ -52,5 +52,5 @@ def test_without_a_limit_as_many_run_as_are_never_evicted():
 
 def test_what_cannot_be_forecast_stands_in_the_table_with_its_reason():
     made = [forecast(ALONE), forecast(ALONE | {"gpu": "H101"})]
-    assert "error" not in made[1] and "H101" in summary(made) and "all: 1 rows" in summary(made)
+    assert "error" not in made[1] and "H101" in summary(made) and "| all | 1 |" in summary(made)
     assert sum(line.startswith("| Qwen3-8B |") for line in table(made).splitlines()) == 2

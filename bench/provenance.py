@@ -44,6 +44,11 @@ TIMES = tuple(
 
 SIMULATED = (*DECIDES, *WORK, "verl_heddle/simulate", *TIMES, "verl_heddle/data/latency.json.gz")
 LIVE = (*DECIDES, "verl_heddle/verl_plugin")
+PUBLISHED = (
+    *("verl_heddle/latency", "verl_heddle/data/models.json", "verl_heddle/report/setting.py"),
+    *(f"verl_heddle/data/latency_{gpu}.json.gz" for gpu in ("a100", "b200", "h100", "h200", "l40s")),
+    *("bench/published/run.py", "bench/published/benchmarks.json"),
+)
 SCHEDULER = ("verl_heddle/schedule", "verl_heddle/verl_plugin/vllm_scheduler.py")
 
 MEASURES: dict[str, tuple[str, ...]] = {
@@ -70,6 +75,7 @@ MEASURES: dict[str, tuple[str, ...]] = {
     "simulated/placement.json": (*SIMULATED, "bench/placement/run.py", "bench/placement/cases.py"),
     "simulated/placement_prices.json": ("verl_heddle/place", *TIMES, "bench/placement/scenarios.py"),
     "simulated/placement_solver.json": ("verl_heddle/place", *TIMES, "bench/placement/solver.py"),
+    "simulated/published.json": (*SIMULATED, *PUBLISHED),
     "simulated/regimes.json": (*SIMULATED, *STUDIES, "bench/regimes/cells.py"),
     "simulated/residents.json": (*SIMULATED, *STUDIES, "bench/residents/run.py", "bench/regimes/cells.py"),
     "simulated/schedule.json": (*SIMULATED, *STUDIES, "bench/schedule/simulated.py", "bench/regimes/cells.py"),
@@ -91,6 +97,7 @@ PAGES: dict[str, tuple[str, ...]] = {
         *("cpu/placement.json", "cpu/kills.json"),
     ),
     "bench/prediction/README.md": ("prediction.json",),
+    "bench/published/README.md": ("simulated/published.json",),
     "bench/residents/README.md": ("simulated/residents.json", "cpu/residents.json"),
     "bench/router/README.md": ("cpu/router.json",),
     "bench/schedule/README.md": ("simulated/schedule.json", "cpu/schedule.json"),

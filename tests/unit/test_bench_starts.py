@@ -18,6 +18,7 @@ SMALL = {
     "bench/auto/cost.py": ["--quick"],
     "bench/auto/run.py": ["--quick"],
     "bench/modes/run.py": ["--quick"],
+    "bench/published/run.py": ["--quick"],
     "bench/residents/run.py": ["--quick"],
     "bench/sandbox.py": ["--runs", "2"],
     "bench/schedule/simulated.py": ["--quick", "--traces", "none"],

@@ -56,3 +56,11 @@ def test_degrees_that_do_not_hold_the_longest_turn_are_left_out():
 def test_more_slots_than_the_token_budget():
     assert setting("qwen3-8b", "h200", 8, slots=10_000).engine("fcfs").batch_tokens == 10_000
     assert setting("qwen3-8b", "h200", 8).engine("priority").batch_tokens == 8192
+
+
+def test_a_model_that_fits_only_with_the_memory_asked_about_has_a_fleet():
+    """72B on two H100: at 0.95 of their memory, not at vLLM's usual 0.9."""
+    where = setting("qwen2.5-72b", "h100", 2, 2, utilization=0.95)
+    assert [replica.kv_tokens for replica in where.fleet(2)] == [where.kv_tokens[2]] and where.kv_tokens[2] > 8192
+    with pytest.raises(ValueError, match="of their memory|does not hold"):
+        setting("qwen2.5-72b", "h100", 2, 2, utilization=0.9)

@@ -36,7 +36,8 @@ def make_fleet(
         raise ValueError(f"the layout {list(tp_layout)} uses {sum(tp_layout)} GPUs, there are {gpus}")
     holds: dict[int, int | None] = {}
     for tp in set(tp_layout):
-        if not latency.fits(tp):
+        fits = latency.fits(tp) if kv_tokens is None else kv_tokens.get(tp, 0) != 0
+        if not fits:
             raise ValueError(f"a replica of tensor-parallel degree {tp} does not hold the model")
         holds[tp] = kv_tokens[tp] if kv_tokens is not None else latency.kv_tokens(tp)
     by_tp = slots if isinstance(slots, Mapping) else dict.fromkeys(tp_layout, slots)

@@ -62,5 +62,5 @@ def test_a_model_that_fits_only_with_the_memory_asked_about_has_a_fleet():
     """72B on two H100: at 0.95 of their memory, not at vLLM's usual 0.9."""
     where = setting("qwen2.5-72b", "h100", 2, 2, utilization=0.95)
     assert [replica.kv_tokens for replica in where.fleet(2)] == [where.kv_tokens[2]] and where.kv_tokens[2] > 8192
-    with pytest.raises(ValueError, match="of their memory|does not hold"):
+    with pytest.raises(ValueError, match=r"of their memory|does not hold"):
         setting("qwen2.5-72b", "h100", 2, 2, utilization=0.9)

@@ -8,7 +8,9 @@ from random import Random
 from hypothesis import strategies as st
 
 from verl_heddle.latency.model import LatencyModel
-from verl_heddle.simulate import Cancel, EngineOptions, Prewarm
+from verl_heddle.report.rules import RULES
+from verl_heddle.simulate import Cancel, EngineOptions, HostTier, Prewarm, simulate
+from verl_heddle.simulate.baselines import LptOracle
 from verl_heddle.trajectory import Decision, Reason, Trajectory, Turn
 
 FLAT = LatencyModel.affine(0.01, 0.001)
@@ -215,3 +217,14 @@ def step_by_step(work: list[Trajectory], slots: int, latency, options: EngineOpt
             else:
                 arrive(index, now)
     return finish
+
+
+def peers(work, fleet, latency, seed=0):
+    """Results under every rule that is not heddle, by its name."""
+    found = {}
+    for name, rule in RULES.items():
+        if rule.options is None and not (rule.tier and fleet[0].kv_tokens is not None):
+            policy = LptOracle(work, seed) if rule.make is None else rule.make(seed)
+            engine = EngineOptions(rule.order, tier=HostTier() if rule.tier else None)
+            found[name] = simulate(work, fleet, latency, policy, engine=engine)
+    return found

@@ -5,11 +5,11 @@ from random import Random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulate_cases import FULL, lengths, trajectory
+from simulate_cases import FULL, lengths, peers, trajectory
 
 from verl_heddle.fleet import Replica
-from verl_heddle.latency.model import LatencyModel, Memory
-from verl_heddle.simulate import EngineOptions, best, fixed_tp_arms, make_fleet, peer_arms, run_arms, simulate
+from verl_heddle.latency.model import LatencyModel
+from verl_heddle.simulate import EngineOptions, make_fleet, simulate
 from verl_heddle.simulate.baselines import (
     AffinityMargin,
     DualThreshold,
@@ -123,24 +123,12 @@ def test_lpt_gives_a_wider_replica_more():
 def test_arms_are_comparable_and_repeatable():
     work = generate("coding", 8, 4, seed=5)
     latency = LatencyModel.affine(0.01, 0.0005, 1e-8, tps=(1, 2), speedup={2: 1.6})
-    arms = peer_arms(work, make_fleet(4, 1, latency, slots=8))
-    first, second = (run_arms(work, arms, latency, seeds=(0, 1)) for _ in range(2))
-    assert list(first) == list(arms) and len(first["stock"]) == 2
-    for name in arms:
-        assert [r.summary() for r in first[name]] == [r.summary() for r in second[name]]
-        assert {r.tokens for r in first[name]} == {sum(item.output_tokens for item in work)}
-    assert first["stock"][0].migrations == 0 < first["round_robin"][0].migrations
-
-
-def test_stock_at_every_fixed_tp():
-    work = lengths(*[400] * 4, prompt_tokens=100)
-    small = Memory(10_000, 0, 20, 0)
-    latency = LatencyModel.affine(0.01, 0.001, tps=(1, 2, 4), speedup={2: 1.9, 4: 3.0}, memory=small)
-    assert fixed_tp_arms(work, 4, latency, (1, 2, 4)) == {}  # 450 tokens of KV, and a turn needs 499
-    latency = LatencyModel.affine(0.01, 0.001, tps=(1, 2, 4), speedup={2: 1.9, 4: 3.0})
-    arms = fixed_tp_arms(work, 4, latency, (1, 2, 4, 8))
-    assert list(arms) == ["stock tp=1", "stock tp=2", "stock tp=4"]
-    assert best(run_arms(work, arms, latency)) == "stock tp=4"
+    fleet = make_fleet(4, 1, latency, slots=8)
+    first, second = (peers(work, fleet, latency, seed=1) for _ in range(2))
+    for name, result in first.items():
+        assert result.summary() == second[name].summary()
+        assert result.tokens == sum(item.output_tokens for item in work)
+    assert first["stock"].migrations == 0 < first["round_robin"].migrations
 
 
 def test_layouts():

@@ -4,12 +4,12 @@ import pytest
 from drawn import examples
 from hypothesis import given
 from hypothesis import strategies as st
-from simulate_cases import FULL, Anything, lengths, trajectory, workloads
+from simulate_cases import FULL, Anything, lengths, peers, trajectory, workloads
 
 from verl_heddle.fleet import Replica
 from verl_heddle.latency import load
 from verl_heddle.latency.model import LatencyModel
-from verl_heddle.simulate import EngineOptions, lower_bound, make_fleet, peer_arms, run_arms, simulate
+from verl_heddle.simulate import EngineOptions, lower_bound, make_fleet, simulate
 from verl_heddle.simulate.baselines import LptOracle, Slime, Stock
 from verl_heddle.traces import generate
 
@@ -71,8 +71,7 @@ def test_shipped_table():
     latency = load("h200", "Qwen3-8B")
     work = generate("coding", 16, 8, seed=2)
     bound = lower_bound(work, 8, latency, latency.tps)
-    results = run_arms(work, peer_arms(work, make_fleet(8, 1, latency)), latency)
-    fastest = min(runs[0].makespan_s for runs in results.values())
+    fastest = min(result.makespan_s for result in peers(work, make_fleet(8, 1, latency), latency).values())
     assert 0.1 * fastest < bound.makespan_s < fastest
 
 

@@ -10,7 +10,7 @@ from simulate_cases import lengths, trajectory, workloads
 
 from verl_heddle.fleet import Replica
 from verl_heddle.latency.model import Engine, LatencyModel, Memory
-from verl_heddle.simulate import EngineOptions, HostTier, Outage, make_fleet, peer_arms, simulate
+from verl_heddle.simulate import EngineOptions, HostTier, Outage, simulate
 from verl_heddle.simulate.baselines import Stock
 from verl_heddle.simulate.cache import PrefixCache
 from verl_heddle.simulate.workload import Request, states, walk
@@ -116,8 +116,3 @@ def test_the_tier_only_turns_computing_into_reading(work, spare, room):
         assert result.output_tokens.tolist() == [item.output_tokens for item in work]
         if room == inf and options.block_tokens == 1:
             assert result.recomputed_tokens == 0
-
-
-def test_it_is_among_the_arms():
-    arms = peer_arms(pushed_out(), make_fleet(1, 1, PREFILL))
-    assert arms["stock_tier"].engine.tier == HostTier() and arms["stock"].engine.tier is None

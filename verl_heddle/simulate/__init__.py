@@ -14,10 +14,9 @@ Not modelled: sampling (lengths are given), network and KV transfer between repl
 speculative decoding, block-granular KV capacity.
 """
 
-from verl_heddle.simulate.arms import PRIORITY, Arm, best, fixed_tp_arms, peer_arms, run_arms
 from verl_heddle.simulate.bound import Bound, lower_bound
 from verl_heddle.simulate.layouts import DEFAULT_SLOTS, make_fleet
-from verl_heddle.simulate.options import EngineOptions, FleetChange, HostTier, Outage
+from verl_heddle.simulate.options import PRIORITY, EngineOptions, FleetChange, HostTier, Outage
 from verl_heddle.simulate.policy import Action, Cancel, Latency, Policy, Prewarm, StopAt
 from verl_heddle.simulate.result import ReplicaResult, Result
 from verl_heddle.simulate.run import simulate
@@ -26,7 +25,6 @@ __all__ = [
     "DEFAULT_SLOTS",
     "PRIORITY",
     "Action",
-    "Arm",
     "Bound",
     "Cancel",
     "EngineOptions",
@@ -39,11 +37,7 @@ __all__ = [
     "ReplicaResult",
     "Result",
     "StopAt",
-    "best",
-    "fixed_tp_arms",
     "lower_bound",
     "make_fleet",
-    "peer_arms",
-    "run_arms",
     "simulate",
 ]

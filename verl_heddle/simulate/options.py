@@ -90,6 +90,9 @@ class EngineOptions:
             raise ValueError(f"preempt needs order='priority', got {self.order!r}")
 
 
+PRIORITY = EngineOptions(order="priority")
+
+
 @dataclass(frozen=True, slots=True)
 class Outage:
     """A replica computes nothing from the first step boundary after `start_s` until `end_s`: a weight sync, a wake-up.

@@ -65,7 +65,7 @@ def test_what_is_wrong_with_a_file_is_said_before_anything_is_simulated(tmp_path
         ("return 'nowhere', 'reason'", "the policy chose replica 'nowhere', which is not in the fleet"),
         (
             "return self.least_loaded(), 'r'\n\n    def priority(self, turn):\n        return 0.5",
-            "answers what the simulator cannot use: TypeError",
+            "the priority 0.5: vLLM takes whole numbers",
         ),
     ],
 )
@@ -80,6 +80,56 @@ def test_a_policy_that_raises_is_told_with_its_place(tmp_path, capsys, body, wor
         assert main([*words_typed, "--policy", str(file)]) == 2
         said = capsys.readouterr().err.strip()
         assert words in said and len(said.splitlines()) == 1, said
+
+
+HOLDS = """
+from verl_heddle.simulate.baselines import Stock
+from verl_heddle.trajectory import Decision
+
+class Own(Stock):
+    held = ()
+
+    def turn_started(self, turn, now):
+        self.held = (*self.held, turn.request)
+        return Decision({replica}, 0, "mine", held=True)
+
+    def admitted(self, now):
+        names, self.held = self.held, ()
+        return {names}
+"""
+AT_ONCE = """
+from verl_heddle.simulate.baselines import Stock
+
+class Own(Stock):
+    def due_s(self, now):
+        return now
+
+    def tick(self, now):
+        pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (HOLDS.format(replica="super().turn_started(turn, now).replica", names="[]"), "admits none of them"),
+        (HOLDS.format(replica="super().turn_started(turn, now).replica", names="['x']"), "admits 'x', which it does not hold"),
+        (HOLDS.format(replica="''", names="names"), "without a replica, and held it without one"),
+        (AT_ONCE, "must lie ahead, or be inf"),
+    ],
+)
+def test_answers_that_no_simulation_can_go_on_with_are_said(tmp_path, text, words):
+    file = tmp_path / "own.py"
+    file.write_text(text)
+    with pytest.raises(ValueError) as caught:
+        small(arms=("stock", str(file)), jobs=1)
+    assert words in str(caught.value)
+
+
+def test_a_base_class_beside_the_policy_is_no_second_one(tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text(STOCK + "\nclass Other(Mine):\n    '''the one'''\n")
+    assert rule_of(str(file)).title == "the one"
 
 
 def test_names_are_names():

@@ -106,7 +106,8 @@ def _own(path: str) -> Rule:
     except Exception as error:
         raise ValueError(f"{path} does not load: {type(error).__name__}: {' '.join(str(error).split())}") from error
     own = [one for one in vars(module).values() if isinstance(one, type) and one.__module__ == spec.name]
-    made = [one for one in own if all(callable(getattr(one, name, None)) for name in METHODS)]
+    able = [one for one in own if all(callable(getattr(one, name, None)) for name in METHODS)]
+    made = [one for one in able if not any(one in other.__bases__ for other in able)]
     if len(made) != 1:
         named = ", ".join(one.__name__ for one in made) or "none"
         raise ValueError(f"{path} must hold one policy, for example a subclass of verl_heddle.simulate.baselines.Peer; found: {named}")

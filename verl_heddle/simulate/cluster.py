@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from heapq import heappop
 from math import inf, nan
+from numbers import Integral
 
 from verl_heddle.fleet import Replica
 from verl_heddle.predict.tools import names
@@ -24,6 +25,9 @@ from verl_heddle.simulate.policy import Action, Cancel, Latency, Policy, StopAt
 from verl_heddle.simulate.stage import CHANGE, TURN, WAKE, Stage
 from verl_heddle.simulate.workload import Request, TrajectoryState
 from verl_heddle.trajectory import Decision, Outcome, ToolStart, TrajectoryEnd, TurnEnd, TurnStart
+
+MOST_TICKS = 1000
+"""Of a policy at one time: more, and it will never be done."""
 
 
 class Cluster(Stage):
@@ -47,6 +51,8 @@ class Cluster(Stage):
         self._released = getattr(policy, "released", None)
         self._timer_s = inf
         """Of the policy, the next that is in the calendar."""
+        self._ticked_s, self._ticks = -inf, 0
+        """When it last ran out, and how often at that time."""
         self._reprioritised = getattr(policy, "reprioritised", None)
         self._prewarms = getattr(policy, "prewarms", None)
         self._transferred = getattr(policy, "transferred", None)
@@ -67,7 +73,7 @@ class Cluster(Stage):
         """Submit every trajectory at its time, seconds, and play until all have ended.
 
         Raises:
-            ValueError: the policy chose a replica that does not exist or is too small.
+            ValueError: the policy chose a replica that does not exist or is too small, or answered what cannot be; the message says what.
             RuntimeError: trajectories were lost; a bug of the simulator.
         """
         expected = getattr(self._policy, "batch_expected", None)
@@ -78,6 +84,8 @@ class Cluster(Stage):
             self._at(time + self._overhead_s, TURN, state)
         while self._events:
             self._next()
+        if self._held:
+            raise ValueError(f"the policy holds {len(self._held)} turns and admits none of them, while nothing else is under way")
         stuck = sum(state.outcome is None for state in self._work)
         if stuck:
             raise RuntimeError(f"{stuck} trajectories never ended")
@@ -126,6 +134,8 @@ class Cluster(Stage):
         decision = self._policy.turn_started(turn, now)
         request.reason = self.log.reason_number(decision.reason)
         request.predicted = decision.predicted_remaining
+        if not isinstance(decision.priority, Integral):
+            raise ValueError(f"the policy gives turn {turn.request} the priority {decision.priority!r}: vLLM takes whole numbers")
         if decision.replica or not decision.held:
             self._go_to(request, decision.replica)
         if decision.held:
@@ -172,7 +182,11 @@ class Cluster(Stage):
         if self._held and self._admitted is not None:
             for admitted in self._admitted(now):
                 name, replica = (admitted, None) if isinstance(admitted, str) else admitted
+                if name not in self._held:
+                    raise ValueError(f"the policy admits {name!r}, which it does not hold")
                 request, decision = self._held.pop(name)
+                if not (replica or decision.replica):
+                    raise ValueError(f"the policy admits {name!r} without a replica, and held it without one")
                 request.queue_s += now - request.queued_s
                 if replica is not None:
                     self._go_to(request, replica)
@@ -187,6 +201,10 @@ class Cluster(Stage):
 
     def _tick(self, now: float) -> None:
         """A timer of the policy may have run out."""
+        self._ticks = self._ticks + 1 if now == self._ticked_s else 0
+        self._ticked_s = now
+        if self._ticks > MOST_TICKS:
+            raise ValueError(f"the policy's due_s stays at {now:g} however often tick is called: it must lie ahead, or be inf")
         self._timer_s = inf
         self._policy.tick(now)  # type: ignore[attr-defined]
         self._let_in(now)

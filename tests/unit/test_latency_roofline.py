@@ -130,7 +130,7 @@ def test_every_pair_has_times_and_says_which():
         assert found.kind == ("table" if has else "roofline"), (gpu, model)
         assert set(found.latency.tps) <= {tp for tp in TPS if known()[model].splits(tp)}
         told = found.told(found.latency.source)
-        assert told.startswith("table, AIConfigurator" if has else "roofline of") and "\n" not in told
+        assert told.startswith("table, AIConfigurator" if has else "roofline, not measured; ") and "\n" not in told
         assert found.latency.name.endswith(f" on {gpu}") and found.latency.name.startswith(model)
         document = json.loads(json.dumps(found.document()))
         assert document["kind"] == found.kind and bool(document["errors"]) != has

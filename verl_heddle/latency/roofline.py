@@ -76,7 +76,7 @@ CACHED = (0, *(round(2 ** (i / 2)) for i in range(14, 35)))
 def roofline(gpu: Gpu, shape: Shape, factors: Factors = FACTORS) -> LatencyModel:
     """The latency model of `shape` on `gpu`, at each degree that its heads can be split to."""
     engines = {tp: _engine(gpu, shape, tp, factors) for tp in TPS if shape.splits(tp)}
-    return LatencyModel(f"{shape.name} on {gpu.name}", engines, "roofline of the model's shape and the GPU's published numbers")
+    return LatencyModel(f"{shape.name} on {gpu.name}", engines, "roofline")
 
 
 def memory(gpu: Gpu, shape: Shape, tp: int) -> Memory:

@@ -40,8 +40,8 @@ class Times:
     file: str | None = None
 
     def told(self, source: str) -> str:
-        """`source` of the latency model, with which of the three it is: the others' says so itself. Of a table also whose it is, where the
-        model has another name."""
+        """`source` of the latency model, which says what it is unless it is a table. Of a table also whose it is, where the model has
+        another name."""
         if self.kind != TABLE:
             return source
         other = self.latency.name.rsplit(" on ", 1)[0]
@@ -74,8 +74,8 @@ def times(gpu: str, model: str, weights: str | None = None, kv: str | None = Non
                 return Times(found, TABLE, shape, place)
     precision = "" if (shape.weights, shape.kv) == ("bf16", "bf16") else f" ({shape.weights} weights, {shape.kv} KV)"
     made = roofline(place, shape)
-    errors = ", ".join(f"{kind}s {100 * low:.0f} % ({100 * high:.0f} %)" for kind, (low, high) in HELD_OUT.items())
-    source = f"{made.source}{precision}, not measured; against tables it was not fitted to it is off by, median (p90): {errors}"
+    errors = ", ".join(f"{100 * low:.0f} % in {kind}s (p90 {100 * high:.0f} %)" for kind, (low, high) in HELD_OUT.items())
+    source = f"{made.source}, not measured; against tables it was not fitted to it is off by {errors}"
     return Times(replace(made, name=f"{shape.name}{precision} on {place.name}", source=source), ROOFLINE, shape, place)
 
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from bench.marked import replaced
 from verl_heddle.latency.gpus import GPUS
-from verl_heddle.latency.roofline import FACTORS, Factors, decode_s, prefill_s
+from verl_heddle.latency.roofline import FACTORS, HELD_OUT, Factors, decode_s, prefill_s
 from verl_heddle.latency.shape import known
 from verl_heddle.latency.tables import table, tables
 
@@ -91,9 +91,16 @@ def fit(chosen: list[Pair], factors: Factors = FACTORS) -> Factors:
     return factors
 
 
+def held_out() -> dict[str, list[Pair]]:
+    """The tables that the factors were not fitted to, of dense models and of experts."""
+    rest = [pair for pair in pairs() if not fitted(pair)]
+    return {kind: [pair for pair in rest if bool(known()[pair[1]].experts) == (kind == "experts")] for kind in HELD_OUT}
+
+
 def held_out_table() -> str:
     """Error by group of tables, Markdown."""
     groups = {"fitted to": [pair for pair in pairs() if fitted(pair)], "**held out, all**": [pair for pair in pairs() if not fitted(pair)]}
+    groups |= {f"held out, {kind}": some for kind, some in held_out().items()}
     for gpu in tables():
         if some := [pair for pair in pairs() if not fitted(pair) and pair[0] == gpu]:
             groups[f"held out, {gpu}"] = some

@@ -40,8 +40,8 @@ class Times:
     file: str | None = None
 
     def told(self, source: str) -> str:
-        """`source` of the latency model, with which of the three it is: the others' says so itself. Of a table also whose it is, where the
-        model has another name."""
+        """`source` of the latency model, which says what it is unless it is a table. Of a table also whose it is, where the model has
+        another name."""
         if self.kind != TABLE:
             return source
         other = self.latency.name.rsplit(" on ", 1)[0]
@@ -52,7 +52,7 @@ class Times:
         if self.kind == CALIBRATED:
             errors = {f"turns at tp={tp}": {"median": fit.median_error, "p90": fit.p90_error} for tp, fit in self.fits}
             return {"kind": self.kind, "errors": errors, "turns": sum(fit.turns for _, fit in self.fits), "file": self.file}
-        errors = {kind: {"median": low, "p90": high} for kind, (low, high) in HELD_OUT.items()} if self.kind == ROOFLINE else {}
+        errors = {kind: {"median": low, "p90": high} for kind, (low, high) in _held_out(self.shape)} if self.kind == ROOFLINE else {}
         return {"kind": self.kind, "errors": errors, "turns": None, "file": None}
 
 
@@ -74,9 +74,18 @@ def times(gpu: str, model: str, weights: str | None = None, kv: str | None = Non
                 return Times(found, TABLE, shape, place)
     precision = "" if (shape.weights, shape.kv) == ("bf16", "bf16") else f" ({shape.weights} weights, {shape.kv} KV)"
     made = roofline(place, shape)
-    errors = ", ".join(f"{kind}s {100 * low:.0f} % ({100 * high:.0f} %)" for kind, (low, high) in HELD_OUT.items())
-    source = f"{made.source}{precision}, not measured; against tables it was not fitted to it is off by, median (p90): {errors}"
+    errors = ", ".join(f"{100 * low:.0f} % in {kind}s (p90 {100 * high:.0f} %)" for kind, (low, high) in _held_out(shape))
+    source = f"{made.source}, not measured; against tables of {_kind(shape)} that it was not fitted to it is off by {errors}"
     return Times(replace(made, name=f"{shape.name}{precision} on {place.name}", source=source), ROOFLINE, shape, place)
+
+
+def _kind(shape: Shape) -> str:
+    return "experts" if shape.experts else "dense models"
+
+
+def _held_out(shape: Shape) -> list[tuple[str, tuple[float, float]]]:
+    """The roofline's error for such a model: what, and its median and 90th percentile."""
+    return list(HELD_OUT[_kind(shape)].items())
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,10 +49,11 @@ def assumptions(answer: Answer) -> list[str]:
         f"{count(sum(item.output_tokens for item in work) / about['steps'])} tokens a step)",
         f"{setting.model}, {setting.gpus} GPUs, {setting.slots} slots a replica, gpu_memory_utilization {setting.utilization:g}"
         + (f" ({held:,} KV tokens a replica of tp={setting.tp})" if held is not None else ""),
-        f"simulated, nothing was run; step times: {setting.step_times}",
+        f"step times: {setting.step_times}",
         *_beside(setting, "stock_tier" in answer.rows),
         f"heddle has seen {about['history']}",
-        f"{draws} draw{'s: median, and range in brackets' if draws > 1 else ': chance is not visible, use --seeds'}",
+        f"simulated, nothing was run; {draws} draw"
+        + ("s: median, and range in brackets" if draws > 1 else ": chance is not visible, use --seeds"),
     ]
     return lines + list(answer.source.notes)
 

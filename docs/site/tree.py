@@ -14,7 +14,15 @@ from pathlib import Path
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/*.md", "recipes/*/README.md", "bench/*/README.md", "patches/*.md")
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/*.md",
+    "recipes/*/README.md",
+    "bench/*/README.md",
+    "patches/*.md",
+    "verl_heddle/data/README.md",
+)
 STYLE = "docs/site/site.css"
 
 LINK = re.compile(r"\]\(([^)\s#]+)[^)]*\)")

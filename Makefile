@@ -13,7 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE
 export LC_ALL := C.UTF-8
 unexport RAY_ADDRESS
 
-.PHONY: help venv tools demo test lint test-fast test-e2e test-pins test-newest bench-rehearsal docs clean
+.PHONY: help venv tools demo test lint test-fast test-e2e test-pins test-newest bench-rehearsal docs site clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -63,6 +63,9 @@ docs: venv  ## write docs/configuration.md and what is generated in README.md
 	@$(PY) tests/docs/docs_support.py
 	@$(PY) bench/readme_figure.py
 	@$(PY) bench/provenance.py
+
+site: venv  ## the pages as a site in outputs/site, read without network; a warning is an error
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 
 clean:  ## remove what was built
 	rm -rf .venv .venv-pins .venv-newest .setup outputs

@@ -56,3 +56,18 @@ def test_degrees_that_do_not_hold_the_longest_turn_are_left_out():
 def test_more_slots_than_the_token_budget():
     assert setting("qwen3-8b", "h200", 8, slots=10_000).engine("fcfs").batch_tokens == 10_000
     assert setting("qwen3-8b", "h200", 8).engine("priority").batch_tokens == 8192
+
+
+def test_a_degree_that_nobody_chose_gives_way():
+    from dataclasses import replace
+
+    usual = setting("qwen3-8b", "h200", 8)
+    (item,) = generated("coding", 1, 1, [0]).draws[0].steps[0]
+    assert usual.holding([item]) == (usual, "")
+    long = replace(item, prompt_tokens=usual.kv_tokens[2])
+    fitted, why = usual.holding([long])
+    assert fitted.tp == 4 and why.startswith("tp=4: the smallest degree") and f"{usual.kv_tokens[1]:,}" in why and "\n" not in why
+    with pytest.raises(ValueError, match="longest turn needs"):
+        setting("qwen3-8b", "h200", 8, tp=1).holding([long])
+    with pytest.raises(ValueError, match="longest turn needs"):
+        usual.holding([replace(item, prompt_tokens=usual.kv_tokens[8])])

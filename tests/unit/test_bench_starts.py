@@ -16,6 +16,7 @@ SCRIPTS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "bench").rglob(
 SMALL = {
     "bench/placement/scenarios.py": ["--quick", "--json", "out.json"],
     "bench/modes/run.py": ["--quick"],
+    "bench/quick/run.py": ["--quick", "--json", "out.json"],
     "bench/residents/run.py": ["--quick"],
     "bench/sandbox.py": ["--runs", "2"],
     "bench/schedule/simulated.py": ["--quick", "--traces", "none"],

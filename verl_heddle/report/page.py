@@ -77,11 +77,12 @@ def _tiles(answer: Answer, advice: Advice | None) -> list[dict[str, str]]:
         best = advice.row
     base = stock.typical.makespan_s
     stays = (best.rule, best.tp) == (stock.rule, stock.tp)
-    note = "stock as it is: nothing gains 2 %" if stays else f"{best.title}, {best.where}: {ratio(best.speedup)}"
+    spent = f"{number(best.gpu_hours)} GPU-hours"
+    note = "stock as it is: nothing gains 2 %" if stays else f"{best.title}, {best.where}: {ratio(best.speedup)}, {spent}"
     idle, share = percent(stock.typical.idle_share), percent(answer.bound_s / base)
     shortest_s = seconds(best.typical.makespan_s)
     tiles = (
-        ("", f"stock verl, tp={stock.tp}", seconds(base), f"{idle} of it replicas without work"),
+        ("", f"stock verl, tp={stock.tp}", seconds(base), f"{number(stock.gpu_hours)} GPU-hours a step; replicas idle {idle} of it"),
         ("best", "best of the arms" if advice is None else "advised", shortest_s, note),
         ("bound", "lower bound", seconds(answer.bound_s), f"no schedule is faster; {share} of stock"),
     )
@@ -105,6 +106,8 @@ def _row(row: Row, answer: Answer) -> dict[str, Any]:
         "makespan": seconds(run.makespan_s),
         "range": spread,
         "speedup": ratio(row.speedup),
+        "gpu_hours": number(row.gpu_hours),
+        "per_1000": number(row.gpu_hours_per_1000),
         "fraction": percent(row.bound_fraction),
         "throughput": count(round(run.throughput_tok_s)),
         "moves": count(run.migrations),

@@ -3,7 +3,8 @@
 What is kept as it is: slots and KV memory of a replica, every degree that is asked about, the groups of a prompt's trajectories, and the
 trajectories per replica. So a fleet shrinks to a divisor of the GPUs on which every degree still has a replica, and the prompts in the same
 proportion. Prompts are taken evenly over their order by longest trajectory, the longest of all among them, since a step ends with it.
-Where even the smallest such fleet has too much to do, the step gets shorter: fewer prompts, but more than the replicas can run at a time.
+Where even the smallest such fleet has too much to do, the step gets shorter: fewer prompts, but more than the replicas can run at a time;
+what waits less gains less, and the sample's line says so.
 Of a trace of many steps, some are taken evenly over the run.
 
 Cost: reading, and `TURNS` turns under stock at every degree and the plugin at two. How far off: bench/quick.
@@ -33,7 +34,7 @@ STEPS = 3
 """Steps of a trace that are played at least, if it has so many, before a fleet is played larger."""
 
 FILLED = 2.0
-"""A shortened step has at least so many times the trajectories that all replicas can run at a time, so that turns wait as in the whole one."""
+"""A shortened step has at least so many times the trajectories that all replicas can run at a time, so that turns wait in it."""
 
 DRAWN_PROMPTS = 256
 """Of a workload: drawn at most. A prompt is like the next, and drawing takes time as well."""
@@ -75,7 +76,7 @@ class Sample:
         if not parts:
             return f"Quick: one draw of {'the whole step' if self.of_steps == 1 else f'all {self.of_steps} steps'}."
         if self.denser < 0.95:
-            kept = "a shorter step than yours: its seconds are those of a smaller batch"
+            kept = "a shorter step than yours, in which fewer turns wait: seconds and gains are those of a smaller batch"
         elif self.gpus != self.of_gpus:
             kept = f"slots and KV cache of a replica as they are, {self.denser:.2f} times as many trajectories on it"
         else:
@@ -188,9 +189,9 @@ def _sampled(setting: Setting, source: Source, of_prompts: float, of_steps: int,
     (draw,) = source.draws
     setting, why = setting.holding([item for step in draw.steps for item in step])
     groups = _groups_of(draw.steps)
-    gpus, prompts, steps = _extent(setting, draw.steps, groups, of_prompts)
+    gpus, part, steps = _extent(setting, draw.steps, groups, of_prompts)
     kept = _evenly(list(range(len(groups))), steps)
-    names = {index: _chosen(groups[index], round(prompts)) for index in kept}
+    names = {index: _chosen(groups[index], round(part * len(groups[index]))) for index in kept}
     played = tuple(tuple(item for item in draw.steps[index] if item.prompt_id in names[index]) for index in kept)
     if draw.crossed:
         before = played if draw.before else ()
@@ -213,21 +214,20 @@ def _sampled(setting: Setting, source: Source, of_prompts: float, of_steps: int,
 
 
 def _extent(setting: Setting, steps: Sequence[Step], groups: Sequence[Sequence[_Group]], of_prompts: float) -> tuple[int, float, int]:
-    """GPUs, prompts of a step, and steps that are played."""
-    every = [group for one in groups for group in one]
-    turns, there = sum(group.turns for group in every) / len(every), min(map(len, groups))
+    """GPUs, the part of each step's prompts, and steps that are played."""
+    turns, there = sum(group.turns for one in groups for group in one) / len(groups), sum(map(len, groups)) / len(groups)
     sizes = [gpus for gpus in range(setting.gpus, 0, -1) if setting.gpus % gpus == 0 and all(gpus % tp == 0 for tp in setting.tps)]
+    least = min(STEPS, len(steps))
     for gpus in sizes:
-        prompts = of_prompts * gpus / setting.gpus
-        cost = turns * max(1.0, prompts)
-        if prompts < there + 0.5 and min(STEPS, len(steps)) * cost <= TURNS:
-            return gpus, min(there, max(1.0, prompts)), min(len(steps), int(TURNS / cost))
-    prompts = min(there, max(1.0, of_prompts * sizes[-1] / setting.gpus))
+        part = of_prompts * gpus / setting.gpus / there
+        if part < 1.001 and least * turns * part <= TURNS:
+            return gpus, min(1.0, part), max(1, min(len(steps), int(TURNS / (turns * part))))
+    part = min(1.0, of_prompts * sizes[-1] / setting.gpus / there)
     fit = TURNS / turns
-    if prompts <= fit:
-        return sizes[-1], prompts, int(fit / prompts)
-    filled = FILLED * _running(setting, sizes[-1], steps) / (sum(map(len, steps)) / sum(map(len, groups)))
-    return sizes[-1], min(prompts, max(fit, filled, 1.0)), 1
+    if part <= fit:
+        return sizes[-1], part, int(fit / part)
+    filled = FILLED * _running(setting, sizes[-1], steps) / (sum(map(len, steps)) / len(steps))
+    return sizes[-1], min(part, max(fit, filled)), 1
 
 
 def _running(setting: Setting, gpus: int, steps: Sequence[Step]) -> float:

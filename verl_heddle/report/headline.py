@@ -16,7 +16,7 @@ HELPS: Mapping[str, tuple[str, str]] = {
     "stock_best_tp": ("tp={tp}", TP),
     "heddle": ("the plugin", "+plugin=heddle"),
     "heddle_best_tp": ("tp={tp} with the plugin", f"{TP} +plugin=heddle"),
-    "stock_tier": ("KV offload to the host, as assumed below", "+plugin=heddle heddle.offload.enable=true"),
+    "stock_tier": ("KV offload to the host (as assumed below)", "+plugin=heddle heddle.offload.enable=true"),
     "heddle_place": ("the plugin with planned placement", "+plugin=heddle heddle.place.enable=true"),
 }
 """Arms that a user can have: in words, and as overrides."""

@@ -6,7 +6,6 @@ The look is in `page.html.j2`; this file computes what it shows. Names out of tr
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import verl_heddle
 from verl_heddle.report.advice import Advice
 from verl_heddle.report.bitmap import data_uri, png
 from verl_heddle.report.colors import DARK, LIGHT, palette
+from verl_heddle.report.headline import headline, plan_headline
 from verl_heddle.report.html import render, ticks
 from verl_heddle.report.scene import Scene, rasters
 from verl_heddle.report.study import WORTH, Answer, Row
@@ -39,6 +39,7 @@ def page(answer: Answer, sentences: Sequence[str], shown: Sequence[Scene], shell
         advice: of a plan: what to use, with verl's settings to paste.
     """
     setting, about = answer.setting, answer.source.about
+    lines = headline(answer) if advice is None else plan_headline(answer, advice)
     return render(
         "page.html.j2",
         title=f"{answer.source.name} on {setting.gpus} x {setting.gpu}",
@@ -46,7 +47,8 @@ def page(answer: Answer, sentences: Sequence[str], shown: Sequence[Scene], shell
         subtitle=f"One step of rollouts with {setting.model.rsplit(' on ', 1)[0]}, simulated: {_size(answer)}.",
         tiles=_tiles(answer, advice),
         sentences=sentences,
-        overrides="" if advice is None else "\n".join(map(quote, advice.overrides)),
+        helps=lines[1],
+        paste="" if len(lines) < 3 else lines[2].partition(": ")[2],
         rows=[_row(row, answer) for row in answer.rows.values() if advice is None or row.name != "stock"],
         ranges="In brackets: lowest and highest over the draws." if len(answer.source.draws) > 1 else "",
         scenes=list(_scenes(shown)),

@@ -245,7 +245,8 @@ def _chosen(groups: Sequence[_Group], number: int) -> set[str]:
     brings the tokens so far nearest to what the parts have in the mean: the longest prompt would else count for too many."""
     ranked = sorted(groups, key=lambda group: (-group.longest, group.prompt))
     number = max(1, min(number, len(ranked)))
-    names, tokens, due = set(), 0.0, 0.0
+    names: set[str] = set()
+    tokens = due = 0.0
     for index in range(number):
         part = ranked[index * len(ranked) // number : (index + 1) * len(ranked) // number]
         due += sum(group.tokens for group in part) / len(part)

@@ -76,7 +76,7 @@ def test_plan_prints_overrides(capsys, tmp_path):
         (("--workload", "math", "--html", "/tmp"), "it is a folder"),
         (("--trace", "/nowhere.jsonl"), "no such file"),
         (("--trace", __file__), "not JSON"),
-        (("--workload", "math", "--set", "median_tokens=400000", "--set", "cap_tokens=900000"), "longest turn needs"),
+        (("--workload", "math", "--tp", "1", "--set", "median_tokens=400000", "--set", "cap_tokens=900000"), "longest turn needs"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(words, says, capsys):
@@ -84,6 +84,16 @@ def test_bad_input_is_one_line_and_exit_2(words, says, capsys):
     assert command("simulate", *(words or ("--model", "qwen3-8b")), "--seeds", "1", "--jobs", "1") == 2
     out, err = capsys.readouterr()
     assert says in err and err.count("\n") == 1 and err.startswith("verl-heddle simulate: ") and out == ""
+
+
+def test_a_degree_that_nobody_chose_is_the_smallest_that_holds_the_longest_turn(capsys):
+    words = ("--workload", "math", "--set", "median_tokens=300000", "--set", "cap_tokens=500000", "--arms", "stock", "--seeds", "1")
+    small = ("--model", "qwen3-8b", "--gpus", "8", "--prompts", "2", "--samples", "2", "--jobs", "1")
+    assert command("simulate", *words, *small) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (why,) = [line for line in lines if "the smallest degree whose replica holds the longest turn" in line]
+    assert why.startswith("tp=") and f"under stock verl at {why.partition(':')[0]} " in lines[0]
+    assert command("simulate", *words, *small, "--tp", "1") == 2
 
 
 def test_missing_matplotlib_is_said_before_the_work(monkeypatch, capsys, tmp_path):

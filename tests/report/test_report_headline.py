@@ -9,8 +9,12 @@ import pytest
 from report_cases import small
 
 from verl_heddle.options import walk
-from verl_heddle.report.headline import HELPS, headline
-from verl_heddle.report.text import report
+from verl_heddle.report.advice import advise
+from verl_heddle.report.draws import generated
+from verl_heddle.report.headline import HELPS, headline, plan_headline
+from verl_heddle.report.setting import setting
+from verl_heddle.report.study import ranking
+from verl_heddle.report.text import plan_report, report
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +60,28 @@ def test_overrides_exist():
     keys = {word.partition("=")[0] for _, overrides in HELPS.values() for word in overrides.split()}
     assert {key for key in keys if key.startswith("heddle.")} <= ours
     assert keys - ours == {"actor_rollout_ref.rollout.tensor_model_parallel_size", "+plugin"}
+
+
+def test_a_plan_begins_with_its_answer_and_what_it_advises():
+    asked = setting("qwen3-8b", "h200", 4, slots=4)
+    ranked = ranking(asked, generated("search", 8, 4, [0, 1]), jobs=1)
+    advice = advise(ranked, jobs=1)
+    lines = plan_headline(ranked, advice)
+    assert len(lines) == 3 and lines[2].split()[-len(advice.overrides) :] == advice.overrides
+    assert plan_report(ranked, advice, []).splitlines()[:3] == lines
+    assert "stock_tier" in ranked.rows and f"{ranked.stock.gpu_hours:.2g}"[:3] in lines[0]
+    told = re.findall(r"\d\.\d\dx", re.sub(r"\([^)]*\)", "", lines[1]))
+    assert told == sorted(told, reverse=True) and len(told) <= 3
+    for name in ("stock_tp1", "heddle_tp1"):
+        assert name in ranked.rows
+
+
+def test_what_the_degree_does_alone_is_not_told_twice(answer):
+    both = sped(answer, stock_best_tp=1.5, heddle_best_tp=1.5)
+    assert headline(both)[1] == "What helps most: tp=2 1.50x."
+
+
+def test_gpu_hours_count_weight_sync(answer):
+    row = answer.stock
+    assert row.gpu_hours == pytest.approx(answer.setting.gpus * row.typical.step_s / 3600)
+    assert row.gpu_hours_per_1000 == pytest.approx(1000 * row.gpu_hours / (8 * 4)) and row.typical.sync_s > 0

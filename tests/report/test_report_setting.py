@@ -64,3 +64,18 @@ def test_a_model_that_fits_only_with_the_memory_asked_about_has_a_fleet():
     assert [replica.kv_tokens for replica in where.fleet(2)] == [where.kv_tokens[2]] and where.kv_tokens[2] > 8192
     with pytest.raises(ValueError, match=r"of their memory|does not hold"):
         setting("qwen2.5-72b", "h100", 2, 2, utilization=0.9)
+
+
+def test_a_degree_that_nobody_chose_gives_way():
+    from dataclasses import replace
+
+    usual = setting("qwen3-8b", "h200", 8)
+    (item,) = generated("coding", 1, 1, [0]).draws[0].steps[0]
+    assert usual.holding([item]) == (usual, "")
+    long = replace(item, prompt_tokens=usual.kv_tokens[2])
+    fitted, why = usual.holding([long])
+    assert fitted.tp == 4 and why.startswith("tp=4: the smallest degree") and f"{usual.kv_tokens[1]:,}" in why and "\n" not in why
+    with pytest.raises(ValueError, match="longest turn needs"):
+        setting("qwen3-8b", "h200", 8, tp=1).holding([long])
+    with pytest.raises(ValueError, match="longest turn needs"):
+        usual.holding([replace(item, prompt_tokens=usual.kv_tokens[8])])

@@ -19,6 +19,7 @@ SMALL = {
     "bench/auto/run.py": ["--quick"],
     "bench/modes/run.py": ["--quick"],
     "bench/published/run.py": ["--quick"],
+    "bench/quick/run.py": ["--quick", "--json", "out.json"],
     "bench/residents/run.py": ["--quick"],
     "bench/sandbox.py": ["--runs", "2"],
     "bench/schedule/simulated.py": ["--quick", "--traces", "none"],

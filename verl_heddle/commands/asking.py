@@ -186,6 +186,25 @@ def source_of(args: argparse.Namespace) -> Source:
     return generated(args.workload, prompts, args.samples or SAMPLES, seeds, args.cold, **dict(map(_parameter, args.set)))
 
 
+def quick_of(args: argparse.Namespace) -> tuple[Setting, Source]:
+    """What is asked for, small enough for an answer in seconds.
+
+    Raises:
+        ValueError: as `setting_of` and `source_of`.
+    """
+    from verl_heddle.report.quick import quick_trace, quick_workload
+
+    setting = setting_of(args)
+    if args.trace is not None:
+        if args.set:
+            raise ValueError("--set changes a generated workload, not a trace")
+        return quick_trace(setting, args.trace, args.step, args.prompts, args.samples, args.cold)
+    if args.step is not None:
+        raise ValueError("--step chooses a step of a trace, a workload has only one")
+    prompts = args.prompts or max(8, PROMPTS_PER_GPU * args.gpus)
+    return quick_workload(setting, args.workload, prompts, args.samples or SAMPLES, args.cold, **dict(map(_parameter, args.set)))
+
+
 @contextmanager
 def _ours(path: str) -> Iterator[str]:
     """The path of a trace; a file of another format is imported into one that lives as long as the context, and told of on stderr."""

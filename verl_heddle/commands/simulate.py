@@ -10,7 +10,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from verl_heddle.commands.asking import Meter, add_arguments, answered, check_writable, setting_of, shell_line, source_of
+from verl_heddle.commands.asking import Meter, add_arguments, answered, check_writable, quick_of, setting_of, shell_line, source_of
 
 if TYPE_CHECKING:
     from verl_heddle.report.study import Answer
@@ -40,6 +40,9 @@ EXAMPLES = """\
 examples:
   a first look: a coding agent on one node of H200
       verl-heddle simulate --workload coding --model qwen3-14b
+
+  the answer alone, of any size, in seconds
+      verl-heddle simulate --workload coding --model qwen3-14b --gpus 1024 --quick
 
   your own run, recorded by +plugin=observe or +plugin=heddle, as it would be on 64 GPUs
       verl-heddle simulate --trace checkpoints/p/e/heddle/trace.jsonl --model qwen3-14b --gpu h200 --gpus 64 --tp 2
@@ -72,6 +75,11 @@ def add_parser(subparsers: Any) -> None:
     )
     add_arguments(parser)
     parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="the answer alone, in seconds: one draw of stock at every degree and of the plugin, of a large step a sample on fewer GPUs",
+    )
+    parser.add_argument(
         "--arms",
         metavar="A,B,...",
         help=f"which rules (stock is always one): {', '.join(DEFAULT_ARMS)} are the default; also {', '.join(OTHER_ARMS)}; 'all' for all",
@@ -103,6 +111,8 @@ def _run(args: argparse.Namespace) -> int:
     from verl_heddle.report.study import study
     from verl_heddle.report.text import report
 
+    if args.quick:
+        return _quick(args)
     arms = DEFAULT_ARMS if args.arms is None else (*DEFAULT_ARMS, *OTHER_ARMS) if args.arms == "all" else tuple(args.arms.split(","))
     if odd := [file for file in args.policy if not file.endswith(".py")]:
         raise ValueError(f"--policy {odd[0]}: must be a Python file (.py)")
@@ -121,6 +131,27 @@ def _run(args: argparse.Namespace) -> int:
     if paths.get("json") != "-":
         print(report(answer, sentences), end="")
     _write(paths, answer, sentences, list(answer.rows) if args.arms else None)
+    return 0
+
+
+def _quick(args: argparse.Namespace) -> int:
+    from verl_heddle.report.explain import explain
+    from verl_heddle.report.headline import headline
+    from verl_heddle.report.quick import ARMS
+    from verl_heddle.report.study import study
+
+    if args.arms is not None or args.policy:
+        raise ValueError("--quick asks about stock and the plugin only: leave out --arms and --policy, or --quick")
+    paths = _paths(args)
+    setting, source = quick_of(args)
+    meter = Meter()
+    try:
+        answer = study(setting, source, ARMS, args.jobs, meter)
+    finally:
+        meter.close()
+    if paths.get("json") != "-":
+        print("\n".join([*headline(answer), "", *answer.source.notes]))
+    _write(paths, answer, explain(answer), None)
     return 0
 
 

@@ -77,8 +77,8 @@ def advise(answer: Answer, jobs: int | None = None) -> Advice:
 
 
 def _fastest(answer: Answer) -> Row:
-    """The best of the rows with one degree, whatever their rule."""
-    fixed = [row for row in answer.rows.values() if not row.layout]
+    """The best of the rows with one degree under stock or heddle."""
+    fixed = [row for row in answer.rows.values() if row.rule in ("stock", "heddle")]
     return min(fixed, key=lambda row: row.typical.makespan_s)
 
 

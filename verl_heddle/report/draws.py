@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
@@ -48,6 +48,10 @@ class Source:
     draws: tuple[Draw, ...]
     about: dict[str, Any]
     notes: tuple[str, ...] = field(default=())
+    gpus: int | None = None
+    """Of a sample that is played on a part of the fleet (`report.quick`): the GPUs of all of it."""
+    sample: str = ""
+    """What was sampled, in a line; empty: nothing was."""
 
 
 def generated(workload: str, prompts: int, samples: int, seeds: Sequence[int], cold: bool = False, **parameters: Any) -> Source:
@@ -84,11 +88,25 @@ def recorded(
     Raises:
         TraceError: the trace cannot be read, or nothing of it is left.
     """
+    torn: list[str] = []
+    return assembled(read(path, torn.append), torn, path, seeds, step, prompts, samples, cold)
+
+
+def assembled(
+    items: Iterable[Trajectory],
+    torn: Sequence[str],
+    path: str | os.PathLike[str],
+    seeds: Sequence[int],
+    step: int | None = None,
+    prompts: int | None = None,
+    samples: int | None = None,
+    cold: bool = False,
+) -> Source:
+    """As `recorded`, of trajectories that somebody else reads from `path`; `torn`: notes that come with them, read when all have come."""
     left: Counter[str] = Counter()
     by_step: dict[int | None, list[Trajectory]] = defaultdict(list)
     seen: set[int] = set()
-    torn: list[str] = []
-    for item in read(path, torn.append):
+    for item in items:
         number = item.meta.get("step")
         if item.meta.get("validate"):
             left["validation"] += 1

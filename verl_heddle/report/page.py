@@ -6,7 +6,6 @@ The look is in `page.html.j2`; this file computes what it shows. Names out of tr
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import verl_heddle
 from verl_heddle.report.advice import Advice
 from verl_heddle.report.bitmap import data_uri, png
 from verl_heddle.report.colors import DARK, LIGHT, palette
+from verl_heddle.report.headline import headline, plan_headline
 from verl_heddle.report.html import render, ticks
 from verl_heddle.report.scene import Scene, rasters
 from verl_heddle.report.study import WORTH, Answer, Row
@@ -39,6 +39,7 @@ def page(answer: Answer, sentences: Sequence[str], shown: Sequence[Scene], shell
         advice: of a plan: what to use, with verl's settings to paste.
     """
     setting, about = answer.setting, answer.source.about
+    lines = headline(answer) if advice is None else plan_headline(answer, advice)
     return render(
         "page.html.j2",
         title=f"{answer.source.name} on {setting.gpus} x {setting.gpu}",
@@ -46,7 +47,8 @@ def page(answer: Answer, sentences: Sequence[str], shown: Sequence[Scene], shell
         subtitle=f"One step of rollouts with {setting.model.rsplit(' on ', 1)[0]}, simulated: {_size(answer)}.",
         tiles=_tiles(answer, advice),
         sentences=sentences,
-        overrides="" if advice is None else "\n".join(map(quote, advice.overrides)),
+        helps=lines[1],
+        paste="" if len(lines) < 3 else lines[2].partition(": ")[2],
         rows=[_row(row, answer) for row in answer.rows.values() if advice is None or row.name != "stock"],
         ranges="In brackets: lowest and highest over the draws." if len(answer.source.draws) > 1 else "",
         scenes=list(_scenes(shown)),
@@ -77,11 +79,12 @@ def _tiles(answer: Answer, advice: Advice | None) -> list[dict[str, str]]:
         best = advice.row
     base = stock.typical.makespan_s
     stays = (best.rule, best.tp) == (stock.rule, stock.tp)
-    note = "stock as it is: nothing gains 2 %" if stays else f"{best.title}, {best.where}: {ratio(best.speedup)}"
+    spent = f"{number(best.gpu_hours)} GPU-hours"
+    note = "stock as it is: nothing gains 2 %" if stays else f"{best.title}, {best.where}: {ratio(best.speedup)}, {spent}"
     idle, share = percent(stock.typical.idle_share), percent(answer.bound_s / base)
     shortest_s = seconds(best.typical.makespan_s)
     tiles = (
-        ("", f"stock verl, tp={stock.tp}", seconds(base), f"{idle} of it replicas without work"),
+        ("", f"stock verl, tp={stock.tp}", seconds(base), f"{number(stock.gpu_hours)} GPU-hours a step; replicas idle {idle} of it"),
         ("best", "best of the arms" if advice is None else "advised", shortest_s, note),
         ("bound", "lower bound", seconds(answer.bound_s), f"no schedule is faster; {share} of stock"),
     )
@@ -105,6 +108,8 @@ def _row(row: Row, answer: Answer) -> dict[str, Any]:
         "makespan": seconds(run.makespan_s),
         "range": spread,
         "speedup": ratio(row.speedup),
+        "gpu_hours": number(row.gpu_hours),
+        "per_1000": number(row.gpu_hours_per_1000),
         "fraction": percent(row.bound_fraction),
         "throughput": count(round(run.throughput_tok_s)),
         "moves": count(run.migrations),

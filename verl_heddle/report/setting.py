@@ -59,6 +59,8 @@ class Setting:
     """What `stock_tier` keeps evicted KV cache in."""
     times: Times | None = None
     """Which source the step times have, and how far off it is; None: made by hand."""
+    asked: bool = True
+    """Whether the user chose `tp`; if not, it may give way to a degree that holds the work (`holding`)."""
     mixed: tuple[int, ...] = ()
     """Degrees of a mixed layout that is asked about beside the fixed degrees, most GPUs first; none: not asked."""
 
@@ -109,16 +111,33 @@ class Setting:
         """Those of `tps` whose replica holds the longest turn.
 
         Raises:
-            ValueError: the degree asked about does not.
+            ValueError: none does, or not the degree that the user chose.
         """
         needed = most_kv(trajectories)
         able = tuple(tp for tp in self.tps if (held := self.kv_tokens[tp]) is None or held >= needed)
-        if self.tp not in able:
+        if not able or (self.asked and self.tp not in able):
+            tp = self.tp if able else self.tps[-1]
             raise ValueError(
-                f"the longest turn needs {needed:,} KV tokens and a replica of tp={self.tp} holds {self.kv_tokens[self.tp]:,}: "
-                "raise --tp or --gpu-memory-utilization"
+                f"the longest turn needs {needed:,} KV tokens and a replica of tp={tp} holds {self.kv_tokens[tp]:,}: "
+                f"raise {'--tp or ' if able else ''}--gpu-memory-utilization"
             )
         return able
+
+    def holding(self, trajectories: Sequence[Trajectory]) -> tuple[Setting, str]:
+        """This setting, or where nobody chose its degree and that does not hold the longest turn, one at the smallest degree that does;
+        and the reason in a line, empty where nothing changes.
+
+        Raises:
+            ValueError: as `able`.
+        """
+        able = self.able(trajectories)
+        if self.tp in able:
+            return self, ""
+        why = (
+            f"tp={able[0]}: the smallest degree whose replica holds the longest turn, {most_kv(trajectories):,} KV tokens "
+            f"(tp={self.tp} holds {self.kv_tokens[self.tp]:,})"
+        )
+        return replace(self, tp=able[0]), why
 
 
 def setting(
@@ -188,6 +207,7 @@ def setting(
             f"{latency.name}: no tensor-parallel degree within a node both divides {gpus} GPUs and holds the model in {utilization:g} of "
             f"their memory: {would_fit(found, gpus, utilization)}"
         )
+    asked = tp is not None
     if tp is None:
         roomy = [one for one in draft.tps if (held := draft.kv_tokens[one]) is None or held >= ROOM_TOKENS]
         tp = next((one for one in roomy if one >= least_usual(found.shape)), draft.tps[-1])
@@ -201,7 +221,7 @@ def setting(
             f"--tp {tp} {why} ({latency.name}, {gpus} GPUs, gpu_memory_utilization {utilization:g}); "
             f"possible: {', '.join(map(str, draft.tps))}"
         )
-    return replace(draft, tp=tp)
+    return replace(draft, tp=tp, asked=asked)
 
 
 def least_usual(shape: Shape) -> int:

@@ -48,6 +48,10 @@ class Row:
     stock: tuple[Run, ...]
     layout: tuple[int, ...] = ()
     """Of mixed degrees; `tp` is then the highest."""
+    gpus: int = 0
+    """Of the whole fleet, whatever part of it was simulated."""
+    trajectories: float = 1.0
+    """Of a step, in the mean, in the typical draw."""
 
     @property
     def degrees(self) -> str:
@@ -63,6 +67,16 @@ class Row:
     def typical(self) -> Run:
         """The run of median makespan."""
         return median_by(self.runs, lambda run: run.makespan_s)
+
+    @property
+    def gpu_hours(self) -> float:
+        """Of a step: all GPUs, from the begin of the weight sync to the last trajectory's end."""
+        return self.gpus * self.typical.step_s / 3600
+
+    @property
+    def gpu_hours_per_1000(self) -> float:
+        """Of a thousand trajectories."""
+        return 1000 * self.gpu_hours / self.trajectories
 
     @property
     def makespans_s(self) -> list[float]:
@@ -147,14 +161,14 @@ def study(setting: Setting, source: Source, arms: Sequence[str], jobs: int | Non
     at stock's best.
 
     Raises:
-        ValueError: an unknown arm, or a replica of the user's degree that does not hold the longest turn.
+        ValueError: an unknown arm, or no replica of the degree that the user chose holds the longest turn.
     """
     own = list(dict.fromkeys(filter(is_file, arms)))
     for name in own:
         rule_of(name)  # what is wrong with it is said before anything is simulated
     if unknown := [name for name in arms if name not in ARMS and name not in own]:
         raise ValueError(f"unknown arm {unknown[0]!r}; there are {', '.join(ARMS)}, and files of policies (docs/simulate.md)")
-    able = _able(setting, source)
+    setting, source, able = _fitted(setting, source)
     names = [*(name for name in ARMS if name == "stock" or name in arms), *own]
     wanted: list[Wanted] = [(name, setting.tp) for name in names if name in RULES or name in own]
     if any(name.endswith("_best_tp") for name in names):
@@ -166,29 +180,35 @@ def study(setting: Setting, source: Source, arms: Sequence[str], jobs: int | Non
         if later and ("heddle", best) not in runs:
             runs |= pool.runs([("heddle", best)])
     at = {name: (name.removesuffix("_best_tp"), best) if name.endswith("_best_tp") else (name, setting.tp) for name in names}
-    return Answer(setting, source, _rows(at, runs, bounds, setting.tp), bounds)
+    return Answer(setting, source, _rows(at, runs, bounds, setting, source), bounds)
 
 
 def ranking(setting: Setting, source: Source, jobs: int | None = None, progress: Progress | None = None) -> Answer:
-    """Simulate stock and heddle at every degree that works, and heddle on the best mixed layout; rows `stock`, then `stock_tp<n>`,
-    `heddle_tp<n>` and `heddle_mixed`, fastest first.
+    """Simulate stock and heddle at every degree that works, stock with KV offload at the user's, and heddle on the best mixed layout; rows
+    `stock`, then `stock_tp<n>`, `heddle_tp<n>`, `stock_tier` and `heddle_mixed`, fastest first.
 
     Raises:
         ValueError: a replica of the user's degree does not hold the longest turn.
     """
-    wanted: list[Wanted] = [(rule, tp) for rule in ("stock", "heddle") for tp in _able(setting, source)]
+    setting, source, able = _fitted(setting, source)
+    wanted: list[Wanted] = [(rule, tp) for rule in ("stock", "heddle") for tp in able]
+    wanted.append(("stock_tier", setting.tp))
     setting = replace(setting, mixed=mixed_layout(setting, source))
     if setting.mixed:
         wanted.append((MIXED, max(setting.mixed)))
     with Pool(setting, source.draws, len(wanted) + 1, jobs, progress) as pool:
         bounds, runs = pool.bounds(), pool.runs(wanted)
     order = sorted(wanted, key=lambda arm: (_median_s(runs[arm]), wanted.index(arm)))  # of equals stock, then the smaller degree
-    at = {"stock": ("stock", setting.tp)} | {rule if rule == MIXED else f"{rule}_tp{tp}": (rule, tp) for rule, tp in order}
-    return Answer(setting, source, _rows(at, runs, bounds, setting.tp, setting.mixed), bounds)
+    own = (MIXED, "stock_tier")  # one row each
+    at = {"stock": ("stock", setting.tp)} | {rule if rule in own else f"{rule}_tp{tp}": (rule, tp) for rule, tp in order}
+    return Answer(setting, source, _rows(at, runs, bounds, setting, source), bounds)
 
 
-def _able(setting: Setting, source: Source) -> tuple[int, ...]:
-    return setting.able([item for draw in source.draws for step in draw.steps for item in step])
+def _fitted(setting: Setting, source: Source) -> tuple[Setting, Source, tuple[int, ...]]:
+    """At a degree that holds the work, which is noted where it is another one; and all that do."""
+    work = [item for draw in source.draws for step in draw.steps for item in step]
+    setting, why = setting.holding(work)
+    return setting, replace(source, notes=(*source.notes, why)) if why else source, setting.able(work)
 
 
 def _median_s(runs: Sequence[Run]) -> float:
@@ -199,9 +219,13 @@ def _rows(
     at: Mapping[str, Wanted],
     runs: Mapping[Wanted, tuple[Run, ...]],
     bounds: tuple[tuple[Bound, ...], ...],
-    tp: int,
-    mixed: tuple[int, ...] = (),
+    setting: Setting,
+    source: Source,
 ) -> dict[str, Row]:
+    base = runs["stock", setting.tp]
+    steps = source.draws[base.index(median_by(base, lambda run: run.makespan_s))].steps
+    gpus = source.gpus or setting.gpus
+    trajectories = sum(map(len, steps)) / len(steps) * gpus / setting.gpus
     lows = tuple(sum(one.makespan_s for one in steps) / len(steps) for steps in bounds)
     titles = {"stock_best_tp": "stock verl at its best fixed tp", "heddle_best_tp": "heddle at stock's best tp"}
     return {
@@ -212,8 +236,10 @@ def _rows(
             degree,
             runs[rule, degree],
             lows,
-            runs["stock", tp],
-            mixed if rule == MIXED else (),
+            base,
+            setting.mixed if rule == MIXED else (),
+            gpus,
+            trajectories,
         )
         for name, (rule, degree) in at.items()
     }

@@ -7,7 +7,7 @@ from math import inf
 from shlex import quote
 
 from verl_heddle.report.advice import Advice, forecast, why
-from verl_heddle.report.headline import headline
+from verl_heddle.report.headline import headline, plan_headline
 from verl_heddle.report.setting import Setting
 from verl_heddle.report.study import Answer, Row
 from verl_heddle.report.words import count, number, ratio, spread
@@ -17,6 +17,8 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("tp", lambda row: str(row.tp)),
     ("makespan s", lambda row: _makespans(row)),
     ("speedup", lambda row: ratio(row.speedup)),
+    ("GPU-h", lambda row: number(row.gpu_hours)),
+    ("GPU-h/1k", lambda row: number(row.gpu_hours_per_1000)),
     ("tokens/s", lambda row: f"{row.typical.throughput_tok_s:,.0f}"),
     ("of bound", lambda row: f"{100 * row.bound_fraction:.0f} %"),
     ("queue", lambda row: number(row.typical.tail["queue_s"])),
@@ -29,8 +31,8 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
 """Heading and cell. The four before the last two split the makespan by what the trajectory that ended last was doing, seconds."""
 
 LEGEND = (
-    "makespan: first submit to last end. speedup: over stock in the same draw, weight sync counted on both sides. of bound: lower bound /\n"
-    "makespan, 100 % cannot be beaten.\n"
+    "makespan: first submit to last end. speedup: over stock in the same draw, weight sync counted on both sides. GPU-h: GPU-hours of a\n"
+    "step, weight sync included, and of a thousand trajectories. of bound: lower bound / makespan, 100 % cannot be beaten.\n"
     "queue, generate (prefill included), tool, other: seconds of the trajectory that ended last.\n"
     "moves: turns on another replica than the turn before. preempt.: slots lost, to KV pressure mostly."
 )
@@ -113,19 +115,22 @@ def _makespans(row: Row) -> str:
 
 
 def plan_report(answer: Answer, advice: Advice, sentences: Sequence[str]) -> str:
-    """Everything `verl-heddle plan` prints: the ranking, the reasons, the overrides."""
+    """Everything `verl-heddle plan` prints: the answer, the ranking, the reasons, the overrides."""
     ranked = [row for name, row in answer.rows.items() if name != "stock"]
     columns: list[tuple[str, Callable[[Row], str]]] = [
         ("tp", lambda row: row.degrees),
         ("rule", lambda row: row.rule + (" (now)" if (row.rule, row.tp) == ("stock", answer.setting.tp) else "")),
         ("makespan s", _makespans),
         ("against now", lambda row: spread(row.speedups, row.speedup, "{:.2f}x")),
+        ("GPU-h", lambda row: number(row.gpu_hours)),
+        ("GPU-h/1k", lambda row: number(row.gpu_hours_per_1000)),
         ("tokens/s", lambda row: f"{row.typical.throughput_tok_s:,.0f}"),
         ("of bound", lambda row: f"{100 * row.bound_fraction:.0f} %"),
         ("what the last trajectory did most", why),
     ]
     block = " \\\n  ".join(map(quote, advice.overrides))
     parts = [
+        "\n".join(plan_headline(answer, advice)),
         "\n".join(assumptions(answer)),
         _aligned(ranked, columns, left=("tp", "rule", columns[-1][0])),
         "\n".join(f"- {line}" for line in sentences),

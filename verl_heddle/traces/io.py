@@ -17,10 +17,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO
+from typing import IO, TypeVar
 
 from verl_heddle.traces.schema import MAX_LINE_BYTES, TraceError, UnreadableError, decode, encode, too_long
 from verl_heddle.trajectory import Trajectory
+
+T = TypeVar("T")
 
 Note = Callable[[str], None]
 """Is told in one line what was left out."""
@@ -74,12 +76,21 @@ def read(path: str | os.PathLike[str], note: Note | None = None) -> Iterator[Tra
 
 def placed(path: str | os.PathLike[str], note: Note | None = None) -> Iterator[tuple[str, int, Trajectory]]:
     """As `read`, each trajectory with its file and the number of its line."""
+    return lines(path, decode_line, note)
+
+
+def lines(path: str | os.PathLike[str], decoder: Callable[[bytes, str, int], T], note: Note | None = None) -> Iterator[tuple[str, int, T]]:
+    """As `placed`, with what `decoder(line, file, number)` makes of each line, where all of a trajectory is not needed.
+
+    Raises:
+        TraceError: as `read`, and what the decoder raises.
+    """
     files = trace_files(path)
 
-    def every() -> Iterator[tuple[str, int, Trajectory]]:
+    def every() -> Iterator[tuple[str, int, T]]:
         found = False
         for file in files:
-            for place in _read_file(file, note):
+            for place in _read_file(file, note, decoder):
                 found = True
                 yield place
         if not found:
@@ -149,7 +160,7 @@ def write(path: str | os.PathLike[str], trajectories: Iterable[Trajectory]) -> i
     return count
 
 
-def _read_file(path: Path, note: Note | None) -> Iterator[tuple[str, int, Trajectory]]:
+def _read_file(path: Path, note: Note | None, decoder: Callable[[bytes, str, int], T]) -> Iterator[tuple[str, int, T]]:
     file, number, found, torn = str(path), 0, False, 0
     first: TraceError | None = None
     try:
@@ -163,7 +174,7 @@ def _read_file(path: Path, note: Note | None) -> Iterator[tuple[str, int, Trajec
                 if line.isspace():
                     continue
                 try:
-                    item = _decode_line(line, file, number)
+                    item = decoder(line, file, number)
                 except UnreadableError as error:
                     if note is None or not found:
                         raise
@@ -186,7 +197,12 @@ def _read_file(path: Path, note: Note | None) -> Iterator[tuple[str, int, Trajec
         note(f"{torn} line{'s' if torn > 1 else ''} left out: {first}")
 
 
-def _decode_line(line: bytes, file: str, number: int) -> Trajectory:
+def decode_line(line: bytes, file: str, number: int) -> Trajectory:
+    """One line of a file; says where the last one is cut off.
+
+    Raises:
+        TraceError: as `schema.decode`.
+    """
     try:
         return decode(line, file=file, line=number)
     except TraceError as error:

@@ -9,10 +9,16 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
+from typing import TYPE_CHECKING, TypeVar
 
 from verl_heddle.traces.io import Note, placed
 from verl_heddle.traces.schema import TraceError
 from verl_heddle.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from verl_heddle.traces.index import Entry
+
+T = TypeVar("T", "Trajectory", "Entry")
 
 LIVE = ("step", "start_s", "end_s")
 """What `meta` must say of a trajectory whose step is to be explained."""
@@ -60,10 +66,10 @@ def training_steps(path: str | os.PathLike[str], note: Note = lambda text: None)
     return result
 
 
-def latest(items: list[Trajectory], left: Counter[str]) -> list[Trajectory]:
+def latest(items: list[T], left: Counter[str]) -> list[T]:
     """One step's trajectories as its latest run recorded them, each once: the last line that tells of it. `left` counts the rest."""
     last = max(_run(item) for item in items)
-    kept: dict[object, Trajectory] = {}
+    kept: dict[object, T] = {}
     for number, item in enumerate(items):
         if _run(item) == last:
             uid = item.meta.get("uid")
@@ -79,7 +85,7 @@ def told(left: Counter[str]) -> list[str]:
     return [f"{number:,} trajectories left out: {what}." for what, number in left.items() if number]
 
 
-def _run(item: Trajectory) -> str:
+def _run(item: Trajectory | Entry) -> str:
     return str(item.meta.get("run", ""))
 
 

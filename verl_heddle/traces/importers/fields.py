@@ -29,12 +29,16 @@ def items(value: Any) -> list[Any]:
 
 def count(value: Any) -> int | None:
     """A number of tokens; None for what is none."""
+    if type(value) is int:  # nearly all are
+        return value if 0 <= value <= MAX_TOKENS else None
     number = real(value)
     return int(number) if number is not None and 0 <= number <= MAX_TOKENS and number == int(number) else None
 
 
 def real(value: Any) -> float | None:
     """A finite number, also as text; None for what is none."""
+    if type(value) is float:
+        return value if abs(value) <= LARGEST else None  # NaN fails the comparison
     if isinstance(value, bool):
         return float(value)
     if isinstance(value, str):

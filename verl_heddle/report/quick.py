@@ -1,0 +1,282 @@
+"""A first look in seconds: one draw, and of a step that is too large to be played in that time a sample on a fleet scaled to it.
+
+What is kept as it is: slots and KV memory of a replica, every degree that is asked about, the groups of a prompt's trajectories, and the
+trajectories per replica. So a fleet shrinks to a divisor of the GPUs on which every degree still has a replica, and the prompts in the same
+proportion. Prompts are taken evenly over their order by longest trajectory, the longest of all among them, since a step ends with it.
+Where even the smallest such fleet has too much to do, the step gets shorter: fewer prompts, but more than the replicas can run at a time;
+what waits less gains less, and the sample's line says so.
+Of a trace of many steps, some are taken evenly over the run.
+
+Cost: reading, and `TURNS` turns under stock at every degree and the plugin at two. How far off: bench/quick.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+
+from verl_heddle.report.draws import Source, Step, assembled, generated
+from verl_heddle.report.setting import Setting
+from verl_heddle.report.words import count, listed
+from verl_heddle.simulate.workload import most_kv
+from verl_heddle.traces.index import Entry, catalogue
+from verl_heddle.traces.schema import TraceError
+from verl_heddle.traces.steps import latest, told
+
+ARMS = ("stock", "stock_best_tp", "heddle", "heddle_best_tp")
+
+TURNS = 8_000
+"""Turns that are played at most by each rule: 3 seconds of one core for all of them."""
+
+STEPS = 3
+"""Steps of a trace that are played at least, if it has so many, before a fleet is played larger."""
+
+FILLED = 2.0
+"""A shortened step has at least so many times the trajectories that all replicas can run at a time, so that turns wait in it."""
+
+DRAWN_PROMPTS = 256
+"""Of a workload: drawn at most. A prompt is like the next, and drawing takes time as well."""
+
+READ_TURNS = 5 * TURNS
+"""Of a trace: decoded at most, to choose from."""
+
+READ_STEPS = 12
+"""Of a trace: steps that are looked at, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What is played: `prompts` of `of_prompts` a step on `gpus` of `of_gpus`, `steps` of `of_steps`; the first of each pair is a part."""
+
+    prompts: float
+    of_prompts: float
+    gpus: int
+    of_gpus: int
+    steps: int
+    of_steps: int
+    longer: float
+    """Mean tokens of the trajectories that are played over those of all."""
+
+    @property
+    def denser(self) -> float:
+        """Prompts per GPU over those of the whole; rounding aside, 1 unless the step was shortened."""
+        return self.prompts / self.gpus * self.of_gpus / self.of_prompts
+
+    def told(self) -> str:
+        """One line."""
+        parts = []
+        if self.prompts != self.of_prompts:
+            parts.append(f"{count(self.prompts)} of {count(self.of_prompts)} prompts")
+        if self.gpus != self.of_gpus:
+            parts.append(f"{self.gpus} of {self.of_gpus} GPUs")
+        if self.steps != self.of_steps:
+            parts.append(f"{self.steps} of {self.of_steps} steps")
+        if not parts:
+            return f"Quick: one draw of {'the whole step' if self.of_steps == 1 else f'all {self.of_steps} steps'}."
+        if self.denser < 0.95:
+            kept = "a shorter step than yours, in which fewer turns wait: seconds and gains are those of a smaller batch"
+        elif self.gpus != self.of_gpus:
+            kept = f"slots and KV cache of a replica as they are, {self.denser:.2f} times as many trajectories on it"
+        else:
+            kept = "slots, KV cache and GPUs as they are"
+        return f"Quick: one draw of {listed(parts)}; {kept}, {self.longer:.2f} times as many tokens in a trajectory."
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """A prompt of one step."""
+
+    prompt: str
+    trajectories: int
+    turns: int
+    tokens: int
+    longest: int
+
+
+def quick_workload(
+    setting: Setting, workload: str, prompts: int, samples: int, cold: bool = False, **parameters: float
+) -> tuple[Setting, Source]:
+    """What is asked about an invented step.
+
+    Raises:
+        TraceError: as `generated`.
+        ValueError: as `Setting.able`.
+    """
+    source = generated(workload, min(prompts, DRAWN_PROMPTS), samples, [0], cold, **parameters)
+    groups = _groups_of(source.draws[0].steps)
+    return _sampled(setting, source, prompts, 1, _mean_tokens(groups))
+
+
+def quick_trace(
+    setting: Setting, path: str, step: int | None = None, prompts: int | None = None, samples: int | None = None, cold: bool = False
+) -> tuple[Setting, Source]:
+    """What is asked about a trace, or about a file of another tool.
+
+    Raises:
+        TraceError: the file cannot be read, or nothing of it is left.
+        ValueError: as `Setting.able`.
+    """
+    notes: list[str] = []
+    found = catalogue(path, notes.append)
+    left: Counter[str] = Counter()
+    whole = _steps(found.entries, left, path, step, prompts, samples)
+    can = whole if found.kept is None else {key: [one for one in entries if one.number in found.kept] for key, entries in whole.items()}
+    can = {key: entries for key, entries in can.items() if entries}
+    steps = [can[key] for key in _evenly(list(can), READ_STEPS)]
+    groups = [_groups([(one.prompt_id, one.turns, one.tokens or 0) for one in entries]) for entries in steps]
+    share = min(1.0, READ_TURNS / sum(group.turns for one in groups for group in one))
+    numbers = []
+    for entries, those in zip(steps, groups, strict=True):
+        names = _chosen(those, ceil(share * len(those)))
+        numbers += [one.number for one in entries if one.prompt_id in names]
+    source = assembled(found.pick(numbers), notes, path, [0], step, cold=cold)
+    source = replace(source, notes=(*found.told, *source.notes, *told(left)))
+    every = [_groups([(one.prompt_id, one.turns, one.tokens or 0) for one in entries]) for entries in whole.values()]
+    return _sampled(setting, source, sum(map(len, every)) / len(every), len(every), _mean_tokens(every))
+
+
+def _steps(
+    entries: Sequence[Entry], left: Counter[str], path: str, step: int | None, prompts: int | None, samples: int | None
+) -> dict[int | None, list[Entry]]:
+    """The training steps by number, as `recorded` takes them."""
+    by_step: dict[int | None, list[Entry]] = defaultdict(list)
+    seen: set[int] = set()
+    for one in entries:
+        if one.validate:
+            left["validation"] += 1
+            continue
+        if one.step is not None:
+            seen.add(one.step)
+        if step is not None and one.step != step:
+            continue
+        if not one.turns or one.tokens is None:
+            left["of unknown length"] += 1
+            continue
+        by_step[one.step].append(one)
+    if step is not None and step not in seen:
+        has = f"steps {', '.join(map(str, sorted(seen)[:20]))}" if seen else "no steps"
+        raise TraceError(f"no training step {step}", allowed=f"this trace has {has}", file=path)
+    if not by_step:
+        raise TraceError("no training trajectory of known length", allowed="at least one", file=path)
+    return {
+        key: _limited(latest(by_step[key], left), prompts, samples) for key in sorted(by_step, key=lambda key: -1 if key is None else key)
+    }
+
+
+def _limited(entries: list[Entry], prompts: int | None, samples: int | None) -> list[Entry]:
+    """The first of the groups."""
+    if prompts is None and samples is None:
+        return entries
+    names = set(list(dict.fromkeys(one.prompt_id for one in entries))[:prompts])
+    taken: Counter[str] = Counter()
+    kept = []
+    for one in entries:
+        if one.prompt_id in names and (samples is None or taken[one.prompt_id] < samples):
+            taken[one.prompt_id] += 1
+            kept.append(one)
+    return kept
+
+
+def _sampled(setting: Setting, source: Source, of_prompts: float, of_steps: int, of_tokens: float) -> tuple[Setting, Source]:
+    """As much of the only draw of `source` as can be played, and the setting in proportion.
+
+    Args:
+        of_prompts: of a whole step, of which the draw may be a part.
+        of_tokens: mean of a trajectory.
+    """
+    (draw,) = source.draws
+    setting, why = setting.holding([item for step in draw.steps for item in step])
+    groups = _groups_of(draw.steps)
+    gpus, part, steps = _extent(setting, draw.steps, groups, of_prompts)
+    kept = _evenly(list(range(len(groups))), steps)
+    names = {index: _chosen(groups[index], round(part * len(groups[index]))) for index in kept}
+    played = tuple(tuple(item for item in draw.steps[index] if item.prompt_id in names[index]) for index in kept)
+    if draw.crossed:
+        before = played if draw.before else ()
+    else:
+        before = tuple(tuple(item for item in one if item.prompt_id in names[0]) for one in draw.before)
+    mine = [[group for group in groups[index] if group.prompt in names[index]] for index in kept]
+    sample = Sample(
+        sum(map(len, mine)) / len(mine), of_prompts, gpus, setting.gpus, len(kept), of_steps, _mean_tokens(mine) / max(1e-9, of_tokens)
+    )
+    about = source.about | {"steps": len(kept), "prompts": round(sample.prompts, 1)}
+    source = replace(
+        source,
+        draws=(replace(draw, steps=played, before=before),),
+        about=about,
+        notes=(*source.notes, *filter(None, [why]), sample.told()),
+        gpus=setting.gpus,
+        sample=sample.told(),
+    )
+    return replace(setting, gpus=gpus, tools_at_once=max(1.0, setting.tools_at_once * gpus / setting.gpus)), source
+
+
+def _extent(setting: Setting, steps: Sequence[Step], groups: Sequence[Sequence[_Group]], of_prompts: float) -> tuple[int, float, int]:
+    """GPUs, the part of each step's prompts, and steps that are played."""
+    turns, there = sum(group.turns for one in groups for group in one) / len(groups), sum(map(len, groups)) / len(groups)
+    sizes = [gpus for gpus in range(setting.gpus, 0, -1) if setting.gpus % gpus == 0 and all(gpus % tp == 0 for tp in setting.tps)]
+    least = min(STEPS, len(steps))
+    for gpus in sizes:
+        part = of_prompts * gpus / setting.gpus / there
+        if part < 1.001 and least * turns * part <= TURNS:
+            return gpus, min(1.0, part), max(1, min(len(steps), int(TURNS / (turns * part))))
+    part = min(1.0, of_prompts * sizes[-1] / setting.gpus / there)
+    fit = TURNS / turns
+    if part <= fit:
+        return sizes[-1], part, int(fit / part)
+    filled = FILLED * _running(setting, sizes[-1], steps) / (sum(map(len, steps)) / len(steps))
+    return sizes[-1], min(part, max(fit, filled)), 1
+
+
+def _running(setting: Setting, gpus: int, steps: Sequence[Step]) -> float:
+    """Trajectories that run at a time on the degree that has most room: as many as there are slots, or as their contexts fit halfway."""
+    items = [item for step in steps for item in step]
+    context = sum(most_kv([item]) for item in items[:: max(1, len(items) // 500)]) / len(items[:: max(1, len(items) // 500)]) / 2
+    return max(
+        gpus // tp * min(setting.slots, setting.slots if (held := setting.kv_tokens[tp]) is None else held / context)
+        for tp in setting.able(items)
+    )
+
+
+def _chosen(groups: Sequence[_Group], number: int) -> set[str]:
+    """So many prompts: by longest trajectory cut into equal parts, of the first part the first, and of each of the others the one that
+    brings the tokens so far nearest to what the parts have in the mean: the longest prompt would else count for too many."""
+    ranked = sorted(groups, key=lambda group: (-group.longest, group.prompt))
+    number = max(1, min(number, len(ranked)))
+    names: set[str] = set()
+    tokens = due = 0.0
+    for index in range(number):
+        part = ranked[index * len(ranked) // number : (index + 1) * len(ranked) // number]
+        due += sum(group.tokens for group in part) / len(part)
+        one = part[0] if not names else min(part, key=lambda group: abs(tokens + group.tokens - due))
+        names.add(one.prompt)
+        tokens += one.tokens
+    return names
+
+
+def _evenly(items: list, number: int) -> list:  # type: ignore[type-arg]
+    """So many of the items, each the middle of an equal part."""
+    number = max(1, min(number, len(items)))
+    return [items[int((index + 0.5) * len(items) / number)] for index in range(number)]
+
+
+def _groups_of(steps: Sequence[Step]) -> list[list[_Group]]:
+    return [_groups([(item.prompt_id, len(item.steps), item.output_tokens) for item in step]) for step in steps]
+
+
+def _groups(items: Sequence[tuple[str, int, int]]) -> list[_Group]:
+    """Of (prompt, turns, tokens) of a step's trajectories."""
+    by: Mapping[str, list[tuple[int, int]]] = defaultdict(list)
+    for prompt, turns, tokens in items:
+        by[prompt].append((turns, tokens))
+    return [
+        _Group(prompt, len(those), sum(turns for turns, _ in those), sum(tokens for _, tokens in those), max(tokens for _, tokens in those))
+        for prompt, those in by.items()
+    ]
+
+
+def _mean_tokens(steps: Sequence[Sequence[_Group]]) -> float:
+    every = [group for one in steps for group in one]
+    return sum(group.tokens for group in every) / sum(group.trajectories for group in every)

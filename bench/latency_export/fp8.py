@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from typing import Any
 import numpy as np
 from further import SYSTEMS
 from source import TPS, Gpu, Source, check_version
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 
 from bench.latency_export.roofline import BATCHES, CACHED, CONTEXTS, NEW
 from verl_heddle.latency.gpus import GPUS

@@ -177,6 +177,8 @@ class Decision:
     """The same, its 0.9 quantile."""
     held: bool = False
     """The turn waits until the orchestrator admits it. `replica` may be empty then: it is chosen when there is room."""
+    stays: bool = False
+    """The trajectory's next turns run there and as urgently without being asked for, until the orchestrator says otherwise."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,9 +120,11 @@ class Rig:
         """Nothing is left of the turns anywhere."""
         await asyncio.sleep(0.1)
         mind = self.router._orchestrator
-        assert not mind._open and not mind._lives and not mind._of_group and not self.router._open
+        assert not mind.turns and not mind._lives and not mind.turns.groups and not self.router._stays
         assert set(mind.inflight.values()) == {0} and self.router.get_total_inflight() == 0
-        assert not self.router._held.names and not self.router._orders.names
+        assert not self.router._held and not self.router._orders.names
+        link = self.client._link
+        assert not link._stays and not link._asking and not link._let_in.names
         assert not self.client._flying and not self.client._warming and self.client.counts == {}
         assert not mind.admission and not any(mind.admission.inside(name) for name in self.engines if mind.admission is not None)
         seen = [name for engine in self.engines.values() for name in engine.seen]
@@ -212,7 +214,7 @@ def test_requests_outside_any_trajectory_have_names_of_their_own():
 
 def test_a_held_turn_waits_for_as_long_as_its_replica_lives(monkeypatch):
     """Far longer than one answer of the router may take, and than `hold_s`."""
-    monkeypatch.setattr("verl_heddle.verl_plugin.router.ANSWER_S", 0.05)
+    monkeypatch.setattr("verl_heddle.verl_plugin.news.ANSWER_S", 0.05)
 
     async def play() -> None:
         rig = Rig(Options.longest(admission=Admission(per_slot=1.0, hold_s=0.3), deadlines=Deadlines(router_s=5.0)))
@@ -237,11 +239,13 @@ def test_what_happens_while_the_router_does_not_answer_is_told_when_it_is_back()
         turn = asyncio.ensure_future(rig.turn("c", 400))
         await asyncio.sleep(0.05)
         answer, rig.router.turns_started = rig.router.turns_started, lambda *args: asyncio.sleep(0.3, answer(*args))
-        await rig.turn("c", 3)
-        assert rig.client.counts.pop("fallback_router") == 1 and rig.client._local.get_total_inflight() == 0
+        other = rig.start("u", 1)
+        await rig.turn("d", 3)
+        assert rig.client.counts.pop("fallback_router") == 1 and rig.client._link.local.get_total_inflight() == 0
+        rig.end(other, 1)
         await turn
-        rig.end(recorder, 2)
-        assert len(rig.router._open) == 2, "the slow router placed the turn after all"
+        rig.end(recorder, 1)
+        assert len(rig.router._orchestrator.turns) == 2, "the slow router placed the turn after all"
         rig.router.turns_started = answer
         rig.client.router_is_back()
         await rig.settled()

@@ -208,8 +208,8 @@ class Crowd:
         self.mind.prewarms(self.now)
         self.let_in()
         assert sum(self.mind.inflight.values()) == sum(bool(replica) for _, replica in self.open.values())
-        assert len(self.open) == len(self.mind._open) and self.mind.holds == bool(self.held)
-        assert set(self.mind._changed) <= set(self.mind._of_group)
+        assert len(self.open) == len(self.mind.turns) and self.mind.holds == bool(self.held)
+        assert set(self.mind._changed) <= set(self.mind.turns.groups)
 
     def start(self, turn: TurnStart) -> None:
         decision = self.mind.turn_started(turn, self.now)
@@ -248,7 +248,7 @@ def test_whatever_turns_share_and_whoever_dies_nothing_is_left(kind, trajectorie
     alive = {who for who in crowd.todo if crowd.begun[who]}
     assert mind.step_ended(2, crowd.now) == len(alive), "their workers have died"
     assert set(mind.inflight.values()) == {0}
-    assert not (mind._open or mind._of_group or mind._lives or mind._changed or (mind.admitted(crowd.now) and not crowd.held))
+    assert not (mind.turns or mind.turns.groups or mind._lives or mind._changed or (mind.admitted(crowd.now) and not crowd.held))
     assert mind.admission is None or (not mind.admission and not any(mind.admission.inside(name) for name in mind.inflight))
     assert mind.residents is None or (not +mind.residents.now and not any(map(mind.residents.used, mind.residents.homes())))
     audit = mind._placement._audit

@@ -148,7 +148,7 @@ class Step:
         assert self.completed == Counter((key, turn) for key, one in self.clients.items() for turn in range(len(one.turns)))
         mind = self.orchestrator
         assert mind.inflight == dict.fromkeys(self.fleet, 0)
-        assert not mind._open and not mind._of_group and not any(mind.awaits_transfer(key) for key in self.clients)
+        assert not mind.turns and not mind.turns.groups and not any(mind.awaits_transfer(key) for key in self.clients)
         assert not mind._transfers._busy and mind.prewarms(self.clock) == []
         assert not mind._placement._live
         if mind.admission is not None:

@@ -9,7 +9,8 @@ Law
 - Admission: the first of the waiting, validation first, then by training step, then in the policy's order, is admitted to a replica with
   room: footprints within `ADMIT` of its KV cache; slots are vLLM's business. First choice is the replica where its context lay last, then,
   as verl chooses, one of those with the fewest turns in flight. A replica without residents takes anything, so nothing waits for ever.
-- A resident's turn goes in at once.
+- A resident's turn goes in at once, so its worker need not ask for it (`put_out` says from when on it must). Of one that has begun so while
+  it was being evicted, the trajectory is resident there again, whatever the room.
 - Holding is renting (`rent`): an idle resident is held for t*, or not at all where tools have been too long for it, then evicted if
   somebody waits.
 - Over `FULL` (contexts grow): idle residents are evicted, the last in the order first.
@@ -69,6 +70,7 @@ class Residents:
         """When a turn last completed."""
         self._pauses = Pauses()
         self._admitted: dict[str, str] = {}
+        self._put_out: dict[str, None] = {}
         self.counts: Counter[str] = Counter()
         """Evictions by reason, admissions."""
         self.now: Counter[str] = Counter()
@@ -97,6 +99,7 @@ class Residents:
                 self._busy(live)
                 live.waiting = [request for request in sorted(live.running) if self._admitted.pop(request, None) is not None]
                 live.home, live.running, live.own = None, set(), 0.0
+                self._put_out[live.key] = None
                 if live.waiting:
                     self._wait(live)
             self._change("resident", -len(home.residents))
@@ -108,7 +111,7 @@ class Residents:
         idle = [(home, live) for home in self._homes.values() for live in home.residents.values() if not live.running]
         for home, live in idle:
             self._leave(home, live)
-            live.last = None
+            self._put_out[live.key], live.last = None, None
         self._fill()
         return len(idle)
 
@@ -134,6 +137,26 @@ class Residents:
 
     def turn_started(self, turn: TurnStart, now: float) -> str | None:
         """Where the turn goes at once; None: it waits until `admitted` names it."""
+        live = self._begins(turn, now)
+        if live.home is not None:
+            return self._runs(live, turn)
+        self._wants(live, turn, now)
+        self.tick(now)
+        return self._admitted.pop(turn.request, None)
+
+    def turn_begun(self, turn: TurnStart, name: str, now: float) -> None:
+        """The turn runs on this replica, of which its worker had not heard otherwise. Counted there, unless the replica has left, or the
+        trajectory has been admitted to another meanwhile."""
+        live = self._begins(turn, now)
+        if live.home is None and name in self._homes:
+            self._wants(live, turn, now)
+            self._admit(self._homes[name], live)
+            self._admitted.pop(turn.request)
+        elif live.home == name:
+            self._runs(live, turn)
+
+    def _begins(self, turn: TurnStart, now: float) -> Live:
+        """Whose turn it is, as it begins."""
         key = turn.trajectory.key
         live = self._live.get(key)
         if live is None:
@@ -144,20 +167,25 @@ class Residents:
         if live.ended_s < inf:
             self._holding.measured(now - live.ended_s)
             live.ended_s = inf
-        if live.home is not None:
-            home = self._homes[live.home]
-            live.running.add(turn.request)
-            home.running += 1
-            self._busy(live)
-            self._count(home, live)
-            self._shrink(home)
-            return live.home
+        return live
+
+    def _runs(self, live: Live, turn: TurnStart) -> str:
+        """A resident's turn goes in."""
+        assert live.home is not None
+        home = self._homes[live.home]
+        live.running.add(turn.request)
+        home.running += 1
+        self._busy(live)
+        self._count(home, live)
+        self._shrink(home)
+        return live.home
+
+    def _wants(self, live: Live, turn: TurnStart, now: float) -> None:
+        """A turn of one without a home."""
         live.waiting.append(turn.request)
         if len(live.waiting) == 1:
             live.since_s = now
             self._wait(live)
-        self.tick(now)
-        return self._admitted.pop(turn.request, None)
 
     def turn_finished(self, turn: TurnEnd, now: float) -> None:
         """The turn is over or withdrawn."""
@@ -198,6 +226,7 @@ class Residents:
     def trajectory_ended(self, key: str, now: float) -> None:
         """The trajectory is over, whether its turns have been answered or not."""
         live = self._live.pop(key, None)
+        self._put_out.pop(key, None)
         if live is None:
             return
         if live.waiting:
@@ -249,6 +278,11 @@ class Residents:
         result, self._admitted = list(self._admitted.items()), {}
         return result
 
+    def put_out(self) -> list[str]:
+        """Trajectories that have lost their home since the last call; some may have another by now."""
+        result, self._put_out = list(self._put_out), {}
+        return result
+
     # --- what is known ----------------------------------------------------------------------------------------------------
 
     @property
@@ -271,6 +305,10 @@ class Residents:
         """Where a trajectory is resident."""
         live = self._live.get(key)
         return None if live is None else live.home
+
+    def stays(self, key: str) -> bool:
+        """Whether a trajectory's next turns run at its home, until `put_out` names it."""
+        return self.home_of(key) is not None
 
     def number_of(self, key: str) -> int:
         """Order of a live trajectory's first turn."""
@@ -383,6 +421,7 @@ class Residents:
     def _evict(self, home: Home, live: Live, why: str) -> None:
         self.counts[why] += 1
         self._leave(home, live)
+        self._put_out[live.key] = None
 
     def _leave(self, home: Home, live: Live) -> None:
         name = home.replica.name

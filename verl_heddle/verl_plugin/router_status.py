@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from verl_heddle.place.sticky import StickyLeastInflight
+from verl_heddle.orchestrator import Orchestrator
 
 
 class PoolStatus:
-    """The answers of a router that keeps its servers in `_servers` and counts by verl's own rule."""
+    """The answers of a router that keeps its servers' handles in `_servers`; what is in flight its orchestrator counts."""
 
     _servers: dict[str, Any]
-    _verls_rule: StickyLeastInflight
+    _orchestrator: Orchestrator
 
     def require_acquire_fields(self) -> list[str]:
         """Nothing: `turn_started` carries what we need."""
@@ -27,16 +27,16 @@ class PoolStatus:
 
     def get_inflight_count(self, server_id: str) -> int:
         """Requests in flight on one server."""
-        return self._verls_rule.inflight.get(server_id, 0)
+        return self._orchestrator.inflight.get(server_id, 0)
 
     def get_total_inflight(self) -> int:
         """Requests in flight on all servers."""
-        return sum(self._verls_rule.inflight.values())
+        return sum(self._orchestrator.inflight.values())
 
     def get_status(self) -> dict[str, Any]:
         """verl's debugging view."""
         return {
-            "servers": dict(self._verls_rule.inflight),
+            "servers": self._orchestrator.inflight,
             "total_inflight": self.get_total_inflight(),
             "active_servers": len(self._servers),
             "registered_handles": list(self._servers),

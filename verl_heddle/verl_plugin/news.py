@@ -1,8 +1,9 @@
 """What the router tells a worker of its own accord: held turns that may go, and trajectories whose next turn is to be asked for again.
 
 Law: each worker has one call to the router open (`Mailboxes.wait`), answered as soon as there is news for it, with all there is, at the
-latest after `ANSWER_S`. News are numbered over the life of the router's process and kept until the worker's next call says that it has heard
-them: the answer that is lost is given again. One call per worker, not one per held turn; what comes while it is on its way goes together.
+latest after `ANSWER_S`. News are numbered over the life of the router's process and kept until the worker's next call says that it has
+heard them: the answer that is lost is given again. One call per worker, not one per held turn; what comes while it is on its way goes
+together.
 """
 
 from __future__ import annotations
@@ -74,13 +75,13 @@ class Mailboxes:
             self.put(worker, item)
 
     async def wait(self, worker: str, router: str, heard: int) -> News:
-        """News for a worker that has heard those up to number `heard` of the process `router`."""
+        """News for a worker that has heard those up to number `heard` of the process `router`; at once if that was another."""
         box = self._box(worker)
         box.called_s = time.monotonic()
         while router == self.router and box.items and box.items[0][0] <= heard:
             box.items.popleft()
         self._answer(box)  # a call that the worker has given up
-        if not box.items:
+        if not box.items and router == self.router:
             loop = asyncio.get_running_loop()
             call = box.call = loop.create_future()
             timer = loop.call_later(ANSWER_S, self._answer, box)

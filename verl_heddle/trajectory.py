@@ -12,7 +12,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 from math import inf
+from operator import attrgetter
 from typing import Any
+
+
+def travels(cls: Any) -> Any:
+    """A frozen dataclass with slots, of two fields or more, whose objects go from process to process by the thousand: pickled as a call of
+    the class, which takes half the time of what `dataclass` makes."""
+    fields = attrgetter(*cls.__slots__)
+    cls.__reduce__ = lambda self: (type(self), fields(self))
+    return cls
 
 
 class Reason(StrEnum):
@@ -55,6 +64,7 @@ class Outcome(StrEnum):
     CANCELLED = "cancelled"
 
 
+@travels
 @dataclass(frozen=True, slots=True)
 class TrajectoryId:
     """One sample's whole episode.
@@ -75,6 +85,7 @@ class TrajectoryId:
         return f"{self.uid}_{self.sample}"
 
 
+@travels
 @dataclass(frozen=True, slots=True)
 class TurnStart:
     """A trajectory wants to generate: `context_tokens` is everything the model will read.
@@ -106,6 +117,7 @@ class TurnStart:
         return _request(self.trajectory, self.turn, self.leg)
 
 
+@travels
 @dataclass(frozen=True, slots=True)
 class TurnEnd:
     """A request ended on `replica`, by itself (`completed`) or by failure, abort or cancellation."""
@@ -144,6 +156,7 @@ def _only_times(event: object, name: str) -> None:
         object.__setattr__(event, name, None)
 
 
+@travels
 @dataclass(frozen=True, slots=True)
 class ToolStart:
     """A tool that the last turn asked for begins to run (parallel calls come one by one): the gap in which planning costs nothing."""
@@ -152,6 +165,7 @@ class ToolStart:
     tool: str
 
 
+@travels
 @dataclass(frozen=True, slots=True)
 class TrajectoryEnd:
     """The episode is over. `output_tokens` counts what the model generated over all turns."""
@@ -164,6 +178,7 @@ class TrajectoryEnd:
     """Ended by a limit on tokens or turns: it would have been at least so long."""
 
 
+@travels
 @dataclass(frozen=True, slots=True)
 class Decision:
     """Answer to a `TurnStart`: where to run, how urgent (vLLM: lower runs first), why, and what was believed."""

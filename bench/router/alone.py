@@ -71,10 +71,12 @@ class Alone:
     """Plays a crowd on a router."""
 
     def __init__(self, name: str, replicas: int, live: int) -> None:
-        self.router, self._warms = router(name, replicas), name == "place"
+        self.router, self._warms, self._predicts = router(name, replicas), name == "place", OPTIONS[name]().predicts
         self.crowd = Crowd("alone", live)
         self.acquire_s: list[float] = []
         self._open: list[tuple[Any, str]] = []
+        self._homes: dict[str, str] = {}
+        """Of trajectories that stay; nobody is put out here."""
         self._most = int(IN_FLIGHT * live)
         self._fitted = 0
 
@@ -84,9 +86,16 @@ class Alone:
         for _ in range(number):
             life = self.crowd.start()
             before = time.perf_counter()
-            decision = self.router.turn_started(life.last)
-            self.acquire_s.append(time.perf_counter() - before)
-            self._open.append((life, decision.replica))
+            home = self._homes.get(life.who.key)
+            if home is None:
+                decision = self.router.turn_started(life.last)
+                self.acquire_s.append(time.perf_counter() - before)
+                home = decision.replica
+                if decision.stays:
+                    self._homes[life.who.key] = home
+            else:
+                self.router.told([("turn_begun", (life.last, home))])
+            self._open.append((life, home))
             if len(self._open) > self._most:
                 await self._finish(*self._open.pop(0))
             if self.crowd.step > self._fitted:
@@ -109,8 +118,10 @@ class Alone:
         else:
             self.router.told([("turn_finished", end)])
         if isinstance(after, ToolStart):
-            self.router.tool_started(after)
+            if self._predicts:
+                self.router.tool_started(after)
         else:
+            self._homes.pop(life.who.key, None)
             self.router.trajectory_ended(after)
         if waiting is not None and waiting.done() and waiting.result() is not None:
             self.router.transferred(life.who.key)

@@ -35,6 +35,8 @@ from bench.router.alone import OPTIONS, Alone, resident_mib, rss_mib, shape, ste
 from bench.router.load import Loader, cpu_s
 from verl_heddle.predict.predictor import Predictor
 from verl_heddle.trajectory import Decision, Reason
+from verl_heddle.verl_plugin.calls import ANSWER_S
+from verl_heddle.verl_plugin.news import News
 
 RESULT = ROOT / "bench/results/cpu/router.json"
 REPLICAS, LIVE = 64, 10_000
@@ -108,7 +110,7 @@ def curve(name: str, rates: list[int], seconds: float, loaders: int) -> list[dic
 
     from verl_heddle.verl_plugin.router import RouterActor
 
-    state = taught() if name not in ("stock", FLOOR) else None
+    state = taught() if name != FLOOR and OPTIONS[name]().predicts else None
     ray.init(num_cpus=loaders + 1, include_dashboard=False, object_store_memory=100_000_000, log_to_driver=False)
     try:
         if name == FLOOR:
@@ -123,7 +125,8 @@ def curve(name: str, rates: list[int], seconds: float, loaders: int) -> list[dic
             assert ray.get(router.learn_again.remote(state), timeout=60) is None
         process = ray.get(router.__ray_call__.remote(lambda _: os.getpid()), timeout=60)
         make = ray.remote(num_cpus=0, max_concurrency=10)(Loader)
-        crowd = [make.remote(router, f"load{number}", LIVE // loaders, name == "place") for number in range(loaders)]
+        names, predicts = [f"replica_{number}" for number in range(REPLICAS)], name != FLOOR and OPTIONS[name]().predicts
+        crowd = [make.remote(router, names, f"load{number}", LIVE // loaders, name == "place", predicts) for number in range(loaders)]
 
         def load(rate: float, point_s: float) -> list[Any]:
             return ray.get([one.load.remote(rate / loaders, point_s, PAUSE_S) for one in crowd], timeout=10 * point_s + 120)
@@ -157,26 +160,30 @@ class Sink:
 class Floor:
     """An actor of the router's kind that decides nothing: what Ray takes."""
 
-    def turns_started(self, turns: list[Any], told: Any) -> list[Decision]:
-        return [Decision("replica_0", 0, Reason.STICKY)] * len(turns)
+    def turns_started(self, turns: list[Any], told: Any, worker: str) -> tuple[list[Decision], int]:
+        return [Decision("replica_0", 0, Reason.STICKY)] * len(turns), 0
 
     def told(self, events: Any) -> None: ...
 
     def stats(self) -> dict[str, int]:
         return {"moves": 0}
 
-    async def wait_for_turn(self, request: str) -> None:
-        """Makes it asynchronous, as the router is."""
+    async def news(self, worker: str, router: str, heard: int) -> News:
+        """There are none."""
+        await asyncio.sleep(ANSWER_S)
+        return News("floor", [])
 
 
 def _point(rate: float, told: list[Any], actor_cpu_s: float, actor_mib: float) -> dict[str, Any]:
-    acquire = np.concatenate([one.acquire_s for one in told])
+    acquire, asked = (np.concatenate([getattr(one, name) for one in told]) for name in ("acquire_s", "asked"))
     wall = max(one.seconds for one in told)
     return {
         "rate": rate,
         "turns": len(acquire),
         "answered_per_s": len(acquire) / wall,
-        "acquire_ms": percentiles(acquire),
+        "acquire_ms": percentiles(acquire[asked]),
+        "told_ms": percentiles(acquire[~asked]) if not asked.all() else None,
+        "asked_share": float(asked.mean()),
         "late_ms": percentiles(np.concatenate([one.late_s for one in told])),
         "turns_per_call": len(acquire) / sum(one.calls for one in told),
         "held": sum(one.held for one in told),
@@ -189,11 +196,13 @@ def _point(rate: float, told: list[Any], actor_cpu_s: float, actor_mib: float) -
 
 def text(point: dict[str, Any]) -> str:
     """One point on a line."""
-    took = point["acquire_ms"]
+    took, told = point["acquire_ms"], point["told_ms"]
+    others = f", p99 {told['p99']:.2f} for the others" if told else ""
     return (
         f"{point['rate']:5d}/s: answered {point['answered_per_s']:5.0f}/s, p50 {took['p50']:.2f} p99 {took['p99']:.2f} "
-        f"p99.9 {took['p999']:.2f} ms, {point['turns_per_call']:.1f} turns a call, sent late p99 {point['late_ms']['p99']:.1f} ms, "
-        f"actor {point['actor_us_per_turn']:.0f} us/turn ({point['actor_cpu_share']:.0%} of a core), load {point['loaders_cpu_share']:.0%}"
+        f"p99.9 {took['p999']:.2f} ms for the {point['asked_share']:.0%} that ask{others}, {point['turns_per_call']:.1f} turns a call, "
+        f"begun late p99 {point['late_ms']['p99']:.1f} ms, actor {point['actor_us_per_turn']:.0f} us/turn "
+        f"({point['actor_cpu_share']:.0%} of a core), load {point['loaders_cpu_share']:.0%}"
     )
 
 

@@ -130,9 +130,9 @@ class Rig:
         """Nothing is left of the turns anywhere."""
         await asyncio.sleep(0.1)
         mind = self.router._orchestrator
-        assert not mind.turns and not mind._lives and not mind.turns.groups and not self.router._stays
+        assert not mind.turns and not mind._lives and not mind.turns.groups and not self.router._promised.stays
         assert set(mind.inflight.values()) == {0} and self.router.get_total_inflight() == 0
-        assert not self.router._held and not self.router._orders.names
+        assert not self.router._promised.held and not self.router._orders.names
         link = self.client._link
         assert not link._stays and not link._asking and not link._let_in.names
         assert not self.client._flying and not self.client._warming and self.client.counts == {}

@@ -177,7 +177,7 @@ def test_a_turn_that_the_news_of_its_eviction_did_not_reach_is_counted_where_it_
     router.told([("turn_finished", end)])
     router.clear_sticky_cache()
     mind = router._orchestrator
-    assert mind.residents.home_of(who.key) is None and not router._stays
+    assert mind.residents.home_of(who.key) is None and not router._promised.stays
     again = TurnStart(who, "c", 1, 20, 5)
     router.told([("turn_begun", (again, home))])
     assert mind.residents.home_of(who.key) == home and router.get_inflight_count(home) == 1 == router.get_total_inflight()
@@ -216,7 +216,7 @@ def test_a_worker_whose_router_dies_asks_nothing_and_believes_nothing():
                 raise ActorDiedError()
 
         rig.actor.inner = Dead()
-        for box in rig.router._mail._boxes.values():
+        for box in rig.router._promised.mail._boxes.values():
             box.call.set_exception(ActorDiedError())
         await asyncio.sleep(0.05)
         assert not rig.client._link._stays and rig.client._link.local is not None, "found out by the open call, between turns"
@@ -232,13 +232,13 @@ def test_a_router_that_was_started_again_is_not_told_of_places_that_another_gave
         held = [asyncio.ensure_future(episode(rig, f"u{number}", 2, tokens=60, tool_s=0.1)) for number in range(4)]
         await asyncio.sleep(0.03)
         link = rig.client._link
-        assert link._stays and rig.router._held
+        assert link._stays and rig.router._promised.held
         old, rig.actor.inner = rig.router, HeddleRouter(rig.router.handles())
         rig.actor.inner.configure(OPTIONS, False, alike(old.handles()))
-        for box in old._mail._boxes.values():
-            old._mail._answer(box)
+        for box in old._promised.mail._boxes.values():
+            old._promised.mail._answer(box)
         await asyncio.sleep(0.02)
-        assert not link._stays and link._process == rig.actor.inner._mail.router
+        assert not link._stays and link._process == rig.actor.inner._promised.mail.router
         reasons = await asyncio.wait_for(asyncio.gather(*held), 10)
         assert rig.client.counts["hold_lost"] == 2 and sum(one.count("fallback_router") for one in reasons) >= 2
         link.router_is_back()
@@ -272,7 +272,7 @@ def test_trajectories_of_a_step_that_is_over_ask_and_held_ones_hear_that_they_go
         await router.step_ended(2)
         news = await router.news("w", "", 0)
         assert [item for _, item in news.items] == [LetIn("u1_0:0", None), PutOut("u0_0")]
-        assert all(later > number for later, _ in news.items) and not router._stays and not router._held
+        assert all(later > number for later, _ in news.items) and not router._promised.stays and not router._promised.held
 
     asyncio.run(play())
 

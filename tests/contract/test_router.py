@@ -166,7 +166,7 @@ class Ear:
     async def _listen(self) -> None:
         heard = 0
         while True:
-            news = await self.router.news(self.worker, self.router._mail.router, heard)
+            news = await self.router.news(self.worker, self.router._promised.mail.router, heard)
             for number, item in news.items:
                 heard = number
                 if isinstance(item, LetIn):

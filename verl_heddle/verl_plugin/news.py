@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 from uuid import uuid4
 
+from verl_heddle.trajectory import TurnStart
 from verl_heddle.verl_plugin.calls import ANSWER_S
 
 SILENT_S = 10 * ANSWER_S
@@ -107,3 +108,56 @@ class Mailboxes:
         call, box.call = box.call, None
         if call is not None and not call.done():
             call.set_result(None)
+
+
+class Held(NamedTuple):
+    """A turn that is held back."""
+
+    worker: str
+    turn: TurnStart
+    paused_s: float
+    """For how long every engine had been paused when it came."""
+
+
+class Promised:
+    """What workers count on, and hear of if it changes: that held turns go sometime, and that trajectories stay."""
+
+    def __init__(self) -> None:
+        self.mail = Mailboxes()
+        self.held: dict[str, Held] = {}
+        """By request."""
+        self.stays: dict[str, tuple[str, int]] = {}
+        """Worker and training step, by trajectory."""
+
+    def hold(self, worker: str, turn: TurnStart, paused_s: float) -> None:
+        """The turn is held; see `Held`."""
+        self.held[turn.request] = Held(worker, turn, paused_s)
+
+    def let_in(self, request: str, replica: str | None, paused_s: float, stays: bool) -> None:
+        """The turn goes there, if it is held, after `paused_s` in which every engine has been paused; None: it goes nowhere."""
+        held = self.held.pop(request, None)
+        if held is None:
+            return
+        if stays:
+            self.stay(held.worker, held.turn)
+        self.mail.put(held.worker, LetIn(request, replica, paused_s - held.paused_s, stays))
+
+    def stay(self, worker: str, turn: TurnStart) -> None:
+        """The trajectory stays where the turn goes."""
+        self.stays[turn.trajectory.key] = worker, turn.trajectory.step
+
+    def put_out(self, key: str) -> None:
+        """The trajectory does not stay any more, if it did."""
+        worker, _ = self.stays.pop(key, (None, 0))
+        if worker is not None:
+            self.mail.put(worker, PutOut(key))
+
+    def put_out_before(self, step: int) -> None:
+        """Nor do those of earlier training steps."""
+        for key in [key for key, (_, began) in self.stays.items() if began < step]:
+            self.put_out(key)
+
+    def put_all_out(self) -> None:
+        """Nor does anybody."""
+        self.stays.clear()
+        self.mail.put_all(PutOut(None))

@@ -12,11 +12,12 @@ orchestrator's own tables say; this file keeps the servers' handles.
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import ray
 
@@ -28,7 +29,7 @@ from verl_heddle.predict.predictor import Predictor
 from verl_heddle.predict.store import StateError
 from verl_heddle.trajectory import Decision, Prewarm, Reason, ToolStart, TrajectoryEnd, TurnEnd, TurnStart
 from verl_heddle.verl_plugin.calls import Promises
-from verl_heddle.verl_plugin.news import LetIn, Mailboxes, News, PutOut
+from verl_heddle.verl_plugin.news import News, Promised
 from verl_heddle.verl_plugin.router_status import PoolStatus
 from verl_heddle.verl_plugin.stopwatch import Stopwatch
 from verl_heddle.verl_plugin.voice import say, say_once
@@ -38,6 +39,10 @@ TICK_S = 0.01
 
 TOLD = ("turn_begun", "turn_finished", "turn_withdrawn", "tool_started", "transferred", "trajectory_ended")
 """What may come by `told`."""
+
+
+NEVER = 1_000_000_000
+"""Collections of younger garbage before one of all: more than a run has."""
 
 
 class NotConfiguredError(Exception):
@@ -52,22 +57,6 @@ def _restarted() -> bool:
 def alike(servers: Mapping[str, Any], tp: int = 1, slots: int = 256, kv_tokens: int | None = None) -> dict[str, tuple[Replica, Any]]:
     """A fleet of equal replicas, as `HeddleRouter.configure` takes it."""
     return {name: (Replica(name, tp, slots, kv_tokens), handle) for name, handle in servers.items()}
-
-
-class _Held(NamedTuple):
-    """A turn that is held back."""
-
-    worker: str
-    turn: TurnStart
-    paused_s: float
-    """For how long every engine had been paused when it came."""
-
-
-class _Stays(NamedTuple):
-    """A trajectory whose next turns its worker does not ask for."""
-
-    worker: str
-    step: int
 
 
 class HeddleRouter(PoolStatus):
@@ -94,13 +83,10 @@ class HeddleRouter(PoolStatus):
         self._orchestrator = Orchestrator(self._options)
         self.failures: Counter[str] = Counter()
         self._counts: Counter[str] = Counter(moves=0, replicas_lost=0)
-        self._others: Counter[str] = Counter()
-        """Requests in flight of verl's own clients, by replica."""
-        self._mail = Mailboxes()
-        self._held: dict[str, _Held] = {}
-        """By request."""
-        self._stays: dict[str, _Stays] = {}
-        """By trajectory."""
+        self._others = Counter()
+        self._promised = Promised()
+        self._in_lot = False
+        """More events have come at the same time."""
         self._orders = Promises()
         """To pre-warm, by trajectory."""
         self._watch: asyncio.Task | None = None
@@ -125,16 +111,12 @@ class HeddleRouter(PoolStatus):
         self._orchestrator = Orchestrator(options, deterministic, cap_tokens)
         self._latency, self._paused = None, set()
         self._others.clear()
-        self._stays.clear()
-        self._mail.put_all(PutOut(None))  # this orchestrator knows of nobody
-        held, self._held = self._held, {}
+        self._promised.put_all_out()  # this orchestrator knows of nobody
         self.fleet_is(fleet)
-        for request, one in held.items():
-            replica: str | None = None
-            if self._servers:
-                replica, _ = self._orchestrator.rule.acquire(one.turn.conversation)
-                self._orchestrator.rule.release(replica)  # its end will not be heard of
-            self._let_in(request, one, replica)
+        for request, held in list(self._promised.held.items()):
+            replica, _ = self._orchestrator.rule.acquire(held.turn.conversation)
+            self._orchestrator.rule.release(replica)  # its end will not be heard of
+            self._let_in(request, replica)
         self._orders.drop_all()
         if learnt is not None and (why_not := self.learn_again(learnt)) is not None:
             say(f"{why_not}: predictions start cold")
@@ -185,7 +167,7 @@ class HeddleRouter(PoolStatus):
         self.told(told)
         decisions = [self.turn_started(turn, worker) for turn in turns]
         self._watch_held()
-        return decisions, self._mail.number
+        return decisions, self._promised.mail.number
 
     def turn_started(self, turn: TurnStart, worker: str = "") -> Decision:
         """Where the turn goes, how urgently, and why; `worker` hears of it if that changes, or later if the turn is held.
@@ -205,24 +187,26 @@ class HeddleRouter(PoolStatus):
             decision = Decision(self._orchestrator.turns.start_by_rule(turn), 0, Reason.FALLBACK_POLICY)
         if decision.held:
             self._counts["held"] += 1
-            self._held[turn.request] = _Held(worker, turn, self._all_paused.total_s(time.monotonic()))
+            self._promised.hold(worker, turn, self._all_paused.total_s(time.monotonic()))
         self._counts["moves"] += decision.reason is Reason.MOVED
-        self._note_stays(turn, worker, decision.stays)
+        if decision.stays:
+            self._promised.stay(worker, turn)
         self._orders.drop(turn.trajectory.key)
         self._go_on()
         return decision
 
-    def _note_stays(self, turn: TurnStart, worker: str, stays: bool) -> None:
-        if stays:
-            self._stays[turn.trajectory.key] = _Stays(worker, turn.trajectory.step)
-
     def told(self, events: Sequence[tuple[str, Any]]) -> None:
         """Several events of one worker, in their order: names of methods, and what they are told."""
-        for name, what in events:
-            if name == "turn_finished":
-                self._left(what)
-            elif name in TOLD:
-                getattr(self, name)(what)
+        self._in_lot = True
+        try:
+            for name, what in events:
+                if name == "turn_finished":
+                    self._left(what)
+                elif name in TOLD:
+                    getattr(self, name)(what)
+        finally:
+            self._in_lot = False
+        self._go_on()
 
     def turn_begun(self, begun: tuple[TurnStart, str]) -> None:
         """A turn of a trajectory that stays is on its way to its replica."""
@@ -231,7 +215,7 @@ class HeddleRouter(PoolStatus):
         if replica not in self._servers:  # it left meanwhile: the turn begins again elsewhere, and asks
             self._counts["told_late"] += 1
             return
-        self._counts["told_late"] += turn.trajectory.key not in self._stays
+        self._counts["told_late"] += turn.trajectory.key not in self._promised.stays
         try:
             self._orchestrator.turn_begun(turn, replica, time.monotonic())
         except Exception as error:
@@ -265,11 +249,11 @@ class HeddleRouter(PoolStatus):
         if self._restarted and not self._configured:
             raise NotConfiguredError("the router has been restarted and not been set up yet")
         self._watch_held()
-        return await self._mail.wait(worker, router, heard)
+        return await self._promised.mail.wait(worker, router, heard)
 
     def _watch_held(self) -> None:
         """See to it that those held are let in in time, where no event does it."""
-        if self._held and (self._watch is None or self._watch.done()):
+        if self._promised.held and (self._watch is None or self._watch.done()):
             self._watch = asyncio.get_running_loop().create_task(self._let_in_in_time())
 
     async def turn_finished(self, turn: TurnEnd) -> Prewarm | None:
@@ -300,7 +284,7 @@ class HeddleRouter(PoolStatus):
             self._left(TurnEnd(turn.trajectory, turn.conversation, replica, turn.turn, 0, completed=False, leg=turn.leg))
 
     def _left(self, turn: TurnEnd) -> None:
-        self._held.pop(turn.request, None)
+        self._promised.held.pop(turn.request, None)
         try:
             self._orchestrator.turn_finished(turn, time.monotonic())
         except Exception as error:
@@ -315,7 +299,7 @@ class HeddleRouter(PoolStatus):
     def trajectory_ended(self, end: TrajectoryEnd) -> None:
         """The episode is over."""
         self._orders.drop(end.trajectory.key)
-        self._stays.pop(end.trajectory.key, None)
+        self._promised.stays.pop(end.trajectory.key, None)
         self._tell("trajectory_ended", end)
         if self._orchestrator.refresh_due_s is not None and (self._refresh is None or self._refresh.done()):
             self._refresh = asyncio.create_task(self._reprioritise())
@@ -334,11 +318,10 @@ class HeddleRouter(PoolStatus):
     async def step_ended(self, step: int) -> dict[str, float]:
         """The batch of a training step is complete: fit anew in a thread until the next; returns counts since the start of the run."""
         self._counts["lost_trajectories"] += self._orchestrator.step_ended(step, time.monotonic())
-        for request in [name for name in self._held if name not in self._orchestrator.turns]:
-            self._let_in(request, self._held.pop(request), None)
-        for key in [name for name, one in self._stays.items() if one.step < step]:
-            self._mail.put(self._stays.pop(key).worker, PutOut(key))
-        self._mail.forget_silent()
+        for request in [name for name in self._promised.held if name not in self._orchestrator.turns]:
+            self._let_in(request, None)
+        self._promised.put_out_before(step)
+        self._promised.mail.forget_silent()
         self._drop_orders()
         self._go_on()
         predictor = self._orchestrator.predictor
@@ -391,12 +374,12 @@ class HeddleRouter(PoolStatus):
         self._go_on()
 
     def _go_on(self) -> None:
-        """Let in who may go, say who does not stay, and start the pre-warms that may."""
+        """Let in who may go, say who does not stay, and start the pre-warms that may: after each event, or each lot of events."""
+        if self._in_lot:
+            return
         self._admit()
         for key in self._orchestrator.put_out():
-            stays = self._stays.pop(key, None)
-            if stays is not None:
-                self._mail.put(stays.worker, PutOut(key))
+            self._promised.put_out(key)
         self._start_prewarms()
 
     def _drop_orders(self) -> None:
@@ -420,17 +403,16 @@ class HeddleRouter(PoolStatus):
             admitted = self._orchestrator.admitted(time.monotonic())
         except Exception as error:
             self._failed("admitted", error)
-            admitted = [(request, self._orchestrator.turns.admit_by_rule(request)) for request in self._held]
+            admitted = [(request, self._orchestrator.turns.admit_by_rule(request)) for request in self._promised.held]
         for request, replica in admitted:
-            held = self._held.pop(request, None)
-            if held is not None:
-                self._let_in(request, held, replica)
+            self._let_in(request, replica)
 
-    def _let_in(self, request: str, held: _Held, replica: str | None) -> None:
-        stays = bool(replica) and self._orchestrator.stays(held.turn.trajectory.key)
-        self._note_stays(held.turn, held.worker, stays)
-        paused_s = self._all_paused.total_s(time.monotonic()) - held.paused_s
-        self._mail.put(held.worker, LetIn(request, replica, paused_s, stays))
+    def _let_in(self, request: str, replica: str | None) -> None:
+        """The held turn goes there; None: nowhere."""
+        held = self._promised.held.get(request)
+        if held is not None:
+            stays = replica is not None and self._orchestrator.stays(held.turn.trajectory.key)
+            self._promised.let_in(request, replica, self._all_paused.total_s(time.monotonic()), stays)
 
     async def _let_in_in_time(self) -> None:
         """While turns are held, let in those whose time has come without any event."""
@@ -449,18 +431,7 @@ class HeddleRouter(PoolStatus):
         self.failures[event] += 1
         say_once(f"orchestrator raised in {event} ({type(error).__name__}: {error}); verl's own rule decided instead")
 
-    # --- verl's RequestLoadBalancer protocol -----------------------------------------------------------------------------
-
-    def acquire_server(self, request_id: str, **extra: Any) -> tuple[str, Any]:
-        """A turn of somebody who does not speak of trajectories (verl's own client): verl's rule."""
-        replica, _ = self._orchestrator.rule.acquire(request_id)
-        self._others[replica] += 1
-        return replica, self._servers[replica]
-
-    def release_server(self, server_id: str, request_id: str | None = None) -> None:
-        """Counterpart of `acquire_server`."""
-        self._others[server_id] = max(0, self._others[server_id] - 1)
-        self._orchestrator.rule.release(server_id)
+    # --- the fleet, and the rest of verl's RequestLoadBalancer protocol in `router_status` ---------------------------------
 
     def add_servers(self, servers: dict[str, Any]) -> None:
         """Replicas joined; one of which nothing is known is taken to be like the others."""
@@ -482,9 +453,8 @@ class HeddleRouter(PoolStatus):
         self._drop_orders()
         self._go_on()
         if not self._servers:
-            held, self._held = self._held, {}
-            for request, one in held.items():
-                self._let_in(request, one, None)
+            for request in list(self._promised.held):
+                self._let_in(request, None)
 
     def clear_sticky_cache(self) -> dict[str, Any]:
         """Conversations are placed anew at their next turn."""
@@ -493,7 +463,24 @@ class HeddleRouter(PoolStatus):
         return {"cleared_entries": cleared, "server_loads": self._orchestrator.inflight}
 
 
-RouterActor = ray.remote(max_restarts=3, max_concurrency=100_000, enable_task_events=False)(HeddleRouter)  # type: ignore[call-overload]
+class RouterProcess(HeddleRouter):
+    """The router in a process of its own, in which Python collects all its garbage between steps: with 10,000 trajectories under way that
+    takes 20 ms, in which no turn is answered. Young garbage is collected as usual."""
+
+    def __init__(self, servers: dict[str, Any], yaml_config: dict | None = None) -> None:
+        super().__init__(servers, yaml_config)
+        gc.collect()
+        gc.freeze()  # what has been imported stays
+        young, middle, _ = gc.get_threshold()
+        gc.set_threshold(young, middle, NEVER)
+
+    async def step_ended(self, step: int) -> dict[str, float]:
+        """See `HeddleRouter.step_ended`; the garbage goes after the answer."""
+        asyncio.get_running_loop().call_soon(gc.collect)
+        return await super().step_ended(step)
+
+
+RouterActor = ray.remote(max_restarts=3, max_concurrency=100_000, enable_task_events=False)(RouterProcess)  # type: ignore[call-overload]
 """As verl gets it, with room for any number of held turns. A router whose process dies is started again with the same servers; the workers
 route alone until the manager, at the next step, finds it back. Three times, because a router that dies more often has a reason. Its calls
 are not listed among Ray's tasks: thousands a second would only keep Ray's control process busy."""

@@ -1,7 +1,8 @@
-"""What verl's `RequestLoadBalancer` protocol asks a router about itself: fields it needs, servers, requests in flight."""
+"""What verl's `RequestLoadBalancer` protocol asks of a router besides its fleet: a place by verl's rule, and how things are."""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from verl_heddle.orchestrator import Orchestrator
@@ -12,6 +13,19 @@ class PoolStatus:
 
     _servers: dict[str, Any]
     _orchestrator: Orchestrator
+    _others: Counter[str]
+    """Requests in flight of verl's own clients, who know no turns, by replica."""
+
+    def acquire_server(self, request_id: str, **extra: Any) -> tuple[str, Any]:
+        """A turn of somebody who does not speak of trajectories (verl's own client): verl's rule."""
+        replica, _ = self._orchestrator.rule.acquire(request_id)
+        self._others[replica] += 1
+        return replica, self._servers[replica]
+
+    def release_server(self, server_id: str, request_id: str | None = None) -> None:
+        """Counterpart of `acquire_server`."""
+        self._others[server_id] = max(0, self._others[server_id] - 1)
+        self._orchestrator.rule.release(server_id)
 
     def require_acquire_fields(self) -> list[str]:
         """Nothing: `turn_started` carries what we need."""

@@ -82,7 +82,7 @@ class HeddleRouter(PoolStatus):
         self._cap_tokens: int | None = None
         self._orchestrator = Orchestrator(self._options)
         self.failures: Counter[str] = Counter()
-        self._counts: Counter[str] = Counter(moves=0, replicas_lost=0)
+        self._counts: Counter[str] = Counter(held=0, told=0, told_late=0, moves=0, replicas_lost=0)
         self._others = Counter()
         self._promised = Promised()
         self._in_lot = False

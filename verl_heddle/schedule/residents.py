@@ -37,12 +37,16 @@ from verl_heddle.fleet import Replica
 from verl_heddle.schedule.admission import most_turns
 from verl_heddle.schedule.pauses import Pauses
 from verl_heddle.schedule.rent import Rent
-from verl_heddle.schedule.resident import Home, Live, Order
+from verl_heddle.schedule.resident import Home, Live, Order, current, tidy
+from verl_heddle.schedule.rooms import Rooms
 from verl_heddle.trajectory import TurnEnd, TurnStart
 
 ADMIT, FULL = 0.95, 1.0
 """Shares of a replica's KV cache: up to the first newcomers are admitted, over the second idle residents are evicted. The gap keeps one
 turn's growth from evicting somebody for whom somebody else is admitted at once: with both at 1.0 five times as much is read again."""
+
+MANY = 32
+"""Replicas from which on arrays are quicker than going through them."""
 
 MEMORY = 1000.0
 """Turns until the mean growth of a turn forgets by a factor e."""
@@ -60,6 +64,10 @@ class Residents:
     def __init__(self, order: Order, rng: Random, silent_s: float = inf) -> None:
         self._order, self._rng, self._silent_s = order, rng, silent_s
         self._homes: dict[str, Home] = {}
+        self._rooms: Rooms | None = None
+        """Of these homes, if they are many and somebody has had to find room."""
+        self._rents: list[tuple[float, int, Live]] = []
+        """Heap of idle residents by the time their rent runs out."""
         self._live: dict[str, Live] = {}
         self._queue: list[tuple[float, float, int, int, Live]] = []
         self._number = count()
@@ -81,7 +89,8 @@ class Residents:
 
     def add(self, replica: Replica, hold_s: float) -> None:
         """A replica joins, empty; `hold_s` is its t*."""
-        most = most_turns(replica.slots, replica.calls)
+        self.remove(replica.name)
+        self._rooms, most = None, most_turns(replica.slots, replica.calls)
         self._homes[replica.name] = Home(replica, inf if replica.kv_tokens is None else replica.kv_tokens, most, hold_s)
         self._fill()
 
@@ -95,6 +104,7 @@ class Residents:
         they may go wait again."""
         home = self._homes.pop(name, None)
         if home is not None:
+            self._rooms = None
             for live in home.residents.values():
                 self._busy(live)
                 live.waiting = [request for request in sorted(live.running) if self._admitted.pop(request, None) is not None]
@@ -219,7 +229,9 @@ class Residents:
             self._change("idle", 1)
             live.entry = next(self._entry)
             heappush(home.idle, (-live.batch, -self._order(live), -live.number, live.entry, live))
-            heappush(home.rent, (now + self._holding.hold_s(home.hold_s), live.entry, live))
+            tidy(home.idle, len(home.residents))
+            heappush(self._rents, (now + self._holding.hold_s(home.hold_s), live.entry, live))
+            tidy(self._rents, self.now["idle"])
         self._shrink(home)
         self.tick(now)
 
@@ -245,14 +257,10 @@ class Residents:
         if self._pauses.tick(now):
             self._goes_on(now)
         self._fill()
-        while self._head() is not None:
-            expired = [(home.rent[0], home) for home in self._homes.values() if self._rent(home) <= now]
-            if not expired:
-                break
-            _, home = min(expired, key=lambda pair: pair[0][:2])
-            live = home.rent[0][2]
-            heappop(home.rent)
-            self._evict(home, live, "rent")
+        while self._head() is not None and self._rent_s() <= now:
+            *_, live = heappop(self._rents)
+            assert live.home is not None
+            self._evict(self._homes[live.home], live, "rent")
             self._fill()
         while (head := self._head()) is not None and self._overdue_s(head) <= now:
             heappop(self._queue)
@@ -263,7 +271,7 @@ class Residents:
         """When `tick` should be called next if no event comes before; inf: no need."""
         if (head := self._head()) is None:
             return inf
-        return min(self._pauses.due_s(self._homes), self._overdue_s(head), *map(self._rent, self._homes.values()), inf)
+        return min(self._pauses.due_s(self._homes), self._overdue_s(head), self._rent_s())
 
     def _overdue_s(self, live: Live) -> float:
         if not self._homes or self._pauses.all(self._homes):
@@ -338,6 +346,8 @@ class Residents:
         own = max(0, live.context - live.prompt_tokens) + growth * len(live.running)
         home.used += own - live.own
         live.own = own
+        if self._rooms is not None:
+            self._rooms.changed(home)
 
     def _busy(self, live: Live) -> None:
         """A resident has a turn, or is none any more."""
@@ -359,12 +369,12 @@ class Residents:
             heappop(queue)
         return None
 
-    def _rent(self, home: Home) -> float:
+    def _rent_s(self) -> float:
         """When the next rent runs out."""
-        rent = home.rent
-        while rent and (rent[0][2].entry != rent[0][1] or not rent[0][2].idle):
-            heappop(rent)
-        return rent[0][0] if rent else inf
+        rents = self._rents
+        while rents and not current(rents[0]):
+            heappop(rents)
+        return rents[0][0] if rents else inf
 
     def _fill(self) -> None:
         """Admit the waiting in order while there is room for the first."""
@@ -381,6 +391,12 @@ class Residents:
         growth = self._growth / self._turns if self._turns else 0.0
         own = max(0, live.context - live.prompt_tokens) + growth
         fewest, found = inf, list[Home]()
+        if len(self._homes) > MANY:
+            self._rooms = self._rooms or Rooms(self._homes.values(), ADMIT)
+            found = self._rooms.find(own, live.prompt, live.prompt_tokens, self._pauses, live.last)
+            if found and found[0].replica.name == live.last:
+                return found[0]
+            return self._rng.choice(found) if found else None
         for name, home in self._homes.items():
             need = own + (0 if live.prompt in home.prompts else live.prompt_tokens)
             if name in self._pauses:
@@ -403,6 +419,8 @@ class Residents:
         home.prompts[live.prompt] = (sharing + 1, tokens)
         home.used += 0 if sharing else tokens
         home.residents[live.key] = live
+        if self._rooms is not None:
+            self._rooms.changed(home, live.prompt)
         self._count(home, live)
         self._admitted |= dict.fromkeys(live.waiting, name)
         live.waiting.clear()
@@ -415,7 +433,7 @@ class Residents:
         """Contexts have grown over the capacity: evict idle residents, the last in the order first."""
         while home.used > home.capacity * FULL and home.idle:
             *_, entry, live = heappop(home.idle)
-            if live.entry == entry and live.idle and live.home == home.replica.name:
+            if live.entry == entry and live.idle:
                 self._evict(home, live, "full")
 
     def _evict(self, home: Home, live: Live, why: str) -> None:
@@ -434,6 +452,8 @@ class Residents:
             home.used -= tokens
         if not home.residents:
             home.used = 0.0  # but for rounding, it is
+        if self._rooms is not None:
+            self._rooms.changed(home, live.prompt)
         self._busy(live)
         self._change("resident", -1)
         live.home, live.last, live.own, live.running = None, name, 0.0, set()

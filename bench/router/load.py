@@ -22,9 +22,11 @@ import numpy as np
 from bench.fidelity.disturbance import TICK_S
 from bench.router.alone import IN_FLIGHT
 from bench.router.crowd import Crowd, Life
-from verl_heddle.trajectory import ToolStart
+from verl_heddle.trajectory import Outcome, ToolStart, TrajectoryEnd, TurnEnd, TurnStart
 from verl_heddle.verl_plugin.calls import answer
 from verl_heddle.verl_plugin.link import Link
+
+SPREAD = 0.5
 
 DEADLINE_S = 30.0
 """As `deadlines.router_s`; a turn that gets no answer ends the run."""
@@ -43,6 +45,18 @@ class Loaded(NamedTuple):
     seconds: float
     """First due to last answer."""
     cpu_s: float
+
+
+class Stepped(NamedTuple):
+    """What one process saw of a step; seconds, one entry per trajectory."""
+
+    first_s: np.ndarray
+    """Its first turn waited for its answer."""
+    others_s: np.ndarray
+    """All its other turns together."""
+    busy_s: np.ndarray
+    """In engines and tools."""
+    seconds: float
 
 
 class Counted:
@@ -100,6 +114,39 @@ class Loader:
         acquire, late, asked = np.array(self._seen).T
         times = (time.monotonic() - begun, time.process_time() - cpu)
         return Loaded(acquire, late, asked.astype(bool), self._held, self._router.calls, *times)
+
+    async def step(self, turns: int, busy_s: float) -> Stepped:
+        """One step: all trajectories begin at once, with so many turns each, whose engine and tool take `busy_s` seconds in the mean,
+        `SPREAD` less or more."""
+        gc.collect()
+        begun = time.monotonic()
+        lives = [self._crowd.start() for _ in range(self._live)]
+        waits = await asyncio.gather(*(self._episode(life, turns, busy_s) for life in lives))
+        if self._troubles:
+            raise RuntimeError(f"the router was lost: {dict(self._troubles)}")
+        return Stepped(*np.array(waits).T, time.monotonic() - begun)
+
+    async def _episode(self, life: Life, turns: int, busy_s: float) -> tuple[float, float, float]:
+        """Seconds of its first turn's wait, of all others', and of engines and tools."""
+        first = others = busy = 0.0
+        context, generated = life.context, 0
+        for number in range(turns):
+            turn = TurnStart(life.who, life.who.key, number, context, generated, None)
+            before = time.monotonic()
+            decision = self._link.begin(turn) or await self._link.ask(turn)
+            if decision.held:
+                decision, _ = await self._link.wait(turn, decision)
+            waited = time.monotonic() - before
+            first, others = (waited, others) if not number else (first, others + waited)
+            engine_s, tool_s = (busy_s * (1 + SPREAD * (2 * self._rng.random() - 1)) / 2 for _ in range(2))
+            await asyncio.sleep(engine_s)
+            generated, context, busy = generated + 300, context + 500, busy + engine_s + tool_s
+            self._link.tell("turn_finished", TurnEnd(life.who, turn.conversation, decision.replica, number, 300, True, engine_s))
+            if number < turns - 1:
+                await asyncio.sleep(tool_s)
+        self._link.ended(life.who.key)
+        self._link.tell("trajectory_ended", TrajectoryEnd(life.who, Outcome.FINISHED, generated, turns))
+        return first, others, busy
 
     async def drain(self) -> None:
         """Until no turn is open."""

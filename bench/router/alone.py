@@ -115,11 +115,14 @@ class Alone:
 
     async def drain(self) -> dict[str, int]:
         """Let everybody end; returns what is left in the router."""
-        while self._open or self._held:
-            await self._finish()
-        for life in [self.crowd.start() for _ in range(self.crowd.ready)]:
-            if life.turn:
-                self.router.trajectory_ended(TrajectoryEnd(life.who, Outcome.CANCELLED, life.generated, life.turn))
+        while self._open or self._held or self._homes:
+            while self._open:
+                await self._finish()
+            for life in [self.crowd.start() for _ in range(self.crowd.ready)]:
+                if life.turn:
+                    self._homes.pop(life.who.key, None)
+                    self.router.trajectory_ended(TrajectoryEnd(life.who, Outcome.CANCELLED, life.generated, life.turn))
+            self._hear()
         mind, promised = self.router._orchestrator, self.router._promised
         left = {"turns": len(mind.turns), "lives": len(mind._lives), "in flight": self.router.get_total_inflight()}
         left |= {"held": len(promised.held), "stays": len(promised.stays), "put out": len(mind.put_out())}

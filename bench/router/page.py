@@ -70,8 +70,8 @@ def _scale(result: dict[str, Any]) -> list[str]:
     for name, at in found.items():
         took = at["acquire_ms"]
         lines.append(
-            f"| {name} | {at['waiting']:,} | {at['us_per_turn']:.0f} us | {at['asked_share']:.0%} | {took['p50']:.2f} ms | {took['p99']:.2f} ms "
-            f"| {at['mib']:.0f} MiB |"
+            f"| {name} | {at['waiting']:,} | {at['us_per_turn']:.0f} us | {at['asked_share']:.0%} "
+            f"| {took['p50']:.2f} ms | {took['p99']:.2f} ms | {at['mib']:.0f} MiB |"
         )
     return lines
 
@@ -91,7 +91,7 @@ def _step(result: dict[str, Any]) -> list[str]:
     title = (
         f"A step replayed through Ray: 10,000 trajectories of 20 turns, all begun at once, {at['longest_s']:.0f} s in engines and tools:"
     )
-    head = "| options | a first turn waits p50 | at most | its other turns together p50 | at most | the step is longer by | router CPU a turn |"
+    head = "| options | a first turn waits p50 | at most | its others together p50 | at most | the step is longer by | router CPU a turn |"
     return ["", title, "", head, "|---|---|---|---|---|---|---|", *rows]
 
 

@@ -25,11 +25,10 @@ from verl_heddle.fleet import Replica
 from verl_heddle.latency.model import LatencyModel
 from verl_heddle.options import Options
 from verl_heddle.orchestrator import Orchestrator
-from verl_heddle.predict.predictor import Predictor
-from verl_heddle.predict.store import StateError
 from verl_heddle.trajectory import Decision, Prewarm, Reason, ToolStart, TrajectoryEnd, TurnEnd, TurnStart
 from verl_heddle.verl_plugin.calls import Promises
 from verl_heddle.verl_plugin.news import News, Promised
+from verl_heddle.verl_plugin.router_learning import Learning
 from verl_heddle.verl_plugin.router_status import PoolStatus
 from verl_heddle.verl_plugin.stopwatch import Stopwatch
 from verl_heddle.verl_plugin.voice import say, say_once
@@ -59,7 +58,7 @@ def alike(servers: Mapping[str, Any], tp: int = 1, slots: int = 256, kv_tokens: 
     return {name: (Replica(name, tp, slots, kv_tokens), handle) for name, handle in servers.items()}
 
 
-class HeddleRouter(PoolStatus):
+class HeddleRouter(PoolStatus, Learning):
     """One per run; Ray serialises its calls.
 
     Args:
@@ -91,8 +90,6 @@ class HeddleRouter(PoolStatus):
         """To pre-warm, by trajectory."""
         self._watch: asyncio.Task | None = None
         self._refresh: asyncio.Task | None = None
-        self._fit: asyncio.Future | None = None
-        self._fit_s = 0.0
         self.add_servers({name: handle for name, handle in servers.items() if name is not None})
 
     def configure(
@@ -324,11 +321,8 @@ class HeddleRouter(PoolStatus):
         self._promised.mail.forget_silent()
         self._drop_orders()
         self._go_on()
-        predictor = self._orchestrator.predictor
-        if predictor is not None and self._options.predict.trees and (self._fit is None or self._fit.done()):
-            began = time.monotonic()
-            self._fit = asyncio.get_running_loop().run_in_executor(None, predictor.fit_job().run)
-            self._fit.add_done_callback(lambda fit: self._fitted(fit, began))
+        if self._options.predict.trees:
+            self._fit_anew()
         return self.stats()
 
     def stats(self) -> dict[str, float]:
@@ -336,35 +330,7 @@ class HeddleRouter(PoolStatus):
         result: dict[str, float] = {**self._counts, **{f"failed_{event}": count for event, count in self.failures.items()}}
         result["hold_overdue"] = self._orchestrator.overdue
         result |= self._orchestrator.metrics()
-        predictor = self._orchestrator.predictor
-        if predictor is not None:
-            result |= {"fit_s": self._fit_s, "fit_rows": predictor.model.rows if predictor.model else 0}
-        return result
-
-    def learnt(self) -> bytes | None:
-        """What the predictor knows, for a checkpoint; None if nobody predicts."""
-        predictor = self._orchestrator.predictor
-        return None if predictor is None else predictor.to_bytes()
-
-    def learn_again(self, state: bytes) -> str | None:
-        """Take up what `learnt` gave; returns why not, if not."""
-        if self._orchestrator.predictor is None:
-            return None
-        try:
-            self._orchestrator.predictor = Predictor.from_bytes(state, self._cap_tokens)
-        except StateError as error:
-            return str(error)
-        return None
-
-    def _fitted(self, fit: asyncio.Future, began_s: float) -> None:
-        self._fit_s = time.monotonic() - began_s
-        try:
-            model = fit.result()
-            if self._orchestrator.predictor is not None:
-                self._orchestrator.predictor.adopt(model)
-        except Exception as error:
-            self.failures["fit"] += 1
-            say_once(f"the length model could not be fitted ({type(error).__name__}: {error}); predictions go on without it")
+        return result | self._fit_facts()
 
     def _tell(self, event: str, what: Any) -> None:
         try:

@@ -9,7 +9,7 @@ Units: tokens are counts, durations are seconds, times are seconds on one caller
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from math import inf
 from operator import attrgetter
@@ -19,8 +19,8 @@ from typing import Any
 def travels(cls: Any) -> Any:
     """A frozen dataclass with slots, of two fields or more, whose objects go from process to process by the thousand: pickled as a call of
     the class, which takes half the time of what `dataclass` makes."""
-    fields = attrgetter(*cls.__slots__)
-    cls.__reduce__ = lambda self: (type(self), fields(self))
+    told = attrgetter(*(one.name for one in fields(cls) if one.init))
+    cls.__reduce__ = lambda self: (type(self), told(self))
     return cls
 
 
@@ -78,11 +78,11 @@ class TrajectoryId:
     sample: int | str
     step: int
     validate: bool = False
+    key: str = field(init=False, repr=False, compare=False)
+    """Unique within a run: verl's own `{uid}_{session_id}`."""
 
-    @property
-    def key(self) -> str:
-        """Unique within a run: verl's own `{uid}_{session_id}`."""
-        return f"{self.uid}_{self.sample}"
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", f"{self.uid}_{self.sample}")
 
 
 @travels
@@ -107,14 +107,12 @@ class TurnStart:
     """The prompt's text, told with a trajectory's first turn where it is known."""
     leg: int = 0
     """How often this generation has been sent before: it starts again when its replica is lost, and goes on after a weight update."""
+    request: str = field(init=False, repr=False, compare=False)
+    """Name of the request, in the router and in the engine: unique in the run."""
 
     def __post_init__(self) -> None:
         _only_times(self, "tool_s")
-
-    @property
-    def request(self) -> str:
-        """Name of the request, in the router and in the engine: unique in the run."""
-        return _request(self.trajectory, self.turn, self.leg)
+        object.__setattr__(self, "request", _request(self.trajectory, self.turn, self.leg))
 
 
 @travels
@@ -135,14 +133,12 @@ class TurnEnd:
     """Generated in earlier legs."""
     interrupted: bool = False
     """A weight update ended the request, not the generation, which goes on in another leg."""
+    request: str = field(init=False, repr=False, compare=False)
+    """As `TurnStart.request`."""
 
     def __post_init__(self) -> None:
         _only_times(self, "engine_s")
-
-    @property
-    def request(self) -> str:
-        """As `TurnStart.request`."""
-        return _request(self.trajectory, self.turn, self.leg)
+        object.__setattr__(self, "request", _request(self.trajectory, self.turn, self.leg))
 
 
 def _request(trajectory: TrajectoryId, turn: int, leg: int) -> str:

@@ -178,7 +178,6 @@ class Loader:
         if not isinstance(after, ToolStart):
             self._link.ended(life.who.key)
             self._link.tell("trajectory_ended", after)
-            self._link.hurry()
         elif self._predicts:
             self._link.tell("tool_started", after)
 

@@ -367,7 +367,10 @@ class HeddleClient(LLMServerClient):
         self._limits.pop(end.trajectory.key, None)
         self._link.ended(end.trajectory.key)
         self._link.tell("trajectory_ended", end)
-        self._link.hurry()  # it may be the last of the step
+
+    def told(self) -> None:
+        """See to it that the router has been told of everything: a step may be over."""
+        self._link.hurry()
 
 
 class HeddleAsyncClient(FullyAsyncLLMServerClient, HeddleClient):

@@ -12,8 +12,9 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-LATEST_S = 0.01
-"""A place that has become free is known so much later; with several turns in flight per slot no engine runs dry by it."""
+LATEST_S = 0.02
+"""A place that has become free is known so much later; with several turns in flight per slot no engine runs dry by it. A call costs the
+router as much as ten turns, and so every worker makes 50 a second at most for what it tells."""
 
 KEPT = 20_000
 """Events kept for a router that does not answer: more than a worker has in a step. The oldest go."""

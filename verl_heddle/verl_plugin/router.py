@@ -192,6 +192,7 @@ class HeddleRouter(PoolStatus, Learning):
         self._go_on()
         return decision
 
+    @ray.method(num_returns=0)
     def told(self, events: Sequence[tuple[str, Any]]) -> None:
         """Several events of one worker, in their order: names of methods, and what they are told."""
         self._in_lot = True

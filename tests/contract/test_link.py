@@ -10,6 +10,7 @@ import asyncio
 import pickle
 from collections import Counter
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,7 +19,7 @@ pytest.importorskip("verl")
 from ray.exceptions import ActorDiedError
 from rig import FakeActor, Rig
 
-from verl_heddle.options import Admission, Deadlines, Options, Residents
+from verl_heddle.options import Admission, Deadlines, Options, Place, Residents
 from verl_heddle.trajectory import Decision, Outcome, Reason, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
 from verl_heddle.verl_plugin.client import HeddleAsyncClient
 from verl_heddle.verl_plugin.link import Link
@@ -365,6 +366,36 @@ def test_what_a_trajectory_is_told_ends_with_it():
         await episode(rig, "u", 2)
         assert not rig.client._link._stays
         rig.client.trajectory_ended(TrajectoryEnd(TrajectoryId("p", "u", 0, 1), Outcome.CANCELLED, 0, 0))
+        await rig.settled()
+
+    asyncio.run(play())
+
+
+def test_before_a_step_is_closed_the_router_has_been_told_of_everything(monkeypatch):
+    """The manager collects from the workers, and then tells the router that the step is over."""
+    from verl_heddle.verl_plugin.agent_loop import HeddleWorker
+
+    monkeypatch.setattr("verl_heddle.verl_plugin.outbox.LATEST_S", 60.0)
+
+    async def play() -> None:
+        rig = Rig(OPTIONS, slots=8)
+        await episode(rig, "u", 3)
+        assert rig.router._orchestrator.turns, "of its last turn nothing has been told yet"
+        worker = object.__new__(HeddleWorker)
+        worker.llm_client, worker._records = rig.client, []
+        worker._selection = SimpleNamespace(take=list, failures=0)
+        await worker.collect()
+        await rig.settled()
+
+    asyncio.run(play())
+
+
+def test_under_planned_placement_the_end_of_a_turn_waits_for_the_order_to_prewarm():
+    async def play() -> None:
+        rig = Rig(Options(place=Place(enable=True)), engines=2, slots=8)
+        reasons = await asyncio.gather(*(episode(rig, f"u{number}", 3) for number in range(3)))
+        assert rig.actor.calls["turn_finished"] == 9 and rig.router.stats()["told"] == 0
+        assert all(one[1:] == ["sticky"] * 2 for one in reasons)
         await rig.settled()
 
     asyncio.run(play())

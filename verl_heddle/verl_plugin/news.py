@@ -34,7 +34,7 @@ class LetIn(NamedTuple):
 
 
 class PutOut(NamedTuple):
-    """The next turn of this trajectory has to be asked for; None: of every trajectory."""
+    """The next turn of this trajectory has to be asked for; None: of every trajectory of the worker's."""
 
     trajectory: str | None
 
@@ -69,11 +69,6 @@ class Mailboxes:
         box = self._box(worker)
         box.items.append((self.number, item))
         self._answer(box)
-
-    def put_all(self, item: PutOut) -> None:
-        """For every worker."""
-        for worker in self._boxes:
-            self.put(worker, item)
 
     async def wait(self, worker: str, router: str, heard: int) -> News:
         """News for a worker that has heard those up to number `heard` of the process `router`; at once if that was another."""
@@ -159,5 +154,7 @@ class Promised:
 
     def put_all_out(self) -> None:
         """Nor does anybody."""
+        workers = {worker for worker, _ in self.stays.values()}
         self.stays.clear()
-        self.mail.put_all(PutOut(None))
+        for worker in workers:
+            self.mail.put(worker, PutOut(None))

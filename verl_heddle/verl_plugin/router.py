@@ -213,7 +213,7 @@ class HeddleRouter(PoolStatus, Learning):
         if replica not in self._servers:  # it left meanwhile: the turn begins again elsewhere, and asks
             self._counts["told_late"] += 1
             return
-        self._counts["told_late"] += turn.trajectory.key not in self._promised.stays
+        self._counts["told_late"] += not self._orchestrator.stays(turn.trajectory.key)
         try:
             self._orchestrator.turn_begun(turn, replica, time.monotonic())
         except Exception as error:

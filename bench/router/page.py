@@ -15,7 +15,7 @@ INK, GRID = "#1b2430", "#e3e7ec"
 
 def write(result: dict[str, Any]) -> None:
     """Both."""
-    fill(README, "measured", "\n".join(_tables(result)))
+    fill(README, "tables", "\n".join(_tables(result)))
     if any("curve" in found for found in result["options"].values()):
         _picture(result)
 

@@ -50,8 +50,8 @@ RATES = (250, 500, 1000, 1500, 2000, 2500, 3000)
 TARGET_RATE, TARGET_S = 2000, 0.002
 POINT_S, WARM_S, PAUSE_S = 8.0, 2.0, 0.5
 TURNS = 1_000_000
-STEP_TURNS, STEP_S = 20, 150.0
-"""Of the step that is replayed: half the seconds of a step of 300, so twice its rate of turns."""
+STEP_TURNS, STEP_S = 20, 120.0
+"""Of the step that is replayed: 0.4 times the seconds of a step of 300, so 2.5 times its rate of turns."""
 SCALE, SCALE_TURNS, SHORT_KV = (1000, 100_000), 50_000, 120_000
 """Replicas and trajectories under way; KV tokens of a replica where half of them wait."""
 LOOKS = 20

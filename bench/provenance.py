@@ -31,7 +31,7 @@ FOLDER = ROOT / "bench" / "results"
 RECORD = FOLDER / "measured.json"
 
 DECIDES = (
-    *("verl_heddle/orchestrator.py", "verl_heddle/options.py"),
+    *("verl_heddle/orchestrator.py", "verl_heddle/turns.py", "verl_heddle/options.py"),
     *(f"verl_heddle/{name}" for name in ("place", "predict", "schedule", "shape")),
 )
 STUDIES = tuple(f"verl_heddle/report/{name}.py" for name in ("draws", "play", "rules", "setting", "study"))
@@ -64,7 +64,10 @@ MEASURES: dict[str, tuple[str, ...]] = {
         *("verl_heddle/verl_plugin/client.py", "verl_heddle/verl_plugin/router.py", "verl_heddle/simulate/baselines/thunder_agent.py"),
         *("bench/residents/real.py", "bench/residents/peers.py", "verl_heddle/twin", "verl_heddle/report/recorded.py"),
     ),
-    "cpu/router.json": (*DECIDES, "verl_heddle/verl_plugin/router.py", "bench/router/alone.py", "bench/router/load.py"),
+    "cpu/router.json": (
+        *(*DECIDES, "bench/router/alone.py", "bench/router/load.py"),
+        *(f"verl_heddle/verl_plugin/{name}.py" for name in ("router", "news", "link", "outbox")),
+    ),
     "cpu/schedule.json": (*SCHEDULER, "bench/schedule/pairs.py", "bench/schedule/work.py"),
     "cpu/twin.json": (*SIMULATED, "verl_heddle/twin", "verl_heddle/report/recorded.py", "bench/auto/cost.py"),
     "h200/forecast.json": (*SIMULATED, "bench/gpu/experiments"),

@@ -8,6 +8,9 @@ Invariants
 - every `turn_started` is answered by one `turn_finished`, completed or not, and a second one has no effect; a trajectory may have several
   turns under way; in-flight counts return to zero when all have been answered, and when `step_ended` has closed what nobody will answer;
 - a held turn is named by `admitted` exactly once, unless its `turn_finished` comes first;
+- a trajectory that `stays` is named by `put_out` before its next `turn_started` is answered with another replica; until then that turn may
+  as well be told, by `turn_begun`, as asked;
+- requests in flight are the open turns, by replica: `turns.recount` makes it so again where a policy has raised in between;
 - a pre-warm is ordered by `prewarms` at most once per move, and is over with the trajectory's next `turn_started`;
 - a conversation stays on its replica for as long as its trajectory lives, unless the replica leaves, or the trajectory is evicted or moved;
 - decisions depend on the events, their times and the seed only: the same sequence gives the same decisions;
@@ -24,7 +27,6 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from math import ceil, inf
 from random import Random
 
@@ -33,6 +35,7 @@ from verl_heddle.options import Options
 from verl_heddle.place.decisions import Expected
 from verl_heddle.place.pace import Latency
 from verl_heddle.place.replan import Replanner
+from verl_heddle.place.sticky import StickyLeastInflight
 from verl_heddle.place.transfers import LAST_PRIORITY, Transfer, Transfers
 from verl_heddle.predict.predictor import Predictor
 from verl_heddle.predict.quantities import Estimate
@@ -40,7 +43,8 @@ from verl_heddle.schedule.admission import Admission, most_turns
 from verl_heddle.schedule.priority import VALIDATION, Pace, longest_first, work_tokens
 from verl_heddle.schedule.resident import ORDERS
 from verl_heddle.schedule.residents import Residents
-from verl_heddle.trajectory import Decision, Prewarm, Reason, ToolStart, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
+from verl_heddle.trajectory import Decision, Prewarm, Reason, ToolStart, TrajectoryEnd, TurnEnd, TurnStart
+from verl_heddle.turns import Life, OpenTurn, OpenTurns
 
 FIRST_HOLD_S = 15.0
 """How long a context is held through a tool call before step times are known: the KV cache of an H200 is read in 5 to 40 s, by model and
@@ -48,34 +52,6 @@ degree."""
 
 SLICE = 256
 """Turns that one `reprioritised` predicts anew: 5 ms, in which no turn is answered."""
-
-
-@dataclass(slots=True)
-class _Life:
-    """A trajectory from its first turn's start to its end."""
-
-    who: TrajectoryId
-    turns: int = 0
-    """Turns started, a turn that starts again counted once."""
-    tool_s: float = 0.0
-    homes: dict[str, str] = field(default_factory=dict)
-    """Replica of the last turn of each conversation."""
-    open: set[str] = field(default_factory=set)
-    """Requests of its turns under way."""
-    plain: bool = False
-    """Whether verl's own rule places its turns, since resident sets rested when it began."""
-
-
-@dataclass(slots=True)
-class _Open:
-    """A turn between its start and its end."""
-
-    turn: TurnStart
-    replica: str
-    """Empty while it waits for admission to any."""
-    priority: int
-    life: _Life | None
-    """None: the request belongs to no trajectory."""
 
 
 class Orchestrator:
@@ -110,12 +86,10 @@ class Orchestrator:
         """Whether resident sets rest for trajectories that begin."""
         self._tiered = False
         """Whether the host keeps what some replica evicts."""
-        self._lives: dict[str, _Life] = {}
+        self._lives: dict[str, Life] = {}
         """By trajectory key."""
-        self._open: dict[str, _Open] = {}
-        """By request."""
-        self._of_group: dict[str, dict[str, None]] = defaultdict(dict)
-        """Open requests by `uid`, in the order in which they came."""
+        self.turns = OpenTurns(self._placement.rule)
+        """Under way."""
         self._refreshes = self._orders and options.priority.order == "longest" and options.priority.refresh_s > 0
         self._changed: dict[str, None] = {}
         """Groups with open turns of which a trajectory has ended since the last refresh."""
@@ -129,6 +103,16 @@ class Orchestrator:
     def inflight(self) -> dict[str, int]:
         """Requests in flight by replica name."""
         return dict(self._placement.inflight)
+
+    @property
+    def rule(self) -> StickyLeastInflight:
+        """verl's own, on the orchestrator's count of what is in flight: for whoever knows no turns."""
+        return self._placement.rule
+
+    @property
+    def replicas(self) -> dict[str, Replica]:
+        """The fleet, by name."""
+        return dict(self._replicas)
 
     def replicas_added(self, replicas: Iterable[Replica]) -> None:
         """Replicas joined the fleet, empty."""
@@ -214,8 +198,24 @@ class Orchestrator:
         Raises:
             RuntimeError: the fleet is empty.
         """
-        if turn.request in self._open:
-            self._void(self._open[turn.request], now)
+        return self._start(turn, now)
+
+    def turn_begun(self, turn: TurnStart, replica: str, now: float) -> None:
+        """A turn of a trajectory that `stays` runs there. Where the trajectory has been put out meanwhile, it has come back."""
+        self._start(turn, now, replica)
+
+    def stays(self, key: str) -> bool:
+        """Whether the trajectory's next turns run where it is now, and as urgently, whatever they tell when they begin: until `put_out`
+        names it, they need not be asked for."""
+        return self.residents is not None and self.predictor is None and not self._tiered and self.residents.stays(key)
+
+    def put_out(self) -> list[str]:
+        """Keys of trajectories that do not stay any more. To be asked after every event."""
+        return [] if self.residents is None else self.residents.put_out()
+
+    def _start(self, turn: TurnStart, now: float, at: str | None = None) -> Decision:
+        if (before := self.turns.get(turn.request)) is not None:
+            self._void(before, now)
         key, estimate, life = turn.trajectory.key, None, None
         if turn.trajectory.prompt:  # a request outside any trajectory has no prompt, and never ends
             life = self._started(turn)
@@ -224,18 +224,17 @@ class Orchestrator:
                 estimate = self.predictor.predict(key)
         priority = self._priority(turn, life, None if estimate is None else (estimate.median_tokens, estimate.tool_s))
         self._transfers.over(key)
-        replica, reason, held = self._where(turn, life, estimate, priority, now)
+        replica, reason, held = self._where(turn, life, estimate, priority, now) if at is None else self._there(turn, life, at, now)
         self.counts[reason] += 1
-        self._open[turn.request] = _Open(turn, replica, priority, life)
-        self._of_group[turn.trajectory.uid][turn.request] = None
+        self.turns.add(OpenTurn(turn, replica, priority, life))
         if life is not None:
             life.homes[turn.conversation] = replica
             life.open.add(turn.request)
         if estimate is None:
-            return Decision(replica, priority, reason, held=held)
+            return Decision(replica, priority, reason, held=held, stays=not held and life is not None and self.stays(key))
         return Decision(replica, priority, reason, estimate.median_tokens, estimate.upper_tokens, held)
 
-    def _where(self, turn: TurnStart, life: _Life | None, estimate: Estimate | None, priority: int, now: float) -> tuple[str, Reason, bool]:
+    def _where(self, turn: TurnStart, life: Life | None, estimate: Estimate | None, priority: int, now: float) -> tuple[str, Reason, bool]:
         """Replica, why, and whether the turn is held."""
         if self.residents is not None and life is not None and self._replicas and not (self._tiered or life.plain):
             resident = self.residents.home_of(turn.trajectory.key) is not None
@@ -248,21 +247,26 @@ class Orchestrator:
         begun = turn.generated_tokens > 0
         return replica, reason, self.admission is not None and not self.admission.ask(turn.request, replica, priority, now, begun)
 
+    def _there(self, turn: TurnStart, life: Life | None, at: str, now: float) -> tuple[str, Reason, bool]:
+        """As `_where`, of a turn that is on its way to `at`."""
+        if self.residents is not None and life is not None and not (self._tiered or life.plain):
+            self.residents.turn_begun(turn, at, now)
+        if at in self._replicas:
+            self._placement.rule.note(turn.conversation, at)
+        return at, Reason.STICKY, False
+
     def turn_finished(self, turn: TurnEnd, now: float) -> None:
         """The engine is done with the turn, or it gave up waiting. Without effect if the turn is not under way."""
-        if turn.request in self._open:
-            self._close(turn, now)
+        opened = self.turns.close(turn.request)
+        if opened is not None:
+            self._close(opened, turn, now)
 
-    def _void(self, opened: _Open, now: float) -> None:
+    def _void(self, opened: OpenTurn, now: float) -> None:
         turn = opened.turn
-        self._close(TurnEnd(turn.trajectory, turn.conversation, opened.replica, turn.turn, 0, False, leg=turn.leg), now)
+        self.turn_finished(TurnEnd(turn.trajectory, turn.conversation, opened.replica, turn.turn, 0, False, leg=turn.leg), now)
 
-    def _close(self, turn: TurnEnd, now: float) -> None:
-        opened = self._open.pop(turn.request)
-        group = self._of_group[turn.trajectory.uid]
-        del group[turn.request]
-        if not group:
-            del self._of_group[turn.trajectory.uid]
+    def _close(self, opened: OpenTurn, turn: TurnEnd, now: float) -> None:
+        if turn.trajectory.uid not in self.turns.groups:
             self._changed.pop(turn.trajectory.uid, None)
         if opened.life is not None:
             opened.life.open.discard(turn.request)
@@ -305,7 +309,7 @@ class Orchestrator:
         self._placement.ended(end)
         if self.predictor is not None:
             self.predictor.trajectory_ended(end)
-            if self._refreshes and end.trajectory.uid in self._of_group:
+            if self._refreshes and end.trajectory.uid in self.turns.groups:
                 self._changed[end.trajectory.uid] = None
 
     def step_ended(self, step: int, now: float) -> int:
@@ -314,7 +318,7 @@ class Orchestrator:
         lost = {key for key, life in self._lives.items() if life.who.step < step}
         if self.predictor is not None:
             lost.update(self.predictor.abandon_before(step))  # those that were announced and never began, too
-        for opened in [one for one in self._open.values() if one.life is not None and one.life.who.step < step]:
+        for opened in [one for one in self.turns if one.life is not None and one.life.who.step < step]:
             self._void(opened, now)
         for key in lost:
             self._forget(key, now)
@@ -331,17 +335,21 @@ class Orchestrator:
     def admitted(self, now: float) -> list[tuple[str, str]]:
         """(request, replica) of those that were held and may go. To be asked after every event, and after `tick`."""
         if self.residents is not None:
-            result = self.residents.admitted()
-            for request, replica in result:
-                opened = self._open[request]
+            result = []
+            for request, replica in self.residents.admitted():
+                opened = self.turns.get(request)
+                if opened is None or opened.replica:  # verl's rule has taken over after a policy raised
+                    continue
                 opened.replica = replica
                 if opened.life is not None:
                     opened.life.homes[opened.turn.conversation] = replica
                 self._placement.acquire(opened.turn, None, replica)
+                result.append((request, replica))
             return result
         if self.admission is None:
             return []
-        return [(request, self._open[request].replica) for request in self.admission.admitted(now) if request in self._open]
+        let_in = map(self.turns.get, self.admission.admitted(now))
+        return [(opened.turn.request, opened.replica) for opened in let_in if opened is not None]
 
     @property
     def overdue(self) -> int:
@@ -382,11 +390,11 @@ class Orchestrator:
             return {}
         if not self._refreshing:
             self._refreshed_s = now
-            self._refreshing.extend(request for group in self._changed for request in self._of_group[group])
+            self._refreshing.extend(request for group in self._changed for request in self.turns.groups[group])
             self._changed.clear()
-        turns: list[_Open] = []
+        turns: list[OpenTurn] = []
         while self._refreshing and len(turns) < SLICE:
-            turn = self._open.get(self._refreshing.popleft())
+            turn = self.turns.get(self._refreshing.popleft())
             if turn is not None and turn.life is not None and turn.life.who.key in self.predictor:
                 turns.append(turn)
         estimates = self.predictor.predict_many([turn.turn.trajectory.key for turn in turns])
@@ -400,11 +408,11 @@ class Orchestrator:
                 self.admission.reprioritise(table)
         return dict(changed)
 
-    def _started(self, turn: TurnStart) -> _Life:
+    def _started(self, turn: TurnStart) -> Life:
         """The life of the trajectory, begun if it is new, with what the turn tells of it."""
         life = self._lives.get(turn.trajectory.key)
         if life is None:
-            life = self._lives[turn.trajectory.key] = _Life(turn.trajectory, plain=self._rests)
+            life = self._lives[turn.trajectory.key] = Life(turn.trajectory, plain=self._rests)
         if turn.turn >= life.turns:  # otherwise its replica was lost, and it starts again
             life.turns = turn.turn + 1
             life.tool_s += turn.tool_s or 0.0
@@ -416,7 +424,7 @@ class Orchestrator:
             self.residents.trajectory_ended(key, now)
         self._lives.pop(key, None)
 
-    def _priority(self, turn: TurnStart, life: _Life | None, left: tuple[float, float] | None) -> int:
+    def _priority(self, turn: TurnStart, life: Life | None, left: tuple[float, float] | None) -> int:
         """Of a turn whose trajectory has so many tokens and tool seconds left (None: nobody predicts)."""
         if not self._orders or life is None:
             return 0

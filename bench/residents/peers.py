@@ -61,6 +61,12 @@ class AsResidents:
         program = self._law.live.get(key)
         return None if program is None else program.home
 
+    def stays(self, key: str) -> bool:
+        return False  # its turns are asked for, every one
+
+    def put_out(self) -> list[str]:
+        return []
+
     def tick(self, now: float) -> None:
         self._law.tick(now)
 
@@ -92,4 +98,4 @@ class PeerRouter(HeddleRouter):
         super().configure(options, deterministic, fleet, *more)
         if options.admits and not options.priority.enable:
             self._orchestrator = under(thunder_agent(options.seed), options)
-            self._orchestrator.replicas_added(self._fleet.values())
+            self._orchestrator.replicas_added(replica for replica, _ in fleet.values())

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.router.crowd import CAP_TOKENS, Crowd
+from bench.router.crowd import CAP_TOKENS, Crowd, Life
 from verl_heddle.options import Options, Place
 from verl_heddle.report.setting import setting
-from verl_heddle.trajectory import ToolStart
+from verl_heddle.trajectory import Outcome, ToolStart, TrajectoryEnd
+from verl_heddle.verl_plugin.news import LetIn, Mailboxes, PutOut
 from verl_heddle.verl_plugin.router import HeddleRouter, alike
 
 SLOTS = 128
@@ -19,6 +21,9 @@ SLOTS = 128
 
 IN_FLIGHT = 0.5
 """Share of the trajectories that have a turn in an engine; the others are in tools."""
+
+STRADDLE = 40
+"""Training steps that a trajectory of the crowd may straddle: more than the last of 100,000 does."""
 
 OPTIONS: dict[str, Callable[[], Options]] = {
     "stock": lambda: Options(observe=True),
@@ -39,9 +44,9 @@ def resident_mib(process: int | str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
 
 
-def shape(servers: Mapping[str, Any], slots: int = SLOTS) -> dict[str, Any]:
-    """Arguments of `configure` besides the options: 8B on one H200 each, KV cache as verl's default leaves it."""
-    fleet = alike(servers, slots=slots, kv_tokens=step_times().kv_tokens(1))
+def shape(servers: Mapping[str, Any], kv_tokens: int | None = None) -> dict[str, Any]:
+    """Arguments of `configure` besides the options: 8B on one H200 each, KV cache as verl's default leaves it or of so many tokens."""
+    fleet = alike(servers, slots=SLOTS, kv_tokens=kv_tokens or step_times().kv_tokens(1))
     return {"deterministic": False, "fleet": fleet, "cap_tokens": CAP_TOKENS}
 
 
@@ -59,22 +64,39 @@ class Handle:
     def remote(self, table: dict[str, int]) -> None: ...
 
 
-def router(name: str, replicas: int) -> HeddleRouter:
+class Told(Mailboxes):
+    """News of the router's only worker, which hears them at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.items: list[LetIn | PutOut] = []
+
+    def put(self, worker: str, item: LetIn | PutOut) -> None:
+        self.items.append(item)
+
+
+def router(name: str, replicas: int, kv_tokens: int | None = None) -> HeddleRouter:
     """The product's router with fake servers."""
     made = HeddleRouter({f"replica_{number}": Handle() for number in range(replicas)}, {})
-    made.configure(OPTIONS[name](), **shape(made.handles()))
+    made.configure(OPTIONS[name](), **shape(made.handles(), kv_tokens))
     made.step_times_known(step_times())
+    made._promised.mail = Told()
     return made
 
 
 class Alone:
-    """Plays a crowd on a router."""
+    """Plays a crowd on a router, in which a fixed number of turns is in engines: whichever began first ends first."""
 
-    def __init__(self, name: str, replicas: int, live: int) -> None:
-        self.router, self._warms = router(name, replicas), name == "place"
+    def __init__(self, name: str, replicas: int, live: int, kv_tokens: int | None = None) -> None:
+        self.router, self._warms, self._predicts = router(name, replicas, kv_tokens), name == "place", OPTIONS[name]().predicts
         self.crowd = Crowd("alone", live)
         self.acquire_s: list[float] = []
-        self._open: list[tuple[Any, str]] = []
+        """Of turns that were asked for."""
+        self._open: deque[tuple[Life, str]] = deque()
+        self._held: dict[str, Life] = {}
+        """By request."""
+        self._homes: dict[str, str] = {}
+        """Of trajectories that stay."""
         self._most = int(IN_FLIGHT * live)
         self._fitted = 0
 
@@ -82,25 +104,74 @@ class Alone:
         """So many turns from start to end; returns CPU seconds. Between training steps the predictor is fitted, as in a run."""
         begun = time.process_time()
         for _ in range(number):
-            life = self.crowd.start()
-            before = time.perf_counter()
-            decision = self.router.turn_started(life.last)
-            self.acquire_s.append(time.perf_counter() - before)
-            self._open.append((life, decision.replica))
+            while not self.crowd.ready:  # everybody is in an engine, or waits
+                await self._finish()
+            self._start(self.crowd.start())
             if len(self._open) > self._most:
-                await self._finish(*self._open.pop(0))
+                await self._finish()
             if self.crowd.step > self._fitted:
                 await self.fit()
         return time.process_time() - begun
 
+    async def drain(self) -> dict[str, int]:
+        """Let everybody end; returns what is left in the router."""
+        while self._open or self._held or self._homes:
+            while self._open:
+                await self._finish()
+            for life in [self.crowd.start() for _ in range(self.crowd.ready)]:
+                if life.turn:
+                    self._homes.pop(life.who.key, None)
+                    self.router.trajectory_ended(TrajectoryEnd(life.who, Outcome.CANCELLED, life.generated, life.turn))
+            self._hear()
+        mind, promised = self.router._orchestrator, self.router._promised
+        left = {"turns": len(mind.turns), "lives": len(mind._lives), "in flight": self.router.get_total_inflight()}
+        left |= {"held": len(promised.held), "stays": len(promised.stays), "put out": len(mind.put_out())}
+        if mind.residents is not None:
+            left |= {"live": len(mind.residents._live), "resident": mind.residents.now["resident"]}
+        return left
+
+    def _start(self, life: Life) -> None:
+        assert life.last is not None
+        home = self._homes.get(life.who.key)
+        if home is not None:
+            self.router.told([("turn_begun", (life.last, home))])
+            self._open.append((life, home))
+        else:
+            before = time.perf_counter()
+            decision = self.router.turn_started(life.last)
+            self.acquire_s.append(time.perf_counter() - before)
+            if decision.held:
+                self._held[life.last.request] = life
+            else:
+                self._open.append((life, decision.replica))
+            if decision.stays:
+                self._homes[life.who.key] = decision.replica
+        self._hear()
+
+    def _hear(self) -> None:
+        mail = self.router._promised.mail
+        assert isinstance(mail, Told)
+        items, mail.items = mail.items, []
+        for item in items:
+            if isinstance(item, PutOut):
+                self._homes.pop(item.trajectory or "", None)
+                continue
+            life = self._held.pop(item.request)
+            assert item.replica is not None
+            self._open.append((life, item.replica))
+            if item.stays:
+                self._homes[life.who.key] = item.replica
+
     async def fit(self) -> None:
         """A training step is over; trajectories that straddle it go on."""
         self._fitted = self.crowd.step
-        await self.router.step_ended(self._fitted - 3)
+        await self.router.step_ended(self._fitted - STRADDLE)
         if self.router._fit is not None:
             await self.router._fit
+        self._hear()
 
-    async def _finish(self, life: Any, replica: str) -> None:
+    async def _finish(self) -> None:
+        life, replica = self._open.popleft()
         end, after = self.crowd.finish(life, replica)
         waiting = None
         if self._warms:
@@ -109,8 +180,11 @@ class Alone:
         else:
             self.router.told([("turn_finished", end)])
         if isinstance(after, ToolStart):
-            self.router.tool_started(after)
+            if self._predicts:
+                self.router.tool_started(after)
         else:
+            self._homes.pop(life.who.key, None)
             self.router.trajectory_ended(after)
         if waiting is not None and waiting.done() and waiting.result() is not None:
             self.router.transferred(life.who.key)
+        self._hear()

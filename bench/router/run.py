@@ -19,6 +19,8 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -35,16 +37,23 @@ from bench.router.alone import OPTIONS, Alone, resident_mib, rss_mib, shape, ste
 from bench.router.load import Loader, cpu_s
 from verl_heddle.predict.predictor import Predictor
 from verl_heddle.trajectory import Decision, Reason
+from verl_heddle.verl_plugin.calls import ANSWER_S
+from verl_heddle.verl_plugin.news import News
 
 RESULT = ROOT / "bench/results/cpu/router.json"
 REPLICAS, LIVE = 64, 10_000
 FLOOR = "floor"
 """In place of an option: an actor that decides nothing."""
 
+PARTS = ("alone", "memory", "scale", "curve", "step")
 RATES = (250, 500, 1000, 1500, 2000, 2500, 3000)
 TARGET_RATE, TARGET_S = 2000, 0.002
 POINT_S, WARM_S, PAUSE_S = 8.0, 2.0, 0.5
 TURNS = 1_000_000
+STEP_TURNS, STEP_S = 20, 120.0
+"""Of the step that is replayed: 0.4 times the seconds of a step of 300, so 2.5 times its rate of turns."""
+SCALE, SCALE_TURNS, SHORT_KV = (1000, 100_000), 50_000, 120_000
+"""Replicas and trajectories under way; KV tokens of a replica where half of them wait."""
 LOOKS = 20
 """Looks at the memory over all turns."""
 SHARE = 0.9
@@ -70,7 +79,7 @@ def alone(name: str, turns: int) -> dict[str, Any]:
 
 
 def memory(name: str, turns: int) -> dict[str, Any]:
-    """Resident MiB after equal numbers of turns, the predictor fitted at every step's end."""
+    """Resident MiB after equal numbers of turns, the predictor fitted at every step's end; then everybody ends, and what is left."""
     play = Alone(name, REPLICAS, LIVE)
     rows: list[tuple[int, float]] = []
 
@@ -84,8 +93,27 @@ def memory(name: str, turns: int) -> dict[str, Any]:
         return cpu
 
     cpu = asyncio.run(run())
+    left = {what: count for what, count in asyncio.run(play.drain()).items() if count}
     half = [mib for _, mib in rows[LOOKS // 2 :]]
-    return {"turns": turns, "mib": rows, "growth_second_half_mib": half[-1] - half[0], "cpu_s": cpu, "trajectories": play.crowd.ended}
+    return {"turns": turns, "mib": rows, "growth_second_half_mib": half[-1] - half[0], "cpu_s": cpu, "left": left} | {
+        "trajectories": play.crowd.ended
+    }
+
+
+def scale(short: bool) -> dict[str, Any]:
+    """The default at 1,000 replicas and 100,000 trajectories under way, in this process; `short`: with KV cache for half of them."""
+    before, kv_tokens = rss_mib(), SHORT_KV if short else None
+    play = Alone("default", *SCALE, kv_tokens)
+
+    async def run() -> float:
+        await play.turns(2 * SCALE[1])
+        play.acquire_s.clear()
+        return await play.turns(SCALE_TURNS)
+
+    us = 1e6 * asyncio.run(run()) / SCALE_TURNS
+    waiting = play.router._orchestrator.residents.now["waiting"] if play.router._orchestrator.residents else 0
+    found = {"us_per_turn": us, "acquire_ms": percentiles(play.acquire_s), "asked_share": len(play.acquire_s) / SCALE_TURNS}
+    return found | {"waiting": waiting, "mib": rss_mib() - before, "turns": SCALE_TURNS, "replicas": SCALE[0], "live": SCALE[1]}
 
 
 def taught() -> bytes:
@@ -102,13 +130,14 @@ def taught() -> bytes:
     return predictor.to_bytes()
 
 
-def curve(name: str, rates: list[int], seconds: float, loaders: int) -> list[dict[str, Any]]:
-    """One point per rate, on one actor."""
+@contextmanager
+def cluster(name: str, loaders: int) -> Iterator[tuple[Any, int, list[Any]]]:
+    """Ray on this machine with the router under an option, the id of its process, and processes of load."""
     import ray
 
     from verl_heddle.verl_plugin.router import RouterActor
 
-    state = taught() if name not in ("stock", FLOOR) else None
+    state = taught() if name != FLOOR and OPTIONS[name]().predicts else None
     ray.init(num_cpus=loaders + 1, include_dashboard=False, object_store_memory=100_000_000, log_to_driver=False)
     try:
         if name == FLOOR:
@@ -123,7 +152,18 @@ def curve(name: str, rates: list[int], seconds: float, loaders: int) -> list[dic
             assert ray.get(router.learn_again.remote(state), timeout=60) is None
         process = ray.get(router.__ray_call__.remote(lambda _: os.getpid()), timeout=60)
         make = ray.remote(num_cpus=0, max_concurrency=10)(Loader)
-        crowd = [make.remote(router, f"load{number}", LIVE // loaders, name == "place") for number in range(loaders)]
+        names, predicts = [f"replica_{number}" for number in range(REPLICAS)], name != FLOOR and OPTIONS[name]().predicts
+        made = [make.remote(router, names, f"load{number}", LIVE // loaders, name == "place", predicts) for number in range(loaders)]
+        yield router, process, made
+    finally:
+        ray.shutdown()
+
+
+def curve(name: str, rates: list[int], seconds: float, loaders: int) -> list[dict[str, Any]]:
+    """One point per rate, on one actor."""
+    import ray
+
+    with cluster(name, loaders) as (router, process, crowd):
 
         def load(rate: float, point_s: float) -> list[Any]:
             return ray.get([one.load.remote(rate / loaders, point_s, PAUSE_S) for one in crowd], timeout=10 * point_s + 120)
@@ -143,8 +183,28 @@ def curve(name: str, rates: list[int], seconds: float, loaders: int) -> list[dic
                 break
         ray.get([one.drain.remote() for one in crowd], timeout=300)
         return points
-    finally:
-        ray.shutdown()
+
+
+def step(name: str, loaders: int) -> dict[str, Any]:
+    """A step of `LIVE` trajectories with `STEP_TURNS` turns each: what their waits add to the seconds in engines and tools."""
+    import ray
+
+    with cluster(name, loaders) as (router, process, crowd):
+        before = cpu_s(process)
+        told = ray.get([one.step.remote(STEP_TURNS, STEP_S / STEP_TURNS) for one in crowd], timeout=4 * STEP_S)
+        first, others, busy = (np.concatenate([getattr(one, field) for one in told]) for field in ("first_s", "others_s", "busy_s"))
+        longest = busy.max()
+        return {
+            "step_s": STEP_S,
+            "turns": STEP_TURNS * len(first),
+            "first_s": {"p50": float(np.median(first)), "max": float(first.max())},
+            "others_s": {"p50": float(np.median(others)), "max": float(others.max())},
+            "makespan_added_s": float((first + others + busy).max() - longest),
+            "longest_s": float(longest),
+            "wall_s": max(one.seconds for one in told),
+            "actor_us_per_turn": 1e6 * (cpu_s(process) - before) / (STEP_TURNS * len(first)),
+            "failures": sum(count for key, count in ray.get(router.stats.remote(), timeout=60).items() if key.startswith("failed_")),
+        }
 
 
 class Sink:
@@ -157,26 +217,30 @@ class Sink:
 class Floor:
     """An actor of the router's kind that decides nothing: what Ray takes."""
 
-    def turns_started(self, turns: list[Any], told: Any) -> list[Decision]:
-        return [Decision("replica_0", 0, Reason.STICKY)] * len(turns)
+    def turns_started(self, turns: list[Any], told: Any, worker: str) -> tuple[list[Decision], int]:
+        return [Decision("replica_0", 0, Reason.STICKY)] * len(turns), 0
 
     def told(self, events: Any) -> None: ...
 
     def stats(self) -> dict[str, int]:
         return {"moves": 0}
 
-    async def wait_for_turn(self, request: str) -> None:
-        """Makes it asynchronous, as the router is."""
+    async def news(self, worker: str, router: str, heard: int) -> News:
+        """There are none."""
+        await asyncio.sleep(ANSWER_S)
+        return News("floor", [])
 
 
 def _point(rate: float, told: list[Any], actor_cpu_s: float, actor_mib: float) -> dict[str, Any]:
-    acquire = np.concatenate([one.acquire_s for one in told])
+    acquire, asked = (np.concatenate([getattr(one, name) for one in told]) for name in ("acquire_s", "asked"))
     wall = max(one.seconds for one in told)
     return {
         "rate": rate,
         "turns": len(acquire),
         "answered_per_s": len(acquire) / wall,
-        "acquire_ms": percentiles(acquire),
+        "acquire_ms": percentiles(acquire[asked]),
+        "told_ms": percentiles(acquire[~asked]) if not asked.all() else None,
+        "asked_share": float(asked.mean()),
         "late_ms": percentiles(np.concatenate([one.late_s for one in told])),
         "turns_per_call": len(acquire) / sum(one.calls for one in told),
         "held": sum(one.held for one in told),
@@ -189,11 +253,13 @@ def _point(rate: float, told: list[Any], actor_cpu_s: float, actor_mib: float) -
 
 def text(point: dict[str, Any]) -> str:
     """One point on a line."""
-    took = point["acquire_ms"]
+    took, told = point["acquire_ms"], point["told_ms"]
+    others = f", p99 {told['p99']:.2f} for the others" if told else ""
     return (
         f"{point['rate']:5d}/s: answered {point['answered_per_s']:5.0f}/s, p50 {took['p50']:.2f} p99 {took['p99']:.2f} "
-        f"p99.9 {took['p999']:.2f} ms, {point['turns_per_call']:.1f} turns a call, sent late p99 {point['late_ms']['p99']:.1f} ms, "
-        f"actor {point['actor_us_per_turn']:.0f} us/turn ({point['actor_cpu_share']:.0%} of a core), load {point['loaders_cpu_share']:.0%}"
+        f"p99.9 {took['p999']:.2f} ms for the {point['asked_share']:.0%} that ask{others}, {point['turns_per_call']:.1f} turns a call, "
+        f"begun late p99 {point['late_ms']['p99']:.1f} ms, actor {point['actor_us_per_turn']:.0f} us/turn "
+        f"({point['actor_cpu_share']:.0%} of a core), load {point['loaders_cpu_share']:.0%}"
     )
 
 
@@ -210,7 +276,7 @@ def facts() -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="option default, two rates, few turns; nothing written")
-    parser.add_argument("--part", choices=("alone", "memory", "curve"), nargs="+", default=["alone", "memory", "curve"])
+    parser.add_argument("--part", choices=PARTS, nargs="+", default=list(PARTS))
     parser.add_argument("--options", choices=[FLOOR, *OPTIONS], nargs="+", default=[FLOOR, *OPTIONS], help="what is measured (all)")
     parser.add_argument("--rates", type=int, nargs="+", default=list(RATES), help="turns a second")
     parser.add_argument("--turns", type=int, default=TURNS, help="of the memory part")
@@ -228,8 +294,14 @@ def main(argv: list[str] | None = None) -> int:
             print(f"    {name}: alone {found['alone']['us_per_turn']:.0f} us/turn, acquire {found['alone']['acquire_ms']}", flush=True)
         if "memory" in args.part and name != FLOOR:
             found["memory"] = memory(name, args.turns)
+        if "scale" in args.part and name == "default" and not args.quick:
+            found["scale"] = {"room for all": scale(False), "room for half": scale(True)}
+            print(f"    {name}: {found['scale']}", flush=True)
         if "curve" in args.part:
             found["curve"] = curve(name, args.rates, seconds, args.loaders)
+        if "step" in args.part and name in (FLOOR, "default") and not args.quick:
+            found["step"] = step(name, args.loaders)
+            print(f"    {name}: {found['step']}", flush=True)
         if not args.quick:
             result |= facts()
             save(args.json, result, kept=True)

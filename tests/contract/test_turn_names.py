@@ -7,127 +7,17 @@ are the real ones. Real engines: tests/e2e/test_engine.py."""
 from __future__ import annotations
 
 import asyncio
-import time
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 pytest.importorskip("verl")
 
-from omegaconf import OmegaConf
-from verl.workers.rollout.replica import TokenOutput
+from rig import Rig
 
 from verl_heddle.options import Admission, Deadlines, Options
-from verl_heddle.traces.recorder import Recorder
-from verl_heddle.trajectory import Outcome, TrajectoryEnd, TrajectoryId
 from verl_heddle.verl_plugin.client import HeddleAsyncClient, HeddleClient
-from verl_heddle.verl_plugin.live import CURRENT
-from verl_heddle.verl_plugin.request_life import FIELD
-from verl_heddle.verl_plugin.router import HeddleRouter, alike
-
-
-class FakeActor:
-    """An object in this process behind the `.method.remote(...)` of a Ray actor."""
-
-    def __init__(self, inner: Any) -> None:
-        self.inner = inner
-
-    def __getattr__(self, name: str) -> Any:
-        return SimpleNamespace(remote=lambda *args, **kwargs: asyncio.ensure_future(self._call(name, args, kwargs)))
-
-    async def _call(self, name: str, args: tuple, kwargs: dict) -> Any:
-        result = getattr(self.inner, name)(*args, **kwargs)
-        return await result if asyncio.iscoroutine(result) else result
-
-
-class FakeEngine:
-    """A server that generates `max_tokens` tokens, one every millisecond; it knows requests by the id it was given, as vLLM does."""
-
-    def __init__(self) -> None:
-        self.open: dict[str, list[int]] = {}
-        """Tokens so far and at most, by request id."""
-        self.seen: list[str] = []
-        self.priorities: dict[str, int] = {}
-        self.unknown: list[str] = []
-        self.most = self.updates = 0
-        """Weight updates so far; each aborts what is open."""
-
-    async def generate(
-        self, request_id: str, prompt_ids: list[int], sampling_params: dict, priority: int = 0, **kwargs: Any
-    ) -> TokenOutput:
-        assert request_id not in self.open, f"two requests are named {request_id}"
-        self.seen.append(request_id)
-        state = self.open[request_id] = [0, sampling_params["max_tokens"]]
-        self.most, updates = max(self.most, len(self.open)), self.updates
-        try:
-            while state[0] < state[1] and self.updates == updates:
-                await asyncio.sleep(0.001)
-                state[0] += 1
-        finally:
-            del self.open[request_id]
-        told = {"global_steps": updates, FIELD: {"server_s": 0.001 * state[0]}, "num_cached_tokens": 0}
-        stop_reason = "completed" if state[0] >= state[1] else "aborted"
-        return TokenOutput(token_ids=[1] * state[0], stop_reason=stop_reason, log_probs=[0.0] * state[0], extra_fields=told)
-
-    async def heddle_priorities(self, table: dict[str, int]) -> int:
-        self.priorities |= {name: priority for name, priority in table.items() if name in self.open}
-        self.unknown += [name for name in table if name not in self.open]
-        return len(table)
-
-    async def heddle_limits(self, table: dict[str, int]) -> dict[str, int]:
-        found = {name: self.open[name] for name in table if name in self.open}
-        for name, state in found.items():
-            state[1] = min(state[1], table[name])
-        return {name: state[0] for name, state in found.items()}
-
-
-class Rig:
-    """One worker's client, a router and engines."""
-
-    def __init__(
-        self,
-        options: Options,
-        engines: int = 1,
-        slots: int = 1,
-        deterministic: bool = False,
-        client: type = HeddleClient,
-        kv_tokens: int | None = None,
-    ) -> None:
-        self.engines = {f"s{number}": FakeEngine() for number in range(engines)}
-        handles: dict[str, Any] = {name: FakeActor(engine) for name, engine in self.engines.items()}
-        self.router = HeddleRouter(handles)
-        self.router.configure(options, deterministic, alike(handles, slots=slots, kv_tokens=kv_tokens))
-        rollout = {"name": "vllm", "scheduling_policy": "priority", "prompt_length": 500, "response_length": 1500}
-        config = OmegaConf.create({"actor_rollout_ref": {"rollout": rollout | {"full_determinism": deterministic}}})
-        self.client = client(config=config, load_balancer_handle=FakeActor(self.router), servers=handles, options=options)
-
-    def start(self, uid: str, sample: int, **more: Any) -> Recorder:
-        """A trajectory begins in this task."""
-        recorder = Recorder(TrajectoryId("p", uid, sample, 1), time.monotonic(), time.time(), **more)
-        CURRENT.set(recorder)
-        return recorder
-
-    async def turn(self, conversation: str, tokens: int = 3) -> TokenOutput:
-        """One generation of this task's trajectory."""
-        return await self.client.generate(conversation, prompt_ids=[7] * 10, sampling_params={"max_tokens": tokens})
-
-    def end(self, recorder: Recorder, turns: int) -> None:
-        """The trajectory is over."""
-        self.client.trajectory_ended(TrajectoryEnd(recorder.id, Outcome.FINISHED, recorder.output_tokens, turns))
-
-    async def settled(self) -> None:
-        """Nothing is left of the turns anywhere."""
-        await asyncio.sleep(0.1)
-        mind = self.router._orchestrator
-        assert not mind._open and not mind._lives and not mind._of_group and not self.router._open
-        assert set(mind.inflight.values()) == {0} and self.router.get_total_inflight() == 0
-        assert not self.router._held.names and not self.router._orders.names
-        assert not self.client._flying and not self.client._warming and self.client.counts == {}
-        assert not mind.admission and not any(mind.admission.inside(name) for name in self.engines if mind.admission is not None)
-        seen = [name for engine in self.engines.values() for name in engine.seen]
-        assert len(set(seen)) == len(seen)
-
+from verl_heddle.verl_plugin.router import alike
 
 HOLDING = Options.longest(admission=Admission(per_slot=1.0, hold_s=20.0), deadlines=Deadlines(router_s=5.0))
 RESIDENTS = Options(admission=Admission(hold_s=20.0), deadlines=Deadlines(router_s=5.0))
@@ -212,7 +102,7 @@ def test_requests_outside_any_trajectory_have_names_of_their_own():
 
 def test_a_held_turn_waits_for_as_long_as_its_replica_lives(monkeypatch):
     """Far longer than one answer of the router may take, and than `hold_s`."""
-    monkeypatch.setattr("verl_heddle.verl_plugin.router.ANSWER_S", 0.05)
+    monkeypatch.setattr("verl_heddle.verl_plugin.news.ANSWER_S", 0.05)
 
     async def play() -> None:
         rig = Rig(Options.longest(admission=Admission(per_slot=1.0, hold_s=0.3), deadlines=Deadlines(router_s=5.0)))
@@ -237,11 +127,13 @@ def test_what_happens_while_the_router_does_not_answer_is_told_when_it_is_back()
         turn = asyncio.ensure_future(rig.turn("c", 400))
         await asyncio.sleep(0.05)
         answer, rig.router.turns_started = rig.router.turns_started, lambda *args: asyncio.sleep(0.3, answer(*args))
-        await rig.turn("c", 3)
-        assert rig.client.counts.pop("fallback_router") == 1 and rig.client._local.get_total_inflight() == 0
+        other = rig.start("u", 1)
+        await rig.turn("d", 3)
+        assert rig.client.counts.pop("fallback_router") == 1 and rig.client._link.local.get_total_inflight() == 0
+        rig.end(other, 1)
         await turn
-        rig.end(recorder, 2)
-        assert len(rig.router._open) == 2, "the slow router placed the turn after all"
+        rig.end(recorder, 1)
+        assert len(rig.router._orchestrator.turns) == 2, "the slow router placed the turn after all"
         rig.router.turns_started = answer
         rig.client.router_is_back()
         await rig.settled()

@@ -184,4 +184,4 @@ async def test_without_a_router_turns_go_on_under_verls_rule(client, router, how
     assert {turn.reason for _, record in results for turn in record.steps} == {str(Reason.FALLBACK_ROUTER)}
     assert client.counts["fallback_router"] == 12
     assert len(outputs[0].token_ids) == 5
-    assert client._local.get_total_inflight() == 0
+    assert client._link.local.get_total_inflight() == 0

@@ -36,4 +36,15 @@ def test_every_option_is_played_without_a_fallback(name):
     asyncio.run(play.turns(400))
     router = play.router
     assert not router.failures and router.get_total_inflight() == len(play._open) == 30
-    assert sum(router._orchestrator.counts.values()) == len(play.acquire_s) == 400
+    told = router.stats().get("told", 0)
+    assert not any(asyncio.run(play.drain()).values()), "nothing is left"
+    assert sum(router._orchestrator.counts.values()) == len(play.acquire_s) + told == 400 and (told > 200) == (name == "default")
+
+
+def test_where_kv_cache_is_short_trajectories_wait_and_are_put_out():
+    play = Alone("default", replicas=4, live=60, kv_tokens=15_000)
+    asyncio.run(play.turns(1500))
+    stats = play.router.stats()
+    assert play._held and stats["residents/full"] > 10 and stats["told"] > 300
+    assert len(play.acquire_s) + stats["told"] == 1500 and not play.router.failures
+    assert not any(asyncio.run(play.drain()).values())

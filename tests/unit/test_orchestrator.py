@@ -1,6 +1,6 @@
 """The orchestrator as a state machine: random lives of random trajectories."""
 
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import replace
 from random import Random
 
@@ -14,7 +14,7 @@ from verl_heddle.options import Admission, Options, Place, Priority, Residents
 from verl_heddle.orchestrator import Orchestrator
 from verl_heddle.place.sticky import CACHE_SIZE, StickyLeastInflight
 from verl_heddle.predict.predictor import Predictor
-from verl_heddle.trajectory import Outcome, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
+from verl_heddle.trajectory import Outcome, Reason, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
 
 LIVES = st.lists(st.lists(st.integers(1, 500), min_size=1, max_size=6), min_size=1, max_size=12)
 
@@ -172,6 +172,11 @@ class Crowd:
         self.tokens: Counter[TrajectoryId] = Counter()
         self.open: dict[str, tuple[TurnStart, str]] = {}
         self.held: set[str] = set()
+        self.stays: dict[str, str] = {}
+        """What workers believe: where trajectories stay."""
+        self.news: deque[str] = deque()
+        """Trajectories that have been put out, of which their workers have not heard."""
+        self.told = 0
 
     def event(self) -> None:
         """One thing that may happen."""
@@ -207,12 +212,24 @@ class Crowd:
         self.mind.reprioritised(self.now)
         self.mind.prewarms(self.now)
         self.let_in()
-        assert sum(self.mind.inflight.values()) == sum(bool(replica) for _, replica in self.open.values())
-        assert len(self.open) == len(self.mind._open) and self.mind.holds == bool(self.held)
-        assert set(self.mind._changed) <= set(self.mind._of_group)
+        self.news += self.mind.put_out()
+        while self.news and self.rng.random() < 0.4:
+            self.stays.pop(self.news.popleft(), None)
+        placed = Counter(replica for _, replica in self.open.values())
+        assert self.mind.inflight == {name: placed[name] for name in self.mind.replicas}
+        assert len(self.open) == len(self.mind.turns) and self.mind.holds == bool(self.held)
+        assert set(self.mind._changed) <= set(self.mind.turns.groups)
 
     def start(self, turn: TurnStart) -> None:
+        key = turn.trajectory.key
+        if key in self.stays and not turn.leg and turn.request not in self.open:
+            self.mind.turn_begun(turn, self.stays[key], self.now)
+            self.open[turn.request] = (turn, self.stays[key])
+            self.told += 1
+            return
         decision = self.mind.turn_started(turn, self.now)
+        if decision.stays and key not in self.news:
+            self.stays[key] = decision.replica
         self.open[turn.request] = (turn, decision.replica)
         self.held.discard(turn.request)
         if decision.held:
@@ -244,17 +261,85 @@ def test_whatever_turns_share_and_whoever_dies_nothing_is_left(kind, trajectorie
     for _ in range(120):
         crowd.event()
     mind = crowd.mind
+    assert not crowd.told or kind == "default"
     assert mind.step_ended(1, crowd.now) == 0, "they are of this step"
     alive = {who for who in crowd.todo if crowd.begun[who]}
     assert mind.step_ended(2, crowd.now) == len(alive), "their workers have died"
     assert set(mind.inflight.values()) == {0}
-    assert not (mind._open or mind._of_group or mind._lives or mind._changed or (mind.admitted(crowd.now) and not crowd.held))
+    assert not (mind.turns or mind.turns.groups or mind._lives or mind._changed or (mind.admitted(crowd.now) and not crowd.held))
     assert mind.admission is None or (not mind.admission and not any(mind.admission.inside(name) for name in mind.inflight))
     assert mind.residents is None or (not +mind.residents.now and not any(map(mind.residents.used, mind.residents.homes())))
     audit = mind._placement._audit
     assert not audit._shadow and set(audit._stock.inflight.values()) == {0}
     if mind.predictor is not None:
         assert Predictor.from_bytes(mind.predictor.to_bytes())
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 14), st.integers(0, 10_000), st.sampled_from([600, 2000, None]))
+def test_told_in_time_decides_as_asked(trajectories, seed, kv_tokens):
+    asked_and_told(trajectories, seed, kv_tokens)
+
+
+def test_most_turns_are_told_unless_contexts_are_evicted():
+    told, evicted = asked_and_told(12, 1, None)
+    assert told > 30 and not evicted
+    told, evicted = asked_and_told(12, 1, 2000)
+    assert told > 3 and evicted > 3
+
+
+def asked_and_told(trajectories: int, seed: int, kv_tokens: int | None) -> tuple[int, int]:
+    """One orchestrator is asked for every turn, another told of those whose trajectories stay: the same answers, admissions and evictions.
+    Returns how many were told, and how many evicted."""
+    rng, now, told = Random(seed), 0.0, 0
+    asked, other = (build(Options(), slots=4, kv_tokens=kv_tokens) for _ in range(2))
+    todo = {TrajectoryId(f"p{n % 3}", f"u{n % 4}", n, 1): rng.randint(1, 8) for n in range(trajectories)}
+    done, tokens, open_, held = Counter(), Counter(), {}, set()
+    stays: dict[str, tuple[str, int]] = {}
+    for _ in range(400):
+        now += rng.choice((0.01, 1.0, 20.0))
+        idle = [who for who in todo if who.key not in open_]
+        running = sorted(set(open_) - held)
+        if idle and (not running or rng.random() < 0.5):
+            who = rng.choice(idle)
+            turn = TurnStart(who, who.key, done[who], 100 + tokens[who], tokens[who], 1.0 if done[who] else None)
+            answer = asked.turn_started(turn, now)
+            if who.key in stays:
+                told += 1
+                other.turn_begun(turn, stays[who.key][0], now)
+                assert (answer.replica, answer.priority, answer.reason, answer.held) == (*stays[who.key], Reason.STICKY, False)
+            else:
+                assert other.turn_started(turn, now) == answer
+            open_[who.key] = (turn, answer.replica)
+            if answer.held:
+                held.add(who.key)
+            elif answer.stays:
+                stays[who.key] = answer.replica, answer.priority
+        elif running:
+            turn, replica = open_.pop(rng.choice(running))
+            who, new = turn.trajectory, rng.randint(1, 300)
+            done[who], tokens[who] = done[who] + 1, tokens[who] + new
+            for mind in (asked, other):
+                mind.turn_finished(TurnEnd(who, who.key, replica, turn.turn, new), now)
+                if done[who] == todo[who]:
+                    mind.trajectory_ended(TrajectoryEnd(who, Outcome.FINISHED, tokens[who], done[who]), now)
+            if done[who] == todo[who]:
+                del todo[who]
+                stays.pop(who.key, None)
+        let_in = asked.admitted(now)
+        assert let_in == other.admitted(now) and asked.inflight == other.inflight
+        for request, replica in let_in:
+            key = request.rpartition(":")[0]
+            held.remove(key)
+            open_[key] = (open_[key][0], replica)
+            if asked.stays(key):
+                stays[key] = replica, 0
+        out = asked.put_out()
+        assert out == other.put_out() and asked.residents.metrics() == other.residents.metrics()
+        for key in out:
+            stays.pop(key, None)
+    assert asked.counts == other.counts
+    return told, sum(asked.residents.counts[why] for why in ("full", "rent"))
 
 
 def test_a_conversation_stays_while_its_trajectory_lives_however_many_there_are():

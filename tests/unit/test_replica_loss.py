@@ -67,6 +67,10 @@ class Step:
         self.completed: Counter[tuple[str, int]] = Counter()
         self.ended: Counter[str] = Counter()
         self.clock, self.warmed, self.warms_lost = 0.0, 0, 0
+        self.stays: dict[str, str] = {}
+        """Where workers believe that trajectories stay; the news of evictions come late."""
+        self.out: list[str] = []
+        self.told = 0
         self.orchestrator.batch_expected([one.start for one in self.clients.values()], 0.0)
 
     def kill(self, replica: str) -> None:
@@ -96,9 +100,17 @@ class Step:
 
     def _ask(self, client: Client) -> None:
         self.warming.pop(client.who.key, None)
+        home = self.stays.get(client.who.key)
+        if home in self.fleet:
+            self.told += 1
+            client.decision = Decision(home, 0, Reason.STICKY)
+            return self.orchestrator.turn_begun(client.start, home, self.clock)
         client.decision = self.orchestrator.turn_started(client.start, self.clock)
         assert client.decision.replica in self.fleet or client.decision.held, "placed on a replica that is known to be lost"
         client.held = client.decision.held
+        if client.decision.stays and client.who.key not in self.out:
+            self.stays[client.who.key] = client.decision.replica
+        return None
 
     def _answered(self, client: Client, decision: Decision) -> None:
         """The engine is done, or the client finds that it is dead; then it says so and asks again with its next event."""
@@ -133,6 +145,9 @@ class Step:
 
     def _go_on(self) -> None:
         self.orchestrator.tick(self.clock)
+        self.out += self.orchestrator.put_out()
+        while self.out and self.rng.random() < 0.3:
+            self.stays.pop(self.out.pop(0), None)
         for request, replica in self.orchestrator.admitted(self.clock):
             client = self.clients[request.rpartition(":")[0]]
             assert client.held and client.decision is not None, "let in twice"
@@ -148,7 +163,7 @@ class Step:
         assert self.completed == Counter((key, turn) for key, one in self.clients.items() for turn in range(len(one.turns)))
         mind = self.orchestrator
         assert mind.inflight == dict.fromkeys(self.fleet, 0)
-        assert not mind._open and not mind._of_group and not any(mind.awaits_transfer(key) for key in self.clients)
+        assert not mind.turns and not mind.turns.groups and not any(mind.awaits_transfer(key) for key in self.clients)
         assert not mind._transfers._busy and mind.prewarms(self.clock) == []
         assert not mind._placement._live
         if mind.admission is not None:
@@ -163,6 +178,7 @@ def test_every_trajectory_completes_once_whenever_a_replica_dies(name, lives, ki
     step, number = Step(OPTIONS[name], lives, Random(seed)), 0
     while step.event():
         number += 1
+        assert not step.told or name == "default"
         for when, which in kills:
             if when == number:
                 step.kill(f"r{which}")

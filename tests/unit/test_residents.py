@@ -461,3 +461,65 @@ def test_a_pause_of_which_nobody_hears_the_end_is_not_waited_for():
     assert residents.admitted() == [], "a trainer may take longer for a step than a fleet may be silent"
     residents.tick(LONGEST_PAUSE_S)
     assert residents.admitted() == [(turn.request, "r0")]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.integers(2, 12), st.sampled_from([300, 1000, None]))
+def test_many_replicas_are_looked_through_at_once_and_decide_as_one_by_one(seed, replicas, kv):
+    """The same events, once with arrays and once without: the same replicas, ties included, and the same evictions."""
+
+    def play(many: int) -> list[object]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("verl_heddle.schedule.residents.MANY", many)
+            rng, residents, log = Random(seed), resident_set(kv=kv, replicas=replicas), list[object]()
+            open_, idle, now = dict[str, tuple[TurnStart, str | None]](), {number: (PROMPT, 0) for number in range(6 * replicas)}, 0.0
+            arrays = False
+            for _ in range(300):
+                now += rng.choice((0.1, 5.0))
+                kind, running = rng.random(), [name for name, (_, replica) in open_.items() if replica]
+                if kind < 0.5 and idle:
+                    number = rng.choice(sorted(idle))
+                    context, turns = idle.pop(number)
+                    turn = started(number, turns, context)
+                    open_[turn.request] = turn, residents.turn_started(turn, now)
+                    log.append(open_[turn.request][1])
+                elif kind < 0.93 and running:
+                    turn, replica = open_.pop(rng.choice(running))
+                    tokens, number = rng.randint(1, 60), int(turn.trajectory.uid[1:]) * 3 + turn.trajectory.sample
+                    residents.turn_finished(finished(turn, replica, tokens), now)
+                    idle[number] = turn.context_tokens + tokens, turn.turn + 1
+                    if rng.random() < 0.1:
+                        residents.trajectory_ended(turn.trajectory.key, now)
+                        idle[number] = PROMPT, turn.turn + 1
+                elif kind < 0.96:
+                    name = f"r{rng.randrange(replicas)}"
+                    (residents.pause if rng.random() < 0.5 else residents.resume)(name, now)
+                elif kind < 0.97:
+                    name = f"r{rng.randrange(replicas)}"
+                    residents.remove(name)
+                    for request, (turn, replica) in list(open_.items()):
+                        if replica == name:
+                            del open_[request]
+                            idle[int(turn.trajectory.uid[1:]) * 3 + turn.trajectory.sample] = turn.context_tokens, turn.turn + 1
+                    residents.add(Replica(name, slots=4, kv_tokens=kv), HOLD_S)
+                residents.tick(now)
+                arrays = arrays or residents._rooms is not None
+                for request, replica in residents.admitted():
+                    log.append((request, replica))
+                    open_[request] = open_[request][0], replica
+            assert arrays == (many == 0)
+            return [*log, residents.metrics()]
+
+    assert play(0) == play(1000)
+
+
+def test_what_is_kept_does_not_grow_with_the_turns():
+    """In a run in which nobody ever waits, nobody asks for the idle or their rents either."""
+    residents = resident_set(kv=None)
+    for number in range(2000):
+        for turn in range(5):
+            begun = started(number, turn, PROMPT)
+            assert residents.turn_started(begun, float(number)) == "r0"
+            residents.turn_finished(finished(begun, "r0", 5), float(number))
+        residents.trajectory_ended(identity(number).key, float(number))
+    assert len(residents._rents) < 100 and len(residents._homes["r0"].idle) < 100 and not residents._queue

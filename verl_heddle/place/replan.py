@@ -115,6 +115,11 @@ class Replanner:
         return self._books is not None
 
     @property
+    def rule(self) -> StickyLeastInflight:
+        """verl's own, which counts the requests in flight."""
+        return self._stock
+
+    @property
     def inflight(self) -> dict[str, int]:
         """Requests in flight by replica name."""
         return self._stock.inflight

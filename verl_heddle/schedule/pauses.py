@@ -6,7 +6,7 @@ arguments only. Cost: nothing while no engine is paused, otherwise O(replicas).
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from math import inf
 
 LONGEST_PAUSE_S = 3600.0
@@ -26,6 +26,9 @@ class Pauses:
 
     def __contains__(self, name: str) -> bool:
         return name in self._since_s
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._since_s)
 
     def begin(self, name: str, now: float) -> None:
         """This engine takes no requests."""

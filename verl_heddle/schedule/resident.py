@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from heapq import heapify
 from math import inf
+from typing import Any
 
 from verl_heddle.fleet import Replica
 
@@ -65,8 +67,20 @@ class Home:
     """Of each prompt, how many residents share it and its tokens."""
     idle: list[tuple[float, float, int, int, Live]] = field(default_factory=list)
     """Heap: last in the order first."""
-    rent: list[tuple[float, int, Live]] = field(default_factory=list)
-    """Heap of idle residents by the time their rent runs out."""
+
+
+def current(item: tuple[Any, ...]) -> bool:
+    """Whether an idle resident's entry in a heap, which ends in (`Live.entry`, the resident), is not outdated."""
+    entry, live = item[-2:]
+    return bool(live.idle) and live.entry == entry
+
+
+def tidy(heap: list[Any], valid: int) -> None:
+    """Drop the outdated entries of idle residents where they are more than the `valid`: nobody may ask for them for a whole run. Cost: O(1)
+    for each entry ever made."""
+    if len(heap) > 2 * valid + 64:
+        heap[:] = filter(current, heap)
+        heapify(heap)
 
 
 def by_arrival(live: Live) -> float:

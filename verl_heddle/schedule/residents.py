@@ -9,7 +9,8 @@ Law
 - Admission: the first of the waiting, validation first, then by training step, then in the policy's order, is admitted to a replica with
   room: footprints within `ADMIT` of its KV cache; slots are vLLM's business. First choice is the replica where its context lay last, then,
   as verl chooses, one of those with the fewest turns in flight. A replica without residents takes anything, so nothing waits for ever.
-- A resident's turn goes in at once.
+- A resident's turn goes in at once, so its worker need not ask for it (`put_out` says from when on it must). Of one that has begun so while
+  it was being evicted, the trajectory is resident there again, whatever the room.
 - Holding is renting (`rent`): an idle resident is held for t*, or not at all where tools have been too long for it, then evicted if
   somebody waits.
 - Over `FULL` (contexts grow): idle residents are evicted, the last in the order first.
@@ -36,12 +37,16 @@ from verl_heddle.fleet import Replica
 from verl_heddle.schedule.admission import most_turns
 from verl_heddle.schedule.pauses import Pauses
 from verl_heddle.schedule.rent import Rent
-from verl_heddle.schedule.resident import Home, Live, Order
+from verl_heddle.schedule.resident import Home, Live, Order, current, tidy
+from verl_heddle.schedule.rooms import Rooms
 from verl_heddle.trajectory import TurnEnd, TurnStart
 
 ADMIT, FULL = 0.95, 1.0
 """Shares of a replica's KV cache: up to the first newcomers are admitted, over the second idle residents are evicted. The gap keeps one
 turn's growth from evicting somebody for whom somebody else is admitted at once: with both at 1.0 five times as much is read again."""
+
+MANY = 32
+"""Replicas from which on arrays are quicker than going through them."""
 
 MEMORY = 1000.0
 """Turns until the mean growth of a turn forgets by a factor e."""
@@ -59,6 +64,10 @@ class Residents:
     def __init__(self, order: Order, rng: Random, silent_s: float = inf) -> None:
         self._order, self._rng, self._silent_s = order, rng, silent_s
         self._homes: dict[str, Home] = {}
+        self._rooms: Rooms | None = None
+        """Of these homes, if they are many and somebody has had to find room."""
+        self._rents: list[tuple[float, int, Live]] = []
+        """Heap of idle residents by the time their rent runs out."""
         self._live: dict[str, Live] = {}
         self._queue: list[tuple[float, float, int, int, Live]] = []
         self._number = count()
@@ -69,6 +78,7 @@ class Residents:
         """When a turn last completed."""
         self._pauses = Pauses()
         self._admitted: dict[str, str] = {}
+        self._put_out: dict[str, None] = {}
         self.counts: Counter[str] = Counter()
         """Evictions by reason, admissions."""
         self.now: Counter[str] = Counter()
@@ -79,7 +89,8 @@ class Residents:
 
     def add(self, replica: Replica, hold_s: float) -> None:
         """A replica joins, empty; `hold_s` is its t*."""
-        most = most_turns(replica.slots, replica.calls)
+        self.remove(replica.name)
+        self._rooms, most = None, most_turns(replica.slots, replica.calls)
         self._homes[replica.name] = Home(replica, inf if replica.kv_tokens is None else replica.kv_tokens, most, hold_s)
         self._fill()
 
@@ -93,10 +104,12 @@ class Residents:
         they may go wait again."""
         home = self._homes.pop(name, None)
         if home is not None:
+            self._rooms = None
             for live in home.residents.values():
                 self._busy(live)
                 live.waiting = [request for request in sorted(live.running) if self._admitted.pop(request, None) is not None]
                 live.home, live.running, live.own = None, set(), 0.0
+                self._put_out[live.key] = None
                 if live.waiting:
                     self._wait(live)
             self._change("resident", -len(home.residents))
@@ -108,7 +121,7 @@ class Residents:
         idle = [(home, live) for home in self._homes.values() for live in home.residents.values() if not live.running]
         for home, live in idle:
             self._leave(home, live)
-            live.last = None
+            self._put_out[live.key], live.last = None, None
         self._fill()
         return len(idle)
 
@@ -134,6 +147,26 @@ class Residents:
 
     def turn_started(self, turn: TurnStart, now: float) -> str | None:
         """Where the turn goes at once; None: it waits until `admitted` names it."""
+        live = self._begins(turn, now)
+        if live.home is not None:
+            return self._runs(live, turn)
+        self._wants(live, turn, now)
+        self.tick(now)
+        return self._admitted.pop(turn.request, None)
+
+    def turn_begun(self, turn: TurnStart, name: str, now: float) -> None:
+        """The turn runs on this replica, of which its worker had not heard otherwise. Counted there, unless the replica has left, or the
+        trajectory has been admitted to another meanwhile."""
+        live = self._begins(turn, now)
+        if live.home is None and name in self._homes:
+            self._wants(live, turn, now)
+            self._admit(self._homes[name], live)
+            self._admitted.pop(turn.request)
+        elif live.home == name:
+            self._runs(live, turn)
+
+    def _begins(self, turn: TurnStart, now: float) -> Live:
+        """Whose turn it is, as it begins."""
         key = turn.trajectory.key
         live = self._live.get(key)
         if live is None:
@@ -144,20 +177,25 @@ class Residents:
         if live.ended_s < inf:
             self._holding.measured(now - live.ended_s)
             live.ended_s = inf
-        if live.home is not None:
-            home = self._homes[live.home]
-            live.running.add(turn.request)
-            home.running += 1
-            self._busy(live)
-            self._count(home, live)
-            self._shrink(home)
-            return live.home
+        return live
+
+    def _runs(self, live: Live, turn: TurnStart) -> str:
+        """A resident's turn goes in."""
+        assert live.home is not None
+        home = self._homes[live.home]
+        live.running.add(turn.request)
+        home.running += 1
+        self._busy(live)
+        self._count(home, live)
+        self._shrink(home)
+        return live.home
+
+    def _wants(self, live: Live, turn: TurnStart, now: float) -> None:
+        """A turn of one without a home."""
         live.waiting.append(turn.request)
         if len(live.waiting) == 1:
             live.since_s = now
             self._wait(live)
-        self.tick(now)
-        return self._admitted.pop(turn.request, None)
 
     def turn_finished(self, turn: TurnEnd, now: float) -> None:
         """The turn is over or withdrawn."""
@@ -191,13 +229,16 @@ class Residents:
             self._change("idle", 1)
             live.entry = next(self._entry)
             heappush(home.idle, (-live.batch, -self._order(live), -live.number, live.entry, live))
-            heappush(home.rent, (now + self._holding.hold_s(home.hold_s), live.entry, live))
+            tidy(home.idle, len(home.residents))
+            heappush(self._rents, (now + self._holding.hold_s(home.hold_s), live.entry, live))
+            tidy(self._rents, self.now["idle"])
         self._shrink(home)
         self.tick(now)
 
     def trajectory_ended(self, key: str, now: float) -> None:
         """The trajectory is over, whether its turns have been answered or not."""
         live = self._live.pop(key, None)
+        self._put_out.pop(key, None)
         if live is None:
             return
         if live.waiting:
@@ -216,14 +257,10 @@ class Residents:
         if self._pauses.tick(now):
             self._goes_on(now)
         self._fill()
-        while self._head() is not None:
-            expired = [(home.rent[0], home) for home in self._homes.values() if self._rent(home) <= now]
-            if not expired:
-                break
-            _, home = min(expired, key=lambda pair: pair[0][:2])
-            live = home.rent[0][2]
-            heappop(home.rent)
-            self._evict(home, live, "rent")
+        while self._head() is not None and self._rent_s() <= now:
+            *_, live = heappop(self._rents)
+            assert live.home is not None
+            self._evict(self._homes[live.home], live, "rent")
             self._fill()
         while (head := self._head()) is not None and self._overdue_s(head) <= now:
             heappop(self._queue)
@@ -234,7 +271,7 @@ class Residents:
         """When `tick` should be called next if no event comes before; inf: no need."""
         if (head := self._head()) is None:
             return inf
-        return min(self._pauses.due_s(self._homes), self._overdue_s(head), *map(self._rent, self._homes.values()), inf)
+        return min(self._pauses.due_s(self._homes), self._overdue_s(head), self._rent_s())
 
     def _overdue_s(self, live: Live) -> float:
         if not self._homes or self._pauses.all(self._homes):
@@ -247,6 +284,11 @@ class Residents:
     def admitted(self) -> list[tuple[str, str]]:
         """(turn, replica) of those admitted since the last call."""
         result, self._admitted = list(self._admitted.items()), {}
+        return result
+
+    def put_out(self) -> list[str]:
+        """Trajectories that have lost their home since the last call; some may have another by now."""
+        result, self._put_out = list(self._put_out), {}
         return result
 
     # --- what is known ----------------------------------------------------------------------------------------------------
@@ -271,6 +313,10 @@ class Residents:
         """Where a trajectory is resident."""
         live = self._live.get(key)
         return None if live is None else live.home
+
+    def stays(self, key: str) -> bool:
+        """Whether a trajectory's next turns run at its home, until `put_out` names it."""
+        return self.home_of(key) is not None
 
     def number_of(self, key: str) -> int:
         """Order of a live trajectory's first turn."""
@@ -300,6 +346,8 @@ class Residents:
         own = max(0, live.context - live.prompt_tokens) + growth * len(live.running)
         home.used += own - live.own
         live.own = own
+        if self._rooms is not None:
+            self._rooms.changed(home)
 
     def _busy(self, live: Live) -> None:
         """A resident has a turn, or is none any more."""
@@ -321,12 +369,12 @@ class Residents:
             heappop(queue)
         return None
 
-    def _rent(self, home: Home) -> float:
+    def _rent_s(self) -> float:
         """When the next rent runs out."""
-        rent = home.rent
-        while rent and (rent[0][2].entry != rent[0][1] or not rent[0][2].idle):
-            heappop(rent)
-        return rent[0][0] if rent else inf
+        rents = self._rents
+        while rents and not current(rents[0]):
+            heappop(rents)
+        return rents[0][0] if rents else inf
 
     def _fill(self) -> None:
         """Admit the waiting in order while there is room for the first."""
@@ -343,6 +391,12 @@ class Residents:
         growth = self._growth / self._turns if self._turns else 0.0
         own = max(0, live.context - live.prompt_tokens) + growth
         fewest, found = inf, list[Home]()
+        if len(self._homes) > MANY:
+            self._rooms = self._rooms or Rooms(self._homes.values(), ADMIT)
+            found = self._rooms.find(own, live.prompt, live.prompt_tokens, self._pauses, live.last)
+            if found and found[0].replica.name == live.last:
+                return found[0]
+            return self._rng.choice(found) if found else None
         for name, home in self._homes.items():
             need = own + (0 if live.prompt in home.prompts else live.prompt_tokens)
             if name in self._pauses:
@@ -365,6 +419,8 @@ class Residents:
         home.prompts[live.prompt] = (sharing + 1, tokens)
         home.used += 0 if sharing else tokens
         home.residents[live.key] = live
+        if self._rooms is not None:
+            self._rooms.changed(home, live.prompt)
         self._count(home, live)
         self._admitted |= dict.fromkeys(live.waiting, name)
         live.waiting.clear()
@@ -377,12 +433,13 @@ class Residents:
         """Contexts have grown over the capacity: evict idle residents, the last in the order first."""
         while home.used > home.capacity * FULL and home.idle:
             *_, entry, live = heappop(home.idle)
-            if live.entry == entry and live.idle and live.home == home.replica.name:
+            if live.entry == entry and live.idle:
                 self._evict(home, live, "full")
 
     def _evict(self, home: Home, live: Live, why: str) -> None:
         self.counts[why] += 1
         self._leave(home, live)
+        self._put_out[live.key] = None
 
     def _leave(self, home: Home, live: Live) -> None:
         name = home.replica.name
@@ -395,6 +452,8 @@ class Residents:
             home.used -= tokens
         if not home.residents:
             home.used = 0.0  # but for rounding, it is
+        if self._rooms is not None:
+            self._rooms.changed(home, live.prompt)
         self._busy(live)
         self._change("resident", -1)
         live.home, live.last, live.own, live.running = None, name, 0.0, set()

@@ -179,6 +179,7 @@ class HeddleWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignore[misc,
 
     async def collect(self) -> tuple[Columns, dict[str, int], list[Visit]]:
         """Hand over the records made and the groups closed since the last call, and the counts of what went wrong since the start."""
+        self.llm_client.told()
         records, self._records = self._records, []
         visits = self._selection.take()
         return Columns.of(records), {**self.llm_client.counts, "selection": self._selection.failures}, visits

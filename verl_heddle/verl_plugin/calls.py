@@ -11,7 +11,7 @@ import ray
 from ray.exceptions import ActorDiedError
 
 ANSWER_S = 30.0
-"""Seconds after which the worker of a held turn hears that it is still held, and asks again: so it finds out that a router died."""
+"""Seconds after which a worker hears that the router has no news for it, and asks again: so it finds out that a router hangs."""
 
 RETRY_S = 0.1
 """A `ray.cancel` within about 1 ms of the call can be lost; asked again at this interval it never was."""

@@ -2,9 +2,8 @@
 
 A turn is one generation, numbered within its trajectory by the worker, and its request bears that name in the router and in the engine
 (`TurnStart.request`), whatever verl's request id is: several trajectories may share that, and under `full_determinism` all do.
-One question to the router stands before each generation; what is told to it afterwards waits for no answer and mostly goes along with the
-next question (`outbox`), but for a task beside the tool call that waits for the router's order to pre-warm. A turn whose replica dies
-starts again elsewhere: its context is here. What happens to a router's turns while it does not answer is told when it is back.
+Where a turn runs its worker knows, or asks the router (`link`); what is told to it afterwards waits for no answer, but for a task beside
+the tool call that waits for the router's order to pre-warm. A turn whose replica dies starts again elsewhere: its context is here.
 
 Under an asynchronous trainer a weight update aborts requests, and verl's own client goes on with another request from where each was:
 one generation, several *legs* (`HeddleAsyncClient`).
@@ -14,24 +13,22 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from typing import Any
-from uuid import uuid4
 
 from ray.exceptions import ActorDiedError, RayTaskError
 from verl.workers.rollout.llm_server import FullyAsyncLLMServerClient, LLMServerClient
-from verl.workers.rollout.router import GlobalRequestLoadBalancer
 
 from verl_heddle.options import Options
 from verl_heddle.traces.recorder import EngineTimes, Legs, Recorder
 from verl_heddle.trajectory import Decision, Reason, ToolStart, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
-from verl_heddle.verl_plugin.calls import ANSWER_S, ServerHandle, answer, of_a_dead_replica
+from verl_heddle.verl_plugin.calls import ServerHandle, answer, of_a_dead_replica
+from verl_heddle.verl_plugin.link import Link
 from verl_heddle.verl_plugin.live import CURRENT
-from verl_heddle.verl_plugin.outbox import KEPT, Event, Outbox, Questions
 from verl_heddle.verl_plugin.request_life import FIELD
 from verl_heddle.verl_plugin.voice import say_once
 
@@ -107,27 +104,28 @@ class HeddleClient(LLMServerClient):
 
     def __init__(self, config: Any, load_balancer_handle: Any, servers: dict[str, Any], options: Options) -> None:
         super().__init__(config=config, load_balancer_handle=load_balancer_handle)
-        self._servers = dict(servers)
+        self.counts: Counter[str] = Counter()
+        """What went wrong and was got around, by name."""
+        self._link = Link(load_balancer_handle, servers, options.deadlines.router_s, self.counts)
         self._options = options
-        self._local: GlobalRequestLoadBalancer | None = None
-        self._outbox, self._questions = Outbox(self._send), Questions(self._put)
         rollout = config.actor_rollout_ref.rollout
         self._priorities = rollout.name == "vllm" and rollout.get("scheduling_policy") == "priority"
         place = options.place
-        self._warms = not options.observe and place.enable and place.transport == "prewarm" and len(self._servers) > 1
+        self._warms = not options.observe and place.enable and place.transport == "prewarm" and len(servers) > 1
         self._warming: dict[str, asyncio.Task[None]] = {}
         """By trajectory: waiting for the order to pre-warm, or pre-warming."""
         self._limits: dict[str, int] = {}
         """By trajectory: generated tokens of all its turns at which it is of no more use."""
         self._flying: dict[str, dict[str, _Call]] = {}
         """By trajectory: its turns in engines, by request."""
-        self._kept: deque[Event] = deque(maxlen=KEPT)
-        """For the router when it is back."""
-        self._tag, self._outside = uuid4().hex[:8], count()
-        """They name requests outside any trajectory, which no other worker must have."""
+        self._outside = count()
+        """With the link's name it names requests outside any trajectory, which no other worker must have."""
         self._telling: set[asyncio.Task[None]] = set()
-        self.counts: Counter[str] = Counter()
-        """What went wrong and was got around, by name."""
+
+    @property
+    def _servers(self) -> dict[str, Any]:
+        """Server id -> actor handle, as last heard."""
+        return self._link.servers
 
     async def generate(self, request_id: str, **kwargs: Any) -> Any:
         """One turn; see `LLMServerClient.generate`.
@@ -146,7 +144,9 @@ class HeddleClient(LLMServerClient):
                 if decision is None or not of_a_dead_replica(error):
                     raise
                 last = error
-                await self._replica_lost(decision.replica)
+                self.counts["replica_lost"] += 1
+                say_once(f"replica {decision.replica} died; its turns start again elsewhere")
+                await self._link.replica_lost(decision.replica)
         raise last
 
     def _begin(self) -> _Generation:
@@ -192,6 +192,8 @@ class HeddleClient(LLMServerClient):
             generation.decision = call.decision
             if call.turn is not None and call.decision is not None:
                 self._landed(call.turn)
+                if interrupted:
+                    self._link.ask_again(call.turn.trajectory.key)
                 if not call.alone:
                     turn, replica = call.turn, call.decision.replica
                     end = TurnEnd(
@@ -206,7 +208,7 @@ class HeddleClient(LLMServerClient):
         recorder, call.asked_s, legs = call.recorder, time.monotonic(), call.generation.legs
         legs.asked(call.asked_s)
         turn = TurnStart(
-            trajectory=recorder.id if recorder else _outside(request_id, self._tag),
+            trajectory=recorder.id if recorder else _outside(request_id, self._link.name),
             conversation=request_id,
             turn=call.generation.number,
             context_tokens=len(extra["prompt_ids"]),
@@ -215,15 +217,18 @@ class HeddleClient(LLMServerClient):
             text=recorder.text if recorder and not recorder.turns else None,
             leg=call.leg,
         )
-        try:
-            decision = await self._decide(turn)
-        except asyncio.CancelledError:
-            self.tell("turn_withdrawn", turn)
-            raise
+        decision = self._link.begin(turn)
+        if decision is None:
+            try:
+                decision = await self._link.ask(turn)
+            except asyncio.CancelledError:
+                self._link.tell("turn_withdrawn", turn)
+                raise
         call.turn, call.decision = turn, decision
         if decision.held:
             since = time.monotonic()
-            call.decision = decision = await self._wait_for_turn(call, turn, decision)
+            decision, call.held_paused_s = await self._link.wait(turn, decision)
+            call.decision = decision
             call.held_s = time.monotonic() - since
         call.sent_s = time.monotonic()
         arguments: dict[str, Any] = {"request_id": turn.request}
@@ -312,7 +317,7 @@ class HeddleClient(LLMServerClient):
             del self._warming[key]
         if task.cancelled():
             return
-        self.tell("transferred", key)
+        self._link.tell("transferred", key)
         if task.exception() is not None:  # the turn will read its context itself
             self.counts["prewarm/failed"] += 1
 
@@ -322,128 +327,30 @@ class HeddleClient(LLMServerClient):
         if task is not None:
             task.cancel()
 
-    async def _replica_lost(self, name: str) -> None:
-        """Go on without this replica, and tell the router to."""
-        self.counts["replica_lost"] += 1
-        say_once(f"replica {name} died; its turns start again elsewhere")
-        if self._local is not None:
-            self._local.remove_servers([name])
-            return
-        try:
-            await answer(self._load_balancer.replica_lost.remote(name), self._options.deadlines.router_s)
-        except Exception as error:
-            self._go_local(error)
-
-    async def _decide(self, turn: TurnStart) -> Decision:
-        if self._local is None:
-            try:
-                return await self._ask(turn)
-            except RuntimeError:
-                raise  # "No available servers": verl's own error, and verl's own clients know it
-            except Exception as error:
-                self._go_local(error, turn)
-        return self._decide_alone(turn)
-
-    def _decide_alone(self, turn: TurnStart) -> Decision:
-        self.counts["fallback_router"] += 1
-        assert self._local is not None
-        replica, _ = self._local.acquire_server(turn.conversation)
-        return Decision(replica, 0, Reason.FALLBACK_ROUTER)
-
-    async def _wait_for_turn(self, call: _Call, turn: TurnStart, decision: Decision) -> Decision:
-        """Until the router lets a held turn in, and says where; without an answer it goes where is known, or by verl's rule."""
-        deadline = ANSWER_S + self._options.deadlines.router_s
-        try:
-            replica = None
-            while replica is None:
-                replica, paused_s = await answer(self._load_balancer.wait_for_turn.remote(turn.request), deadline)
-                call.held_paused_s += paused_s
-            await self._know(replica)
-            return replace(decision, replica=replica)
-        except Exception as error:
-            self.counts["hold_lost"] += 1
-            say_once(f"a turn that was held back was never let in ({type(error).__name__}: {error}); it goes without")
-            if decision.replica in self._servers:
-                return decision
-            self._go_local(error, turn)
-            return self._decide_alone(turn)
-
-    async def _ask(self, turn: TurnStart) -> Decision:
-        decision = await self._questions.ask(turn)
-        if decision.replica or not decision.held:
-            await self._know(decision.replica)
-        return decision
-
-    async def _know(self, replica: str) -> None:
-        """Have the handle of a replica that the router chose."""
-        if replica not in self._servers:
-            self._servers = await answer(self._load_balancer.handles.remote(), self._options.deadlines.router_s)
-        if replica not in self._servers:
-            raise LookupError(f"the router chose {replica}, which it does not list")
-
-    async def _put(self, turns: list[TurnStart]) -> list[Decision]:
-        asked: Any = self._load_balancer.turns_started.remote(turns, self._outbox.take())
-        decisions: list[Decision] = await answer(asked, self._options.deadlines.router_s)
-        return decisions
-
     def _release_server(self, server_id: str, request_id: str | None = None) -> None:
-        if self._local is not None and _CALL.get().alone:
-            self._local.release_server(server_id)
-
-    def _go_local(self, error: Exception, turn: TurnStart | None = None) -> None:
-        """From now on this worker applies verl's rule by itself, to what it sends itself. `turn`: one that the router may have placed."""
-        if self._local is None:
-            say_once(f"router lost ({type(error).__name__}: {error}); this worker goes on under verl's own rule")
-            self._local = GlobalRequestLoadBalancer(self._servers)
-        if turn is not None:
-            self.tell("turn_withdrawn", turn)
+        if self._link.local is not None and _CALL.get().alone:
+            self._link.local.release_server(server_id)
 
     def router_is_back(self) -> None:
         """Trust the router again (told by the manager once it has answered)."""
-        self._local = None
-        events = list(self._kept)
-        self._kept.clear()
-        if events:
-            self._send(events)
+        self._link.router_is_back()
 
     def servers_are(self, servers: dict[str, Any]) -> None:
         """These and no others (told by the manager)."""
-        self._servers = servers
-        if self._local is not None:
-            self._local = GlobalRequestLoadBalancer(servers)
+        self._link.servers_are(servers)
 
     def _cancel_lost(self) -> None:
         self.counts["cancel_lost"] += 1
         say_once(f"a cancelled request was still running after {self._options.deadlines.cancel_s:g} s (heddle.deadlines.cancel_s)")
 
-    def tell(self, event: str, what: Any) -> None:
-        """Tell the router something: soon, or when it is back. A dead router is found out by the next question."""
-        if self._local is None:
-            self._outbox.put(event, what)
-        else:
-            self._kept.append((event, what))
-
-    def _send(self, events: list[Event]) -> None:
-        if self._local is not None:
-            self._kept.extend(events)
-            return
-        try:
-            self._load_balancer.told.remote(events)
-        except Exception as error:
-            self._go_local(error)
-            self._kept.extend(events)
-
     def _finished(self, end: TurnEnd, turn: TurnStart, context: list[int]) -> None:
         """Tell that a turn ended, and pre-warm where the router orders it; `context`: what the next turn begins with, empty if it is not to
         be read beforehand."""
-        if not context or self._local is not None:
-            return self.tell("turn_finished", end)
-        self._outbox.send()
-        try:
-            order: Any = self._load_balancer.turn_finished.remote(end)
-        except Exception as error:
-            self._go_local(error)
-            return self.tell("turn_finished", end)
+        if not context:
+            return self._link.tell("turn_finished", end)
+        order = self._link.ordered("turn_finished", end)
+        if order is None:
+            return
         key = turn.trajectory.key
         self._drop_warming(key)
         self._warming[key] = task = asyncio.create_task(self._warm(order, turn, context))
@@ -451,14 +358,19 @@ class HeddleClient(LLMServerClient):
 
     def tool_started(self, who: TrajectoryId, tool: str) -> None:
         """Pass on that a tool begins."""
-        self.tell("tool_started", ToolStart(who, tool))
+        if self._options.predicts:  # nobody else wants to know
+            self._link.tell("tool_started", ToolStart(who, tool))
 
     def trajectory_ended(self, end: TrajectoryEnd) -> None:
         """Pass on how a trajectory's life ended."""
         self._drop_warming(end.trajectory.key)
         self._limits.pop(end.trajectory.key, None)
-        self.tell("trajectory_ended", end)
-        self._outbox.send()  # it may be the last of the step
+        self._link.ended(end.trajectory.key)
+        self._link.tell("trajectory_ended", end)
+
+    def told(self) -> None:
+        """See to it that the router has been told of everything: a step may be over."""
+        self._link.hurry()
 
 
 class HeddleAsyncClient(FullyAsyncLLMServerClient, HeddleClient):

@@ -4,18 +4,19 @@ verl builds it from `router.yaml` in the task runner; the agent-loop manager the
 workers' clients tell it a trajectory's life (`turn_started` to `trajectory_ended`); the ten methods of verl's `RequestLoadBalancer` stay
 complete for everybody else. An orchestrator that raises is replaced, call by call, by verl's own rule.
 
-It is an asyncio actor, because a turn that is held back waits here for its turn (`wait_for_turn`) and a fit runs in a thread beside it;
-everything else is plain synchronous code on the one event loop.
+It is an asyncio actor, because every worker has a call open here that brings it the router's news (`news`) and a fit runs in a thread
+beside it; everything else is plain synchronous code on the one event loop. What is in flight, and which replicas there are, the
+orchestrator's own tables say; this file keeps the servers' handles.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from random import Random
 from typing import Any
 
 import ray
@@ -24,11 +25,10 @@ from verl_heddle.fleet import Replica
 from verl_heddle.latency.model import LatencyModel
 from verl_heddle.options import Options
 from verl_heddle.orchestrator import Orchestrator
-from verl_heddle.place.sticky import StickyLeastInflight
-from verl_heddle.predict.predictor import Predictor
-from verl_heddle.predict.store import StateError
 from verl_heddle.trajectory import Decision, Prewarm, Reason, ToolStart, TrajectoryEnd, TurnEnd, TurnStart
-from verl_heddle.verl_plugin.calls import ANSWER_S, Promises
+from verl_heddle.verl_plugin.calls import Promises
+from verl_heddle.verl_plugin.news import News, Promised
+from verl_heddle.verl_plugin.router_learning import Learning
 from verl_heddle.verl_plugin.router_status import PoolStatus
 from verl_heddle.verl_plugin.stopwatch import Stopwatch
 from verl_heddle.verl_plugin.voice import say, say_once
@@ -36,8 +36,12 @@ from verl_heddle.verl_plugin.voice import say, say_once
 TICK_S = 0.01
 """Least time between two looks at what has become due."""
 
-TOLD = ("turn_finished", "turn_withdrawn", "tool_started", "transferred", "trajectory_ended")
+TOLD = ("turn_begun", "turn_finished", "turn_withdrawn", "tool_started", "transferred", "trajectory_ended")
 """What may come by `told`."""
+
+
+NEVER = 1_000_000_000
+"""Collections of younger garbage before one of all: more than a run has."""
 
 
 class NotConfiguredError(Exception):
@@ -54,7 +58,7 @@ def alike(servers: Mapping[str, Any], tp: int = 1, slots: int = 256, kv_tokens: 
     return {name: (Replica(name, tp, slots, kv_tokens), handle) for name, handle in servers.items()}
 
 
-class HeddleRouter(PoolStatus):
+class HeddleRouter(PoolStatus, Learning):
     """One per run; Ray serialises its calls.
 
     Args:
@@ -68,30 +72,24 @@ class HeddleRouter(PoolStatus):
         """verl's rule, and nobody is held, until `configure`."""
         self._configured = False
         self._restarted = _restarted()
-        self._fleet: dict[str, Replica] = {}
-        """What is known of the servers; one that somebody else adds is taken to be like the others."""
         self._known: dict[str, Replica] = {}
-        """The same, with those that have left: under `separate_async` they come back."""
+        """What is known of the servers, those included that have left: under `separate_async` they come back."""
         self._paused: set[str] = set()
         """Replicas whose engine a weight update has stopped."""
         self._all_paused = Stopwatch()
         self._latency: LatencyModel | None = None
         self._cap_tokens: int | None = None
         self._orchestrator = Orchestrator(self._options)
-        self._verls_rule = StickyLeastInflight(Random())
-        """Kept in step with every decision, so that it can take over at any call."""
         self.failures: Counter[str] = Counter()
-        self._counts: Counter[str] = Counter(moves=0, replicas_lost=0)
-        self._open: dict[str, tuple[TurnStart, str]] = {}
-        """Turns under way and their replicas, by request: what of them `_verls_rule` counts."""
-        self._held = Promises()
-        """To let held turns in, by request."""
+        self._counts: Counter[str] = Counter(held=0, told=0, told_late=0, moves=0, replicas_lost=0)
+        self._others = Counter()
+        self._promised = Promised()
+        self._in_lot = False
+        """More events have come at the same time."""
         self._orders = Promises()
         """To pre-warm, by trajectory."""
         self._watch: asyncio.Task | None = None
         self._refresh: asyncio.Task | None = None
-        self._fit: asyncio.Future | None = None
-        self._fit_s = 0.0
         self.add_servers({name: handle for name, handle in servers.items() if name is not None})
 
     def configure(
@@ -108,17 +106,15 @@ class HeddleRouter(PoolStatus):
         self._configured = True
         self._options, self._cap_tokens = options, cap_tokens
         self._orchestrator = Orchestrator(options, deterministic, cap_tokens)
-        self._fleet, self._latency, self._paused = {}, None, set()
-        waiting = {request: self._open[request] for request in self._held.waiting if request in self._open}
-        self._open.clear()
+        self._latency, self._paused = None, set()
+        self._others.clear()
+        self._promised.put_all_out()  # this orchestrator knows of nobody
         self.fleet_is(fleet)
-        for request, (turn, replica) in waiting.items():  # this orchestrator knows of none of them
-            if replica not in self._servers:
-                replica, _ = self._verls_rule.acquire(turn.conversation)
-                self._verls_rule.release(replica)  # its end will not be heard of
-            self._held.give(request, replica)
-        for promises in (self._held, self._orders):
-            promises.drop_all()
+        for request, held in list(self._promised.held.items()):
+            replica, _ = self._orchestrator.rule.acquire(held.turn.conversation)
+            self._orchestrator.rule.release(replica)  # its end will not be heard of
+            self._let_in(request, replica)
+        self._orders.drop_all()
         if learnt is not None and (why_not := self.learn_again(learnt)) is not None:
             say(f"{why_not}: predictions start cold")
 
@@ -128,16 +124,16 @@ class HeddleRouter(PoolStatus):
 
     def fleet_is(self, fleet: dict[str, tuple[Replica, Any]]) -> None:
         """These replicas, with their actor handles, and no others; by server id. Between steps."""
-        self.remove_servers([name for name in {**self._servers, **self._fleet} if name not in fleet])
-        fresh = {name: both for name, both in fleet.items() if name not in self._fleet}
-        self._fleet = {name: replica for name, (replica, _) in fleet.items()}
-        self._tell_times()  # before replicas of a degree join of which nothing is known
-        self.add_servers({name: handle for name, (_, handle) in fresh.items()})
+        before = self._orchestrator.replicas
+        self.remove_servers([name for name in {**self._servers, **before} if name not in fleet])
+        self._known |= {name: replica for name, (replica, _) in fleet.items()}
+        self._tell_times([replica for replica, _ in fleet.values()])  # before replicas of a degree join of which nothing is known
+        self.add_servers({name: handle for name, (_, handle) in fleet.items() if name not in before})
 
-    def _tell_times(self) -> None:
+    def _tell_times(self, fleet: Iterable[Replica]) -> None:
         """What is known of the engines, if it is of all degrees in the fleet."""
         latency = self._latency
-        known = latency is not None and all(replica.tp in latency.tps for replica in self._fleet.values())
+        known = latency is not None and all(replica.tp in latency.tps for replica in fleet)
         try:
             self._orchestrator.step_times_known(latency if known else None)
         except Exception as error:
@@ -154,23 +150,28 @@ class HeddleRouter(PoolStatus):
     def step_times_known(self, latency: LatencyModel) -> None:
         """How long the engines take, learnt from the run itself; of use once every degree in the fleet is known."""
         self._latency = latency
-        self._tell_times()
+        self._tell_times(self._orchestrator.replicas.values())
 
     def rest(self, rests: bool) -> None:
         """Resident sets rest, or decide again. Between steps."""
         self._tell("rest", rests)
 
-    def turns_started(self, turns: Sequence[TurnStart], told: Sequence[tuple[str, Any]] = ()) -> list[Decision]:
-        """`turn_started` for several turns of one worker, in order. `told`: what the worker has had to tell before, as to `told`.
+    def turns_started(
+        self, turns: Sequence[TurnStart], told: Sequence[tuple[str, Any]] = (), worker: str = ""
+    ) -> tuple[list[Decision], int]:
+        """`turn_started` for several turns of one worker, in order, and the number of the last news (`news`) as of the answer. `told`: what
+        the worker has had to tell before, as to `told`.
 
         Raises:
             RuntimeError: there is no server.
         """
         self.told(told)
-        return [self.turn_started(turn) for turn in turns]
+        decisions = [self.turn_started(turn, worker) for turn in turns]
+        self._watch_held()
+        return decisions, self._promised.mail.number
 
-    def turn_started(self, turn: TurnStart) -> Decision:
-        """Where the turn goes, how urgently, and why.
+    def turn_started(self, turn: TurnStart, worker: str = "") -> Decision:
+        """Where the turn goes, how urgently, and why; `worker` hears of it if that changes, or later if the turn is held.
 
         Raises:
             RuntimeError: there is no server.
@@ -180,28 +181,50 @@ class HeddleRouter(PoolStatus):
             raise NotConfiguredError("the router has been restarted and not been set up yet")
         try:
             decision = self._orchestrator.turn_started(turn, time.monotonic())
-            if decision.replica:
-                self._verls_rule.note(turn.conversation, decision.replica)
         except Exception as error:
             if not self._servers:
                 raise
             self._failed("turn_started", error)
-            replica, _ = self._verls_rule.acquire(turn.conversation)
-            decision = Decision(replica, 0, Reason.FALLBACK_POLICY)
-        self._open[turn.request] = (turn, decision.replica)
-        self._counts["held"] += decision.held
+            decision = Decision(self._orchestrator.turns.start_by_rule(turn), 0, Reason.FALLBACK_POLICY)
+        if decision.held:
+            self._counts["held"] += 1
+            self._promised.hold(worker, turn, self._all_paused.total_s(time.monotonic()))
         self._counts["moves"] += decision.reason is Reason.MOVED
+        if decision.stays:
+            self._promised.stay(worker, turn)
         self._orders.drop(turn.trajectory.key)
         self._go_on()
         return decision
 
+    @ray.method(num_returns=0)
     def told(self, events: Sequence[tuple[str, Any]]) -> None:
         """Several events of one worker, in their order: names of methods, and what they are told."""
-        for name, what in events:
-            if name == "turn_finished":
-                self._left(what)
-            elif name in TOLD:
-                getattr(self, name)(what)
+        self._in_lot = True
+        try:
+            for name, what in events:
+                if name == "turn_finished":
+                    self._left(what)
+                elif name in TOLD:
+                    getattr(self, name)(what)
+        finally:
+            self._in_lot = False
+        self._go_on()
+
+    def turn_begun(self, begun: tuple[TurnStart, str]) -> None:
+        """A turn of a trajectory that stays is on its way to its replica."""
+        turn, replica = begun
+        self._counts["told"] += 1
+        if replica not in self._servers:  # it left meanwhile: the turn begins again elsewhere, and asks
+            self._counts["told_late"] += 1
+            return
+        self._counts["told_late"] += not self._orchestrator.stays(turn.trajectory.key)
+        try:
+            self._orchestrator.turn_begun(turn, replica, time.monotonic())
+        except Exception as error:
+            self._failed("turn_begun", error)
+            if turn.request not in self._orchestrator.turns:
+                self._orchestrator.turns.start_by_rule(turn, replica)
+        self._go_on()
 
     def paused(self, name: str) -> None:
         """A weight update stops this replica's engine and wipes its contexts; it may have left for the trainer before."""
@@ -218,26 +241,22 @@ class HeddleRouter(PoolStatus):
     def _time_pause(self) -> None:
         self._all_paused.run(bool(self._servers) and self._paused >= self._servers.keys(), time.monotonic())
 
-    async def wait_for_turn(self, request: str) -> tuple[str | None, float]:
-        """Until the held turn of this `TurnStart.request` may go: the replica it goes to, None after `ANSWER_S`: ask again. And for how
-        many seconds of this call every engine was paused.
+    async def news(self, worker: str, router: str, heard: int) -> News:
+        """What there is to tell a worker that has heard the news up to number `heard` of the process `router`: as soon as there is some, or
+        after `ANSWER_S`; then it asks again.
 
         Raises:
-            LookupError: the router knows of no such turn, or no replica is left for it.
+            NotConfiguredError: as `turn_started`.
         """
-        if request not in self._open:
-            raise LookupError(f"the router knows of no turn {request}")
-        if self._watch is None or self._watch.done():
+        if self._restarted and not self._configured:
+            raise NotConfiguredError("the router has been restarted and not been set up yet")
+        self._watch_held()
+        return await self._promised.mail.wait(worker, router, heard)
+
+    def _watch_held(self) -> None:
+        """See to it that those held are let in in time, where no event does it."""
+        if self._promised.held and (self._watch is None or self._watch.done()):
             self._watch = asyncio.get_running_loop().create_task(self._let_in_in_time())
-        paused_s = self._all_paused.total_s(time.monotonic())
-        replica: str | None = None
-        try:
-            replica = await self._held.wait(request, ANSWER_S)
-            if not replica:
-                raise LookupError(f"turn {request} goes nowhere: it is over, or no replica is left")
-        except TimeoutError:
-            pass
-        return replica, self._all_paused.total_s(time.monotonic()) - paused_s
 
     async def turn_finished(self, turn: TurnEnd) -> Prewarm | None:
         """The engine is done with the turn, or its worker gave up waiting. Returns what to pre-warm now, if the trajectory moves.
@@ -261,16 +280,19 @@ class HeddleRouter(PoolStatus):
 
     def turn_withdrawn(self, turn: TurnStart) -> None:
         """The worker went away before it heard where to go."""
-        if turn.request in self._open:
-            _, replica = self._open[turn.request]
+        opened = self._orchestrator.turns.get(turn.request)
+        if opened is not None:
+            replica = opened.replica
             self._left(TurnEnd(turn.trajectory, turn.conversation, replica, turn.turn, 0, completed=False, leg=turn.leg))
 
     def _left(self, turn: TurnEnd) -> None:
-        opened = self._open.pop(turn.request, None)
-        if opened is not None:
-            self._verls_rule.release(opened[1])
-        self._held.drop(turn.request)
-        self._tell("turn_finished", turn)
+        self._promised.held.pop(turn.request, None)
+        try:
+            self._orchestrator.turn_finished(turn, time.monotonic())
+        except Exception as error:
+            self._orchestrator.turns.close(turn.request)
+            self._failed("turn_finished", error)
+        self._go_on()
 
     def tool_started(self, start: ToolStart) -> None:
         """A tool begins."""
@@ -279,6 +301,7 @@ class HeddleRouter(PoolStatus):
     def trajectory_ended(self, end: TrajectoryEnd) -> None:
         """The episode is over."""
         self._orders.drop(end.trajectory.key)
+        self._promised.stays.pop(end.trajectory.key, None)
         self._tell("trajectory_ended", end)
         if self._orchestrator.refresh_due_s is not None and (self._refresh is None or self._refresh.done()):
             self._refresh = asyncio.create_task(self._reprioritise())
@@ -297,17 +320,14 @@ class HeddleRouter(PoolStatus):
     async def step_ended(self, step: int) -> dict[str, float]:
         """The batch of a training step is complete: fit anew in a thread until the next; returns counts since the start of the run."""
         self._counts["lost_trajectories"] += self._orchestrator.step_ended(step, time.monotonic())
-        for turn, replica in [one for one in self._open.values() if one[0].trajectory.prompt and one[0].trajectory.step < step]:
-            del self._open[turn.request]
-            self._verls_rule.release(replica)
-            self._held.drop(turn.request)
+        for request in [name for name in self._promised.held if name not in self._orchestrator.turns]:
+            self._let_in(request, None)
+        self._promised.put_out_before(step)
+        self._promised.mail.forget_silent()
         self._drop_orders()
         self._go_on()
-        predictor = self._orchestrator.predictor
-        if predictor is not None and self._options.predict.trees and (self._fit is None or self._fit.done()):
-            began = time.monotonic()
-            self._fit = asyncio.get_running_loop().run_in_executor(None, predictor.fit_job().run)
-            self._fit.add_done_callback(lambda fit: self._fitted(fit, began))
+        if self._options.predict.trees:
+            self._fit_anew()
         return self.stats()
 
     def stats(self) -> dict[str, float]:
@@ -315,35 +335,7 @@ class HeddleRouter(PoolStatus):
         result: dict[str, float] = {**self._counts, **{f"failed_{event}": count for event, count in self.failures.items()}}
         result["hold_overdue"] = self._orchestrator.overdue
         result |= self._orchestrator.metrics()
-        predictor = self._orchestrator.predictor
-        if predictor is not None:
-            result |= {"fit_s": self._fit_s, "fit_rows": predictor.model.rows if predictor.model else 0}
-        return result
-
-    def learnt(self) -> bytes | None:
-        """What the predictor knows, for a checkpoint; None if nobody predicts."""
-        predictor = self._orchestrator.predictor
-        return None if predictor is None else predictor.to_bytes()
-
-    def learn_again(self, state: bytes) -> str | None:
-        """Take up what `learnt` gave; returns why not, if not."""
-        if self._orchestrator.predictor is None:
-            return None
-        try:
-            self._orchestrator.predictor = Predictor.from_bytes(state, self._cap_tokens)
-        except StateError as error:
-            return str(error)
-        return None
-
-    def _fitted(self, fit: asyncio.Future, began_s: float) -> None:
-        self._fit_s = time.monotonic() - began_s
-        try:
-            model = fit.result()
-            if self._orchestrator.predictor is not None:
-                self._orchestrator.predictor.adopt(model)
-        except Exception as error:
-            self.failures["fit"] += 1
-            say_once(f"the length model could not be fitted ({type(error).__name__}: {error}); predictions go on without it")
+        return result | self._fit_facts()
 
     def _tell(self, event: str, what: Any) -> None:
         try:
@@ -353,8 +345,12 @@ class HeddleRouter(PoolStatus):
         self._go_on()
 
     def _go_on(self) -> None:
-        """Let in who may go, and start the pre-warms that may."""
+        """Let in who may go, say who does not stay, and start the pre-warms that may: after each event, or each lot of events."""
+        if self._in_lot:
+            return
         self._admit()
+        for key in self._orchestrator.put_out():
+            self._promised.put_out(key)
         self._start_prewarms()
 
     def _drop_orders(self) -> None:
@@ -373,21 +369,21 @@ class HeddleRouter(PoolStatus):
 
     def _admit(self) -> None:
         """Tell those who wait that they may go, and where."""
+        admitted: Sequence[tuple[str, str | None]]
         try:
             admitted = self._orchestrator.admitted(time.monotonic())
         except Exception as error:
             self._failed("admitted", error)
-            admitted = [(request, self._open[request][1]) for request in self._held.waiting if request in self._open]
+            admitted = [(request, self._orchestrator.turns.admit_by_rule(request)) for request in self._promised.held]
         for request, replica in admitted:
-            if request not in self._open:
-                continue
-            turn, known = self._open[request]
-            if not known and replica:
-                self._verls_rule.note(turn.conversation, replica)
-            elif not replica and self._servers:
-                replica, _ = self._verls_rule.acquire(turn.conversation)
-            self._open[request] = (turn, replica)
-            self._held.give(request, replica)
+            self._let_in(request, replica)
+
+    def _let_in(self, request: str, replica: str | None) -> None:
+        """The held turn goes there; None: nowhere."""
+        held = self._promised.held.get(request)
+        if held is not None:
+            stays = replica is not None and self._orchestrator.stays(held.turn.trajectory.key)
+            self._promised.let_in(request, replica, self._all_paused.total_s(time.monotonic()), stays)
 
     async def _let_in_in_time(self) -> None:
         """While turns are held, let in those whose time has come without any event."""
@@ -402,30 +398,19 @@ class HeddleRouter(PoolStatus):
             self._go_on()
 
     def _failed(self, event: str, error: Exception) -> None:
+        self._orchestrator.turns.recount(self._others)
         self.failures[event] += 1
         say_once(f"orchestrator raised in {event} ({type(error).__name__}: {error}); verl's own rule decided instead")
 
-    # --- verl's RequestLoadBalancer protocol -----------------------------------------------------------------------------
-
-    def acquire_server(self, request_id: str, **extra: Any) -> tuple[str, Any]:
-        """A turn of somebody who does not speak of trajectories (verl's own client): verl's rule."""
-        replica, _ = self._verls_rule.acquire(request_id)
-        return replica, self._servers[replica]
-
-    def release_server(self, server_id: str, request_id: str | None = None) -> None:
-        """Counterpart of `acquire_server`."""
-        self._verls_rule.release(server_id)
+    # --- the fleet, and the rest of verl's RequestLoadBalancer protocol in `router_status` ---------------------------------
 
     def add_servers(self, servers: dict[str, Any]) -> None:
-        """Replicas joined."""
+        """Replicas joined; one of which nothing is known is taken to be like the others."""
         self._servers.update(servers)
+        like = next(iter(self._orchestrator.replicas.values()), Replica(""))
         for name in servers:
-            self._verls_rule.add(name)
-            if name not in self._fleet:
-                like = next(iter(self._fleet.values()), Replica(name))
-                self._fleet[name] = self._known.get(name) or replace(like, name=name)
-        self._known |= self._fleet
-        self._orchestrator.replicas_added(self._fleet[name] for name in servers)
+            self._known.setdefault(name, replace(like, name=name))
+        self._orchestrator.replicas_added(self._known[name] for name in servers)
         self._time_pause()
         self._go_on()
 
@@ -433,23 +418,40 @@ class HeddleRouter(PoolStatus):
         """Replicas left."""
         for name in server_ids:
             self._servers.pop(name, None)
-            self._fleet.pop(name, None)
-            self._verls_rule.remove(name)
+            self._others.pop(name, None)
         self._time_pause()
         self._orchestrator.replicas_removed(server_ids)
         self._drop_orders()
         self._go_on()
         if not self._servers:
-            self._held.drop_all()  # who waits hears that no replica is left
+            for request in list(self._promised.held):
+                self._let_in(request, None)
 
     def clear_sticky_cache(self) -> dict[str, Any]:
         """Conversations are placed anew at their next turn."""
-        self._orchestrator.homes_forgotten()
+        cleared = self._orchestrator.homes_forgotten()
         self._go_on()
-        return {"cleared_entries": self._verls_rule.forget(), "server_loads": dict(self._verls_rule.inflight)}
+        return {"cleared_entries": cleared, "server_loads": self._orchestrator.inflight}
 
 
-RouterActor = ray.remote(max_restarts=3, max_concurrency=100_000, enable_task_events=False)(HeddleRouter)  # type: ignore[call-overload]
+class RouterProcess(HeddleRouter):
+    """The router in a process of its own, in which Python collects all its garbage between steps: with 10,000 trajectories under way that
+    takes 20 ms, in which no turn is answered. Young garbage is collected as usual."""
+
+    def __init__(self, servers: dict[str, Any], yaml_config: dict | None = None) -> None:
+        super().__init__(servers, yaml_config)
+        gc.collect()
+        gc.freeze()  # what has been imported stays
+        young, middle, _ = gc.get_threshold()
+        gc.set_threshold(young, middle, NEVER)
+
+    async def step_ended(self, step: int) -> dict[str, float]:
+        """See `HeddleRouter.step_ended`; the garbage goes after the answer."""
+        asyncio.get_running_loop().call_soon(gc.collect)
+        return await super().step_ended(step)
+
+
+RouterActor = ray.remote(max_restarts=3, max_concurrency=100_000, enable_task_events=False)(RouterProcess)  # type: ignore[call-overload]
 """As verl gets it, with room for any number of held turns. A router whose process dies is started again with the same servers; the workers
 route alone until the manager, at the next step, finds it back. Three times, because a router that dies more often has a reason. Its calls
 are not listed among Ray's tasks: thousands a second would only keep Ray's control process busy."""

@@ -37,6 +37,7 @@ from verl_heddle.traces import generate, replayable
 from verl_heddle.traces.columns import Columns
 
 RESULT = FOLDER / "cpu" / "twin.json"
+TWIN = (sys.executable, "-m", "verl_heddle.twin", "600")
 PAIRS, SECONDS = 5, 30.0
 SLOTS, REPLICAS = 64, 8
 LATENCY = LatencyModel.affine(0.01, 0.0005, 1e-8, prefill_per_token_s=2e-5, prefill_base_s=0.01)
@@ -109,7 +110,7 @@ def measure(pairs: int, seconds: float, prompts: int) -> dict[str, Any]:
     step = recorded(prompts)
     columns, _ = pickle.loads(step)
     alone_s = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "verl_heddle.twin"], input=step, stdout=subprocess.DEVNULL, cwd=ROOT, check=True)
+    subprocess.run(TWIN, input=step, stdout=subprocess.DEVNULL, cwd=ROOT, check=True)
     alone_s = time.perf_counter() - alone_s
     memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     updates(min(5.0, seconds))

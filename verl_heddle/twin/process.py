@@ -14,6 +14,10 @@ from verl_heddle.traces.columns import Columns
 from verl_heddle.twin import MOST_ERROR
 
 
+GRACE_S = 10.0
+"""After the budget: a process that is not stopped from here, because this one is dead, ends by itself."""
+
+
 class Twin:
     """One step at a time; one that ends while another is judged is left out. Nothing here raises.
 
@@ -44,10 +48,11 @@ class Twin:
     def _run(self, number: int, step: Columns, meta: dict[str, Any]) -> None:
         try:
             done = subprocess.run(
-                [sys.executable, "-m", "verl_heddle.twin"],
+                [sys.executable, "-m", "verl_heddle.twin", str(self._budget_s + GRACE_S)],
                 input=pickle.dumps((step, meta), protocol=pickle.HIGHEST_PROTOCOL),
                 capture_output=True,
                 timeout=self._budget_s,
+                start_new_session=True,  # for its priority, see there
             )
             if done.returncode:
                 raise RuntimeError(f"exit code {done.returncode}: {done.stderr.decode(errors='replace').strip()[-200:]}")

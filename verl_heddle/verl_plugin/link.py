@@ -216,8 +216,8 @@ class Link:
                 self._stays.clear()
                 self._let_in.drop_all()
             self._process, self._heard, self._all_out = news.router, 0, 0
-            for asking in self._asking.values():
-                asking.out = 0
+            for open_one in self._asking.values():
+                open_one.out = 0
         for number, item in news.items:
             if number <= self._heard:
                 continue

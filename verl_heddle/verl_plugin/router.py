@@ -165,7 +165,7 @@ class HeddleRouter(PoolStatus, Learning):
         Raises:
             RuntimeError: there is no server.
         """
-        self.told(told)
+        self.told(told)  # type: ignore[operator]
         decisions = [self.turn_started(turn, worker) for turn in turns]
         self._watch_held()
         return decisions, self._promised.mail.number

@@ -99,3 +99,20 @@ def test_an_answer_comes_once_and_names_its_step(monkeypatch):
 def test_a_process_that_hangs_or_dies_does_nothing_to_the_run(monkeypatch, code, words):
     twin, said = asked(monkeypatch, code, budget_s=1.0 if "sleep" in code else 60.0)
     assert twin.told() == {} and twin.failures == 1 and len(said) == 1 and words in said[0]
+
+
+def test_it_takes_only_the_time_that_nobody_else_wants():
+    told = (
+        "import os; from verl_heddle.twin.__main__ import stand_back; stand_back(); print(os.nice(0), open('/proc/self/autogroup').read())"
+    )
+    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, start_new_session=True, check=False)
+    if done.returncode:
+        pytest.skip("this kernel shares no time between sessions")
+    assert done.stdout.startswith("19 ") and "nice 19" in done.stdout
+    kept = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
+    assert "nice 19" not in kept.stdout.split(" ", 1)[1], "the session of others is left alone"
+
+
+def test_a_process_whose_asker_is_dead_ends_by_itself():
+    process = subprocess.Popen([sys.executable, "-m", "verl_heddle.twin", "1"], stdin=subprocess.PIPE, start_new_session=True)
+    assert process.wait(30.0) == -14, "by its alarm, while it waits for a step"

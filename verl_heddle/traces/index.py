@@ -24,8 +24,8 @@ from verl_heddle.traces.importers.anything import trajectories
 from verl_heddle.traces.io import Note, decode_line, lines
 from verl_heddle.trajectory import Trajectory
 
-KEPT_TURNS = 200_000
-"""Of a file of another tool: turns that are kept at most, unless a single prompt has more; 100 MB."""
+KEPT_TURNS = 80_000
+"""Of a file of another tool: turns that are kept at most, unless a single prompt has more; 50 to 100 MB."""
 
 _HASHES = 2**32
 

@@ -13,7 +13,6 @@ from typing import Any
 from verl_heddle.traces.columns import Columns
 from verl_heddle.twin import MOST_ERROR
 
-
 GRACE_S = 10.0
 """After the budget: a process that is not stopped from here, because this one is dead, ends by itself."""
 

@@ -101,7 +101,7 @@ def memory(name: str, turns: int) -> dict[str, Any]:
 
 
 def scale(short: bool) -> dict[str, Any]:
-    """The default at 1,000 replicas and 100,000 trajectories under way, in this process; `short`: with KV cache for fewer than are under way."""
+    """The default at 1,000 replicas and 100,000 trajectories under way, in this process; `short`: there is no KV cache for all of them."""
     before, kv_tokens = rss_mib(), SHORT_KV if short else None
     play = Alone("default", *SCALE, kv_tokens)
 

@@ -53,7 +53,7 @@ TURNS = 1_000_000
 STEP_TURNS, STEP_S = 20, 120.0
 """Of the step that is replayed: 0.4 times the seconds of a step of 300, so 2.5 times its rate of turns."""
 SCALE, SCALE_TURNS, SHORT_KV = (1000, 100_000), 50_000, 120_000
-"""Replicas and trajectories under way; KV tokens of a replica where half of them wait."""
+"""Replicas and trajectories under way; KV tokens of a replica where there is no room for all of them."""
 LOOKS = 20
 """Looks at the memory over all turns."""
 SHARE = 0.9
@@ -101,7 +101,7 @@ def memory(name: str, turns: int) -> dict[str, Any]:
 
 
 def scale(short: bool) -> dict[str, Any]:
-    """The default at 1,000 replicas and 100,000 trajectories under way, in this process; `short`: with KV cache for half of them."""
+    """The default at 1,000 replicas and 100,000 trajectories under way, in this process; `short`: there is no KV cache for all of them."""
     before, kv_tokens = rss_mib(), SHORT_KV if short else None
     play = Alone("default", *SCALE, kv_tokens)
 
@@ -295,7 +295,7 @@ def main(argv: list[str] | None = None) -> int:
         if "memory" in args.part and name != FLOOR:
             found["memory"] = memory(name, args.turns)
         if "scale" in args.part and name == "default" and not args.quick:
-            found["scale"] = {"room for all": scale(False), "room for half": scale(True)}
+            found["scale"] = {"room for all": scale(False), "short of room": scale(True)}
             print(f"    {name}: {found['scale']}", flush=True)
         if "curve" in args.part:
             found["curve"] = curve(name, args.rates, seconds, args.loaders)

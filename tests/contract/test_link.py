@@ -399,3 +399,18 @@ def test_under_planned_placement_the_end_of_a_turn_waits_for_the_order_to_prewar
         await rig.settled()
 
     asyncio.run(play())
+
+
+def test_the_bench_of_the_router_plays_a_step_through_the_workers_link():
+    from bench.router.load import Loader
+
+    async def play() -> None:
+        rig = Rig(OPTIONS, engines=4, slots=8)
+        loader = Loader(rig.actor, list(rig.engines), "load", 20, warms=False, predicts=False)
+        told = await loader.step(5, 0.02)
+        assert len(told.first_s) == 20 and told.seconds > 0.05 and (told.busy_s > 0.05).all() and (told.first_s > 0).all()
+        await asyncio.sleep(0.1)
+        stats = rig.router.stats()
+        assert stats["told"] == 80 and rig.router.get_total_inflight() == 0 and not rig.router._orchestrator._lives
+
+    asyncio.run(play())

@@ -477,3 +477,26 @@ def test_a_lost_replica_is_dropped_once_and_its_trajectories_go_elsewhere(capsys
         assert router.get_all_servers() == ["s2"]
 
     asyncio.run(play())
+
+
+def test_in_its_own_process_all_garbage_is_collected_after_a_step_has_been_answered(monkeypatch):
+    import gc
+
+    from verl_heddle.verl_plugin.router import RouterProcess
+
+    before, order = gc.get_threshold(), []
+
+    async def play():
+        router = RouterProcess({"s0": "h0"})
+        assert gc.get_threshold()[:2] == before[:2] and gc.get_threshold()[2] > 10**6
+        monkeypatch.setattr(gc, "collect", lambda: order.append("collected"))
+        await router.step_ended(1)
+        order.append("answered")
+        await asyncio.sleep(0)
+
+    try:
+        asyncio.run(play())
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
+    assert order == ["answered", "collected"]

@@ -108,7 +108,8 @@ def test_three_lines_and_what_was_sampled(capsys, tmp_path):
     words = ("simulate", "--quick", "--workload", "search", "--model", "qwen3-8b", "--gpus", "16", "--prompts", "8", "--jobs", "1")
     assert command(*words) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("A step takes ") and "GPU-hours" in lines[0] and lines[-1].startswith("Quick: ") and len(lines) <= 5
+    assert lines[0].startswith("A step takes ") and "GPU-hours" in lines[0] and lines[-1].startswith("Quick: ") and len(lines) <= 6
+    assert lines[-2].startswith("Qwen3-8B on H200, step times: table"), "never a silent guess"
     assert command(*words, "--json", "-") == 0
     value = json.loads(capsys.readouterr().out)
     assert value["config"]["fleet_gpus"] == 16 and value["config"]["sample"] == lines[-1] and value["config"]["seeds"] == [0]

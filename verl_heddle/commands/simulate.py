@@ -150,7 +150,7 @@ def _quick(args: argparse.Namespace) -> int:
     finally:
         meter.close()
     if paths.get("json") != "-":
-        print("\n".join([*headline(answer), "", *answer.source.notes]))
+        print("\n".join([*headline(answer), "", f"{setting.model}, step times: {setting.step_times}", *answer.source.notes]))
     _write(paths, answer, explain(answer), None)
     return 0
 

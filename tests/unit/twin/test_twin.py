@@ -65,13 +65,16 @@ def test_what_it_does_not_understand_it_does_not_judge():
         judge(step)
 
 
+REAL = "import sys; sys.argv = ['', '60']; from verl_heddle.twin import __main__ as twin; twin.stand_back = lambda: None; twin.main()"
+"""The real process, but that it takes its time like the tests beside it."""
+
+
 def asked(monkeypatch, code, budget_s=60.0):
     """A twin whose process is this program, after one step."""
     said = []
     twin = Twin(budget_s, said.append)
-    if code is not None:
-        run = subprocess.run
-        monkeypatch.setattr(subprocess, "run", lambda words, **more: run([sys.executable, "-c", code], **more))
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda words, **more: run([sys.executable, "-c", code], **more))
     twin.ask(7, Columns.of(ran("stock")), META)
     thread = next(one for one in threading.enumerate() if one.name == "heddle-twin")
     twin.ask(8, Columns.of(ran("stock")), META)  # left out: it is at work
@@ -81,7 +84,7 @@ def asked(monkeypatch, code, budget_s=60.0):
 
 
 def test_an_answer_comes_once_and_names_its_step(monkeypatch):
-    twin, said = asked(monkeypatch, None)
+    twin, said = asked(monkeypatch, REAL)
     told = twin.told()
     assert said == [] and told["step"] == 7 and told["speedup"] == pytest.approx(judge(ran("stock"))["speedup"])
     assert twin.told() == {} and twin.failures == 0

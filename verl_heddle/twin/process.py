@@ -51,7 +51,6 @@ class Twin:
                 input=pickle.dumps((step, meta), protocol=pickle.HIGHEST_PROTOCOL),
                 capture_output=True,
                 timeout=self._budget_s,
-                start_new_session=True,  # for its priority, see there
             )
             if done.returncode:
                 raise RuntimeError(f"exit code {done.returncode}: {done.stderr.decode(errors='replace').strip()[-200:]}")

@@ -65,26 +65,23 @@ def test_what_it_does_not_understand_it_does_not_judge():
         judge(step)
 
 
-REAL = "import sys; sys.argv = ['', '60']; from verl_heddle.twin import __main__ as twin; twin.stand_back = lambda: None; twin.main()"
-"""The real process, but that it takes its time like the tests beside it."""
-
-
-def asked(monkeypatch, code, budget_s=60.0):
+def asked(monkeypatch, code, budget_s=240.0):
     """A twin whose process is this program, after one step."""
     said = []
     twin = Twin(budget_s, said.append)
-    run = subprocess.run
-    monkeypatch.setattr(subprocess, "run", lambda words, **more: run([sys.executable, "-c", code], **more))
+    if code is not None:
+        run = subprocess.run
+        monkeypatch.setattr(subprocess, "run", lambda words, **more: run([sys.executable, "-c", code], **more))
     twin.ask(7, Columns.of(ran("stock")), META)
     thread = next(one for one in threading.enumerate() if one.name == "heddle-twin")
     twin.ask(8, Columns.of(ran("stock")), META)  # left out: it is at work
-    thread.join(60.0)
+    thread.join(240.0)
     assert not thread.is_alive()
     return twin, said
 
 
 def test_an_answer_comes_once_and_names_its_step(monkeypatch):
-    twin, said = asked(monkeypatch, REAL)
+    twin, said = asked(monkeypatch, None)
     told = twin.told()
     assert said == [] and told["step"] == 7 and told["speedup"] == pytest.approx(judge(ran("stock"))["speedup"])
     assert twin.told() == {} and twin.failures == 0
@@ -104,18 +101,6 @@ def test_a_process_that_hangs_or_dies_does_nothing_to_the_run(monkeypatch, code,
     assert twin.told() == {} and twin.failures == 1 and len(said) == 1 and words in said[0]
 
 
-def test_it_takes_only_the_time_that_nobody_else_wants():
-    told = (
-        "import os; from verl_heddle.twin.__main__ import stand_back; stand_back(); print(os.nice(0), open('/proc/self/autogroup').read())"
-    )
-    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, start_new_session=True, check=False)
-    if done.returncode:
-        pytest.skip("this kernel shares no time between sessions")
-    assert done.stdout.startswith("19 ") and "nice 19" in done.stdout
-    kept = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
-    assert "nice 19" not in kept.stdout.split(" ", 1)[1], "the session of others is left alone"
-
-
 def test_a_process_whose_asker_is_dead_ends_by_itself():
-    process = subprocess.Popen([sys.executable, "-m", "verl_heddle.twin", "1"], stdin=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen([sys.executable, "-m", "verl_heddle.twin", "1"], stdin=subprocess.PIPE)
     assert process.wait(30.0) == -14, "by its alarm, while it waits for a step"

@@ -79,9 +79,7 @@ class Beside:
             with tempfile.TemporaryFile() as told:
                 told.write(self._step)
                 told.seek(0)
-                self._process = subprocess.Popen(
-                    [sys.executable, "-m", "verl_heddle.twin"], stdin=told, stdout=subprocess.DEVNULL, cwd=ROOT
-                )
+                self._process = subprocess.Popen(TWIN, stdin=told, stdout=subprocess.DEVNULL, cwd=ROOT)
                 self.judged += self._process.wait() == 0
 
 

@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench" / "regimes")]
 from cells import GPU, SLOTS, Cell, cells, draw
 
 from bench.marked import fill
-from bench.provenance import FOLDER, save
+from bench.provenance import FOLDER, measured_again, save
 from verl_heddle.latency import LatencyModel
 from verl_heddle.options import Options, Place, Residents
 from verl_heddle.orchestrator import Orchestrator
@@ -302,8 +302,13 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="write the README's table from the results that are there")
     parser.add_argument("--only", default="", metavar="TEXT", help="scenes whose group or name has it, printed only")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: as many as cores)")
+    parser.add_argument("--check", type=int, metavar="N", help="measure N runs anew: are they what they were? Then the results still hold")
     arguments = parser.parse_args()
     results = FOLDER / "simulated" / "auto.json"
+    if arguments.check:
+        known = {scene.name: scene for scene in scenes()}
+        rows = [row for row in json.loads(results.read_text())["rows"] if row["name"] in known]
+        return measured_again(results, rows, lambda row: measure(known[row["name"]]), arguments.check)
     if arguments.quick:
         print(json.dumps(course(measure(Scene("quick", "quick", Cell("Qwen3-8B", 16, 0.9, 0.3)), 4)), indent=1))
         return

@@ -96,7 +96,9 @@ def test_the_readme_says_where_the_simulator_was_held_against_engines():
 
 
 def test_the_readme_is_short():
-    assert len(README.read_text().split()) <= 1200
+    text = README.read_text()
+    record = text[text.index("<!-- measured: begin -->") : text.index("<!-- measured: end -->")]  # which commit each number is of
+    assert len(text.replace(record, "").split()) <= 1200
 
 
 def test_no_speed_is_claimed_outside_of_what_is_generated():

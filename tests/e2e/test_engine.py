@@ -45,7 +45,9 @@ def server(workspace):
 def router(server):
     actor = ray.remote(HeddleRouter).remote({"s0": server}, {})
     ray.get(actor.configure.remote(OPTIONS, False, alike({"s0": server}, slots=SLOTS)), timeout=60)
-    return actor
+    yield actor
+    ray.kill(actor)  # with it ends the call for news that the client has open: none may be left when this process does
+    time.sleep(0.5)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -77,3 +78,21 @@ def preloaded() -> Iterator[Preloaded]:
 def wheel(tmp_path_factory) -> Installed:
     """Our wheel in an environment beside no checkout."""
     return installed(tmp_path_factory.mktemp("wheel"))
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Kept for `pytest_unconfigure`."""
+    session.config.stash[STATUS] = int(exitstatus)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """All is reported: a process that had Ray and engines in it ends without taking its interpreter down, where their native code has
+    crashed after the last test had passed."""
+    if "ray" in sys.modules and not hasattr(config, "workerinput") and STATUS in config.stash:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(config.stash[STATUS])
+
+
+STATUS = pytest.StashKey[int]()

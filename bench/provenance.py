@@ -224,8 +224,8 @@ def _commit_words(name: str, commit: str) -> str:
 
 
 def line(names: Iterable[str]) -> str:
-    """What a page says of the results it shows."""
-    found = {name: state(name) for name in names}
+    """What a page says of the results it shows; those that have not been made are not among them."""
+    found = {name: state(name) for name in names if (FOLDER / name).exists()}
     words = ", ".join(_commit_words(name, commit) for name, (_, commit) in found.items())
     changed = [name for name, (how, _) in found.items() if how == CHANGED]
     which = "" if len(changed) == len(found) else f": {', '.join(changed)}"

@@ -138,18 +138,12 @@ def _live(run: str) -> list[Trajectory]:
     Raises:
         ValueError: no such trace, or none of a live run.
     """
-    from verl_heddle.report.recorded import CALIBRATION_TURNS
+    from verl_heddle.report.recorded import enough
     from verl_heddle.report.steps import WARM_UP_STEPS
-    from verl_heddle.traces.steps import training_steps
+    from verl_heddle.traces import trace_of, training_steps
 
-    inside = [os.path.join(run, name) for name in (os.path.join("heddle", "trace.jsonl"), "trace.jsonl")]
-    steps = list(training_steps(next(filter(os.path.isfile, inside), run)).values())
-    found: list[Trajectory] = []
-    for step in steps[WARM_UP_STEPS:] or steps:
-        found += step
-        if sum(len(item.steps) for item in found) >= CALIBRATION_TURNS:
-            break
-    return found
+    steps = list(training_steps(trace_of(run)).values())
+    return enough(steps[WARM_UP_STEPS:] or steps)
 
 
 def _tier(args: argparse.Namespace) -> HostTier | None:

@@ -1,15 +1,18 @@
 """GPUs by their published numbers: memory, bandwidth, dense tensor throughput, interconnect within a node.
 
 Sources: memory is what torch prints in its out-of-memory errors, a little less than the nominal size (H20: 97,871 MiB in nvidia-smi less
-what the context keeps; the others as printed in public reports). The rest is from NVIDIA's datasheets of A100 80GB SXM, H20 (HGX), H100
-SXM, H200 SXM, L40S and HGX B200, without sparsity; `verl_heddle/data/README.md` has the table. Interconnect is one direction per GPU: half
-of what NVLink's datasheets add up, and PCIe 4.0 x16 for the L40S.
+what the context keeps; the others as printed in public reports). The rest is as AIConfigurator has it and as public pages tell of A100 80GB
+SXM, H20, H100 SXM, H200 SXM, L40S and B200, without sparsity (B200's bandwidth: AIConfigurator has 7.7 TB/s); NVIDIA's datasheets were not
+read. `verl_heddle/data/README.md` has the table. Interconnect is one direction per GPU: half of what NVLink adds up, and PCIe 4.0 x16 for
+the L40S.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+
+from verl_heddle.latency.shipped import plain
 
 GIB = 1 << 30
 
@@ -92,8 +95,3 @@ def gpu_of(text: str) -> Gpu:
     if found is not None:
         return replace(found, name=text, aliases=(), **fields)  # type: ignore[arg-type]
     return Gpu(name, **({"fp8": fields["bf16"], "link": 32e9} | fields))  # type: ignore[arg-type]
-
-
-def plain(name: str) -> str:
-    """Letters and digits only, lower case: "H200 SXM", "h200_sxm" and "h200-sxm" are one name."""
-    return re.sub(r"[^a-z0-9]", "", name.lower())

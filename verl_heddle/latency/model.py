@@ -49,6 +49,11 @@ class Memory:
     overhead_bytes: int
     """Activations, communication buffers, CUDA context and graphs."""
 
+    @property
+    def load_s(self) -> float:
+        """Seconds to bring the weights back from pinned host memory (`LatencyModel.weight_load_s`)."""
+        return WAKE_S + self.weight_bytes / HOST_TO_GPU_BYTES_PER_S
+
     def kv_tokens(self, gpu_memory_utilization: float) -> int:
         """Tokens that fit beside the weights, 0 if the weights alone do not."""
         if not 0.0 < gpu_memory_utilization <= 1.0:

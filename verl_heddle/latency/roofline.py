@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from verl_heddle.latency.gpus import Gpu
-from verl_heddle.latency.model import HOST_TO_GPU_BYTES_PER_S, WAKE_S, Engine, LatencyModel, Memory
+from verl_heddle.latency.model import Engine, LatencyModel, Memory
 from verl_heddle.latency.shape import Shape
 from verl_heddle.latency.surface import Surface
 
@@ -87,11 +87,6 @@ def memory(gpu: Gpu, shape: Shape, tp: int) -> Memory:
     return Memory(gpu.memory_bytes, shape.weight_bytes(tp), shape.kv_bytes_per_token(tp), shape.overhead_bytes(tp))
 
 
-def load_s(held: Memory) -> float:
-    """Seconds to bring a replica's weights back from host memory (`LatencyModel.weight_load_s`)."""
-    return WAKE_S + held.weight_bytes / HOST_TO_GPU_BYTES_PER_S
-
-
 def _engine(gpu: Gpu, shape: Shape, tp: int, factors: Factors) -> Engine:
     extra = (shape.window,) if shape.window else ()
     batches = np.array(BATCHES, dtype=np.float64)
@@ -104,7 +99,7 @@ def _engine(gpu: Gpu, shape: Shape, tp: int, factors: Factors) -> Engine:
         decode=Surface.fitted(batches.tolist(), contexts.tolist(), decode),
         prefill=Surface.fitted([0.0, *new.tolist()], cached.tolist(), prefill),
         memory=held,
-        load_s=load_s(held),
+        load_s=held.load_s,
     )
 
 

@@ -21,7 +21,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from verl_heddle.latency.gpus import GIB, plain
+from verl_heddle.latency.gpus import GIB
+from verl_heddle.latency.shipped import plain
 
 KV_CONTEXT = 8192
 """Tokens of context at which bytes per token are told where sliding layers bound them: a window's KV is spread over so many tokens."""

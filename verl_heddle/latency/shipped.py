@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from verl_heddle.latency.model import HOST_TO_GPU_BYTES_PER_S, WAKE_S, Engine, LatencyModel, Memory
+from verl_heddle.latency.model import Engine, LatencyModel, Memory
 from verl_heddle.latency.surface import Surface
 
 TABLE = "data/latency.json.gz"
@@ -58,23 +58,24 @@ def _load(gpu: str, model: str) -> LatencyModel:
             overhead_bytes=shape["overhead_bytes"],
         )
         engines[int(tp_name)] = Engine(
-            decode=_surface(table["grid"]["decode"], rows["decode"]),
-            prefill=_surface(table["grid"]["prefill"], rows["prefill"]),
+            decode=surface(table["grid"]["decode"], rows["decode"]),
+            prefill=surface(table["grid"]["prefill"], rows["prefill"]),
             memory=memory,
-            load_s=WAKE_S + memory.weight_bytes / HOST_TO_GPU_BYTES_PER_S,
+            load_s=memory.load_s,
         )
     return LatencyModel(f"{model} on {gpu}", engines, table["source"])
 
 
-def _surface(axes: list[list[float]], rows_ms: list[list[float]]) -> Surface:
+def surface(axes: list[list[float]], rows_ms: list[list[float]]) -> Surface:
+    """Of a table's two axes and its times in milliseconds."""
     rows = np.asarray(rows_ms, dtype=np.float64) / 1000.0
     return Surface(tuple(map(float, axes[0])), tuple(map(float, axes[1])), tuple(tuple(row) for row in rows.tolist()))
 
 
 def _find(name: str, entries: dict[str, Any], kind: str) -> str:
-    wanted = _plain(name)
+    wanted = plain(name)
     for key, entry in entries.items():
-        if wanted in {_plain(alias) for alias in (key, *entry["aliases"])}:
+        if wanted in {plain(alias) for alias in (key, *entry["aliases"])}:
             return key
     exists = "; ".join(f"{gpu}: {', '.join(models)}" for gpu, models in available().items())
     raise ValueError(
@@ -82,7 +83,7 @@ def _find(name: str, entries: dict[str, Any], kind: str) -> str:
     )
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
     """Letters and digits only, lower case: "H200 SXM", "h200_sxm" and "h200-sxm" are one name."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 

@@ -11,14 +11,11 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-import numpy as np
-
 from verl_heddle.latency import shipped
 from verl_heddle.latency.gpus import GPUS
 from verl_heddle.latency.model import Engine, LatencyModel
-from verl_heddle.latency.roofline import load_s, memory
+from verl_heddle.latency.roofline import memory
 from verl_heddle.latency.shape import known
-from verl_heddle.latency.surface import Surface
 
 
 def tables() -> dict[str, tuple[str, ...]]:
@@ -40,14 +37,9 @@ def _load(gpu: str, model: str) -> LatencyModel:
     engines = {}
     for name, rows in document["times_ms"][model].items():
         held = memory(GPUS[gpu], shape, int(name))
-        decode, prefill = (_surface(document["grid"][kind], rows[kind]) for kind in ("decode", "prefill"))
-        engines[int(name)] = Engine(decode, prefill, held, load_s(held))
+        decode, prefill = (shipped.surface(document["grid"][kind], rows[kind]) for kind in ("decode", "prefill"))
+        engines[int(name)] = Engine(decode, prefill, held, held.load_s)
     return LatencyModel(f"{model} on {gpu}", engines, f"{document['source']}, {shape.weights}")
-
-
-def _surface(axes: list[list[float]], rows_ms: list[list[float]]) -> Surface:
-    seconds = (np.asarray(rows_ms, dtype=np.float64) / 1000.0).tolist()
-    return Surface(tuple(map(float, axes[0])), tuple(map(float, axes[1])), tuple(map(tuple, seconds)))
 
 
 @cache

@@ -17,11 +17,12 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from random import Random
 from typing import Any
 
-from verl_heddle.traces import WORKLOADS, TraceError, generate, read, replayable
-from verl_heddle.traces.steps import latest, told
+from verl_heddle.traces import WORKLOADS, generate, read, replayable
+from verl_heddle.traces.steps import by_step, first_groups, latest, told
 from verl_heddle.trajectory import Trajectory
 
 Step = tuple[Trajectory, ...]
@@ -104,29 +105,9 @@ def assembled(
 ) -> Source:
     """As `recorded`, of trajectories that somebody else reads from `path`; `torn`: notes that come with them, read when all have come."""
     left: Counter[str] = Counter()
-    by_step: dict[int | None, list[Trajectory]] = defaultdict(list)
-    seen: set[int] = set()
-    for item in items:
-        number = item.meta.get("step")
-        if item.meta.get("validate"):
-            left["validation"] += 1
-            continue
-        if number is not None:
-            seen.add(number)
-        if step is not None and number != step:
-            continue
-        if not item.steps or all(turn.output_tokens is None for turn in item.steps):
-            left["of unknown length"] += 1
-            continue
-        left["cancelled"] += item.meta.get("outcome") == "cancelled"
-        by_step[number].append(replayable(item))
-    if step is not None and step not in seen:
-        has = f"steps {', '.join(map(str, sorted(seen)[:20]))}" if seen else "no steps"
-        raise TraceError(f"no training step {step}", allowed=f"this trace has {has}", file=str(path))
-    if not by_step:
-        raise TraceError("no training trajectory of known length", allowed="at least one", file=str(path))
-    counted = sorted(by_step, key=lambda key: -1 if key is None else key)
-    steps = tuple(_limited(latest(by_step[number], left), prompts, samples) for number in counted)
+    found = by_step(items, _facts, left, str(path), step)
+    left["cancelled"] = sum(item.meta.get("outcome") == "cancelled" for one in found.values() for item in one)
+    steps = tuple(_limited(latest(list(map(replayable, one)), left), prompts, samples) for one in found.values())
     work = [item for one in steps for item in one]
     cap = max(item.output_tokens for item in work) if any(item.meta.get("truncated") for item in work) else None
     draws = [replace(_shuffled(steps, seed, cold), cap_tokens=cap) for seed in seeds]
@@ -142,21 +123,19 @@ def assembled(
     return Source(f"{about['trace']}" + ("" if step is None else f", step {step}"), tuple(draws), about, (*torn, *_notes(left)))
 
 
+def _facts(item: Trajectory) -> tuple[bool, int | None, bool]:
+    known = any(turn.output_tokens is not None for turn in item.steps)
+    return bool(item.meta.get("validate")), item.meta.get("step"), known
+
+
 def _limited(items: list[Trajectory], prompts: int | None, samples: int | None) -> Step:
     """The first of the groups; trials are numbered anew where a step visited a prompt twice, as the simulator tells them apart by trial."""
     trials: dict[str, list[str]] = defaultdict(list)
     for item in items:
         trials[item.prompt_id].append(str(item.trial))
-    twice = {name for name, known in trials.items() if len(set(known)) < len(known)}
-    wanted = set(list(trials)[:prompts])
-    taken: Counter[str] = Counter()
-    result = []
-    for item in items:
-        name = item.prompt_id
-        if name in wanted and (samples is None or taken[name] < samples):
-            result.append(replace(item, trial=taken[name]) if name in twice else item)
-            taken[name] += 1
-    return tuple(result)
+    anew = {name: count() for name, known in trials.items() if len(set(known)) < len(known)}
+    kept = first_groups(items, prompts, samples)
+    return tuple(replace(item, trial=next(anew[item.prompt_id])) if item.prompt_id in anew else item for item in kept)
 
 
 def _shuffled(steps: tuple[Step, ...], seed: int, cold: bool) -> Draw:

@@ -21,9 +21,8 @@ from verl_heddle.report.draws import Source, Step, assembled, generated
 from verl_heddle.report.setting import Setting
 from verl_heddle.report.words import count, listed
 from verl_heddle.simulate.workload import most_kv
-from verl_heddle.traces.index import Entry, catalogue
-from verl_heddle.traces.schema import TraceError
-from verl_heddle.traces.steps import latest, told
+from verl_heddle.traces.index import catalogue
+from verl_heddle.traces.steps import by_step, first_groups, latest, told
 
 ARMS = ("stock", "stock_best_tp", "heddle", "heddle_best_tp")
 
@@ -121,9 +120,9 @@ def quick_trace(
     notes: list[str] = []
     found = catalogue(path, notes.append)
     left: Counter[str] = Counter()
-    whole = _steps(found.entries, left, path, step, prompts, samples)
-    can = whole if found.kept is None else {key: [one for one in entries if one.number in found.kept] for key, entries in whole.items()}
-    can = {key: entries for key, entries in can.items() if entries}
+    known = by_step(found.entries, lambda one: (one.validate, one.step, one.turns > 0 and one.tokens is not None), left, path, step)
+    whole = {key: first_groups(latest(entries, left), prompts, samples) for key, entries in known.items()}
+    can = {key: some for key, entries in whole.items() if (some := found.candidates(entries))}
     steps = [can[key] for key in _evenly(list(can), READ_STEPS)]
     groups = [_groups([(one.prompt_id, one.turns, one.tokens or 0) for one in entries]) for entries in steps]
     share = min(1.0, READ_TURNS / sum(group.turns for one in groups for group in one))
@@ -135,48 +134,6 @@ def quick_trace(
     source = replace(source, notes=(*found.told, *source.notes, *told(left)))
     every = [_groups([(one.prompt_id, one.turns, one.tokens or 0) for one in entries]) for entries in whole.values()]
     return _sampled(setting, source, sum(map(len, every)) / len(every), len(every), _mean_tokens(every))
-
-
-def _steps(
-    entries: Sequence[Entry], left: Counter[str], path: str, step: int | None, prompts: int | None, samples: int | None
-) -> dict[int | None, list[Entry]]:
-    """The training steps by number, as `recorded` takes them."""
-    by_step: dict[int | None, list[Entry]] = defaultdict(list)
-    seen: set[int] = set()
-    for one in entries:
-        if one.validate:
-            left["validation"] += 1
-            continue
-        if one.step is not None:
-            seen.add(one.step)
-        if step is not None and one.step != step:
-            continue
-        if not one.turns or one.tokens is None:
-            left["of unknown length"] += 1
-            continue
-        by_step[one.step].append(one)
-    if step is not None and step not in seen:
-        has = f"steps {', '.join(map(str, sorted(seen)[:20]))}" if seen else "no steps"
-        raise TraceError(f"no training step {step}", allowed=f"this trace has {has}", file=path)
-    if not by_step:
-        raise TraceError("no training trajectory of known length", allowed="at least one", file=path)
-    return {
-        key: _limited(latest(by_step[key], left), prompts, samples) for key in sorted(by_step, key=lambda key: -1 if key is None else key)
-    }
-
-
-def _limited(entries: list[Entry], prompts: int | None, samples: int | None) -> list[Entry]:
-    """The first of the groups."""
-    if prompts is None and samples is None:
-        return entries
-    names = set(list(dict.fromkeys(one.prompt_id for one in entries))[:prompts])
-    taken: Counter[str] = Counter()
-    kept = []
-    for one in entries:
-        if one.prompt_id in names and (samples is None or taken[one.prompt_id] < samples):
-            taken[one.prompt_id] += 1
-            kept.append(one)
-    return kept
 
 
 def _sampled(setting: Setting, source: Source, of_prompts: float, of_steps: int, of_tokens: float) -> tuple[Setting, Source]:

@@ -110,10 +110,10 @@ def calibrated(steps: Iterable[Sequence[Trajectory]], tp: int) -> LatencyModel:
     Raises:
         ValueError: too few turns with the times that are needed.
     """
-    return calibrate(_enough(steps), tp)
+    return calibrate(enough(steps), tp)
 
 
-def _enough(steps: Iterable[Sequence[Trajectory]]) -> list[Trajectory]:
+def enough(steps: Iterable[Sequence[Trajectory]]) -> list[Trajectory]:
     """Trajectories of the first steps, until they have `CALIBRATION_TURNS` turns."""
     records: list[Trajectory] = []
     turns = 0
@@ -216,7 +216,7 @@ def machine(steps: Iterable[Sequence[Trajectory]], engines: Engines, table: Late
     if engines.tp not in table.tps:
         raise ValueError(f"{table.name} knows tensor-parallel degrees {', '.join(map(str, table.tps))}, the run has {engines.tp}")
     try:
-        table = calibrate_host(table, _enough(steps), engines.tp)
+        table = calibrate_host(table, enough(steps), engines.tp)
     except ValueError:  # too few turns
         table = table.with_host(HOST_STEP_S, "assumed: too few turns to measure it")
     memory = engines.utilization or UTILIZATION

@@ -21,7 +21,7 @@ from verl_heddle.report.steps import WARM_UP_STEPS, metrics_of
 from verl_heddle.report.whatif import WhatIf, what_ifs
 from verl_heddle.simulate import Bound
 from verl_heddle.simulate.baselines import Stock
-from verl_heddle.traces import segments
+from verl_heddle.traces import trace_of
 from verl_heddle.traces.steps import training_steps
 from verl_heddle.trajectory import Trajectory
 
@@ -151,8 +151,7 @@ def _traces(run: Path, arm: str | None, pair: int | None) -> Iterator[tuple[str,
         return
     if arm is not None or pair is not None:
         raise ValueError(f"--arm and --pair choose runs of a comparison, and {run} is none")
-    inside = (run / TRACE / "trace.jsonl", run / "trace.jsonl")
-    yield str(run), next((file for file in inside if file.is_file() or segments(file)), run)
+    yield str(run), trace_of(run)
 
 
 def _notes(engines: Engines, items: Sequence[Trajectory], table: LatencyModel | None) -> tuple[str, ...]:

@@ -432,9 +432,9 @@ class Residents:
     def _shrink(self, home: Home) -> None:
         """Contexts have grown over the capacity: evict idle residents, the last in the order first."""
         while home.used > home.capacity * FULL and home.idle:
-            *_, entry, live = heappop(home.idle)
-            if live.entry == entry and live.idle:
-                self._evict(home, live, "full")
+            item = heappop(home.idle)
+            if current(item):
+                self._evict(home, item[-1], "full")
 
     def _evict(self, home: Home, live: Live, why: str) -> None:
         self.counts[why] += 1

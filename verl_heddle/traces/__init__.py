@@ -2,7 +2,7 @@
 
 from verl_heddle.traces.describe import summary
 from verl_heddle.traces.generate import generate
-from verl_heddle.traces.io import read, segment, segments, trace_files, write
+from verl_heddle.traces.io import read, segment, segments, trace_files, trace_of, write
 from verl_heddle.traces.replay import episodes, replayable
 from verl_heddle.traces.schema import PSEUDO_TOOLS, TraceError, decode, encode, from_dict, to_dict
 from verl_heddle.traces.steps import training_steps
@@ -30,6 +30,7 @@ __all__ = [
     "summary",
     "to_dict",
     "trace_files",
+    "trace_of",
     "training_steps",
     "write",
 ]

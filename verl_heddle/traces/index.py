@@ -69,10 +69,9 @@ class Catalogue:
     kept: Mapping[int, Trajectory] | None = None
     """Of a file of another tool: what can be picked, by number."""
 
-    @property
-    def candidates(self) -> list[Entry]:
+    def candidates(self, entries: list[Entry]) -> list[Entry]:
         """Those that can be picked: whole prompts."""
-        return self.entries if self.kept is None else [entry for entry in self.entries if entry.number in self.kept]
+        return entries if self.kept is None else [entry for entry in entries if entry.number in self.kept]
 
     def pick(self, numbers: Collection[int]) -> Iterator[Trajectory]:
         """The trajectories with these `Entry.number`, in the order of the file.

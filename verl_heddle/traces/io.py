@@ -57,6 +57,12 @@ def segments(path: str | os.PathLike[str]) -> list[Path]:
     return [file for _, file in sorted(mine)]
 
 
+def trace_of(run: str | os.PathLike[str]) -> Path:
+    """The trace in a run's folder, where `heddle.trace.dir` puts it by default, or right inside; else `run` itself."""
+    inside = [Path(run, *folder, "trace.jsonl") for folder in (("heddle",), ())]
+    return next((file for file in inside if file.is_file() or segments(file)), Path(run))
+
+
 def read(path: str | os.PathLike[str], note: Note | None = None) -> Iterator[Trajectory]:
     """The trajectories of a trace file, its closed segments first, or of all trace files of a directory by name.
 

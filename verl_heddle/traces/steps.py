@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, TypeVar
 
 from verl_heddle.traces.io import Note, placed
@@ -64,6 +65,54 @@ def training_steps(path: str | os.PathLike[str], note: Note = lambda text: None)
     for text in told(left):
         note(text)
     return result
+
+
+def by_step(
+    items: Iterable[T], facts: Callable[[T], tuple[bool, int | None, bool]], left: Counter[str], path: str, step: int | None = None
+) -> dict[int | None, list[T]]:
+    """The training trajectories of a trace by step, ascending, those of no step first; or of one `step`. `left` counts the rest.
+
+    Args:
+        facts: of an item, whether it is of validation, its training step, and whether its lengths are known.
+
+    Raises:
+        TraceError: there is no such step, or nothing of known length.
+    """
+    found: dict[int | None, list[T]] = defaultdict(list)
+    seen: set[int] = set()
+    for item in items:
+        validates, number, known = facts(item)
+        if validates:
+            left["validation"] += 1
+            continue
+        if number is not None:
+            seen.add(number)
+        if step is not None and number != step:
+            continue
+        if known:
+            found[number].append(item)
+        else:
+            left["of unknown length"] += 1
+    if step is not None and step not in seen:
+        has = f"steps {', '.join(map(str, sorted(seen)[:20]))}" if seen else "no steps"
+        raise TraceError(f"no training step {step}", allowed=f"this trace has {has}", file=path)
+    if not found:
+        raise TraceError("no training trajectory of known length", allowed="at least one", file=path)
+    return {number: found[number] for number in sorted(found, key=lambda key: -1 if key is None else key)}
+
+
+def first_groups(items: list[T], prompts: int | None, samples: int | None) -> list[T]:
+    """Of a step the first so many prompts, and of each the first so many samples; None: all."""
+    if prompts is None and samples is None:
+        return items
+    names = set(list(dict.fromkeys(item.prompt_id for item in items))[:prompts])
+    taken: Counter[str] = Counter()
+    kept = []
+    for item in items:
+        if item.prompt_id in names and (samples is None or taken[item.prompt_id] < samples):
+            taken[item.prompt_id] += 1
+            kept.append(item)
+    return kept
 
 
 def latest(items: list[T], left: Counter[str]) -> list[T]:

@@ -64,7 +64,7 @@ def test_picks_in_the_order_of_the_file(tmp_path, name):
     work = generate("search", 5, 4, seed=3)
     write(tmp_path / name, work)
     found = catalogue(tmp_path / name)
-    assert [one.number for one in found.entries] == list(range(20)) and found.candidates == found.entries
+    assert [one.number for one in found.entries] == list(range(20)) and found.candidates(found.entries) == found.entries
     assert list(found.pick([17, 2, 5])) == [list(read(tmp_path / name))[number] for number in (2, 5, 17)]
 
 
@@ -98,13 +98,13 @@ def requests(path, number):
 def test_of_a_foreign_file_whole_prompts_are_kept_up_to_a_limit(tmp_path, monkeypatch):
     path = requests(tmp_path / "r.jsonl.gz", 3000)
     all_of_it = catalogue(path)
-    assert len(all_of_it.candidates) == len(all_of_it.entries) == 3000 and all_of_it.told
+    assert len(all_of_it.candidates(all_of_it.entries)) == len(all_of_it.entries) == 3000 and all_of_it.told
     monkeypatch.setattr(module, "KEPT_TURNS", 500)
     found = catalogue(path)
-    assert len(found.entries) == 3000 and 100 < len(found.candidates) <= 500
-    some = [one.number for one in found.candidates][:3]
+    assert len(found.entries) == 3000 and 100 < len(found.candidates(found.entries)) <= 500
+    some = [one.number for one in found.candidates(found.entries)][:3]
     assert [item.steps for item in found.pick(some)] == [item.steps for item in all_of_it.pick(some)]
-    assert len({one.number // 1000 for one in found.candidates}) == 3, "the begin of the file is not preferred"
+    assert len({one.number // 1000 for one in found.candidates(found.entries)}) == 3, "the begin of the file is not preferred"
 
 
 def test_meta_of_an_entry_is_what_counts_runs():

@@ -94,7 +94,7 @@ def test_what_is_trained_on_is_whole_and_fresh(drawn, mode, heddle, update_s, wa
     if strategy == "wait":
         assert run.dropped_share == 0
     if heddle:
-        assert (not policy._open and not policy._lives) or mode != "sync", "nothing is left of a synchronous run"
+        assert (not len(policy.turns) and not policy._lives) or mode != "sync", "nothing is left of a synchronous run"
 
 
 @pytest.mark.parametrize("policy", [Stock, lambda seed: Orchestrator(Options(seed=seed))])

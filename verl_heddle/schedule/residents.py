@@ -14,9 +14,9 @@ Law
 - Holding is renting (`rent`): an idle resident is held for t*, or not at all where tools have been too long for it, then evicted if
   somebody waits.
 - Over `FULL` (contexts grow): idle residents are evicted, the last in the order first.
-- A weight update pauses an engine and wipes its contexts: its idle residents are evicted, a resident whose turn is interrupted has no home
-  any more, and nobody is admitted until it goes on, and the others with it. Then whoever is first in the order is: nobody has a context
-  that would be lost.
+- A weight update pauses an engine and wipes its contexts: its idle residents are evicted, a resident whose turn is interrupted, or ends
+  meanwhile, has no home any more, and nobody is admitted until it goes on, and the others with it. Then whoever is first in the order is:
+  nobody has a context that would be lost.
 - Where no turn completes for `silent_s`, whoever has waited so long is admitted whatever the room: nothing waits for a silent fleet.
 
 Invariants (tests/unit/test_residents.py): after every event no replica over `FULL` has an idle resident; every waiting turn is admitted
@@ -219,8 +219,8 @@ class Residents:
         home = self._homes[live.home]
         live.running.discard(turn.request)
         home.running -= 1
-        if turn.interrupted and not live.running:
-            self._evict(home, live, "interrupted")
+        if not live.running and (turn.interrupted or live.home in self._pauses):
+            self._evict(home, live, "interrupted" if turn.interrupted else "wiped")
             live.last = None
             return self.tick(now)
         self._count(home, live)

@@ -1,10 +1,11 @@
 """What the twin costs the trainer: updates of a small transformer on all cores, with and without the twin judging a step beside them.
 
-    python bench/auto/cost.py               pairs of a minute, alternating; writes bench/results/cpu/twin.json and the README's table
+    python bench/auto/cost.py               pairs, alternating; 7 minutes; writes bench/results/cpu/twin.json and the README's table
     python bench/auto/cost.py --quick       one pair of half a second and a small step, printed only
 
-The load is the update of a policy in torch, as verl's trainer has it, on every core of this machine: the hardest case, since a trainer
-whose work is on GPUs leaves cores free. The twin is the plugin's own process, judging a recorded step again and again while the load runs.
+The load is the update of a policy in torch, as verl's trainer has it: on every core of this machine, which is the hardest case, and on all
+but one, since a trainer whose work is on GPUs leaves cores free. The twin is the plugin's own process, judging a recorded step again and
+again while the load runs.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from verl_heddle.traces.columns import Columns
 
 RESULT = FOLDER / "cpu" / "twin.json"
 TWIN = (sys.executable, "-m", "verl_heddle.twin", "600")
-PAIRS, SECONDS = 5, 30.0
+PAIRS, SECONDS = 5, 20.0
 SLOTS, REPLICAS = 64, 8
 LATENCY = LatencyModel.affine(0.01, 0.0005, 1e-8, prefill_per_token_s=2e-5, prefill_base_s=0.01)
 
@@ -83,11 +84,11 @@ class Beside:
                 self.judged += self._process.wait() == 0
 
 
-def updates(seconds: float) -> float:
+def updates(seconds: float, cores: int) -> float:
     """Updates a second."""
     import torch
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(cores)
     torch.manual_seed(0)
     layer = torch.nn.TransformerEncoderLayer(128, 4, 512, batch_first=True)
     model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
@@ -103,40 +104,51 @@ def updates(seconds: float) -> float:
     return done / (time.perf_counter() - begun)
 
 
-def measure(pairs: int, seconds: float, prompts: int) -> dict[str, Any]:
-    """Pairs, each with the twin first or last in turn."""
-    step = recorded(prompts)
-    columns, _ = pickle.loads(step)
-    alone_s = time.perf_counter()
-    subprocess.run(TWIN, input=step, stdout=subprocess.DEVNULL, cwd=ROOT, check=True)
-    alone_s = time.perf_counter() - alone_s
-    memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    updates(min(5.0, seconds))
+def pairs_on(cores: int, pairs: int, seconds: float, step: bytes) -> list[dict[str, float]]:
+    """Updates on so many cores: pairs, each with the twin first or last in turn."""
+    updates(min(5.0, seconds), cores)
     rows = []
     for pair in range(pairs):
         rates, judged = {}, 0
         for twin in (pair % 2 == 0, pair % 2 == 1):
             if twin:
                 with Beside(step) as beside:
-                    rates[twin] = updates(seconds)
+                    rates[twin] = updates(seconds, cores)
                 judged = beside.judged
             else:
-                rates[twin] = updates(seconds)
+                rates[twin] = updates(seconds, cores)
         rows.append({"without_per_s": rates[False], "with_per_s": rates[True], "longer": rates[False] / rates[True] - 1, "judged": judged})
-        print(f"pair {pair + 1} of {pairs}: updates take {100 * rows[-1]['longer']:+.2f} % longer", file=sys.stderr, flush=True)
+        print(f"{cores} cores, pair {pair + 1} of {pairs}: {100 * rows[-1]['longer']:+.2f} % longer", file=sys.stderr, flush=True)
+    return rows
+
+
+def measure(pairs: int, seconds: float, prompts: int) -> dict[str, Any]:
+    """Both cases."""
+    step = recorded(prompts)
+    columns, _ = pickle.loads(step)
+    alone_s = time.perf_counter()
+    subprocess.run(TWIN, input=step, stdout=subprocess.DEVNULL, cwd=ROOT, check=True)
+    alone_s = time.perf_counter() - alone_s
+    memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    machine = os.cpu_count() or 1
+    cases = {str(cores): pairs_on(cores, pairs, seconds, step) for cores in sorted({machine, max(1, machine - 1)}, reverse=True)}
     turns = sum(len(item.steps) for item in columns.records())
-    about = {"kind": "measured", "cores": os.cpu_count(), "seconds": seconds, "trajectories": len(columns), "turns": turns}
-    return {**about, "alone_s": alone_s, "memory_bytes": memory, "pairs": rows}
+    about = {"kind": "measured", "cores": machine, "seconds": seconds, "trajectories": len(columns), "turns": turns}
+    return {**about, "alone_s": alone_s, "memory_bytes": memory, "pairs": cases}
 
 
 def table(told: dict[str, Any]) -> str:
-    """In one line."""
-    longer = sorted(100 * row["longer"] for row in told["pairs"])
-    head = f"| step | judged alone in | memory of the process | updates take longer, median of {len(longer)} pairs (least to most) |"
-    return (
-        f"{head}\n|---|---|---|---|\n"
-        f"| {told['trajectories']:,} trajectories, {told['turns']:,} turns, {told['cores']} cores | {told['alone_s']:.0f} s | "
-        f"{told['memory_bytes'] / 2**20:.0f} MiB | {median(longer):+.1f} % ({longer[0]:+.1f} to {longer[-1]:+.1f}) |"
+    """A line for each case."""
+    lines = ["| updates on | take longer, median (least to most) | steps judged meanwhile |", "|---|---|---|"]
+    for cores, rows in told["pairs"].items():
+        longer, judged = sorted(100 * row["longer"] for row in rows), [row["judged"] for row in rows]
+        lines.append(
+            f"| {cores} of {told['cores']} cores | {median(longer):+.1f} % ({longer[0]:+.1f} to {longer[-1]:+.1f}) | "
+            f"{min(judged)} to {max(judged)} |"
+        )
+    return "\n".join(lines) + (
+        f"\n\nThe step has {told['trajectories']:,} trajectories and {told['turns']:,} turns; alone the twin judges it in "
+        f"{told['alone_s']:.0f} s, in {told['memory_bytes'] / 2**20:.0f} MiB. {len(rows)} pairs a line, {told['seconds']:g} s each."
     )
 
 

@@ -84,6 +84,10 @@ MEASURES: dict[str, tuple[str, ...]] = {
     "simulated/residents.json": (*SIMULATED, *STUDIES, "bench/residents/run.py", "bench/regimes/cells.py"),
     "simulated/schedule.json": (*SIMULATED, *STUDIES, "bench/schedule/simulated.py", "bench/regimes/cells.py"),
     "simulated/shaping.json": (*SIMULATED, "bench/shaping"),
+    "simulated/spare_samples.json": (
+        *(*SIMULATED, *STUDIES, "verl_heddle/report/redrawn.py", "verl_heddle/report/recorded.py"),
+        *(f"bench/shaping/{name}.py" for name in ("forecast", "arms", "cases")),
+    ),
     "simulated/speed.json": (*SIMULATED, "bench/simulate_speed/run.py"),
 }
 """Result, below `FOLDER` -> files and folders whose code it measures, the bench's own included."""
@@ -106,7 +110,7 @@ PAGES: dict[str, tuple[str, ...]] = {
     "bench/residents/README.md": ("simulated/residents.json", "cpu/residents.json"),
     "bench/router/README.md": ("cpu/router.json",),
     "bench/schedule/README.md": ("simulated/schedule.json", "cpu/schedule.json"),
-    "bench/shaping/README.md": ("simulated/shaping.json",),
+    "bench/shaping/README.md": ("simulated/shaping.json", "simulated/spare_samples.json"),
     "docs/gpu.md": ("h200/forecast.json",),
     "docs/regimes.md": ("simulated/regimes.json",),
 }

@@ -50,8 +50,9 @@ RATES = (250, 500, 1000, 1500, 2000, 2500, 3000)
 TARGET_RATE, TARGET_S = 2000, 0.002
 POINT_S, WARM_S, PAUSE_S = 8.0, 2.0, 0.5
 TURNS = 1_000_000
-STEP_TURNS, STEP_S = 20, 120.0
-"""Of the step that is replayed: 0.4 times the seconds of a step of 300, so 2.5 times its rate of turns."""
+STEP_TURNS, STEP_S = 20, 300.0
+STEP_KV = 2 * LIVE // REPLICAS * 20_000
+"""Of the step that is replayed; the KV cache has room for all contexts, so nobody waits for anything but answers."""
 SCALE, SCALE_TURNS, SHORT_KV = (1000, 100_000), 50_000, 120_000
 """Replicas and trajectories under way; KV tokens of a replica where there is no room for all of them."""
 LOOKS = 20
@@ -131,8 +132,9 @@ def taught() -> bytes:
 
 
 @contextmanager
-def cluster(name: str, loaders: int) -> Iterator[tuple[Any, int, list[Any]]]:
-    """Ray on this machine with the router under an option, the id of its process, and processes of load."""
+def cluster(name: str, loaders: int, kv_tokens: int | None = None) -> Iterator[tuple[Any, int, list[Any]]]:
+    """Ray on this machine with the router under an option, the id of its process, and processes of load; `kv_tokens`: of a replica, if
+    not verl's default."""
     import ray
 
     from verl_heddle.verl_plugin.router import RouterActor
@@ -146,7 +148,7 @@ def cluster(name: str, loaders: int) -> Iterator[tuple[Any, int, list[Any]]]:
             handle = ray.remote(num_cpus=0)(Sink).remote()
             servers = {f"replica_{number}": handle for number in range(REPLICAS)}
             router = RouterActor.options(max_restarts=0, num_cpus=0).remote(servers, {})
-            ray.get(router.configure.remote(OPTIONS[name](), **shape(servers)), timeout=60)
+            ray.get(router.configure.remote(OPTIONS[name](), **shape(servers, kv_tokens)), timeout=60)
             ray.get(router.step_times_known.remote(step_times()), timeout=60)
         if state is not None:
             assert ray.get(router.learn_again.remote(state), timeout=60) is None
@@ -189,7 +191,7 @@ def step(name: str, loaders: int) -> dict[str, Any]:
     """A step of `LIVE` trajectories with `STEP_TURNS` turns each: what their waits add to the seconds in engines and tools."""
     import ray
 
-    with cluster(name, loaders) as (router, process, crowd):
+    with cluster(name, loaders, STEP_KV) as (router, process, crowd):
         before = cpu_s(process)
         told = ray.get([one.step.remote(STEP_TURNS, STEP_S / STEP_TURNS) for one in crowd], timeout=4 * STEP_S)
         first, others, busy = (np.concatenate([getattr(one, field) for one in told]) for field in ("first_s", "others_s", "busy_s"))

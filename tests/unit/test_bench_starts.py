@@ -23,6 +23,7 @@ SMALL = {
     "bench/residents/run.py": ["--quick"],
     "bench/sandbox.py": ["--runs", "2"],
     "bench/schedule/simulated.py": ["--quick", "--traces", "none"],
+    "bench/shaping/forecast.py": ["--quick"],
     "bench/shaping/run.py": ["--quick", "--json", "out.json"],
     "bench/simulate_speed/run.py": ["--most-gpus", "16", "--policies", "stock", "--json", "out.json"],
 }

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from verl_heddle.options import Options
 from verl_heddle.report.play import preempt_rule
 from verl_heddle.report.recorded import AsRecorded, Machine, overhead_s, ready
+from verl_heddle.report.redrawn import spare_samples
 from verl_heddle.simulate import HostTier, Result
 from verl_heddle.simulate.baselines import LptOracle, Slime, Stock, TrajectoryFcfs
 from verl_heddle.simulate.workload import most_kv
@@ -41,6 +42,9 @@ def what_ifs(step: Sequence[Trajectory], machine: Machine, base: Result, last: T
     rows = []
     for name, kind, told, value, result in _cases(step, machine, last):
         rows.append(WhatIf(name, kind, told, result.makespan_s, base.makespan_s / result.makespan_s, value))
+    if (spare := spare_samples(step, machine)) is not None:
+        told = f"spare samples, the first n kept, lengths drawn anew ({100 * spare.more_tokens:+.0f} % tokens)"
+        rows.append(WhatIf("spare_samples", "shape", told, base.makespan_s / spare.ratio, spare.ratio))
     return rows
 
 

@@ -113,6 +113,11 @@ def settings(answer: Why) -> list[dict[str, Any]]:
         f"+{ROLLOUT}.engine_kwargs.vllm.kv_offloading_size=<GiB>",
         "contexts evicted from KV cache are computed again; needs no plugin",
     )
+    add(
+        "spare_samples",
+        "heddle.shape.enable=true",
+        "a few samples hold the step up; changes which samples are trained on (docs/shaping.md)",
+    )
     add("least_loaded", None, "placement: the replica of the last trajectory was fuller than others")
     add("no_tools", None, "tools: make them faster, or give them a deadline")
     add("no_overhead", f"{ROLLOUT}.agent.num_workers=<more>", "time between turns: routing, transport, parsing, reward")

@@ -133,7 +133,7 @@ class Layout:
     )
     times: str = option(
         "",
-        "For the plan: model and GPU whose shipped step times to plan with, as verl-heddle plan names them: qwen3-14b/h200.",
+        "For the plan: model and GPU whose step times to plan with, as verl-heddle plan takes them: qwen3-14b/h200, or /models/mine/l40s.",
     )
     margin: float = option(0.05, "For the plan: share of the step's expected seconds that another layout has to save.")
     horizon_steps: int = option(8, "For the plan: steps over which a change has to earn what it costs.")

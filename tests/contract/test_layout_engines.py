@@ -223,6 +223,8 @@ def test_schedules_and_first_layouts():
     assert layout_choice.first({}, 4, 4, 0.5) == (1, 1, 1, 1)
     assert layout_choice.first({"times": "qwen3-8b/h200"}, 4, 4, 0.5) == (1, 1, 1, 1)
     assert layout_choice.first({"times": "qwen3-32b/h100"}, 8, 8, 0.5)[0] > 1, "one GPU does not hold it"
+    assert layout_choice.first({"times": "llama-3.1-70b/a100"}, 8, 8, 0.5)[0] > 1, "what plan knows, a run knows"
+    assert "roofline" in layout_choice.times("glm-4.5-air/l40s").source
     with pytest.raises(ValueError, match="qwen3-14b/h200"):
         layout_choice.times("qwen3-14b")
 

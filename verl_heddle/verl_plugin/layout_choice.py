@@ -1,6 +1,6 @@
 """Which layout a run has next: as the user's schedule says, or as the planner finds it worth while (`layout.planner`).
 
-The planner's times are those of the shipped table that the user names (`heddle.layout.times`): the run itself can tell nothing of degrees
+The planner's times are those of the model and GPU that the user names (`heddle.layout.times`): the run itself can tell nothing of degrees
 it has not tried. Its trajectories are those of the step that is over, its cost of a change what the run's own changes have taken.
 """
 
@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import Any
 
-from verl_heddle import latency
+from verl_heddle.latency import LatencyModel
+from verl_heddle.latency import times as sources
 from verl_heddle.layout.feasible import degrees
 from verl_heddle.layout.history import again
 from verl_heddle.layout.planner import LayoutReason, choose
@@ -21,16 +22,16 @@ from verl_heddle.trajectory import Trajectory
 from verl_heddle.verl_plugin.voice import say, say_once
 
 
-def times(name: str) -> latency.LatencyModel:
-    """The shipped times of `model/gpu`.
+def times(name: str) -> LatencyModel:
+    """The times of `model/gpu`, as `verl-heddle plan` has them: a shipped table, or else the roofline.
 
     Raises:
-        ValueError: there are none; says which there are.
+        ValueError: model or GPU is not known; says which are.
     """
     model, _, gpu = name.rpartition("/")
     if not model:
         raise ValueError(f"{name!r} does not name a model and a GPU as qwen3-14b/h200 does")
-    return latency.load(gpu, model)
+    return sources.times(gpu, model).latency
 
 
 def scheduled(schedule: Mapping[int, Sequence[int]], step: int) -> tuple[int, ...] | None:

@@ -201,6 +201,8 @@ class Cluster(Stage):
 
     def _tick(self, now: float) -> None:
         """A timer of the policy may have run out."""
+        if now < self._timer_s:  # put forward since, and it has run out then
+            return
         self._ticks = self._ticks + 1 if now == self._ticked_s else 0
         self._ticked_s = now
         if self._ticks > MOST_TICKS:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import exp
+from math import exp, inf
 from random import Random
 from statistics import median, median_low
 
@@ -28,6 +28,7 @@ from verl_heddle.shape.spread import Spreads
 from verl_heddle.simulate.baselines import Stock
 from verl_heddle.simulate.policy import Policy
 from verl_heddle.simulate.shaped import Shaped, started
+from verl_heddle.simulate.workload import most_kv
 from verl_heddle.trajectory import Outcome, Trajectory
 
 DRAWS = 5
@@ -71,18 +72,21 @@ def laws_of(groups: Mapping[str, Sequence[Trajectory]]) -> dict[str, Law]:
     return {prompt: spreads.law(prompt) for prompt in groups}
 
 
-def drawn(items: Sequence[Trajectory], law: Law, count: int, longest: int, rng: Random) -> list[Trajectory]:
-    """So many samples of a prompt, those that would be longer than `longest` cut there."""
+def drawn(items: Sequence[Trajectory], law: Law, count: int, longest: int, rng: Random, kv_tokens: int | None = None) -> list[Trajectory]:
+    """So many samples of a prompt; those that would be longer than `longest`, or than a replica's KV cache, are cut there."""
     made = []
     for number, item in enumerate(rng.choices(items, k=count)):
-        length = exp(rng.gauss(law.mean, law.spread))
-        factor = min(longest, length) / max(1, item.output_tokens)
-        turns = tuple(
-            turn if turn.output_tokens is None else replace(turn, output_tokens=max(1, round(turn.output_tokens * factor)))
-            for turn in item.steps
-        )
-        made.append(replace(item, trial=number, steps=turns, meta={**item.meta, "start_s": 0.0, "truncated": length > longest}))
+        room = inf if kv_tokens is None else kv_tokens - most_kv([item]) + item.output_tokens
+        length, limit = exp(rng.gauss(law.mean, law.spread)), min(longest, room)
+        factor = min(length, limit) / max(1, item.output_tokens)
+        turns = tuple(replace(turn, output_tokens=_scaled(turn.output_tokens, factor)) for turn in item.steps)
+        made.append(replace(item, trial=number, steps=turns, meta={**item.meta, "start_s": 0.0, "truncated": length > limit}))
     return made
+
+
+def _scaled(tokens: int | None, factor: float) -> int | None:
+    """Rounded down, so that what is cut fits; a turn that generated something still does."""
+    return tokens and max(1, int(tokens * factor))
 
 
 def _lengths(items: Sequence[Trajectory]) -> list[tuple[int, bool]]:
@@ -93,12 +97,13 @@ def _draw(groups: Pool, settings: Shape, machine: Machine, overhead: float, rng:
     size, prompts = len(next(iter(groups.values()))), list(groups)
     most = int(settings.most * size)
     longest = max(item.output_tokens for items in groups.values() for item in items)  # the cap, as far as the step shows it
+    held = machine.held(machine.engines.tp)
     pool: Pool = {}
     before: list[Trajectory] = []
     shaper = Shaper(settings, size, longest)
     for prompt, law in laws_of(groups).items():
         level = law._replace(mean=rng.gauss(law.mean, law.doubt))  # the prompt's own, which both visits have
-        pool[prompt], seen = (drawn(groups[prompt], level, count, longest, rng) for count in (most, size))
+        pool[prompt], seen = (drawn(groups[prompt], level, count, longest, rng, held) for count in (most, size))
         shaper.spreads.observe(prompt, _lengths(seen))
         before += seen
     usual = habit_of(before)

@@ -152,7 +152,13 @@ PROGRAMS: dict[str, tuple[tuple[str, ...], str]] = {
 }
 
 
+def folders() -> set[str]:
+    """Of sandboxes on this machine."""
+    return {name for name in os.listdir(tempfile.gettempdir()) if name.startswith("heddle-sandbox-")}
+
+
 def main(level: str) -> None:
+    before = folders()
     # One user id for all runs: they then share the process limit, so that a bomb is felt next door.
     parallel = 1 if level == "process" and os.geteuid() else 4
     os.environ["HEDDLE_TEST_SECRET"] = SECRET
@@ -189,7 +195,7 @@ def main(level: str) -> None:
         victim.kill()
         victim.wait()
         facts["left"] = [pid for pid, parent, uid, _ in launch.processes() if uid in uids or parent == os.getpid()]
-        facts["folders"] = [name for name in os.listdir(tempfile.gettempdir()) if name.startswith("heddle-sandbox-")]
+        facts["folders"] = sorted(folders() - before)
         facts["lacks"] = kept.level.lacks
         print(json.dumps(facts))
 

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from math import ceil, inf
 from random import Random
 
@@ -259,6 +260,8 @@ class Orchestrator:
         """The engine is done with the turn, or it gave up waiting. Without effect if the turn is not under way."""
         opened = self.turns.close(turn.request)
         if opened is not None:
+            if turn.replica != opened.replica:  # its worker went away before it heard where it had been let in
+                turn = replace(turn, replica=opened.replica)
             self._close(opened, turn, now)
 
     def _void(self, opened: OpenTurn, now: float) -> None:

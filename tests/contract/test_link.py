@@ -169,6 +169,18 @@ def test_however_calls_overtake_each_other_every_turn_is_counted_once(seed, monk
     asyncio.run(play())
 
 
+def test_a_worker_that_goes_away_before_it_hears_where_its_turn_was_let_in_leaves_no_count():
+    router = HeddleRouter({"s0": "h0"})
+    router.configure(Options(), False, alike({"s0": "h0"}, slots=8, kv_tokens=100))
+    first, later = (TrajectoryId("p", name, 0, 1) for name in "uv")
+    home = router.turn_started(TurnStart(first, "c", 0, 90, 0), "w").replica
+    assert router.turn_started(TurnStart(later, "d", 0, 90, 0), "w").held
+    router.told([("turn_finished", TurnEnd(first, "c", home, 0, 5)), ("trajectory_ended", TrajectoryEnd(first, Outcome.FINISHED, 5, 1))])
+    assert router.get_inflight_count(home) == 1, "the later one has been let in"
+    router.told([("turn_finished", TurnEnd(later, "d", "", 0, 0, False))])
+    assert router.get_total_inflight() == 0 == router._orchestrator.residents.now["waiting"]
+
+
 def test_a_turn_that_the_news_of_its_eviction_did_not_reach_is_counted_where_it_runs():
     router = HeddleRouter({"s0": "h0", "s1": "h1"})
     router.configure(Options(), False, alike({"s0": "h0", "s1": "h1"}, slots=8, kv_tokens=100))

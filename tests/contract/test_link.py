@@ -172,7 +172,7 @@ def test_however_calls_overtake_each_other_every_turn_is_counted_once(seed, monk
 def test_a_worker_that_goes_away_before_it_hears_where_its_turn_was_let_in_leaves_no_count():
     router = HeddleRouter({"s0": "h0"})
     router.configure(Options(), False, alike({"s0": "h0"}, slots=8, kv_tokens=100))
-    first, later = (TrajectoryId("p", name, 0, 1) for name in "uv")
+    first, later = (TrajectoryId(name, name, 0, 1) for name in "uv")
     home = router.turn_started(TurnStart(first, "c", 0, 90, 0), "w").replica
     assert router.turn_started(TurnStart(later, "d", 0, 90, 0), "w").held
     router.told([("turn_finished", TurnEnd(first, "c", home, 0, 5)), ("trajectory_ended", TrajectoryEnd(first, Outcome.FINISHED, 5, 1))])

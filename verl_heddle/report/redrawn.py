@@ -59,7 +59,8 @@ def spare_samples(step: Sequence[Trajectory], machine: Machine, draws: int = DRA
     settings = Shape(enable=True)
     if check(settings, size):
         return None
-    found = [_draw(groups, settings, machine, overhead_s(step), Random(seed)) for seed in range(draws)]
+    laws, overhead = laws_of(groups), overhead_s(step)
+    found = [_draw(groups, laws, settings, machine, overhead, Random(seed)) for seed in range(draws)]
     chosen = median_low(one.ratio for one in found)
     return SpareSamples(chosen, median(one.more_tokens for one in found))
 
@@ -74,9 +75,9 @@ def laws_of(groups: Mapping[str, Sequence[Trajectory]]) -> dict[str, Law]:
 
 def drawn(items: Sequence[Trajectory], law: Law, count: int, longest: int, rng: Random, kv_tokens: int | None = None) -> list[Trajectory]:
     """So many samples of a prompt; those that would be longer than `longest`, or than a replica's KV cache, are cut there."""
+    rooms = [inf if kv_tokens is None else kv_tokens - most_kv([item]) + item.output_tokens for item in items]
     made = []
-    for number, item in enumerate(rng.choices(items, k=count)):
-        room = inf if kv_tokens is None else kv_tokens - most_kv([item]) + item.output_tokens
+    for number, (item, room) in enumerate(rng.choices(list(zip(items, rooms, strict=True)), k=count)):
         length, limit = exp(rng.gauss(law.mean, law.spread)), min(longest, room)
         factor = min(length, limit) / max(1, item.output_tokens)
         turns = tuple(replace(turn, output_tokens=_scaled(turn.output_tokens, factor)) for turn in item.steps)
@@ -93,7 +94,7 @@ def _lengths(items: Sequence[Trajectory]) -> list[tuple[int, bool]]:
     return [(item.output_tokens, bool(item.meta.get("truncated"))) for item in items]
 
 
-def _draw(groups: Pool, settings: Shape, machine: Machine, overhead: float, rng: Random) -> SpareSamples:
+def _draw(groups: Pool, laws: Mapping[str, Law], settings: Shape, machine: Machine, overhead: float, rng: Random) -> SpareSamples:
     size, prompts = len(next(iter(groups.values()))), list(groups)
     most = int(settings.most * size)
     longest = max(item.output_tokens for items in groups.values() for item in items)  # the cap, as far as the step shows it
@@ -101,7 +102,7 @@ def _draw(groups: Pool, settings: Shape, machine: Machine, overhead: float, rng:
     pool: Pool = {}
     before: list[Trajectory] = []
     shaper = Shaper(settings, size, longest)
-    for prompt, law in laws_of(groups).items():
+    for prompt, law in laws.items():
         level = law._replace(mean=rng.gauss(law.mean, law.doubt))  # the prompt's own, which both visits have
         pool[prompt], seen = (drawn(groups[prompt], level, count, longest, rng, held) for count in (most, size))
         shaper.spreads.observe(prompt, _lengths(seen))

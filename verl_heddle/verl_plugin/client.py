@@ -309,7 +309,7 @@ class HeddleClient(LLMServerClient):
         server = ServerHandle(self._servers[prewarm.replica], arguments, self._options.deadlines.cancel_s, self._cancel_lost)
         sampling = {"max_tokens": 1, "temperature": 0.0}
         reading = server.remote(request_id=turn.request, prompt_ids=context, sampling_params=sampling)
-        await asyncio.wait_for(reading, self._options.tools.trajectory_s)
+        await answer(reading, self._options.tools.trajectory_s)
         self.counts["prewarm/done"] += 1
 
     def _warmed(self, key: str, task: asyncio.Task[None]) -> None:

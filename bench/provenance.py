@@ -36,10 +36,7 @@ DECIDES = (
 )
 STUDIES = tuple(f"verl_heddle/report/{name}.py" for name in ("draws", "play", "rules", "setting", "study"))
 WORK = ("verl_heddle/traces/generate.py", "verl_heddle/traces/workloads.py")
-TIMES = tuple(
-    f"verl_heddle/latency/{name}.py"
-    for name in ("__init__", "batches", "calibrate", "host", "learnt", "model", "shipped", "surface")
-)  # fmt: skip
+TIMES = tuple(f"verl_heddle/latency/{name}.py" for name in ("__init__", "calibrate", "model", "shipped", "surface"))
 """What makes the step times of the models that benches ask about: the first table and calibration, not the roofline."""
 
 SIMULATED = (*DECIDES, *WORK, "verl_heddle/simulate", *TIMES, "verl_heddle/data/latency.json.gz")
@@ -85,7 +82,7 @@ MEASURES: dict[str, tuple[str, ...]] = {
     "simulated/schedule.json": (*SIMULATED, *STUDIES, "bench/schedule/simulated.py", "bench/regimes/cells.py"),
     "simulated/shaping.json": (*SIMULATED, "bench/shaping"),
     "simulated/spare_samples.json": (
-        *(*SIMULATED, *STUDIES, "verl_heddle/report/redrawn.py", "verl_heddle/report/recorded.py"),
+        *(*SIMULATED, *STUDIES, "verl_heddle/report/whatif.py", "verl_heddle/report/recorded.py"),
         *(f"bench/shaping/{name}.py" for name in ("forecast", "arms", "cases")),
     ),
     "simulated/speed.json": (*SIMULATED, "bench/simulate_speed/run.py"),

@@ -33,11 +33,10 @@ from random import Random
 
 from verl_heddle.fleet import BATCH_TOKENS, Replica
 from verl_heddle.options import Options
-from verl_heddle.place.decisions import Expected
+from verl_heddle.place.decisions import LAST_PRIORITY, Expected, Transfer, Transfers
 from verl_heddle.place.pace import Latency
 from verl_heddle.place.replan import Replanner
 from verl_heddle.place.sticky import StickyLeastInflight
-from verl_heddle.place.transfers import LAST_PRIORITY, Transfer, Transfers
 from verl_heddle.predict.predictor import Predictor
 from verl_heddle.predict.quantities import Estimate
 from verl_heddle.schedule.admission import Admission, most_turns

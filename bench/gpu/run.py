@@ -28,8 +28,8 @@ from bench.gpu.engines import EAGER
 from bench.gpu.one import NAMES, experiment, kind_of
 from bench.gpu.profiles import PROFILES, Profile
 from bench.provenance import record
+from verl_heddle.compare.campaign import Run, stop, tail
 from verl_heddle.compare.launch import MARK
-from verl_heddle.compare.process import Run, stop, tail
 
 RESULTS = ROOT / "bench/results/h200"
 FORECAST = RESULTS / "forecast.json"

@@ -25,7 +25,7 @@ from bench.marked import replaced
 from verl_heddle.latency.gpus import GPUS
 from verl_heddle.latency.roofline import FACTORS, HELD_OUT, Factors, decode_s, prefill_s
 from verl_heddle.latency.shape import known
-from verl_heddle.latency.tables import table, tables
+from verl_heddle.latency.times import table, tables
 
 FITTED_GPUS = ("A100", "H200", "L40S")
 FITTED_MODELS = ("Qwen3-4B", "Qwen3-8B", "Qwen3-14B", "Qwen3-32B", "Qwen3-30B-A3B")

@@ -37,8 +37,7 @@ sys.path.insert(0, str(ROOT))
 from bench.placement.cases import Case, regimes, select, traces
 from bench.provenance import save
 from verl_heddle.place.replan import Replanner
-from verl_heddle.predict.predictor import Predictor
-from verl_heddle.predict.recall import recall
+from verl_heddle.predict.predictor import Predictor, recall
 from verl_heddle.report.setting import Setting
 from verl_heddle.simulate import Policy, Result, lower_bound, simulate
 from verl_heddle.simulate.baselines import Slime, Stock

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from verl_heddle.report.attribution import step_metrics, with_batch_wait, write_batch_wait
-from verl_heddle.report.quality import prediction_quality
+from verl_heddle.report.step_metrics import prediction_quality
 from verl_heddle.traces.columns import Columns
 from verl_heddle.traces.recorder import append
 from verl_heddle.traces.writer import TraceWriter

@@ -33,10 +33,9 @@ sys.path.insert(0, str(ROOT))
 
 from bench.provenance import save
 from verl_heddle.predict.quantities import LOGISTIC
+from verl_heddle.shape.budget import Spreads
 from verl_heddle.shape.censored import Law
-from verl_heddle.shape.select import Rule, Sample, choose
-from verl_heddle.shape.spread import Spreads
-from verl_heddle.shape.weights import effective_size, weights
+from verl_heddle.shape.select import Rule, Sample, choose, effective_size, weights
 
 SIZE, GROUPS, LAW = 8, 4000, Law(7.0, 0.5)
 BETWEEN, POOL = 0.7, 400

@@ -25,7 +25,7 @@ from bench.provenance import FOLDER, save
 from bench.shaping.arms import ARMS, play
 from bench.shaping.cases import Case, regimes
 from verl_heddle.report.recorded import Engines, Machine
-from verl_heddle.report.redrawn import spare_samples
+from verl_heddle.report.whatif import spare_samples
 
 SEEDS = 5
 RESULT = FOLDER / "simulated" / "spare_samples.json"

@@ -23,9 +23,8 @@ from random import Random
 import yaml
 
 from verl_heddle.latency import LatencyModel
-from verl_heddle.report.attribution import window_metrics
-from verl_heddle.report.steps import metrics_of
-from verl_heddle.report.trained import Trained
+from verl_heddle.report.attribution import metrics_of, window_metrics
+from verl_heddle.report.step_metrics import Trained
 from verl_heddle.simulate import PRIORITY, EngineOptions, make_fleet, simulate
 from verl_heddle.simulate.baselines import LptOracle, Stock
 from verl_heddle.traces import generate, replayable

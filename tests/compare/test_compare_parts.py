@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from verl_heddle.commands.compare import _quoted
-from verl_heddle.compare.arms import BARE, HEDDLE, STOCK, Arm, order, parse_arm
 from verl_heddle.compare.launch import launch, override, wandb_offline
-from verl_heddle.compare.plan import Key, Plan, keep, read_plan, wanted
+from verl_heddle.compare.plan import BARE, HEDDLE, STOCK, Arm, Key, Plan, keep, order, parse_arm, read_plan, wanted
 
 PLAN = Plan("n", ("python", "train.py"), (STOCK, HEDDLE), 3, 7, steps=4)
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from compare_cases import FAKE, compare, environment
 
+from verl_heddle.compare.campaign import Run, marked, outlived, stop
 from verl_heddle.compare.launch import MARK
-from verl_heddle.compare.process import Run, marked, outlived, stop
 
 
 def alive(pid: int) -> bool:

@@ -170,7 +170,7 @@ def test_doctor_tells_what_stock_verl_refuses(override, word, doctor):
 def test_keys_that_are_gone_are_gone():
     from omegaconf import OmegaConf
 
-    from verl_heddle.verl_plugin.verl_keys import GONE, MOVED
+    from verl_heddle.verl_plugin.doctor import GONE, MOVED
 
     configs = [compose([]), compose(["model_engine=megatron"])]
     keys = {key for keys in GONE.values() for key in keys.split()}

@@ -448,7 +448,7 @@ def test_importing_the_plugin_imports_nothing_more_than_verl_does(tmp_path, bare
 
 
 def test_the_generated_docs_page_is_up_to_date():
-    from verl_heddle.verl_plugin.overrides_page import markdown
+    from verl_heddle.verl_plugin.overrides import markdown
 
     page = Path(__file__).parents[2] / "docs" / "configuration.md"
     assert page.read_text() == markdown(), "run `make docs`"

@@ -22,7 +22,6 @@ from verl_heddle.options import Options
 from verl_heddle.shape.plan import Share
 from verl_heddle.shape.select import Rule
 from verl_heddle.shape.settings import ShapeReason
-from verl_heddle.verl_plugin import prompt_digest as digests
 from verl_heddle.verl_plugin import prompts
 from verl_heddle.verl_plugin.agent_loop import HeddleWorker
 from verl_heddle.verl_plugin.prompts import facts_of, facts_of_batch, prompt_digest, prompt_text
@@ -190,10 +189,10 @@ def test_a_film_costs_a_bounded_number_of_bytes(monkeypatch):
         def hexdigest(self):
             return "d"
 
-    monkeypatch.setattr(digests.hashlib, "blake2b", lambda digest_size: Counting())
+    monkeypatch.setattr(prompts.hashlib, "blake2b", lambda digest_size: Counting())
     film = message({"video": [np.zeros((1080, 1920, 3), np.uint8)] * 200})
     prompt_digest(film)
-    assert sum(hashed) < digests.BUDGET + 200 * 2 * digests.BLOCK
+    assert sum(hashed) < prompts.BUDGET + 200 * 2 * prompts.BLOCK
     hashed.clear()
     prompt_digest(message({"image": io.BytesIO(bytes(2**19))}))
     assert sum(hashed) > 2**19, "a picture counts whole"

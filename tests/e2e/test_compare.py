@@ -92,7 +92,7 @@ def test_the_arms_differ_in_the_plugin_only(done):
 
 
 def test_nothing_is_left_running(done):
-    from verl_heddle.compare.process import marked
+    from verl_heddle.compare.campaign import marked
 
     assert not [pid for arm in ("stock", "heddle") for pid in marked(str(done[0] / "runs" / f"p1-{arm}"))]
 

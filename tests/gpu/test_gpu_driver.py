@@ -153,7 +153,7 @@ def test_a_process_that_hangs_is_stopped_at_its_deadline(tmp_path, monkeypatch):
     profile = PROFILES["rehearsal"]()
     status = run.perform(profile, tmp_path / "out", "smoke", 0.5)
     assert status.startswith("failed before it began")
-    from verl_heddle.compare.process import marked
+    from verl_heddle.compare.campaign import marked
 
     assert not marked(str((tmp_path / "out/smoke").resolve()))
 

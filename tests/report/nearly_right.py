@@ -9,10 +9,9 @@ from functools import cache
 from pathlib import Path
 
 from verl_heddle.cli import main
-from verl_heddle.compare.arms import HEDDLE, STOCK
 from verl_heddle.compare.launch import METRICS, TRACE
 from verl_heddle.compare.ledger import Entry, Ledger
-from verl_heddle.compare.plan import Plan, keep
+from verl_heddle.compare.plan import HEDDLE, STOCK, Plan, keep
 from verl_heddle.latency import LatencyModel
 from verl_heddle.simulate import EngineOptions, make_fleet, simulate
 from verl_heddle.simulate.baselines import Stock

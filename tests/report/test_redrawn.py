@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from verl_heddle.latency import LatencyModel
 from verl_heddle.report.recorded import Engines, Machine
-from verl_heddle.report.redrawn import drawn, laws_of, spare_samples
+from verl_heddle.report.whatif import drawn, laws_of, spare_samples
 from verl_heddle.shape.censored import Law
 from verl_heddle.simulate.workload import most_kv
 from verl_heddle.trajectory import Trajectory, Turn

@@ -11,10 +11,9 @@ from report_cases import small
 from verl_heddle.options import walk
 from verl_heddle.report.advice import advise
 from verl_heddle.report.draws import generated
-from verl_heddle.report.headline import HELPS, headline, plan_headline
 from verl_heddle.report.setting import setting
 from verl_heddle.report.study import ranking
-from verl_heddle.report.text import plan_report, report
+from verl_heddle.report.text import HELPS, headline, plan_headline, plan_report, report
 
 
 @pytest.fixture(scope="module")

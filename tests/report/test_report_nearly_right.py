@@ -239,9 +239,8 @@ def test_control_characters_and_lone_surrogates_in_names_do_not_reach_the_termin
 
 
 def test_markup_in_names_stays_text_on_wandb(tmp_path):
-    from verl_heddle.compare.outcome import write
+    from verl_heddle.compare.outcome import _sentences, write
     from verl_heddle.compare.plan import read_plan
-    from verl_heddle.compare.wandb_summary import _sentences
 
     told = []
     for name in ("name", MARKUP):

@@ -13,8 +13,8 @@ from report_cases import chromium, lived, small, trace
 from verl_heddle.report.advice import advise, told
 from verl_heddle.report.draws import generated, recorded
 from verl_heddle.report.explain import explain
+from verl_heddle.report.figure import pictured, scenes
 from verl_heddle.report.page import page, ticks
-from verl_heddle.report.scene import pictured, scenes
 from verl_heddle.report.setting import setting
 from verl_heddle.report.study import ranking, study
 

@@ -10,11 +10,9 @@ import numpy as np
 import pytest
 from report_cases import flat, small
 
-from verl_heddle.report.bitmap import png
-from verl_heddle.report.colors import DARK, LIGHT, palette
+from verl_heddle.report.figure import pictured, rasters, scenes
 from verl_heddle.report.perfetto import events, perfetto
-from verl_heddle.report.raster import COLUMNS, FIRST, GAP, IDLE, raster
-from verl_heddle.report.scene import pictured, rasters, scenes
+from verl_heddle.report.raster import COLUMNS, DARK, FIRST, GAP, IDLE, LIGHT, palette, png, raster
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,8 @@ from verl_heddle.report.advice import advise, told, why
 from verl_heddle.report.document import document, schema
 from verl_heddle.report.draws import generated
 from verl_heddle.report.explain import explain
-from verl_heddle.report.mixed import mixed_layout
 from verl_heddle.report.setting import setting
-from verl_heddle.report.study import ARMS, loses, median_by, ranking, study, wins
+from verl_heddle.report.study import ARMS, loses, median_by, mixed_layout, ranking, study, wins
 from verl_heddle.report.text import assumptions, plan_report, report
 from verl_heddle.report.words import mixture
 

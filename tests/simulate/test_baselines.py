@@ -22,7 +22,7 @@ from verl_heddle.simulate.baselines import (
     TrajectoryFcfs,
     VerlStar,
 )
-from verl_heddle.simulate.baselines.loads import Loads
+from verl_heddle.simulate.baselines.base import Loads
 from verl_heddle.traces import generate
 from verl_heddle.trajectory import Reason, TrajectoryId, TurnEnd, TurnStart
 

@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 
 from verl_heddle.latency import LatencyModel, Memory, calibrate
-from verl_heddle.latency.batches import Work, batch_history
-from verl_heddle.latency.calibrate import MIN_TURNS
-from verl_heddle.latency.learnt import step_times
+from verl_heddle.latency.calibrate import MIN_TURNS, Work, batch_history, step_times
 from verl_heddle.trajectory import Trajectory, Turn
 
 GPU_LIKE = LatencyModel.affine(5e-3, 1e-4, 2e-8, prefill_per_token_s=2e-5, prefill_base_s=5e-3)

@@ -16,8 +16,7 @@ from verl_heddle.latency.gpus import GIB, GPUS, gpu_of
 from verl_heddle.latency.roofline import FACTORS, HELD_OUT, TPS, decode_s, prefill_s, roofline
 from verl_heddle.latency.shape import known, read_shape
 from verl_heddle.latency.shipped import available
-from verl_heddle.latency.tables import table, tables
-from verl_heddle.latency.times import times, would_fit
+from verl_heddle.latency.times import table, tables, times, would_fit
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))

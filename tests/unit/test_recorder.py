@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from verl_heddle.report.attribution import accounted, busy_s, engine_interval, split, step_metrics, wall_s, window_metrics, with_batch_wait
-from verl_heddle.report.trained import Trained
+from verl_heddle.report.step_metrics import Trained
 from verl_heddle.traces.columns import Columns
 from verl_heddle.traces.io import read
 from verl_heddle.traces.recorder import EngineTimes, Legs, Recorder, append

@@ -15,9 +15,7 @@ from verl_heddle.fleet import Replica
 from verl_heddle.latency.model import LatencyModel
 from verl_heddle.options import Options
 from verl_heddle.orchestrator import FIRST_HOLD_S, Orchestrator
-from verl_heddle.schedule.pauses import LONGEST_PAUSE_S, SETTLE_S
-from verl_heddle.schedule.rent import FEW, futile
-from verl_heddle.schedule.resident import ORDERS
+from verl_heddle.schedule.resident import FEW, LONGEST_PAUSE_S, ORDERS, SETTLE_S, futile
 from verl_heddle.schedule.residents import Residents
 from verl_heddle.simulate import make_fleet, simulate
 from verl_heddle.simulate.baselines import Stock

@@ -2,7 +2,7 @@
 
 import pytest
 
-from verl_heddle.report.steps import metrics_of
+from verl_heddle.report.attribution import metrics_of
 from verl_heddle.traces.recorder import Recorder, append
 from verl_heddle.traces.steps import training_steps
 from verl_heddle.trajectory import Decision, Outcome, Reason, TrajectoryId

@@ -138,8 +138,8 @@ def _live(run: str) -> list[Trajectory]:
     Raises:
         ValueError: no such trace, or none of a live run.
     """
+    from verl_heddle.report.attribution import WARM_UP_STEPS
     from verl_heddle.report.recorded import enough
-    from verl_heddle.report.steps import WARM_UP_STEPS
     from verl_heddle.traces import trace_of, training_steps
 
     steps = list(training_steps(trace_of(run)).values())
@@ -203,7 +203,7 @@ def quick_of(args: argparse.Namespace) -> tuple[Setting, Source]:
 def _ours(path: str) -> Iterator[str]:
     """The path of a trace; a file of another format is imported into one that lives as long as the context, and told of on stderr."""
     from verl_heddle.traces import write
-    from verl_heddle.traces.importers.anything import trajectories
+    from verl_heddle.traces.importers.formats import trajectories
 
     items, found = trajectories(path)
     if found is None:

@@ -153,8 +153,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _asked(args: argparse.Namespace, out: Path) -> Plan | None:
     """What the command line asks for; None to go on with what is in `out`."""
-    from verl_heddle.compare.arms import BARE, HEDDLE, STOCK, is_flag
-    from verl_heddle.compare.plan import Plan
+    from verl_heddle.compare.plan import BARE, HEDDLE, STOCK, Plan, is_flag
 
     words = list(args.verl_command)
     if args.recipe is None and not words:
@@ -181,7 +180,7 @@ def _asked(args: argparse.Namespace, out: Path) -> Plan | None:
 
 
 def _extra(args: argparse.Namespace) -> tuple[Any, ...]:
-    from verl_heddle.compare.arms import parse_arm
+    from verl_heddle.compare.plan import parse_arm
 
     return tuple(parse_arm(text) for text in args.arm)
 

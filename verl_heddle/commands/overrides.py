@@ -18,7 +18,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print; always 0."""
-    from verl_heddle.verl_plugin import overrides_page
+    from verl_heddle.verl_plugin.overrides import markdown, text
 
-    print(overrides_page.markdown() if args.markdown else overrides_page.text(), end="")
+    print(markdown() if args.markdown else text(), end="")
     return 0

@@ -68,8 +68,8 @@ def _run(args: argparse.Namespace) -> int:
         else:
             Path(args.json).write_text(text)
     if args.html is not None:
+        from verl_heddle.report.figure import scenes
         from verl_heddle.report.page import page
-        from verl_heddle.report.scene import scenes
 
         stays = (advice.row.rule, advice.row.tp) == ("stock", setting.tp)
         shown = scenes(answer, ["stock"] if stays else ["stock", advice.row.name])

@@ -136,9 +136,9 @@ def _run(args: argparse.Namespace) -> int:
 
 def _quick(args: argparse.Namespace) -> int:
     from verl_heddle.report.explain import explain
-    from verl_heddle.report.headline import headline
     from verl_heddle.report.quick import ARMS
     from verl_heddle.report.study import study
+    from verl_heddle.report.text import headline
 
     if args.arms is not None or args.policy:
         raise ValueError("--quick asks about stock and the plugin only: leave out --arms and --policy, or --quick")
@@ -186,7 +186,7 @@ def _paths(args: argparse.Namespace) -> dict[str, str]:
 
 def _write(paths: dict[str, str], answer: Answer, sentences: list[str], every: list[str] | None) -> None:
     from verl_heddle.report.document import document
-    from verl_heddle.report.scene import pictured, scenes
+    from verl_heddle.report.figure import pictured, scenes
 
     if "json" in paths:
         text = json.dumps(document(answer, sentences), indent=1) + "\n"

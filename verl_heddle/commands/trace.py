@@ -88,8 +88,8 @@ def _run(args: argparse.Namespace) -> int:
 
 def _items(args: argparse.Namespace, file: str) -> Iterator[Trajectory]:
     """Of one file; what its import has to say is told when it is through."""
-    from verl_heddle.traces.importers.anything import trajectories
     from verl_heddle.traces.importers.counting import Tally
+    from verl_heddle.traces.importers.formats import trajectories
 
     def tell(text: str) -> None:
         print(f"{file}: {text}", file=sys.stderr)

@@ -13,11 +13,9 @@ from verl_heddle.compare.measure import Step, traced_steps
 from verl_heddle.compare.plan import Key
 from verl_heddle.compare.result import ArmResult, Comparison
 from verl_heddle.compare.told import interval
-from verl_heddle.report.bitmap import data_uri, png
-from verl_heddle.report.colors import DARK, LIGHT, palette
 from verl_heddle.report.html import ticks
 from verl_heddle.report.page import SCENE_NOTE
-from verl_heddle.report.raster import raster, recorded
+from verl_heddle.report.raster import DARK, LIGHT, data_uri, palette, png, raster, recorded
 from verl_heddle.report.words import count, percent, seconds
 
 STACKED = ("generate_s", "queue_s", "tool_s", "other_s", "late_start_s")

@@ -21,8 +21,8 @@ from verl_heddle.compare.launch import METRICS, TRACE
 from verl_heddle.compare.ledger import Entry, Ledger
 from verl_heddle.compare.plan import Key, Plan
 from verl_heddle.latency import LatencyModel
+from verl_heddle.report.attribution import WARM_UP_STEPS, metrics_of
 from verl_heddle.report.recorded import Machine, engines_of, machine, prediction
-from verl_heddle.report.steps import WARM_UP_STEPS, metrics_of
 from verl_heddle.traces.steps import training_steps
 from verl_heddle.trajectory import Trajectory
 

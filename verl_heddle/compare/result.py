@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from verl_heddle.compare.arms import Arm
 from verl_heddle.compare.bootstrap import Ratio, paired_ratio
 from verl_heddle.compare.ledger import Entry
 from verl_heddle.compare.measure import SHARES, SPLIT, WINDOW, RunResult, Step
-from verl_heddle.compare.plan import Key, Plan
+from verl_heddle.compare.plan import Arm, Key, Plan
 from verl_heddle.report.recorded import Machine
 from verl_heddle.traces.describe import spearman
 

@@ -9,8 +9,7 @@ is 0.0125 seconds per decode step.
 """
 
 from verl_heddle.latency.calibrate import calibrate, calibrate_host
-from verl_heddle.latency.host import HOST_STEP_S
-from verl_heddle.latency.model import AffineDecode, AffinePrefill, Engine, FitQuality, LatencyModel, Memory
+from verl_heddle.latency.model import HOST_STEP_S, AffineDecode, AffinePrefill, Engine, FitQuality, LatencyModel, Memory
 from verl_heddle.latency.shipped import available, load
 from verl_heddle.latency.surface import Surface, monotone_fit
 

@@ -13,6 +13,14 @@ Limits: a run whose batch never changes cannot tell a from b (`FitQuality.max_ba
 statistics count their queueing as generation; preempted, aborted and resumed turns load the replica but are not fitted.
 Source: derived here; the four terms are what a step reads (weights, KV) and computes (decoded tokens, prefilled tokens) once each.
 Cost: O(turns log turns) per pass.
+
+Which batch every turn ran in, from the turns' own intervals on one replica.
+
+Law: a turn is in the batch from the end of its prefill to its last token; its context grows evenly from what it read to that plus what
+it wrote. Between two events (a turn joining or leaving) the batch is constant and the total context linear in time, so means over any
+turn's interval are differences of prefix sums. Source: derived here. Cost: O(n log n) for n turns.
+
+Step times learnt from a run under way: what `calibrate` makes of its last records, bounded in cost, and refused where wrong.
 """
 
 from __future__ import annotations
@@ -25,12 +33,83 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from verl_heddle.latency.batches import Work, batch_history
-from verl_heddle.latency.host import host_s
-from verl_heddle.latency.model import AffineDecode, AffinePrefill, Engine, FitQuality, LatencyModel
+from verl_heddle.latency.model import AffineDecode, AffinePrefill, Engine, FitQuality, LatencyModel, host_s
 from verl_heddle.trajectory import Trajectory
 
 Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One turn as its replica saw it: seconds on a common clock, tokens."""
+
+    begin_s: float
+    """When it left the queue."""
+    end_s: float
+    new_tokens: float
+    """Prefilled: not in the cache."""
+    context_tokens: float
+    """Read in all, before the first output token."""
+    output_tokens: float
+    usable: bool = True
+    """Whether its duration is to be explained; all turns load the replica."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchHistory:
+    """Per turn, in the order given, each of shape [turns]."""
+
+    batch: Array
+    """Sequences decoding, the mean over the turn's decode steps, itself included."""
+    total_context: Array
+    """Sum of their contexts, tokens, likewise."""
+    prefilled_tokens: Array
+    """Tokens that were prefilled during the turn: its own and those of turns that began within it."""
+
+
+def batch_history(works: Sequence[Work], parameters: Sequence[float] | Array) -> BatchHistory:
+    """Rebuild what ran beside each turn.
+
+    Args:
+        works: the turns of one replica, at least one.
+        parameters: (a, b, c, p) of `verl_heddle.latency.calibrate` as far as known; zeros weigh all times alike and count no prefill time.
+    """
+    a, b, c, p = map(float, parameters)
+    origin = min(work.begin_s for work in works)  # small numbers keep the sums precise
+    begin = np.array([work.begin_s for work in works]) - origin
+    end = np.array([work.end_s for work in works]) - origin
+    new, context, output = (np.array([getattr(work, name) for work in works]) for name in ("new_tokens", "context_tokens", "output_tokens"))
+    # A prefill estimate longer than the turn itself cannot be right; half of it leaves time to decode in.
+    decode = begin + np.minimum(a + p * new, 0.5 * (end - begin))
+    rate = output / (end - decode)
+
+    order = np.argsort(np.concatenate([decode, end]), kind="stable")
+    times = np.concatenate([decode, end])[order]
+    sign = np.concatenate([np.ones(len(works)), -np.ones(len(works))])[order]
+    who = np.concatenate([np.arange(len(works))] * 2)[order]
+    middle, length = 0.5 * (times[:-1] + times[1:]), np.diff(times)
+    count = np.maximum(np.cumsum(sign)[:-1], 1.0)
+    slope = np.cumsum(sign * rate[who])[:-1]
+    offset = np.cumsum(sign * (context - rate * decode)[who])[:-1]
+    total = np.maximum(offset + slope * middle, 0.0)
+
+    step = a + b * count + c * total
+    weight = length / step if step.min() > 0 else length
+    reached = {
+        name: np.concatenate([[0.0], np.cumsum(weight * part)]) for name, part in (("steps", 1.0), ("count", count), ("total", total))
+    }
+    first, last = np.searchsorted(times, decode, "left"), np.searchsorted(times, end, "left")
+    steps = np.maximum(reached["steps"][last] - reached["steps"][first], 1e-300)
+    batch = (reached["count"][last] - reached["count"][first]) / steps
+    mean_total = (reached["total"][last] - reached["total"][first]) / steps
+
+    by_begin = np.argsort(begin, kind="stable")
+    tokens = np.concatenate([[0.0], np.cumsum(new[by_begin])])
+    # A slot is often taken in the very step that frees it, and clocks differ: half a step decides on which side of an edge a start lies.
+    half_step = 0.5 * (end - begin) / np.maximum(output, 1.0)
+    low, high = (np.searchsorted(begin[by_begin], edge - half_step, "left") for edge in (begin, end))
+    return BatchHistory(np.maximum(batch, 1.0), mean_total, tokens[high] - tokens[low])
+
 
 MIN_TURNS = 20
 """Usable turns per degree: five for each of the four unknowns."""
@@ -213,3 +292,35 @@ def _rows(works: Sequence[Work], parameters: Array) -> _Rows:
     sums = np.maximum(np.column_stack([steps, batch, total, history.prefilled_tokens]), 0.0)
     seconds = np.array([work.end_s - work.begin_s for work in works])
     return _Rows(sums[use], seconds[use], history.batch[use], (history.total_context / history.batch)[use])
+
+
+ENOUGH_TURNS = 4000
+"""A second of fitting; four unknowns need far fewer. Whole replicas are taken, because a turn is explained by those beside it."""
+
+WORST_ERROR = 0.5
+"""Median error of a turn's time above which a plan made with it is no better than none; seen: 0.02 on a GPU, 0.05 to 0.2 on a CPU."""
+
+
+def step_times(records: Sequence[Trajectory], tps: Mapping[str, int], known: LatencyModel | None = None) -> LatencyModel:
+    """The latency model of the replicas, from what trajectories recorded live tell of their turns.
+
+    Args:
+        tps: tensor-parallel degree by replica; turns on other replicas are not looked at.
+        known: where the times of degrees come from that are not among them.
+
+    Raises:
+        ValueError: of some degree there are too few usable turns, or the model explains them badly.
+    """
+    turns = Counter(turn.replica for record in records for turn in record.steps if turn.replica in tps)
+    chosen: dict[str, int] = {}
+    for replica, _ in turns.most_common():
+        if replica is not None and sum(turns[name] for name, tp in chosen.items() if tp == tps[replica]) < ENOUGH_TURNS:
+            chosen[replica] = tps[replica]
+    told = [replace(one, steps=tuple(turn for turn in one.steps if turn.replica in chosen)) for one in records]
+    model = calibrate(told, chosen, base=known, name="learnt from this run")
+    for tp in set(chosen.values()):
+        fit = model.engines[tp].fit
+        if fit is None or not fit.median_error <= WORST_ERROR:
+            error = "?" if fit is None else f"{fit.median_error:.0%}"
+            raise ValueError(f"turns take {error} more or less than the model of them says")
+    return model

@@ -1,4 +1,13 @@
-"""What the planner answers, and what it may be told ahead."""
+"""What the planner answers, and what it may be told ahead.
+
+Which contexts travel now, when several want to: at most one at a time at each end, the longest trajectory first.
+
+Law: the transfers under way are a matching; whenever an end becomes free, waiting transfers start in the order of predicted length, longest
+first, each as soon as all its ends are free (greedy: no waiting transfer has all its ends free). The ends of a pre-warm are its target
+alone, since it reads the context anew; a connector that copies KV blocks has two.
+Invariants: an end is in at most one transfer under way; a trajectory has at most one transfer, the last it asked for.
+Source: Heddle's endpoint-exclusive migration (arXiv 2603.28101, section 6). Cost: O(waiting) per event, and few wait.
+"""
 
 from __future__ import annotations
 
@@ -23,3 +32,58 @@ class Expected(NamedTuple):
     trajectory: TrajectoryId
     prompt_tokens: int
     estimate: Estimate | None
+
+
+LAST_PRIORITY = 2**31 - 1
+"""vLLM's, of a pre-warm: it must disturb nobody."""
+
+
+class Transfer(NamedTuple):
+    """The context of trajectory `key` is to be on `target`. `ends`: replicas it keeps busy; `tokens`: what is left of the trajectory."""
+
+    key: str
+    target: str
+    ends: tuple[str, ...]
+    tokens: float
+
+
+class Transfers:
+    """See the module."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, Transfer] = {}
+        self._under_way: dict[str, Transfer] = {}
+        self._busy: set[str] = set()
+
+    def __contains__(self, key: str) -> bool:
+        """Whether the trajectory has a transfer, waiting or under way."""
+        return key in self._waiting or key in self._under_way
+
+    def ask(self, transfer: Transfer) -> None:
+        """It wants to start; what the same trajectory wanted before is over."""
+        self.over(transfer.key)
+        self._waiting[transfer.key] = transfer
+
+    def over(self, key: str) -> bool:
+        """The trajectory's transfer is done or not wanted any more; returns whether there was one."""
+        done = self._under_way.pop(key, None)
+        if done is not None:
+            self._busy.difference_update(done.ends)
+        return self._waiting.pop(key, None) is not None or done is not None
+
+    def removed(self, replica: str) -> list[str]:
+        """A replica left, and with it its transfers; returns whose they were."""
+        lost = [one.key for one in (*self._waiting.values(), *self._under_way.values()) if replica in (one.target, *one.ends)]
+        for key in lost:
+            self.over(key)
+        return lost
+
+    def start(self) -> list[Transfer]:
+        """Those that begin now; to be asked after every event."""
+        begun: list[Transfer] = []
+        for one in sorted(self._waiting.values(), key=lambda one: -one.tokens):
+            if self._busy.isdisjoint(one.ends):
+                self._busy.update(one.ends)
+                self._under_way[one.key] = self._waiting.pop(one.key)
+                begun.append(one)
+        return begun

@@ -30,17 +30,14 @@ from random import Random
 import numpy as np
 
 from verl_heddle.fleet import Replica
-from verl_heddle.place.audit import Audit
-from verl_heddle.place.books import Books
-from verl_heddle.place.choice import reading_s, soon, soonest
+from verl_heddle.place.audit import Audit, Trust
+from verl_heddle.place.books import Books, reading_s, soon, soonest
 from verl_heddle.place.cost import Floats
 from verl_heddle.place.decisions import Expected, Move
 from verl_heddle.place.first import CLEARLY, Batch, place_batch
-from verl_heddle.place.habits import Habits, Living
 from verl_heddle.place.outlook import curves
-from verl_heddle.place.pace import Latency
+from verl_heddle.place.pace import Habits, Latency, Living
 from verl_heddle.place.sticky import StickyLeastInflight
-from verl_heddle.place.trust import Trust
 from verl_heddle.predict.quantities import Estimate
 from verl_heddle.trajectory import Outcome, Reason, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
 

@@ -13,9 +13,8 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-from verl_heddle.predict.bayes import FLOORS, Belief, Evidence, One, believe, one, remaining
+from verl_heddle.predict.bayes import FLOORS, Belief, Evidence, One, Pool, believe, one, remaining
 from verl_heddle.predict.live import Group, Own
-from verl_heddle.predict.pool import Pool
 from verl_heddle.predict.quantities import FLOOR, QUANTITIES, TOKENS, TOOL_S, TURNS, Floats
 
 STEP_BLOCK = 4

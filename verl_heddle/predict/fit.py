@@ -26,13 +26,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from verl_heddle.predict.bayes import Pool
 from verl_heddle.predict.features import build
-from verl_heddle.predict.forest import DEPTH
 from verl_heddle.predict.live import OWN_COLUMNS
-from verl_heddle.predict.model import SPREAD, STAGES, Model, informed, stage
-from verl_heddle.predict.pool import Pool
+from verl_heddle.predict.model import DEPTH, SPREAD, STAGES, Model, informed, quantile, stage
 from verl_heddle.predict.quantities import ODDS_UPPER, QUANTITIES, TOKENS, UPPER, Floats
-from verl_heddle.predict.survival import quantile
 from verl_heddle.predict.window import Batch, Rows
 
 MIN_ROWS = 200

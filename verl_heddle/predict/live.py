@@ -16,9 +16,8 @@ from enum import IntEnum, auto
 from math import log, log1p
 
 from verl_heddle.predict.bayes import FLOORS
-from verl_heddle.predict.prompts import History
+from verl_heddle.predict.prompts import History, Words
 from verl_heddle.predict.quantities import QUANTITIES, TOKENS, TOOL_S, TURNS, Floats
-from verl_heddle.predict.text import Words
 
 MAX_IDLE_GROUPS = 4096
 """Visits whose samples have all ended: several steps of a usual batch (64 to 1024 prompts); 1 MB."""

@@ -2,6 +2,8 @@
 
 The makespan of a step runs from its first trajectory's start to its last one's end. It is explained by the trajectory that ended
 last, because nothing else made the step longer.
+
+Metrics of a recorded training step: what `compare` and `explain` start from.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import ne
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -235,3 +238,13 @@ def _union_s(froms: Floats, untils: Floats) -> float:
     froms, untils = froms[order], untils[order]
     reached = np.concatenate([[-np.inf], np.maximum.accumulate(untils)[:-1]]) if len(untils) else untils
     return float(np.maximum(0.0, untils - np.maximum(froms, reached)).sum())
+
+
+WARM_UP_STEPS = 1
+"""The first step pays for compilation and cold caches in every run; with only one step it has to do."""
+
+
+def metrics_of(trajectories: Sequence[Trajectory], replicas: Sequence[str] = ()) -> dict[str, float]:
+    """`step_metrics`, and the mean reward of what was trained on as `reward` (nan where none was recorded)."""
+    rewards = [item.reward for item in trajectories if item.reward is not None and item.meta.get("kept", True)]
+    return step_metrics(trajectories, replicas) | {"reward": mean(rewards) if rewards else float("nan")}

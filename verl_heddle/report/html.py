@@ -6,7 +6,7 @@ from importlib.resources import files
 from math import floor, log10
 from typing import Any
 
-from verl_heddle.report.colors import DARK, LIGHT, Scheme
+from verl_heddle.report.raster import DARK, LIGHT, Scheme
 
 
 def render(template: str, **values: Any) -> str:

@@ -12,12 +12,11 @@ import numpy as np
 
 import verl_heddle
 from verl_heddle.report.advice import Advice
-from verl_heddle.report.bitmap import data_uri, png
-from verl_heddle.report.colors import DARK, LIGHT, palette
-from verl_heddle.report.headline import headline, plan_headline
+from verl_heddle.report.figure import Scene, rasters
 from verl_heddle.report.html import render, ticks
-from verl_heddle.report.scene import Scene, rasters
+from verl_heddle.report.raster import DARK, LIGHT, data_uri, palette, png
 from verl_heddle.report.study import WORTH, Answer, Row
+from verl_heddle.report.text import headline, plan_headline
 from verl_heddle.report.words import count, number, percent, ratio, seconds
 
 BINS = 40

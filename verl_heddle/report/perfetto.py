@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from heapq import heappop, heappush
 from typing import Any
 
-from verl_heddle.report.scene import Scene
+from verl_heddle.report.figure import Scene
 
 LANES = 10_000
 """Thread ids per replica: more slots than vLLM has."""

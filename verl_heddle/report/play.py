@@ -14,7 +14,7 @@ from typing import Any
 from verl_heddle.fleet import Replica
 from verl_heddle.options import Options
 from verl_heddle.orchestrator import Orchestrator
-from verl_heddle.predict.recall import recall
+from verl_heddle.predict.predictor import recall
 from verl_heddle.report.draws import Draw, Step
 from verl_heddle.report.rules import rule_of
 from verl_heddle.report.setting import Setting

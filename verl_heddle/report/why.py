@@ -15,9 +15,8 @@ from verl_heddle.compare.launch import TRACE
 from verl_heddle.compare.ledger import Ledger
 from verl_heddle.compare.plan import FILE, read_plan
 from verl_heddle.latency import LatencyModel
-from verl_heddle.report.attribution import Split, split
+from verl_heddle.report.attribution import WARM_UP_STEPS, Split, metrics_of, split
 from verl_heddle.report.recorded import UTILIZATION, Engines, Machine, engines_of, machine, ready
-from verl_heddle.report.steps import WARM_UP_STEPS, metrics_of
 from verl_heddle.report.whatif import WhatIf, what_ifs
 from verl_heddle.simulate import Bound
 from verl_heddle.simulate.baselines import Stock

@@ -35,10 +35,7 @@ from random import Random
 
 from verl_heddle.fleet import Replica
 from verl_heddle.schedule.admission import most_turns
-from verl_heddle.schedule.pauses import Pauses
-from verl_heddle.schedule.rent import Rent
-from verl_heddle.schedule.resident import Home, Live, Order, current, tidy
-from verl_heddle.schedule.rooms import Rooms
+from verl_heddle.schedule.resident import Home, Live, Order, Pauses, Rent, Rooms, current, tidy
 from verl_heddle.trajectory import TurnEnd, TurnStart
 
 ADMIT, FULL = 0.95, 1.0

@@ -21,14 +21,13 @@ from verl_heddle.fleet import Replica
 from verl_heddle.options import Shape
 from verl_heddle.place.outlook import GRID
 from verl_heddle.place.pace import Habit, Latency, Tempo
-from verl_heddle.shape.budget import Fleet
+from verl_heddle.shape.budget import Fleet, Spreads
 from verl_heddle.shape.censored import Law, Prior, fit
 from verl_heddle.shape.groups import Visit
 from verl_heddle.shape.honesty import Account, Guard, Row, chance_of_mixed, is_mixed
 from verl_heddle.shape.plan import Share, StepPlan, plain, plan
+from verl_heddle.shape.select import weights
 from verl_heddle.shape.settings import ShapeReason, check
-from verl_heddle.shape.spread import Spreads
-from verl_heddle.shape.weights import weights
 
 FORMAT = 1
 """Version of `state`; others are refused."""

@@ -22,8 +22,7 @@ from math import inf, sqrt
 from verl_heddle.fleet import Replica
 from verl_heddle.simulate.options import EngineOptions
 from verl_heddle.simulate.policy import Latency
-from verl_heddle.simulate.slots import Slots
-from verl_heddle.simulate.waiting import Fcfs
+from verl_heddle.simulate.slots import Fcfs, Slots
 from verl_heddle.simulate.workload import Request
 
 LEAP, LEAP_SHARE = 64, 8

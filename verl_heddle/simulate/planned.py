@@ -10,9 +10,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from verl_heddle.fleet import Replica
-from verl_heddle.place.decisions import Expected
+from verl_heddle.place.decisions import LAST_PRIORITY, Expected
 from verl_heddle.place.replan import Replanner
-from verl_heddle.place.transfers import LAST_PRIORITY
 from verl_heddle.predict.quantities import Estimate
 from verl_heddle.trajectory import Decision, Prewarm, Trajectory, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
 

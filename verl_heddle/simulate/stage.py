@@ -19,7 +19,7 @@ from verl_heddle.fleet import Replica
 from verl_heddle.simulate.engine import Engine
 from verl_heddle.simulate.options import EngineOptions, FleetChange, Outage
 from verl_heddle.simulate.policy import Latency, Policy
-from verl_heddle.simulate.records import TurnLog
+from verl_heddle.simulate.result import TurnLog
 from verl_heddle.simulate.workload import Request
 
 CHANGE, TURN, WAKE = 0, 1, 2

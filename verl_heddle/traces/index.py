@@ -20,7 +20,7 @@ from sys import intern
 from typing import Any
 from zlib import crc32
 
-from verl_heddle.traces.importers.anything import trajectories
+from verl_heddle.traces.importers.formats import trajectories
 from verl_heddle.traces.io import Note, decode_line, lines
 from verl_heddle.trajectory import Trajectory
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from verl.trainer.ppo.core_algos import register_adv_est
 
+from verl_heddle.shape.select import advantages
 from verl_heddle.shape.shaper import Shaper
-from verl_heddle.shape.weights import advantages
 from verl_heddle.verl_plugin.settings import ADVANTAGES
 
 SHAPER: Shaper | None = None

@@ -13,8 +13,7 @@ from typing import Any
 from verl_heddle.latency import LatencyModel
 from verl_heddle.latency import times as sources
 from verl_heddle.layout.feasible import degrees
-from verl_heddle.layout.history import again
-from verl_heddle.layout.planner import LayoutReason, choose
+from verl_heddle.layout.planner import LayoutReason, again, choose
 from verl_heddle.layout.price import Site
 from verl_heddle.options import Layout
 from verl_heddle.place.pace import habit_of

@@ -12,6 +12,8 @@ server has several engines: all of them are told and asked, and the replica has 
 
 A dead engine takes its server with it, so that there is one kind of death. On it, clients go elsewhere (`client`), the router drops the
 replica, and the trainer's ranks keep their weights to themselves (`trainer_rank`).
+
+How much of the host's memory vLLM gets for what a replica's KV cache evicts (`heddle.offload`).
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ import asyncio
 import json
 import os
 import time
+from argparse import Namespace
 from collections import Counter
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -30,13 +33,40 @@ from ray.exceptions import ActorDiedError, RayTaskError
 from verl.workers.rollout.replica import CONTROL_METHOD_CONCURRENCY, RolloutReplicaRegistry
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 
-from verl_heddle.verl_plugin import offload
 from verl_heddle.verl_plugin.calls import of_a_dead_replica
 from verl_heddle.verl_plugin.parts import TIERS
 from verl_heddle.verl_plugin.request_life import FIELD, RequestLives
 from verl_heddle.verl_plugin.settings import handed_on
 from verl_heddle.verl_plugin.stopwatch import Stopwatch
 from verl_heddle.verl_plugin.voice import say_once
+
+GIB = 2**30
+LEAST_GIB = 1.0
+"""A smaller tier holds a handful of contexts."""
+
+
+def size_gib(told: Mapping[str, Any], tp: int, free_bytes: int) -> float:
+    """GiB for one replica of degree `tp`, all its ranks together. `told`: `gib`, `host_share`, `gpus_per_host`."""
+    if told.get("gib") is not None:
+        return float(told["gib"])
+    replicas = max(1, int(told["gpus_per_host"]) // tp)
+    return float(told["host_share"]) * free_bytes / GIB / replicas
+
+
+def offload_to_host(told: Mapping[str, Any], tp: int, args: Namespace) -> str:
+    """Put the size into vLLM's arguments; returns a line that says what was done, or why not."""
+    import psutil
+
+    free = psutil.virtual_memory().available
+    size = size_gib(told, tp, free)
+    if not hasattr(args, "kv_offloading_size"):
+        return "KV offload is OFF: this vLLM has no kv_offloading_size"
+    if size < LEAST_GIB or size * GIB > 0.9 * free:
+        there = f"{size:.1f} GiB would be its part, of {free / GIB:.1f} GiB that the host has free"
+        return f"KV offload is OFF: {there}; set heddle.offload.gib"
+    args.kv_offloading_size = size
+    return f"evicted KV cache is kept in {size:.1f} GiB of the host's memory"
+
 
 LAST_WORDS_S = 1.0
 """For the errors under way to reach their callers."""
@@ -114,7 +144,7 @@ class HeddleHttpServer(vLLMHttpServer):
         if preempt := handed_on(self.config, "preempt"):
             os.environ["HEDDLE_PREEMPT"] = json.dumps(preempt)
         if (told := handed_on(self.config, "offload")).get("enable"):
-            said = offload.set_up(told, int(self.config.tensor_model_parallel_size), args)
+            said = offload_to_host(told, int(self.config.tensor_model_parallel_size), args)
             say_once(f"replica {self.replica_rank}: {said}")
 
     async def generate(self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str, **kwargs: Any) -> Any:

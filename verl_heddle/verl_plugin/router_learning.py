@@ -7,8 +7,7 @@ import time
 from collections import Counter
 
 from verl_heddle.orchestrator import Orchestrator
-from verl_heddle.predict.predictor import Predictor
-from verl_heddle.predict.store import StateError
+from verl_heddle.predict.predictor import Predictor, StateError
 from verl_heddle.verl_plugin.voice import say_once
 
 

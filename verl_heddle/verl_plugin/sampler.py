@@ -20,8 +20,7 @@ from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 
 from verl_heddle.options import Options
 from verl_heddle.report.attribution import step_metrics, window_metrics, write_batch_wait
-from verl_heddle.report.quality import prediction_quality
-from verl_heddle.report.trained import Trained
+from verl_heddle.report.step_metrics import Trained, prediction_quality
 from verl_heddle.traces.columns import Columns
 from verl_heddle.traces.writer import FLUSH_S, TraceWriter
 from verl_heddle.twin.choice import Choice

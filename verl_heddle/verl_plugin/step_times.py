@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from verl_heddle.latency.learnt import step_times
+from verl_heddle.latency.calibrate import step_times
 from verl_heddle.latency.model import LatencyModel
 from verl_heddle.trajectory import Trajectory
 from verl_heddle.verl_plugin.voice import say_once

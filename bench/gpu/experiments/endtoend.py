@@ -22,8 +22,8 @@ from bench.gpu.one import Run
 from bench.gpu.profiles import Profile
 from bench.gpu.results import Prediction, Row
 from bench.gpu.shapes import write_policy
+from verl_heddle.compare.campaign import stop, tail
 from verl_heddle.compare.launch import MARK
-from verl_heddle.compare.process import stop, tail
 
 TITLE = "GRPO end to end, one hybrid replica: stock verl against heddle, seconds by phase"
 CAVEATS = (

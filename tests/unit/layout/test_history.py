@@ -8,7 +8,7 @@ from drawn import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from verl_heddle.layout.history import again
+from verl_heddle.layout.planner import again
 from verl_heddle.trajectory import Trajectory, Turn
 
 

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from verl_heddle.fleet import Replica
 from verl_heddle.latency import LatencyModel
-from verl_heddle.place.books import Books
-from verl_heddle.place.choice import reading_s, soon, soonest
+from verl_heddle.place.books import Books, reading_s, soon, soonest
 from verl_heddle.place.first import Batch, place_batch
 from verl_heddle.place.outlook import curves
 from verl_heddle.place.pace import Habit

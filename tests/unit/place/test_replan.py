@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from verl_heddle.fleet import Replica
 from verl_heddle.latency import LatencyModel
-from verl_heddle.place.audit import REST, Audit, Verdict
+from verl_heddle.place.audit import FEWEST, REST, Audit, Trust, Verdict
 from verl_heddle.place.books import Books
 from verl_heddle.place.decisions import Expected
 from verl_heddle.place.first import Batch, place_batch
@@ -19,7 +19,6 @@ from verl_heddle.place.outlook import GRID, curves
 from verl_heddle.place.pace import Habit
 from verl_heddle.place.replan import MOST_MOVES, Replanner
 from verl_heddle.place.sticky import StickyLeastInflight
-from verl_heddle.place.trust import FEWEST, Trust
 from verl_heddle.predict.quantities import Estimate
 from verl_heddle.simulate import EngineOptions, make_fleet, simulate
 from verl_heddle.simulate.baselines import Stock

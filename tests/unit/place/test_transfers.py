@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from verl_heddle.place.transfers import Transfer, Transfers
+from verl_heddle.place.decisions import Transfer, Transfers
 
 EVENTS = st.lists(
     st.tuples(st.sampled_from("aaaor"), st.integers(0, 9), st.integers(0, 4), st.integers(0, 4), st.integers(1, 100)), max_size=60

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from play import FINISHED, Run
 
 from verl_heddle.predict import fit
-from verl_heddle.predict.survival import quantile
+from verl_heddle.predict.model import quantile
 from verl_heddle.trajectory import Outcome
 
 MEDIAN = np.log(2000.0)

@@ -5,16 +5,13 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from verl_heddle.predict.bayes import Belief, Evidence, believe, remaining
+from verl_heddle.predict.bayes import Belief, Evidence, Pool, believe, remaining
 from verl_heddle.predict.features import NAMES
 from verl_heddle.predict.fit import fit
-from verl_heddle.predict.forest import Forest
 from verl_heddle.predict.live import GROUP_COLUMNS, OWN_COLUMNS
-from verl_heddle.predict.model import MANY
-from verl_heddle.predict.pool import Pool
-from verl_heddle.predict.prompts import Prompts
+from verl_heddle.predict.model import MANY, Forest
+from verl_heddle.predict.prompts import Prompts, TextModel, hashed
 from verl_heddle.predict.quantities import ODDS_UPPER, Estimate
-from verl_heddle.predict.text import TextModel, hashed
 from verl_heddle.predict.tools import MAX_PARALLEL, Tools, names
 from verl_heddle.predict.window import EMPTY, Batch, Window, looked_at, rows_of
 

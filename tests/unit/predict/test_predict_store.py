@@ -6,10 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from play import rollouts
 
+from verl_heddle.predict import predictor
 from verl_heddle.predict import predictor as module
-from verl_heddle.predict import store
-from verl_heddle.predict.predictor import Predictor
-from verl_heddle.predict.store import StateError, pack, unpack
+from verl_heddle.predict.predictor import Predictor, StateError, pack, unpack
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +57,7 @@ def test_anything_else_is_a_state_error(data):
 
 
 def test_other_versions_are_refused(stored, monkeypatch):
-    monkeypatch.setattr(store, "FORMAT", store.FORMAT + 1)
+    monkeypatch.setattr(predictor, "FORMAT", predictor.FORMAT + 1)
     with pytest.raises(StateError, match="format"):
         Predictor.from_bytes(stored)
     monkeypatch.undo()

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from verl_heddle.options import Shape
 from verl_heddle.shape.censored import Law
 from verl_heddle.shape.honesty import Account, Guard, Row, chance_of_mixed, expected_bias
-from verl_heddle.shape.select import Rule, Sample, choose
+from verl_heddle.shape.select import MOST, Rule, Sample, advantages, chance, choose, effective_size, weights
 from verl_heddle.shape.settings import ShapeReason
-from verl_heddle.shape.weights import MOST, advantages, chance, effective_size, weights
 
 LAW = Law(7.0, 0.5)
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from verl_heddle.shape.budget import NEWEST, Spreads
 from verl_heddle.shape.censored import Prior, fit
-from verl_heddle.shape.spread import NEWEST, Spreads
 
 LITTLE = Prior(7.0, 0.25, 1e-9, 1e-9)
 

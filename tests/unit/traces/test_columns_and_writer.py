@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from verl_heddle.report.attribution import split, step_metrics
-from verl_heddle.report.quality import prediction_quality
+from verl_heddle.report.step_metrics import prediction_quality
 from verl_heddle.traces import writer as writing
 from verl_heddle.traces.columns import Columns
 from verl_heddle.traces.io import read

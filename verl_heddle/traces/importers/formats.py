@@ -1,10 +1,14 @@
-"""Which formats there are, which one a file has, and its trajectories with a word on what was told, estimated and missing."""
+"""Which formats there are, which one a file has, and its trajectories with a word on what was told, estimated and missing.
+
+A path that may be a trace of ours or a file of somebody else's.
+"""
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,7 @@ from verl_heddle.traces.importers import (
 )
 from verl_heddle.traces.importers.counting import Tally
 from verl_heddle.traces.importers.document import Document, documents
+from verl_heddle.traces.io import Note, read
 from verl_heddle.traces.schema import TraceError
 from verl_heddle.trajectory import Trajectory
 
@@ -136,3 +141,34 @@ def _shallow(items: Iterator[Trajectory], file: str) -> Iterator[Trajectory]:
 
 def _listed(counts: Counter[str]) -> str:
     return ", ".join(f"{name} {number:,} times" for name, number in counts.most_common())
+
+
+OURS = {field.name for field in fields(Trajectory)} - {"model", "meta"}
+
+
+def trajectories(
+    path: str | os.PathLike[str], name: str | None = None, tally: Tally | None = None, note: Note | None = None
+) -> tuple[Iterator[Trajectory], Imported | None]:
+    """The trajectories of either, and for a foreign file what its import has to say.
+
+    What no format knows and is no other JSON object is left to `read`, which says what is wrong with it.
+
+    Args:
+        name: of the foreign format; None: found out.
+
+    Raises:
+        TraceError: as `read` and `imported`.
+    """
+    place = Path(path)
+    if name is not None or place.is_file():
+        try:
+            found = imported(place, name, tally)
+        except UnknownFormatError as error:
+            if isinstance(error.first, dict) and not OURS & error.first.keys():
+                raise
+        except TraceError:
+            if name is not None:
+                raise
+        else:
+            return found.trajectories, found
+    return read(path, note), None

@@ -25,7 +25,7 @@ from verl_heddle.traces.recorder import Recorder
 from verl_heddle.trajectory import Outcome, Trajectory, TrajectoryEnd, TrajectoryId, TurnStart
 from verl_heddle.verl_plugin.client import HeddleClient
 from verl_heddle.verl_plugin.live import CURRENT
-from verl_heddle.verl_plugin.router import HeddleRouter, alike
+from verl_heddle.verl_plugin.router import HeddleRouter, uniform_fleet
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {
@@ -129,7 +129,7 @@ class Engines:
         """
         held = () if kv_tokens is None else (kv_tokens,)
         ray.get([server.prepare.remote(slots, order, *held) for server in self.servers.values()], timeout=60)
-        ray.get(self.router.configure.remote(options, False, alike(self.servers, slots=slots, kv_tokens=kv_tokens)), timeout=60)
+        ray.get(self.router.configure.remote(options, False, uniform_fleet(self.servers, slots=slots, kv_tokens=kv_tokens)), timeout=60)
         ray.get([self.router.trajectory_ended.remote(end) for end in history], timeout=60)
         if step_times is not None:
             ray.get(self.router.step_times_known.remote(step_times), timeout=60)

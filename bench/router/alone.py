@@ -14,7 +14,7 @@ from verl_heddle.options import Options, Place
 from verl_heddle.report.setting import setting
 from verl_heddle.trajectory import Outcome, ToolStart, TrajectoryEnd
 from verl_heddle.verl_plugin.news import LetIn, Mailboxes, PutOut
-from verl_heddle.verl_plugin.router import HeddleRouter, alike
+from verl_heddle.verl_plugin.router import HeddleRouter, uniform_fleet
 
 SLOTS = 128
 """Of a replica: more than the turns that 10,000 trajectories have in flight on 64 replicas, so that none is held."""
@@ -46,7 +46,7 @@ def resident_mib(process: int | str) -> float:
 
 def shape(servers: Mapping[str, Any], kv_tokens: int | None = None) -> dict[str, Any]:
     """Arguments of `configure` besides the options: 8B on one H200 each, KV cache as verl's default leaves it or of so many tokens."""
-    fleet = alike(servers, slots=SLOTS, kv_tokens=kv_tokens or step_times().kv_tokens(1))
+    fleet = uniform_fleet(servers, slots=SLOTS, kv_tokens=kv_tokens or step_times().kv_tokens(1))
     return {"deterministic": False, "fleet": fleet, "cap_tokens": CAP_TOKENS}
 
 
@@ -134,7 +134,7 @@ class Alone:
         assert life.last is not None
         home = self._homes.get(life.who.key)
         if home is not None:
-            self.router.told([("turn_begun", (life.last, home))])
+            self.router.handle_events([("turn_begun", (life.last, home))])
             self._open.append((life, home))
         else:
             before = time.perf_counter()
@@ -178,7 +178,7 @@ class Alone:
             waiting = asyncio.create_task(self.router.turn_finished(end))
             await asyncio.sleep(0)
         else:
-            self.router.told([("turn_finished", end)])
+            self.router.handle_events([("turn_finished", end)])
         if isinstance(after, ToolStart):
             if self._predicts:
                 self.router.tool_started(after)

@@ -141,11 +141,11 @@ class Loader:
             engine_s, tool_s = (busy_s * (1 + SPREAD * (2 * self._rng.random() - 1)) / 2 for _ in range(2))
             await asyncio.sleep(engine_s)
             generated, context, busy = generated + 300, context + 500, busy + engine_s + tool_s
-            self._link.tell("turn_finished", TurnEnd(life.who, turn.conversation, decision.replica, number, 300, True, engine_s))
+            self._link.post("turn_finished", TurnEnd(life.who, turn.conversation, decision.replica, number, 300, True, engine_s))
             if number < turns - 1:
                 await asyncio.sleep(tool_s)
         self._link.ended(life.who.key)
-        self._link.tell("trajectory_ended", TrajectoryEnd(life.who, Outcome.FINISHED, generated, turns))
+        self._link.post("trajectory_ended", TrajectoryEnd(life.who, Outcome.FINISHED, generated, turns))
         return first, others, busy
 
     async def drain(self) -> None:
@@ -174,16 +174,16 @@ class Loader:
         if self._warms:
             self._begin(self._warm(self._link.ordered("turn_finished", end), life))
         else:
-            self._link.tell("turn_finished", end)
+            self._link.post("turn_finished", end)
         if not isinstance(after, ToolStart):
             self._link.ended(life.who.key)
-            self._link.tell("trajectory_ended", after)
+            self._link.post("trajectory_ended", after)
         elif self._predicts:
-            self._link.tell("tool_started", after)
+            self._link.post("tool_started", after)
 
     async def _warm(self, order: Any, life: Life) -> None:
         if await answer(order, 10 * DEADLINE_S) is not None:
-            self._link.tell("transferred", life.who.key)
+            self._link.post("transferred", life.who.key)
 
 
 def cpu_s(process: int) -> float:

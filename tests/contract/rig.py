@@ -18,7 +18,7 @@ from verl_heddle.trajectory import Outcome, TrajectoryEnd, TrajectoryId
 from verl_heddle.verl_plugin.client import HeddleClient
 from verl_heddle.verl_plugin.live import CURRENT
 from verl_heddle.verl_plugin.request_life import FIELD
-from verl_heddle.verl_plugin.router import HeddleRouter, alike
+from verl_heddle.verl_plugin.router import HeddleRouter, uniform_fleet
 
 
 class FakeActor:
@@ -102,7 +102,7 @@ class Rig:
         self.engines = {f"s{number}": FakeEngine() for number in range(engines)}
         handles: dict[str, Any] = {name: FakeActor(engine) for name, engine in self.engines.items()}
         self.router = HeddleRouter(handles)
-        self.router.configure(options, deterministic, alike(handles, slots=slots, kv_tokens=kv_tokens))
+        self.router.configure(options, deterministic, uniform_fleet(handles, slots=slots, kv_tokens=kv_tokens))
         rollout = {"name": "vllm", "scheduling_policy": "priority", "prompt_length": 500, "response_length": 1500}
         config = OmegaConf.create({"actor_rollout_ref": {"rollout": rollout | {"full_determinism": deterministic}}})
         self.actor = FakeActor(self.router, delay_s)

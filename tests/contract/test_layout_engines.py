@@ -242,7 +242,7 @@ def test_a_rank_takes_the_names_that_verl_would_give(monkeypatch):
 
     adapter = object.__new__(trainer_rank.ServerAdapter)
     adapter.zmq_handle = "ipc:///tmp/rl-colocate-zmq-01000000-replica-1-rank-0.sock"
-    monkeypatch.setattr(trainer_rank, "SEAT", trainer_rank.Seat(5, 1))
+    monkeypatch.setattr(trainer_rank, "SLOT", trainer_rank.EngineSlot(5, 1))
     adapter._sit_down()
 
     class Receiver:
@@ -321,7 +321,7 @@ def test_a_rank_feeds_an_engine_launched_anew_in_its_old_place(monkeypatch):
     """Its server had been given up for dead; the seat that is given again is a new one."""
     adapter = object.__new__(trainer_rank.ServerAdapter)
     adapter.zmq_handle = "ipc:///tmp/rl-colocate-zmq-01000000-replica-1-rank-0.sock"
-    monkeypatch.setattr(trainer_rank, "SEAT", None)
+    monkeypatch.setattr(trainer_rank, "SLOT", None)
     trainer_rank.sit(None, 5, 0)
     adapter._sit_down()
     adapter._gone = True

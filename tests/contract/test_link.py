@@ -24,7 +24,7 @@ from verl_heddle.trajectory import Decision, Outcome, Reason, TrajectoryEnd, Tra
 from verl_heddle.verl_plugin.client import HeddleAsyncClient
 from verl_heddle.verl_plugin.link import Link
 from verl_heddle.verl_plugin.news import LetIn, Mailboxes, News, PutOut
-from verl_heddle.verl_plugin.router import HeddleRouter, alike
+from verl_heddle.verl_plugin.router import HeddleRouter, uniform_fleet
 
 OPTIONS = Options(admission=Admission(hold_s=20.0), deadlines=Deadlines(router_s=5.0))
 
@@ -123,7 +123,7 @@ def test_however_calls_overtake_each_other_every_turn_is_counted_once(seed, monk
         rng = Random(seed)
         rig = Rig(OPTIONS, engines=3, slots=8, kv_tokens=60, client=HeddleAsyncClient, delay_s=Delays(seed))
         mind = rig.router._orchestrator
-        go_on = rig.router._go_on
+        go_on = rig.router._dispatch
 
         def checked() -> None:
             go_on()
@@ -171,49 +171,51 @@ def test_however_calls_overtake_each_other_every_turn_is_counted_once(seed, monk
 
 def test_a_worker_that_goes_away_before_it_hears_where_its_turn_was_let_in_leaves_no_count():
     router = HeddleRouter({"s0": "h0"})
-    router.configure(Options(), False, alike({"s0": "h0"}, slots=8, kv_tokens=100))
+    router.configure(Options(), False, uniform_fleet({"s0": "h0"}, slots=8, kv_tokens=100))
     first, later = (TrajectoryId(name, name, 0, 1) for name in "uv")
     home = router.turn_started(TurnStart(first, "c", 0, 90, 0), "w").replica
     assert router.turn_started(TurnStart(later, "d", 0, 90, 0), "w").held
-    router.told([("turn_finished", TurnEnd(first, "c", home, 0, 5)), ("trajectory_ended", TrajectoryEnd(first, Outcome.FINISHED, 5, 1))])
+    router.handle_events(
+        [("turn_finished", TurnEnd(first, "c", home, 0, 5)), ("trajectory_ended", TrajectoryEnd(first, Outcome.FINISHED, 5, 1))]
+    )
     assert router.get_inflight_count(home) == 1, "the later one has been let in"
-    router.told([("turn_finished", TurnEnd(later, "d", "", 0, 0, False))])
+    router.handle_events([("turn_finished", TurnEnd(later, "d", "", 0, 0, False))])
     assert router.get_total_inflight() == 0 == router._orchestrator.residents.now["waiting"]
 
 
 def test_a_turn_that_the_news_of_its_eviction_did_not_reach_is_counted_where_it_runs():
     router = HeddleRouter({"s0": "h0", "s1": "h1"})
-    router.configure(Options(), False, alike({"s0": "h0", "s1": "h1"}, slots=8, kv_tokens=100))
+    router.configure(Options(), False, uniform_fleet({"s0": "h0", "s1": "h1"}, slots=8, kv_tokens=100))
     who = TrajectoryId("p", "u", 0, 1)
     home = router.turn_started(TurnStart(who, "c", 0, 10, 0), "w").replica
     end = TurnEnd(who, "c", home, 0, 5)
-    router.told([("turn_finished", end)])
+    router.handle_events([("turn_finished", end)])
     router.clear_sticky_cache()
     mind = router._orchestrator
     assert mind.residents.home_of(who.key) is None and not router._promised.stays
     again = TurnStart(who, "c", 1, 20, 5)
-    router.told([("turn_begun", (again, home))])
+    router.handle_events([("turn_begun", (again, home))])
     assert mind.residents.home_of(who.key) == home and router.get_inflight_count(home) == 1 == router.get_total_inflight()
     assert router.stats()["told_late"] == 1 and router.stats()["residents/admitted"] == 2
-    router.told([("turn_finished", TurnEnd(who, "c", home, 1, 5))])
+    router.handle_events([("turn_finished", TurnEnd(who, "c", home, 1, 5))])
     router.remove_servers([home])
-    router.told([("turn_begun", (TurnStart(who, "c", 2, 30, 10), home))])
+    router.handle_events([("turn_begun", (TurnStart(who, "c", 2, 30, 10), home))])
     assert router.get_total_inflight() == 0 and not mind.turns, "it will fail, and be asked for"
     assert router.turn_started(TurnStart(who, "c", 2, 30, 10, leg=1), "w").replica != home
 
 
 def test_told_turns_are_counted_by_verls_rule_while_the_policy_raises(monkeypatch):
     router = HeddleRouter({"s0": "h0", "s1": "h1"})
-    router.configure(Options(), False, alike({"s0": "h0", "s1": "h1"}))
+    router.configure(Options(), False, uniform_fleet({"s0": "h0", "s1": "h1"}))
     who = TrajectoryId("p", "u", 0, 1)
     home = router.turn_started(TurnStart(who, "c", 0, 10, 0), "w").replica
     for method in ("turn_begun", "turn_finished"):
         monkeypatch.setattr(router._orchestrator.residents, method, lambda *args: 1 / 0)
-    router.told([("turn_finished", TurnEnd(who, "c", home, 0, 5))])
+    router.handle_events([("turn_finished", TurnEnd(who, "c", home, 0, 5))])
     assert router.get_total_inflight() == 0
-    router.told([("turn_begun", (TurnStart(who, "c", 1, 10, 5), home))])
+    router.handle_events([("turn_begun", (TurnStart(who, "c", 1, 10, 5), home))])
     assert router.get_inflight_count(home) == 1 == router.get_total_inflight()
-    router.told([("turn_finished", TurnEnd(who, "c", home, 1, 5))])
+    router.handle_events([("turn_finished", TurnEnd(who, "c", home, 1, 5))])
     assert router.get_total_inflight() == 0 and router.failures == {"turn_finished": 2, "turn_begun": 1}
 
 
@@ -247,7 +249,7 @@ def test_a_router_that_was_started_again_is_not_told_of_places_that_another_gave
         link = rig.client._link
         assert link._stays and rig.router._promised.held
         old, rig.actor.inner = rig.router, HeddleRouter(rig.router.handles())
-        rig.actor.inner.configure(OPTIONS, False, alike(old.handles()))
+        rig.actor.inner.configure(OPTIONS, False, uniform_fleet(old.handles()))
         for box in old._promised.mail._boxes.values():
             old._promised.mail._answer(box)
         await asyncio.sleep(0.02)
@@ -266,7 +268,7 @@ def test_a_router_that_is_set_up_again_has_everybody_ask():
         rig = Rig(OPTIONS, engines=2, slots=8)
         task = asyncio.ensure_future(episode(rig, "u", 2, tool_s=0.1))
         await asyncio.sleep(0.06)
-        rig.router.configure(OPTIONS, False, alike(rig.router.handles(), slots=8))
+        rig.router.configure(OPTIONS, False, uniform_fleet(rig.router.handles(), slots=8))
         await asyncio.sleep(0.02)
         assert not rig.client._link._stays
         assert await task == ["admitted", "admitted"]
@@ -278,7 +280,7 @@ def test_a_router_that_is_set_up_again_has_everybody_ask():
 def test_trajectories_of_a_step_that_is_over_ask_and_held_ones_hear_that_they_go_nowhere():
     async def play() -> None:
         router = HeddleRouter({"s0": "h0"})
-        router.configure(Options(), False, alike({"s0": "h0"}, slots=8, kv_tokens=10))
+        router.configure(Options(), False, uniform_fleet({"s0": "h0"}, slots=8, kv_tokens=10))
         turns = [TurnStart(TrajectoryId(f"p{number}", f"u{number}", 0, 1), "c", 0, 10, 0) for number in range(2)]
         (first, second), number = router.turns_started(turns, (), "w")
         assert first.stays and second.held and not second.stays
@@ -338,7 +340,7 @@ class Router:
     async def news(self, worker, router, heard):
         return await self.news_of.get()
 
-    async def told(self, events):
+    async def handle_events(self, events):
         self.told_of += [name for name, _ in events]
 
 

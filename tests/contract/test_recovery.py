@@ -20,7 +20,7 @@ from verl_heddle.trajectory import Outcome, Reason, TrajectoryEnd, TrajectoryId,
 from verl_heddle.verl_plugin import manager as managers
 from verl_heddle.verl_plugin import router as routers
 from verl_heddle.verl_plugin.manager import HeddleAgentLoopManager
-from verl_heddle.verl_plugin.router import HeddleRouter, NotConfiguredError, alike
+from verl_heddle.verl_plugin.router import HeddleRouter, NotConfiguredError, uniform_fleet
 
 
 class Actor:
@@ -166,7 +166,7 @@ def test_a_restarted_router_that_knows_nothing_decides_nothing(monkeypatch):
     who = TurnStart(TrajectoryId("p", "u", 0, 1), "c", 0, 10, 0)
     with pytest.raises(NotConfiguredError):
         router.turns_started([who])
-    router.configure(Options(), False, alike({"s1": "h1"}))
+    router.configure(Options(), False, uniform_fleet({"s1": "h1"}))
     assert router.turn_started(who).replica == "s1"
 
 

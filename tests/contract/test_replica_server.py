@@ -15,7 +15,7 @@ import vllm.distributed.kv_transfer.kv_connector.v1 as kv_connectors
 from omegaconf import OmegaConf
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from verl_heddle.verl_plugin import voice
+from verl_heddle.verl_plugin import log
 from verl_heddle.verl_plugin.client import HeddleClient
 from verl_heddle.verl_plugin.overrides import compose
 from verl_heddle.verl_plugin.parts import KEEPS_OLD, TIERS
@@ -99,7 +99,7 @@ async def test_another_scheduler_is_never_called(capsys):
     ],
 )
 async def test_what_the_scheduler_does_not_do_is_said_once_it_is_up(monkeypatch, capsys, preempt, scheduler, off, word):
-    monkeypatch.setattr(voice, "_said", set())
+    monkeypatch.setattr(log, "_said", set())
     monkeypatch.setenv(SETTINGS, "before")
     asked = server([{"heddle_why_off": why} for why in off], scheduler, preempt)
     engine, seen = asked.engine, []
@@ -231,7 +231,7 @@ async def test_verl_empties_the_host_tier_with_every_weight_update(mode, call):
 )
 def test_a_host_tier_has_its_part_of_what_is_free(told, gib, said, monkeypatch, capsys):
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=800 * 2**30))
-    monkeypatch.setattr(voice, "_said", set())
+    monkeypatch.setattr(log, "_said", set())
     made, args = server(), SimpleNamespace(kv_offloading_size=None)
     whole = {"enable": True, "gib": None, "host_share": 0.4, "gpus_per_host": 16} | told
     made.config = OmegaConf.create({"tensor_model_parallel_size": 2, "custom": {"heddle": {"offload": whole}}})

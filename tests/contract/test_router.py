@@ -19,7 +19,7 @@ from verl_heddle.options import Admission, Options, Place, Residents
 from verl_heddle.place.sticky import CACHE_SIZE, StickyLeastInflight
 from verl_heddle.trajectory import Outcome, Reason, ToolStart, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
 from verl_heddle.verl_plugin.news import LetIn
-from verl_heddle.verl_plugin.router import HeddleRouter, alike
+from verl_heddle.verl_plugin.router import HeddleRouter, uniform_fleet
 
 EVENTS = st.lists(st.tuples(st.sampled_from("aaaaarrrARc"), st.integers(0, 11)), max_size=200)
 
@@ -64,7 +64,7 @@ def turn(sample: int, number: int = 0) -> TurnStart:
 
 def test_the_router_serves_trajectories_and_verls_own_clients():
     router = HeddleRouter({"s0": "h0", "s1": "h1", None: None}, {"router_class": "x"})
-    router.configure(Options(), False, alike({"s0": "h0", "s1": "h1"}, tp=2, slots=8))
+    router.configure(Options(), False, uniform_fleet({"s0": "h0", "s1": "h1"}, tp=2, slots=8))
     assert router.handles() == {"s0": "h0", "s1": "h1"}
     decision = router.turn_started(turn(0))
     assert decision.reason is Reason.ADMITTED
@@ -89,12 +89,12 @@ BOUNDED = Options(admission=Admission(per_slot=1.0), residents=Residents(enable=
 def test_what_is_told_along_with_a_question_comes_before_it():
     async def play():
         router = HeddleRouter({"s0": "h0"}, {})
-        router.configure(BOUNDED, False, alike({"s0": "h0"}, slots=1))
+        router.configure(BOUNDED, False, uniform_fleet({"s0": "h0"}, slots=1))
         first = router.turn_started(turn(0))
         end = TurnEnd(turn(0).trajectory, "c0", first.replica, 0, 5)
         (second, third), _ = router.turns_started([turn(1), turn(2)], [("turn_finished", end), ("remove_servers", ["s0"])])
         assert not second.held and third.held, "the place is free; what is no event is not heard"
-        router.told(
+        router.handle_events(
             [
                 ("turn_withdrawn", turn(2)),
                 ("turn_withdrawn", turn(1)),
@@ -130,13 +130,13 @@ def test_a_raising_orchestrator_gives_way_to_verls_rule(monkeypatch, capsys):
 def test_another_fleet_takes_over_between_steps_and_is_planned_once_its_times_are_known():
     async def play():
         router = HeddleRouter({"s0": "h0", "s1": "h1"}, {})
-        router.configure(Options(place=Place(enable=True)), False, alike({"s0": "h0", "s1": "h1"}))
+        router.configure(Options(place=Place(enable=True)), False, uniform_fleet({"s0": "h0", "s1": "h1"}))
         router.step_times_known(STEP_TIMES)
         first = router.turn_started(turn(0))
         assert first.reason is Reason.PLANNED
         await router.turn_finished(TurnEnd(turn(0).trajectory, "c0", first.replica, 0, 5))
         router.trajectory_ended(TrajectoryEnd(turn(0).trajectory, Outcome.FINISHED, 5, 1))
-        mixed = alike({"s1": "h1"}) | alike({"t0": "g0"}, tp=2)
+        mixed = uniform_fleet({"s1": "h1"}) | uniform_fleet({"t0": "g0"}, tp=2)
         router.fleet_is(mixed)
         assert router.handles() == {"s1": "h1", "t0": "g0"} and router.get_total_inflight() == 0
         places = {router.turn_started(turn(sample)).replica for sample in (1, 2)}
@@ -148,7 +148,7 @@ def test_another_fleet_takes_over_between_steps_and_is_planned_once_its_times_ar
             router.trajectory_ended(TrajectoryEnd(turn(sample).trajectory, Outcome.FINISHED, 5, 1))
         router.step_times_known(LatencyModel.affine(0.01, 0.001, prefill_per_token_s=1e-4, tps=(1, 2), speedup={2: 1.5}))
         assert router.turn_started(turn(4)).reason is Reason.PLANNED
-        router.fleet_is(alike({"s0": "h0", "s1": "h1"}))
+        router.fleet_is(uniform_fleet({"s0": "h0", "s1": "h1"}))
         assert router.turn_started(turn(5)).reason is Reason.PLANNED, "what is known of tp=1 is not forgotten"
 
     asyncio.run(play())
@@ -192,7 +192,7 @@ def test_a_held_turn_waits_in_the_router_until_another_leaves():
     async def play():
         router = HeddleRouter({"s0": "h0"})
         options = Options(admission=Admission(per_slot=1.0, hold_s=0.2), residents=Residents(enable=False))
-        router.configure(options, False, alike({"s0": "h0"}, slots=1))
+        router.configure(options, False, uniform_fleet({"s0": "h0"}, slots=1))
         first, second, third = (router.turn_started(turn(sample)) for sample in range(3))
         assert (first.held, second.held, third.held) == (False, True, True)
         ear = Ear(router)
@@ -220,7 +220,7 @@ def test_a_trajectory_without_a_home_waits_for_whichever_replica_has_room_first(
             return replace(one, trajectory=replace(one.trajectory, prompt=f"p{sample}"))
 
         router = HeddleRouter({"s0": "h0", "s1": "h1"})
-        router.configure(Options(), False, alike({"s0": "h0", "s1": "h1"}, slots=4, kv_tokens=15))
+        router.configure(Options(), False, uniform_fleet({"s0": "h0", "s1": "h1"}, slots=4, kv_tokens=15))
         router.step_times_known(LatencyModel.affine(0.01, 0.001, prefill_per_token_s=0.01))  # the KV cache is read in 0.3 s
         homes = {sample: router.turn_started(stranger(sample)).replica for sample in (0, 1)}
         assert set(homes.values()) == {"s0", "s1"}
@@ -250,7 +250,7 @@ def test_a_replica_that_is_paused_while_it_is_away_is_given_nobody_when_it_comes
 
     async def play():
         router = HeddleRouter({"s0": "h0", "s1": "h1"})
-        router.configure(Options(), False, alike({"s0": "h0", "s1": "h1"}, kv_tokens=100))
+        router.configure(Options(), False, uniform_fleet({"s0": "h0", "s1": "h1"}, kv_tokens=100))
         router.remove_servers(["s1"])
         router.paused("s1")
         router.add_servers({"s1": "h1"})
@@ -275,18 +275,18 @@ def test_whoever_may_go_is_let_in_after_every_event(monkeypatch):
 
     async def play():
         router = HeddleRouter({"s0": "h0"})
-        router.configure(Options(), False, alike({"s0": "h0"}))
+        router.configure(Options(), False, uniform_fleet({"s0": "h0"}))
         asked = []
         admitted = router._orchestrator.admitted
         monkeypatch.setattr(router._orchestrator, "admitted", lambda now: asked.append(1) or admitted(now))
         who = turn(0)
         router.turn_started(who)
         events = {
-            "turn_finished": lambda: router.told([("turn_finished", TurnEnd(who.trajectory, "c0", "s0", 0, 5))]),
+            "turn_finished": lambda: router.handle_events([("turn_finished", TurnEnd(who.trajectory, "c0", "s0", 0, 5))]),
             "trajectory_ended": lambda: router.trajectory_ended(TrajectoryEnd(who.trajectory, Outcome.FINISHED, 5, 1)),
             "add_servers": lambda: router.add_servers({"s1": "h1"}),
             "replica_lost": lambda: router.replica_lost("s1"),
-            "fleet_is": lambda: router.fleet_is(alike({"s2": "h2"})),
+            "fleet_is": lambda: router.fleet_is(uniform_fleet({"s2": "h2"})),
         }
         for name, event in events.items():
             asked.clear()
@@ -302,7 +302,7 @@ def test_whoever_may_go_is_let_in_after_every_event(monkeypatch):
 def test_turns_of_dead_workers_are_not_counted_after_the_next_step():
     async def play():
         router = HeddleRouter({"s0": "h0"})
-        router.configure(Options(), False, alike({"s0": "h0"}))
+        router.configure(Options(), False, uniform_fleet({"s0": "h0"}))
         router.turn_started(turn(0))
         router.acquire_server("somebody")
         await router.step_ended(1)
@@ -322,7 +322,7 @@ def test_questions_are_answered_between_slices_of_new_priorities(monkeypatch):
         sent = []
         handle = SimpleNamespace(heddle_priorities=SimpleNamespace(remote=sent.append))
         router = HeddleRouter({"s0": handle})
-        router.configure(Options.longest(admission=Admission(per_slot=0)), False, alike({"s0": handle}))
+        router.configure(Options.longest(admission=Admission(per_slot=0)), False, uniform_fleet({"s0": handle}))
         for sample in range(40):
             router.turn_started(turn(sample))
         log, reprioritised = [], router._orchestrator.reprioritised
@@ -334,7 +334,7 @@ def test_questions_are_answered_between_slices_of_new_priorities(monkeypatch):
                 log.append("answer")
                 await asyncio.sleep(0)
 
-        router.told([("trajectory_ended", TrajectoryEnd(turn(0).trajectory, Outcome.FINISHED, 50_000, 1))])
+        router.handle_events([("trajectory_ended", TrajectoryEnd(turn(0).trajectory, Outcome.FINISHED, 50_000, 1))])
         assert log == [], "who tells does not wait for it"
         await asyncio.gather(worker(), router._refresh)
         assert log.count("slice") == 8 == len(sent) and "slice slice" not in " ".join(log[: 2 * 8])
@@ -374,14 +374,14 @@ def test_between_steps_it_fits_and_what_it_learnt_can_be_kept():
 
     async def play():
         router = HeddleRouter({"s0": "h0"})
-        router.configure(Options.longest(), False, alike({"s0": "h0"}, slots=64), 5000)
+        router.configure(Options.longest(), False, uniform_fleet({"s0": "h0"}, slots=64), 5000)
         await live(router, 0)
         await router.step_ended(0)
         await asyncio.wait_for(router._fit, 60)
         await asyncio.sleep(0)
         assert router.stats()["fit_rows"] >= 200
         again = HeddleRouter({"s0": "h0"})
-        again.configure(Options.longest(), False, alike({"s0": "h0"}, slots=64), 5000)
+        again.configure(Options.longest(), False, uniform_fleet({"s0": "h0"}, slots=64), 5000)
         assert again.learn_again(b"nonsense") == "not a stored predictor"
         assert again.learn_again(router.learnt()) is None
         who = TrajectoryId("p39", "1:p39", 0, 1)
@@ -400,7 +400,7 @@ STEP_TIMES = LatencyModel.affine(0.01, 0.001, prefill_per_token_s=1e-4)
 
 def planner(servers: int = 3, **place) -> HeddleRouter:
     router = HeddleRouter({f"s{number}": Engine() for number in range(servers)})
-    fleet = alike(router.handles(), slots=64, kv_tokens=1_000_000)
+    fleet = uniform_fleet(router.handles(), slots=64, kv_tokens=1_000_000)
     router.configure(Options(place=Place(**{"enable": True} | place)), False, fleet, 20_000)
     router.step_times_known(STEP_TIMES)
     return router
@@ -473,7 +473,7 @@ def test_a_lost_replica_is_dropped_once_and_its_trajectories_go_elsewhere(capsys
         assert router.stats()["replicas_lost"] == 1 and router.get_all_servers() == ["s0", "s2"]
         assert router.get_total_inflight() == len(batch)
         assert capsys.readouterr().err.count("s1 died") == 1
-        router.configure(Options(), False, alike({"s2": router.handles()["s2"]}, slots=64))
+        router.configure(Options(), False, uniform_fleet({"s2": router.handles()["s2"]}, slots=64))
         assert router.get_all_servers() == ["s2"]
 
     asyncio.run(play())

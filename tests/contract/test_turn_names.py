@@ -17,7 +17,7 @@ from rig import Rig
 
 from verl_heddle.options import Admission, Deadlines, Options
 from verl_heddle.verl_plugin.client import HeddleAsyncClient, HeddleClient
-from verl_heddle.verl_plugin.router import alike
+from verl_heddle.verl_plugin.router import uniform_fleet
 
 HOLDING = Options.longest(admission=Admission(per_slot=1.0, hold_s=20.0), deadlines=Deadlines(router_s=5.0))
 RESIDENTS = Options(admission=Admission(hold_s=20.0), deadlines=Deadlines(router_s=5.0))
@@ -153,7 +153,7 @@ def test_a_router_that_is_set_up_again_lets_held_turns_go(options):
 
         tasks = [asyncio.ensure_future(episode(sample)) for sample in range(3)]
         await asyncio.sleep(0.05)
-        rig.router.configure(options, False, alike(rig.router.handles(), slots=1))
+        rig.router.configure(options, False, uniform_fleet(rig.router.handles(), slots=1))
         await asyncio.wait_for(asyncio.gather(*tasks), 2)
         await rig.settled()
 

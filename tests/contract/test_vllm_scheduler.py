@@ -27,7 +27,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from verl_heddle.schedule.preempt import REFUSAL_STEPS, STARTS
-from verl_heddle.verl_plugin import vllm_scheduler, vllm_seams, voice
+from verl_heddle.verl_plugin import log, vllm_scheduler, vllm_seams
 from verl_heddle.verl_plugin.compat import SUPPORTED
 from verl_heddle.verl_plugin.vllm_scheduler import NOT_ENABLED, HeddleScheduler
 
@@ -375,7 +375,7 @@ def test_a_call_that_cannot_be_answered_raises_nothing_in_the_engine(make, monke
 )
 def test_off_means_vllms_own_scheduling_and_one_line(make, monkeypatch, capsys, broken, policy, settings, why):
     monkeypatch.setattr(vllm_scheduler, "MISMATCH", broken)
-    monkeypatch.setattr(voice, "_said", set())
+    monkeypatch.setattr(log, "_said", set())
     scheduler, stock = make(settings=settings, policy=policy), make(AsyncScheduler, None, policy=policy)
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("heddle:")]
     assert scheduler.rule is None and why in scheduler.off

@@ -18,7 +18,7 @@ from verl_heddle.traces.recorder import Recorder
 from verl_heddle.trajectory import Outcome, TrajectoryEnd, TrajectoryId
 from verl_heddle.verl_plugin.client import HeddleClient
 from verl_heddle.verl_plugin.live import CURRENT
-from verl_heddle.verl_plugin.router import RouterActor, alike
+from verl_heddle.verl_plugin.router import RouterActor, uniform_fleet
 
 CONFIG = OmegaConf.create({"actor_rollout_ref": {"rollout": {"name": "vllm", "scheduling_policy": "priority"}}})
 PROMPT, OUTPUT, TOOL = 1200, 30, 10
@@ -62,7 +62,7 @@ async def play(servers, place: Place, prompts: int, tool_s: float = 3.0):
     """Everybody's first turn on s0 while it is alone; s1 joins during it. Returns (tokens, records, counts of the client)."""
     options = Options(place=place, residents=Residents(enable=False))
     router = RouterActor.options(max_restarts=0).remote({"s0": servers["s0"]}, {})
-    ray.get(router.configure.remote(options, False, alike({"s0": servers["s0"]}, slots=SLOTS), 1500), timeout=60)
+    ray.get(router.configure.remote(options, False, uniform_fleet({"s0": servers["s0"]}, slots=SLOTS), 1500), timeout=60)
     ray.get(router.step_times_known.remote(STEP_TIMES), timeout=60)
     client = HeddleClient(CONFIG, router, servers, options)
     tasks = [asyncio.create_task(episode(client, f"t{number}", prompts + number, tool_s)) for number in range(TRAJECTORIES)]

@@ -19,7 +19,7 @@ from verl_heddle.traces.recorder import Recorder
 from verl_heddle.trajectory import Outcome, Reason, TrajectoryEnd, TrajectoryId
 from verl_heddle.verl_plugin.client import HeddleClient
 from verl_heddle.verl_plugin.live import CURRENT
-from verl_heddle.verl_plugin.router import HeddleRouter, alike
+from verl_heddle.verl_plugin.router import HeddleRouter, uniform_fleet
 
 pytestmark = [pytest.mark.e2e, pytest.mark.alone]
 
@@ -44,7 +44,7 @@ def server(workspace):
 @pytest.fixture
 def router(server):
     actor = ray.remote(HeddleRouter).remote({"s0": server}, {})
-    ray.get(actor.configure.remote(OPTIONS, False, alike({"s0": server}, slots=SLOTS)), timeout=60)
+    ray.get(actor.configure.remote(OPTIONS, False, uniform_fleet({"s0": server}, slots=SLOTS)), timeout=60)
     yield actor
     ray.kill(actor)  # with it ends the call for news that the client has open: none may be left when this process does
     time.sleep(0.5)

@@ -149,7 +149,7 @@ UNSEEN = Habit()
 """Before the first turn has ended."""
 
 
-class Habits:
+class TrajectoryMeans:
     """See the module."""
 
     def __init__(self) -> None:
@@ -181,7 +181,7 @@ class Habits:
         """Most trajectories there may be before it is due again."""
         return float(max(2, self._covers))
 
-    def habit(self, living: Living) -> Habit:
+    def habit(self, living: LiveTotals) -> Habit:
         """From the contexts and the estimates of everybody under way."""
         context = living.context / max(1, living.count)
         tool_s = living.tool_s / max(living.tokens, 1.0)
@@ -191,7 +191,7 @@ class Habits:
 
 
 @dataclass(slots=True)
-class Living:
+class LiveTotals:
     """Sums over everybody under way, kept event by event."""
 
     count: int = 0

@@ -36,7 +36,7 @@ from verl_heddle.place.cost import Floats
 from verl_heddle.place.decisions import Expected, Move
 from verl_heddle.place.first import CLEARLY, Batch, place_batch
 from verl_heddle.place.outlook import curves
-from verl_heddle.place.pace import Habits, Latency, Living
+from verl_heddle.place.pace import Latency, LiveTotals, TrajectoryMeans
 from verl_heddle.place.sticky import StickyLeastInflight
 from verl_heddle.predict.quantities import Estimate
 from verl_heddle.trajectory import Outcome, Reason, TrajectoryEnd, TrajectoryId, TurnEnd, TurnStart
@@ -100,7 +100,7 @@ class Replanner:
         self._cap = inf if cap_tokens is None else float(cap_tokens)
         self._may_move = moves
         self._live: dict[str, _Live] = {}
-        self._habits, self._living = Habits(), Living()
+        self._means, self._totals = TrajectoryMeans(), LiveTotals()
         self._ended = self._most = 0
         self._next: Latency | None = None
         if latency is not None:
@@ -159,7 +159,7 @@ class Replanner:
         for replica in self._fleet.values():
             books.add(replica)
         self._books = books
-        self._habits.look_again()
+        self._means.look_again()
 
     def forget(self) -> int:
         """Prefix caches are gone: everybody is placed anew; returns how many conversations had a home."""
@@ -178,7 +178,7 @@ class Replanner:
         self._tune()
         if not empty:  # the rest of a batch under way
             for item, one in sorted(zip(fresh, made, strict=True), key=lambda pair: -pair[1].left.median_tokens):
-                self._house(item.trajectory, one, item.trajectory.key)
+                self._assign_replica(item.trajectory, one, item.trajectory.key)
             return
         rows, medians = np.stack([self._rows(one) for one in made]), np.array([one.left.median_tokens for one in made])
         reading = np.stack([self._reading(one.context) for one in made])
@@ -207,25 +207,25 @@ class Replanner:
         if one is None and turn.turn:  # it began before there was a plan: it stays where it is
             return self._stock.acquire(turn.conversation, home)
         if one is not None and one.started:
-            self._habits.answered(turn.context_tokens - one.context)
-            self._living.context += turn.context_tokens - one.context
+            self._means.answered(turn.context_tokens - one.context)
+            self._totals.context += turn.context_tokens - one.context
             one.context = turn.context_tokens
             if one.target in books.fleet:
                 one.home, one.target = one.target, None
                 one.moves += 1
-                return self._go(turn, one, Reason.MOVED)
+                return self._commit(turn, one, Reason.MOVED)
             if one.home in books.fleet:
-                return self._go(turn, one, Reason.STICKY)
+                return self._commit(turn, one, Reason.STICKY)
         if one is None:
             one = self._new(identity, turn.context_tokens, turn.generated_tokens, estimate or UNKNOWN)
         if one.home not in books.fleet:
-            self._see(one, estimate or UNKNOWN)
+            self._update_estimate(one, estimate or UNKNOWN)
             self._tune()
-            self._house(identity, one, turn.conversation)
+            self._assign_replica(identity, one, turn.conversation)
         first, one.started = not one.started, True
         if self._audit.placing.pays:
-            return self._go(turn, one, Reason.PLANNED, first)
-        return self._go(turn, one, Reason.NOT_PAYING)
+            return self._commit(turn, one, Reason.PLANNED, first)
+        return self._commit(turn, one, Reason.NOT_PAYING)
 
     def release(self, end: TurnEnd, estimate: Estimate | None, may_move: bool = True) -> Move | None:
         """A request ended, somehow; `estimate`: what is left now; `may_move`: no other turn of the trajectory is under way. Returns the
@@ -236,12 +236,12 @@ class Replanner:
         if self._books is None or one is None:
             return None
         one.context += end.output_tokens
-        self._living.context += end.output_tokens
+        self._totals.context += end.output_tokens
         one.generated += end.output_tokens
         if not end.completed or end.replica not in self._books.fleet:
             return None
-        self._habits.spoke(end.output_tokens)
-        self._see(one, estimate or UNKNOWN)
+        self._means.spoke(end.output_tokens)
+        self._update_estimate(one, estimate or UNKNOWN)
         self._tune()
         rows = self._rows(one)
         self._books.put(end.trajectory.key, end.replica, rows)
@@ -263,7 +263,7 @@ class Replanner:
         one = self._live.pop(key, None)
         if self._books is None or one is None:
             return
-        self._living.go(one.context, one.left)
+        self._totals.go(one.context, one.left)
         self._books.take(key)
         self._trust.ended(key, tokens if whole else None)
         self._audit.ended(key, tokens)
@@ -275,7 +275,7 @@ class Replanner:
         if not self._live and self._next is not None:
             self.learn(self._next)
 
-    def _go(self, turn: TurnStart, one: _Live, reason: Reason, first: bool = False) -> tuple[str, Reason]:
+    def _commit(self, turn: TurnStart, one: _Live, reason: Reason, first: bool = False) -> tuple[str, Reason]:
         assert one.home is not None
         self._stock.note(turn.conversation, one.home)
         self._audit.started(turn, one.home if first else None)
@@ -284,11 +284,11 @@ class Replanner:
     def _new(self, identity: TrajectoryId, context: int, generated: int, estimate: Estimate) -> _Live:
         self._trust.told(identity.key, estimate)
         one = self._live[identity.key] = _Live(None, context, generated, estimate)
-        self._living.come(context, estimate)
+        self._totals.come(context, estimate)
         self._most = max(self._most, len(self._live))
         return one
 
-    def _house(self, identity: TrajectoryId, one: _Live, conversation: str) -> None:
+    def _assign_replica(self, identity: TrajectoryId, one: _Live, conversation: str) -> None:
         """Give a trajectory a home: it is new, or has lost its own."""
         assert self._books is not None
         rows = self._rows(one)
@@ -331,16 +331,16 @@ class Replanner:
         assert self._books is not None and self._latency is not None
         return reading_s(self._books, self._latency, tokens, cached)
 
-    def _see(self, one: _Live, estimate: Estimate) -> None:
-        self._living.change(one.left, estimate)
+    def _update_estimate(self, one: _Live, estimate: Estimate) -> None:
+        self._totals.change(one.left, estimate)
         one.left = estimate
 
     def _rows(self, one: _Live) -> Floats:
-        left = self._trust.believed(one.left, self._living.usual_log)
+        left = self._trust.believed(one.left, self._totals.usual_log)
         return curves(left.median_tokens, left.scale, max(1.0, self._cap - one.generated))
 
     def _tune(self) -> None:
         """Tell the books what trajectories are like these days, when it is time."""
         assert self._books is not None
-        if self._habits.due(len(self._live)):
-            self._books.tune(self._habits.covers, self._habits.habit(self._living))
+        if self._means.due(len(self._live)):
+            self._books.tune(self._means.covers, self._means.habit(self._totals))

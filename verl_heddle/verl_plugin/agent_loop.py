@@ -22,11 +22,11 @@ from verl_heddle.traces.columns import Columns
 from verl_heddle.traces.recorder import Recorder
 from verl_heddle.trajectory import Outcome, Trajectory, TrajectoryEnd, TrajectoryId
 from verl_heddle.verl_plugin.live import CURRENT, watch_tool
+from verl_heddle.verl_plugin.log import log_once
 from verl_heddle.verl_plugin.prompts import OWN_COUNT, Facts, facts_of, is_plain
 from verl_heddle.verl_plugin.settings import options_of
 from verl_heddle.verl_plugin.shaping import SHARE, Selection
 from verl_heddle.verl_plugin.tool_watchdog import Watchdog
-from verl_heddle.verl_plugin.voice import say_once
 
 FACTS: ContextVar[Facts] = ContextVar("heddle_prompt")
 """Of the prompt whose samples this code runs: set in its task, inherited by those of its samples."""
@@ -145,7 +145,7 @@ class HeddleWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignore[misc,
     def _odd(self, name: str, error: Exception) -> None:
         """Count a failure of ours that a prompt or a trajectory goes on without."""
         self.llm_client.counts[name] += 1
-        say_once(f"a {name} is not as expected ({type(error).__name__}: {error}); it goes on as in stock verl")
+        log_once(f"a {name} is not as expected ({type(error).__name__}: {error}); it goes on as in stock verl")
 
     def _ended(self, recorder: Recorder, outcome: Outcome) -> Trajectory | None:
         """Book a life that is over, once. Book-keeping must not fail a trajectory, so whatever goes wrong here is counted only."""
@@ -179,7 +179,7 @@ class HeddleWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignore[misc,
 
     async def collect(self) -> tuple[Columns, dict[str, int], list[Visit]]:
         """Hand over the records made and the groups closed since the last call, and the counts of what went wrong since the start."""
-        self.llm_client.told()
+        self.llm_client.flush()
         records, self._records = self._records, []
         visits = self._selection.take()
         return Columns.of(records), {**self.llm_client.counts, "selection": self._selection.failures}, visits

@@ -16,7 +16,7 @@ from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
 from verl.utils.checkpoint.checkpoint_manager import find_latest_ckpt_path
 
 from verl_heddle.traces.writer import flush_all
-from verl_heddle.verl_plugin.voice import say, say_once
+from verl_heddle.verl_plugin.log import log, log_once
 
 FILE = os.path.join("heddle", "predictor.bin")
 SHAPE_FILE = os.path.join("heddle", "shape.json")
@@ -35,7 +35,7 @@ class HeddleCheckpoint(CheckpointCallback):
                 if manager.planner is not None:
                     _write(os.path.join(checkpoint_dir, SHAPE_FILE), json.dumps(manager.planner.shaper.state()).encode())
         except Exception as error:
-            say_once(f"what was learnt of lengths is not in the checkpoint of step {global_step} ({type(error).__name__}: {error})")
+            log_once(f"what was learnt of lengths is not in the checkpoint of step {global_step} ({type(error).__name__}: {error})")
         flush_all()  # a run that goes on from here has the trace up to here
 
 
@@ -59,17 +59,17 @@ def restore(manager: Any, config: Any) -> None:
             _restore_shaping(manager.planner, os.path.join(folder, SHAPE_FILE))
         path = os.path.join(folder, FILE)
         if not os.path.exists(path):
-            say(f"no lengths were learnt in {folder}: predictions start cold")
+            log(f"no lengths were learnt in {folder}: predictions start cold")
             return
         with open(path, "rb") as file:
             state = file.read()
         manager.learnt = state
         why_not = ray.get(manager.router.learn_again.remote(state), timeout=manager.options.deadlines.router_s)
-        say(
+        log(
             f"lengths learnt until {os.path.basename(folder)} are back" if why_not is None else f"{path}: {why_not}: predictions start cold"
         )
     except Exception as error:
-        say(f"what was learnt of lengths could not be read ({type(error).__name__}: {error}): predictions start cold")
+        log(f"what was learnt of lengths could not be read ({type(error).__name__}: {error}): predictions start cold")
 
 
 def _restore_shaping(planner: Any, path: str) -> None:
@@ -77,7 +77,7 @@ def _restore_shaping(planner: Any, path: str) -> None:
         with open(path, "rb") as file:
             planner.shaper.restore(json.load(file))
     except (OSError, ValueError) as error:
-        say(f"{path}: {error}: shaping starts without what was known of prompts")
+        log(f"{path}: {error}: shaping starts without what was known of prompts")
 
 
 def resumed_from(trainer: Any) -> str | None:

@@ -29,8 +29,8 @@ from verl_heddle.trajectory import Decision, Reason, ToolStart, TrajectoryEnd, T
 from verl_heddle.verl_plugin.calls import ServerHandle, answer, of_a_dead_replica
 from verl_heddle.verl_plugin.link import Link
 from verl_heddle.verl_plugin.live import CURRENT
+from verl_heddle.verl_plugin.log import log_once
 from verl_heddle.verl_plugin.request_life import FIELD
-from verl_heddle.verl_plugin.voice import say_once
 
 ABORTED = ("aborted", "abort")
 """`stop_reason` of a request that did not come to its end."""
@@ -145,7 +145,7 @@ class HeddleClient(LLMServerClient):
                     raise
                 last = error
                 self.counts["replica_lost"] += 1
-                say_once(f"replica {decision.replica} died; its turns start again elsewhere")
+                log_once(f"replica {decision.replica} died; its turns start again elsewhere")
                 await self._link.replica_lost(decision.replica)
         raise last
 
@@ -222,7 +222,7 @@ class HeddleClient(LLMServerClient):
             try:
                 decision = await self._link.ask(turn)
             except asyncio.CancelledError:
-                self._link.tell("turn_withdrawn", turn)
+                self._link.post("turn_withdrawn", turn)
                 raise
         call.turn, call.decision = turn, decision
         if decision.held:
@@ -317,7 +317,7 @@ class HeddleClient(LLMServerClient):
             del self._warming[key]
         if task.cancelled():
             return
-        self._link.tell("transferred", key)
+        self._link.post("transferred", key)
         if task.exception() is not None:  # the turn will read its context itself
             self.counts["prewarm/failed"] += 1
 
@@ -341,13 +341,13 @@ class HeddleClient(LLMServerClient):
 
     def _cancel_lost(self) -> None:
         self.counts["cancel_lost"] += 1
-        say_once(f"a cancelled request was still running after {self._options.deadlines.cancel_s:g} s (heddle.deadlines.cancel_s)")
+        log_once(f"a cancelled request was still running after {self._options.deadlines.cancel_s:g} s (heddle.deadlines.cancel_s)")
 
     def _finished(self, end: TurnEnd, turn: TurnStart, context: list[int]) -> None:
         """Tell that a turn ended, and pre-warm where the router orders it; `context`: what the next turn begins with, empty if it is not to
         be read beforehand."""
         if not context:
-            return self._link.tell("turn_finished", end)
+            return self._link.post("turn_finished", end)
         order = self._link.ordered("turn_finished", end)
         if order is None:
             return
@@ -359,18 +359,18 @@ class HeddleClient(LLMServerClient):
     def tool_started(self, who: TrajectoryId, tool: str) -> None:
         """Pass on that a tool begins."""
         if self._options.predicts:  # nobody else wants to know
-            self._link.tell("tool_started", ToolStart(who, tool))
+            self._link.post("tool_started", ToolStart(who, tool))
 
     def trajectory_ended(self, end: TrajectoryEnd) -> None:
         """Pass on how a trajectory's life ended."""
         self._drop_warming(end.trajectory.key)
         self._limits.pop(end.trajectory.key, None)
         self._link.ended(end.trajectory.key)
-        self._link.tell("trajectory_ended", end)
+        self._link.post("trajectory_ended", end)
 
-    def told(self) -> None:
-        """See to it that the router has been told of everything: a step may be over."""
-        self._link.hurry()
+    def flush(self) -> None:
+        """Send the router every pending event: a step may be over."""
+        self._link.flush()
 
 
 class HeddleAsyncClient(FullyAsyncLLMServerClient, HeddleClient):

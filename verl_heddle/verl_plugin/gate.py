@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from verl_heddle.verl_plugin.voice import say
+from verl_heddle.verl_plugin.log import log
 
 SEAMS = {
     "AgentLoopManager": (
@@ -38,7 +38,7 @@ def active() -> bool:
             _active = True
         except Exception as error:
             _active = False
-            say(f"OFF, training goes on as stock verl: {type(error).__name__}: {error}")
+            log(f"OFF, training goes on as stock verl: {type(error).__name__}: {error}")
     return _active
 
 

@@ -18,7 +18,7 @@ from verl_heddle.layout.price import Site
 from verl_heddle.options import Layout
 from verl_heddle.place.pace import habit_of
 from verl_heddle.trajectory import Trajectory
-from verl_heddle.verl_plugin.voice import say, say_once
+from verl_heddle.verl_plugin.log import log, log_once
 
 
 def times(name: str) -> LatencyModel:
@@ -92,7 +92,7 @@ class Chooser:
             options = self._options
             choice = choose(expected, self._site, habit, current, reshard_s=reshard_s, horizon=options.horizon_steps, margin=options.margin)
         except Exception as error:
-            say_once(f"the layout stays, planning failed ({type(error).__name__}: {error})")
+            log_once(f"the layout stays, planning failed ({type(error).__name__}: {error})")
             return None
         told = {"forecast_s": choice.forecast_s, "current_s": choice.current_s, "gain_s": choice.gain_s, "cost_s": choice.cost_s}
         self.metrics = {name: value for name, value in told.items() if isfinite(value)}
@@ -100,5 +100,5 @@ class Chooser:
         if choice.changes:
             expected_s = f"{choice.forecast_s:.1f} s a step expected, {choice.current_s:.1f} s under {list(current)}"
             cost = f"the change takes about {choice.cost_s:.0f} s"
-            say(f"layout {list(choice.layout)} from step {step}: {expected_s} ({choice.reason}; {cost})")
+            log(f"layout {list(choice.layout)} from step {step}: {expected_s} ({choice.reason}; {cost})")
         return choice.layout

@@ -27,9 +27,9 @@ from verl.workers.rollout.replica import RolloutMode
 
 from verl_heddle.verl_plugin import trainer_rank
 from verl_heddle.verl_plugin.layout_choice import first
+from verl_heddle.verl_plugin.log import log, log_once
 from verl_heddle.verl_plugin.replicas import HeddleReplica
 from verl_heddle.verl_plugin.settings import handed_on
-from verl_heddle.verl_plugin.voice import say, say_once
 
 LAUNCH_S = 1800.0
 """For an engine to come up: big weights from a slow disk take many minutes."""
@@ -138,7 +138,7 @@ class Layouts:
             began = time.monotonic()
             await self._launch(own)
             self._launch_s = max(self._launch_s or 0.0, time.monotonic() - began)
-            await self._seat([own])
+            await self._slot([own])
             self._point([own])
 
     @property
@@ -175,19 +175,19 @@ class Layouts:
             self.counts["failures"] += 1
             self.static = True
             await self._shut_down([span for span in fresh if span in self._engines])
-            say(f"layout {list(layout)} cannot be had ({type(error).__name__}: {error}); it stays at {list(self.layout)}")
+            log(f"layout {list(layout)} cannot be had ({type(error).__name__}: {error}); it stays at {list(self.layout)}")
             if gone := [span for span in spans(self.layout) if span not in self._engines]:
                 try:
                     await self._start(gone)
                     await self._take_up(self.layout)
                 except Exception as again:  # verl is putting its replicas to sleep here, and must get on
-                    say(f"nor can that layout's engines ({type(again).__name__}: {again}); the next rollout begins with repairs")
+                    log(f"nor can that layout's engines ({type(again).__name__}: {again}); the next rollout begins with repairs")
                     await self._end_others(before)
             return
         await self._take_up(layout)
         self.counts["switches"] += 1
         self.counts["switch_s"] += time.monotonic() - began
-        say(f"layout {list(layout)} ({len(fresh)} engines launched, {time.monotonic() - began:.1f} s)")
+        log(f"layout {list(layout)} ({len(fresh)} engines launched, {time.monotonic() - began:.1f} s)")
 
     async def _end_others(self, before: dict[Span, HeddleReplica]) -> None:
         """Back to these engines, dead ones among them; what has been launched since goes, since its name and memory will be wanted."""
@@ -195,7 +195,7 @@ class Layouts:
         self._engines = before
         await asyncio.gather(*(end(server) for engine in others for server in engine.servers), return_exceptions=True)
         with suppress(Exception):  # some ranks may have been told of the others
-            await self._seat(spans(self.layout))
+            await self._slot(spans(self.layout))
 
     async def _start(self, fresh: Sequence[Span]) -> None:
         """Launch engines, while all others sleep, and put them to sleep as well."""
@@ -208,7 +208,7 @@ class Layouts:
 
     async def _take_up(self, layout: tuple[int, ...]) -> None:
         wanted = spans(layout)
-        await self._seat(wanted)
+        await self._slot(wanted)
         self.layout = layout
         self._point(wanted)
         for span in wanted:
@@ -231,7 +231,7 @@ class Layouts:
         self.counts["launches"] += 1
         await asyncio.wait_for(engine.launch_servers(), LAUNCH_S)
 
-    async def _seat(self, wanted: Iterable[Span]) -> None:
+    async def _slot(self, wanted: Iterable[Span]) -> None:
         told = [
             self._workers[start + rank].__ray_call__.remote(trainer_rank.sit, self._engines[start, tp].replica_rank, rank)
             for start, tp in wanted
@@ -276,15 +276,15 @@ class Layouts:
         self.counts["failures"] += 1
         self.static = True
         if self._repairs == MOST_REPAIRS:
-            return say_once(f"engines have died in {MOST_REPAIRS + 1} steps; the run goes on with those that live")
+            return log_once(f"engines have died in {MOST_REPAIRS + 1} steps; the run goes on with those that live")
         self._repairs += 1
-        say(f"an engine of the layout {list(self.layout)} has died; the layout is {list(self._first)} from now on")
+        log(f"an engine of the layout {list(self.layout)} has died; the layout is {list(self._first)} from now on")
         before = dict(self._engines)
         try:
             asyncio.run(self._start_over(dead))
         except Exception as error:
             asyncio.run(self._end_others(before))
-            say(f"that failed ({type(error).__name__}: {error}); the run goes on with the engines that live")
+            log(f"that failed ({type(error).__name__}: {error}); the run goes on with the engines that live")
         # In either case those that live have been put to sleep, which costs them their weights.
         ray.get(self._group.update_weights(global_steps=global_steps, mode="naive"), timeout=LAUNCH_S)
 

@@ -25,9 +25,9 @@ from verl.workers.rollout.router import GlobalRequestLoadBalancer
 
 from verl_heddle.trajectory import Decision, Reason, TurnStart
 from verl_heddle.verl_plugin.calls import ANSWER_S, Promises, answer
+from verl_heddle.verl_plugin.log import log_once
 from verl_heddle.verl_plugin.news import LetIn, News
 from verl_heddle.verl_plugin.outbox import KEPT, Event, Outbox, Questions
-from verl_heddle.verl_plugin.voice import say_once
 
 
 class _Stay(NamedTuple):
@@ -88,7 +88,7 @@ class Link:
         stay = self._stays.get(turn.trajectory.key)
         if stay is None or turn.leg or self.local is not None or stay.replica not in self.servers:
             return None
-        self.tell("turn_begun", (turn, stay.replica))
+        self.post("turn_begun", (turn, stay.replica))
         return Decision(stay.replica, stay.priority, Reason.STICKY, stays=True)
 
     async def ask(self, turn: TurnStart) -> Decision:
@@ -120,7 +120,7 @@ class Link:
             return decision, news.paused_s
         except Exception as error:
             self._counts["hold_lost"] += 1
-            say_once(f"a turn that was held back was never let in ({type(error).__name__}: {error}); it goes without")
+            log_once(f"a turn that was held back was never let in ({type(error).__name__}: {error}); it goes without")
             if decision.replica in self.servers:
                 return decision, 0.0
             self._go_local(error, turn)
@@ -236,15 +236,15 @@ class Link:
 
     # --- what is told -----------------------------------------------------------------------------------------------------
 
-    def tell(self, event: str, what: Any) -> None:
+    def post(self, event: str, what: Any) -> None:
         """Tell the router something: soon, or when it is back. A dead router is found out by the open call."""
         if self.local is None:
             self._outbox.put(event, what)
         else:
             self._kept.append((event, what))
 
-    def hurry(self) -> None:
-        """What is to be told goes now."""
+    def flush(self) -> None:
+        """Send pending events now."""
         self._outbox.send()
 
     def ordered(self, event: str, what: Any) -> Any:
@@ -255,7 +255,7 @@ class Link:
                 return getattr(self._router, event).remote(what)
             except Exception as error:
                 self._go_local(error)
-        self.tell(event, what)
+        self.post(event, what)
         return None
 
     def _send(self, events: list[Event]) -> None:
@@ -263,7 +263,7 @@ class Link:
             self._kept.extend(events)
             return
         try:
-            self._router.told.remote(events)
+            self._router.handle_events.remote(events)
         except Exception as error:
             self._go_local(error)
             self._kept.extend(events)
@@ -273,11 +273,11 @@ class Link:
     def _go_local(self, error: Exception, turn: TurnStart | None = None) -> None:
         """From now on this worker applies verl's rule by itself, to what it sends itself. `turn`: one that the router may have placed."""
         if self.local is None:
-            say_once(f"router lost ({type(error).__name__}: {error}); this worker goes on under verl's own rule")
+            log_once(f"router lost ({type(error).__name__}: {error}); this worker goes on under verl's own rule")
             self.local = GlobalRequestLoadBalancer(self.servers)
             self._stays.clear()
         if turn is not None:
-            self.tell("turn_withdrawn", turn)
+            self.post("turn_withdrawn", turn)
 
     def router_is_back(self) -> None:
         """Trust the router again (told by the manager once it has answered)."""

@@ -15,7 +15,7 @@ from typing import Any
 from verl.tools.function_tool import FunctionTool
 
 from verl_heddle.traces.recorder import Recorder
-from verl_heddle.verl_plugin.voice import say_once
+from verl_heddle.verl_plugin.log import log_once
 
 CURRENT: ContextVar[Recorder | None] = ContextVar("heddle_trajectory", default=None)
 
@@ -48,7 +48,7 @@ def watch_tool(tool: Any) -> Any:
     try:
         setattr(tool, method, timed)
     except Exception as error:  # a frozen class, or one with slots
-        say_once(f"the calls of a tool of {type(tool).__name__} are not timed ({type(error).__name__}: {error})")
+        log_once(f"the calls of a tool of {type(tool).__name__} are not timed ({type(error).__name__}: {error})")
     return tool
 
 
@@ -57,4 +57,4 @@ def _harmless() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        say_once(f"a tool call could not be recorded ({type(error).__name__}: {error})")
+        log_once(f"a tool call could not be recorded ({type(error).__name__}: {error})")

@@ -24,11 +24,11 @@ from verl_heddle.verl_plugin.agent_loop import HeddleWorker
 from verl_heddle.verl_plugin.client import HeddleAsyncClient, HeddleClient
 from verl_heddle.verl_plugin.layout_choice import Chooser
 from verl_heddle.verl_plugin.lint import derives_from_sync, model_heads
+from verl_heddle.verl_plugin.log import log, log_once
 from verl_heddle.verl_plugin.prompts import facts_of_batch, first_turns, validates, weights_of
 from verl_heddle.verl_plugin.settings import options_of
 from verl_heddle.verl_plugin.shaping import Planner
 from verl_heddle.verl_plugin.step_times import StepTimes
-from verl_heddle.verl_plugin.voice import say, say_once
 
 SINCE_START = ("preempted_", "recomputed_", "winners_", "refused_")
 """What of a scheduler's counts (`vllm_scheduler`) goes on counting; the others tell how things are now, of which `requests` is told."""
@@ -105,7 +105,7 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
             MANAGER = instance
             return instance
         except Exception as error:
-            say(f"OFF, training goes on under verl's own agent-loop manager: {type(error).__name__}: {error}")
+            log(f"OFF, training goes on under verl's own agent-loop manager: {type(error).__name__}: {error}")
             stock = AgentLoopManagerTQ(*args, **kwargs)
             await stock._init_agent_loop_workers()
             return stock
@@ -121,12 +121,12 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
             try:
                 prompts = self.planner.share_out(prompts, list(self.fleet.values()), facts)
             except Exception as error:
-                say_once(f"prompts are sampled plainly ({type(error).__name__}: {error})")
+                log_once(f"prompts are sampled plainly ({type(error).__name__}: {error})")
         if self._plans:
             try:
                 self.router.batch_expected.remote(first_turns(prompts, *self._samples, facts))
             except Exception as error:
-                say_once(f"trajectories are placed one by one, not as a batch ({type(error).__name__}: {error})")
+                log_once(f"trajectories are placed one by one, not as a batch ({type(error).__name__}: {error})")
         super().generate_sequences(prompts)
 
     def _recover(self, what: str, attempt: Callable[[], None]) -> None:
@@ -135,7 +135,7 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
             attempt()
         except Exception as error:
             self._troubles[f"recovery_{what}"] += 1
-            say_once(f"recovery of {what} failed ({type(error).__name__}: {error}); the step goes on with what works")
+            log_once(f"recovery of {what} failed ({type(error).__name__}: {error}); the step goes on with what works")
 
     def _repair_engines(self, prompts: Any) -> None:
         if self.layouts is not None and (weights := weights_of(prompts)) != self._weights:
@@ -153,7 +153,7 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
             try:
                 some, trouble, visits = ray.get(ref, timeout=self.options.deadlines.collect_s)
             except Exception as error:
-                say_once(f"a worker's records are lost ({type(error).__name__})")
+                log_once(f"a worker's records are lost ({type(error).__name__})")
                 self._silent += 1
                 continue
             records.extend(some)
@@ -193,7 +193,7 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
         if lost > self._replicas_lost and self.layouts is None:
             left = max(0, self._replicas - lost)
             again = "only heddle.layout launches engines again"
-            say(f"{lost} of {self._replicas} replicas have died; {left} are left for the rest of the run ({again})")
+            log(f"{lost} of {self._replicas} replicas have died; {left} are left for the rest of the run ({again})")
         self._replicas_lost = max(lost, self._replicas_lost)
 
     def _note_learnt(self) -> None:
@@ -209,7 +209,7 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
                 self._learnt_asked = self.router.learnt.remote()
         except Exception as error:  # of a router that died meanwhile
             self._learnt_asked = None
-            say_once(f"what the router has learnt is known as of an earlier step ({type(error).__name__})")
+            log_once(f"what the router has learnt is known as of an earlier step ({type(error).__name__})")
 
     def shaped(self, step: int) -> dict[str, float]:
         """What shaping did in a training step that is complete, after `step_ended`; empty when it is off."""
@@ -243,7 +243,7 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
                 del self.servers[refs[ref]], self.fleet[refs[ref]]
                 self.router.replica_lost.remote(refs[ref])
             except Exception as error:
-                say_once(f"an engine does not tell its counts ({type(error).__name__}: {error})")
+                log_once(f"an engine does not tell its counts ({type(error).__name__}: {error})")
         return total
 
     def engine_seconds(self) -> dict[str, dict[str, float]]:
@@ -256,7 +256,7 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
             try:
                 found[refs[ref]] = ray.get(ref, timeout=self.options.deadlines.collect_s)
             except Exception as error:
-                say_once(f"an engine does not tell how busy it is ({type(error).__name__}: {error})")
+                log_once(f"an engine does not tell how busy it is ({type(error).__name__}: {error})")
         return found
 
     def _configure_router(self, deadline_s: float) -> None:
@@ -312,7 +312,7 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
                 facts = ray.get(ref, timeout=deadline_s)
                 fleet[name] = Replica(name, **facts)
             except ActorDiedError:
-                say_once(f"replica {name} has died; the run goes on without it")
+                log_once(f"replica {name} has died; the run goes on without it")
         self.fleet = fleet
         found = {name: servers[name] for name in fleet}
         self.servers.clear()
@@ -352,4 +352,4 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
         told = [worker.router_is_back.remote() for worker in self.agent_loop_workers]
         ray.wait(told, num_returns=len(told), timeout=self.options.deadlines.collect_s)
         self._router_lost = False
-        say("the router is back")
+        log("the router is back")

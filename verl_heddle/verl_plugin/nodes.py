@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 import verl_heddle
-from verl_heddle.verl_plugin.voice import say
+from verl_heddle.verl_plugin.log import log
 
 ANSWER_S = 60.0
 """For all nodes to answer: a first task on a node starts a process there, and may install the run's runtime environment."""
@@ -35,11 +35,11 @@ def ready(config: DictConfig) -> bool:
     try:
         answers = _ask_cluster(config)
     except Exception as error:
-        say(f"warning: whether every node has verl-heddle could not be asked ({type(error).__name__}: {error})")
+        log(f"warning: whether every node has verl-heddle could not be asked ({type(error).__name__}: {error})")
         return True
     fatal, lines = judge(answers)
     for line in lines:
-        say(line)
+        log(line)
     return not fatal
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-from verl_heddle.verl_plugin.voice import say
+from verl_heddle.verl_plugin.log import log
 
 try:
     from verl_heddle.verl_plugin.settings import register_resolvers
@@ -20,4 +20,4 @@ try:
 
         cpu_platform.install()
 except Exception as error:
-    say(f"could not load ({type(error).__name__}: {error}); verl runs without it")
+    log(f"could not load ({type(error).__name__}: {error}); verl runs without it")

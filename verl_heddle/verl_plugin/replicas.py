@@ -34,11 +34,11 @@ from verl.workers.rollout.replica import CONTROL_METHOD_CONCURRENCY, RolloutRepl
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 
 from verl_heddle.verl_plugin.calls import of_a_dead_replica
+from verl_heddle.verl_plugin.log import log_once
 from verl_heddle.verl_plugin.parts import TIERS
 from verl_heddle.verl_plugin.request_life import FIELD, RequestLives
 from verl_heddle.verl_plugin.settings import handed_on
 from verl_heddle.verl_plugin.stopwatch import Stopwatch
-from verl_heddle.verl_plugin.voice import say_once
 
 GIB = 2**30
 LEAST_GIB = 1.0
@@ -128,13 +128,13 @@ class HeddleHttpServer(vLLMHttpServer):
         self._hand_on(args)
         await super().run_server(args)
         if handed_on(self.config, "preempt").get("enable") and (why := await self._why_no_preemption()):
-            say_once(f"preemption on arrival is OFF on replica {self.replica_rank}: {why}")
+            log_once(f"preemption on arrival is OFF on replica {self.replica_rank}: {why}")
         try:
             self._lives = RequestLives()
             self._lives.listen(self.engine.output_processor)
         except Exception as error:
             self._lives = None
-            say_once(f"vLLM's request events are out of reach ({error}); queueing counts as generation")
+            log_once(f"vLLM's request events are out of reach ({error}); queueing counts as generation")
 
     async def run_headless(self, args: Any) -> None:
         self._hand_on(args)
@@ -145,7 +145,7 @@ class HeddleHttpServer(vLLMHttpServer):
             os.environ["HEDDLE_PREEMPT"] = json.dumps(preempt)
         if (told := handed_on(self.config, "offload")).get("enable"):
             said = offload_to_host(told, int(self.config.tensor_model_parallel_size), args)
-            say_once(f"replica {self.replica_rank}: {said}")
+            log_once(f"replica {self.replica_rank}: {said}")
 
     async def generate(self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str, **kwargs: Any) -> Any:
         started = time.monotonic()
@@ -169,7 +169,7 @@ class HeddleHttpServer(vLLMHttpServer):
         """Whether the engine does; if not, the server is about to go too."""
         if not getattr(self.engine, "errored", False):
             return True
-        say_once("the vLLM engine is dead, and its server goes with it")
+        log_once("the vLLM engine is dead, and its server goes with it")
         asyncio.get_running_loop().call_later(LAST_WORDS_S, os._exit, 1)
         return False
 
@@ -227,7 +227,7 @@ class HeddleHttpServer(vLLMHttpServer):
             facts["caches"] = bool(cache.enable_prefix_caching)
             facts["tier"] = getattr(made.kv_transfer_config, "kv_connector", None) in TIERS
         except Exception as error:
-            say_once(f"the engine does not tell its KV capacity ({type(error).__name__}: {error}); it is taken for unlimited")
+            log_once(f"the engine does not tell its KV capacity ({type(error).__name__}: {error}); it is taken for unlimited")
         return facts
 
     async def heddle_priorities(self, table: dict[str, int]) -> int:
@@ -235,7 +235,7 @@ class HeddleHttpServer(vLLMHttpServer):
         try:
             return sum(await self._ask("heddle_set_priorities", table))
         except Exception as error:
-            say_once(f"requests under way keep their priority ({type(error).__name__}: {error})")
+            log_once(f"requests under way keep their priority ({type(error).__name__}: {error})")
             return 0
 
     async def heddle_limits(self, table: dict[str, int]) -> dict[str, int]:
@@ -246,7 +246,7 @@ class HeddleHttpServer(vLLMHttpServer):
         try:
             return {name: tokens for found in await self._ask("heddle_set_limits", table) for name, tokens in found.items()}
         except Exception as error:
-            say_once(f"samples of no more use run on to the end of their turn ({type(error).__name__}: {error})")
+            log_once(f"samples of no more use run on to the end of their turn ({type(error).__name__}: {error})")
             return dict.fromkeys(table, 0)
 
     async def heddle_counts(self) -> dict[str, int]:
@@ -256,7 +256,7 @@ class HeddleHttpServer(vLLMHttpServer):
         except LookupError:
             return {}
         except Exception as error:
-            say_once(f"the engine does not count preemptions on arrival ({type(error).__name__}: {error})")
+            log_once(f"the engine does not count preemptions on arrival ({type(error).__name__}: {error})")
             return {}
 
     async def heddle_status(self) -> dict[str, int]:
@@ -302,7 +302,7 @@ class HeddleReplica(vLLMReplica):
         except (ActorDiedError, RayTaskError) as error:
             if not of_a_dead_replica(error):
                 raise
-            say_once(f"replica {self.replica_rank} is dead; the run goes on without it")
+            log_once(f"replica {self.replica_rank} is dead; the run goes on without it")
             return None
 
 
@@ -314,7 +314,7 @@ def _tell_manager(event: str, *what: Any) -> None:
         if manager.MANAGER is not None:
             getattr(manager.MANAGER, event)(*what)
     except Exception as error:
-        say_once(f"a weight update is not followed ({type(error).__name__}: {error}); its turns wait in the engines")
+        log_once(f"a weight update is not followed ({type(error).__name__}: {error}); its turns wait in the engines")
 
 
 def make(replica_rank: int, config: Any, model_config: Any, *args: Any, **kwargs: Any) -> HeddleReplica:

@@ -27,16 +27,16 @@ from verl_heddle.options import Options
 from verl_heddle.orchestrator import Orchestrator
 from verl_heddle.trajectory import Decision, Prewarm, Reason, ToolStart, TrajectoryEnd, TurnEnd, TurnStart
 from verl_heddle.verl_plugin.calls import Promises
+from verl_heddle.verl_plugin.log import log, log_once
 from verl_heddle.verl_plugin.news import News, Promised
 from verl_heddle.verl_plugin.router_learning import Learning
 from verl_heddle.verl_plugin.router_status import PoolStatus
 from verl_heddle.verl_plugin.stopwatch import Stopwatch
-from verl_heddle.verl_plugin.voice import say, say_once
 
 TICK_S = 0.01
 """Least time between two looks at what has become due."""
 
-TOLD = ("turn_begun", "turn_finished", "turn_withdrawn", "tool_started", "transferred", "trajectory_ended")
+EVENTS = ("turn_begun", "turn_finished", "turn_withdrawn", "tool_started", "transferred", "trajectory_ended")
 """What may come by `told`."""
 
 
@@ -53,7 +53,9 @@ def _restarted() -> bool:
     return ray.is_initialized() and bool(ray.get_runtime_context().was_current_actor_reconstructed)
 
 
-def alike(servers: Mapping[str, Any], tp: int = 1, slots: int = 256, kv_tokens: int | None = None) -> dict[str, tuple[Replica, Any]]:
+def uniform_fleet(
+    servers: Mapping[str, Any], tp: int = 1, slots: int = 256, kv_tokens: int | None = None
+) -> dict[str, tuple[Replica, Any]]:
     """A fleet of equal replicas, as `HeddleRouter.configure` takes it."""
     return {name: (Replica(name, tp, slots, kv_tokens), handle) for name, handle in servers.items()}
 
@@ -113,10 +115,10 @@ class HeddleRouter(PoolStatus, Learning):
         for request, held in list(self._promised.held.items()):
             replica, _ = self._orchestrator.rule.acquire(held.turn.conversation)
             self._orchestrator.rule.release(replica)  # its end will not be heard of
-            self._let_in(request, replica)
+            self._deliver(request, replica)
         self._orders.drop_all()
         if learnt is not None and (why_not := self.learn_again(learnt)) is not None:
-            say(f"{why_not}: predictions start cold")
+            log(f"{why_not}: predictions start cold")
 
     def configured(self) -> bool:
         """Whether this process has been told the user's options: one that Ray has restarted has not."""
@@ -127,17 +129,17 @@ class HeddleRouter(PoolStatus, Learning):
         before = self._orchestrator.replicas
         self.remove_servers([name for name in {**self._servers, **before} if name not in fleet])
         self._known |= {name: replica for name, (replica, _) in fleet.items()}
-        self._tell_times([replica for replica, _ in fleet.values()])  # before replicas of a degree join of which nothing is known
+        self._set_step_times([replica for replica, _ in fleet.values()])  # before replicas of a degree join of which nothing is known
         self.add_servers({name: handle for name, (_, handle) in fleet.items() if name not in before})
 
-    def _tell_times(self, fleet: Iterable[Replica]) -> None:
+    def _set_step_times(self, fleet: Iterable[Replica]) -> None:
         """What is known of the engines, if it is of all degrees in the fleet."""
         latency = self._latency
         known = latency is not None and all(replica.tp in latency.tps for replica in fleet)
         try:
             self._orchestrator.step_times_known(latency if known else None)
         except Exception as error:
-            self._failed("step_times_known", error)
+            self._fall_back("step_times_known", error)
 
     def handles(self) -> dict[str, Any]:
         """Server id -> actor handle."""
@@ -145,19 +147,19 @@ class HeddleRouter(PoolStatus, Learning):
 
     def batch_expected(self, batch: list[TurnStart]) -> None:
         """A step is about to start these."""
-        self._tell("batch_expected", batch)
+        self._handle("batch_expected", batch)
 
     def step_times_known(self, latency: LatencyModel) -> None:
         """How long the engines take, learnt from the run itself; of use once every degree in the fleet is known."""
         self._latency = latency
-        self._tell_times(self._orchestrator.replicas.values())
+        self._set_step_times(self._orchestrator.replicas.values())
 
     def rest(self, rests: bool) -> None:
         """Resident sets rest, or decide again. Between steps."""
-        self._tell("rest", rests)
+        self._handle("rest", rests)
 
     def turns_started(
-        self, turns: Sequence[TurnStart], told: Sequence[tuple[str, Any]] = (), worker: str = ""
+        self, turns: Sequence[TurnStart], events: Sequence[tuple[str, Any]] = (), worker: str = ""
     ) -> tuple[list[Decision], int]:
         """`turn_started` for several turns of one worker, in order, and the number of the last news (`news`) as of the answer. `told`: what
         the worker has had to tell before, as to `told`.
@@ -165,7 +167,7 @@ class HeddleRouter(PoolStatus, Learning):
         Raises:
             RuntimeError: there is no server.
         """
-        self.told(told)  # type: ignore[operator]
+        self.handle_events(events)  # type: ignore[operator]
         decisions = [self.turn_started(turn, worker) for turn in turns]
         self._watch_held()
         return decisions, self._promised.mail.number
@@ -184,7 +186,7 @@ class HeddleRouter(PoolStatus, Learning):
         except Exception as error:
             if not self._servers:
                 raise
-            self._failed("turn_started", error)
+            self._fall_back("turn_started", error)
             decision = Decision(self._orchestrator.turns.start_by_rule(turn), 0, Reason.FALLBACK_POLICY)
         if decision.held:
             self._counts["held"] += 1
@@ -193,22 +195,22 @@ class HeddleRouter(PoolStatus, Learning):
         if decision.stays:
             self._promised.stay(worker, turn)
         self._orders.drop(turn.trajectory.key)
-        self._go_on()
+        self._dispatch()
         return decision
 
     @ray.method(num_returns=0)
-    def told(self, events: Sequence[tuple[str, Any]]) -> None:
+    def handle_events(self, events: Sequence[tuple[str, Any]]) -> None:
         """Several events of one worker, in their order: names of methods, and what they are told."""
         self._in_lot = True
         try:
             for name, what in events:
                 if name == "turn_finished":
-                    self._left(what)
-                elif name in TOLD:
+                    self._close_turn(what)
+                elif name in EVENTS:
                     getattr(self, name)(what)
         finally:
             self._in_lot = False
-        self._go_on()
+        self._dispatch()
 
     def turn_begun(self, begun: tuple[TurnStart, str]) -> None:
         """A turn of a trajectory that stays is on its way to its replica."""
@@ -221,22 +223,22 @@ class HeddleRouter(PoolStatus, Learning):
         try:
             self._orchestrator.turn_begun(turn, replica, time.monotonic())
         except Exception as error:
-            self._failed("turn_begun", error)
+            self._fall_back("turn_begun", error)
             if turn.request not in self._orchestrator.turns:
                 self._orchestrator.turns.start_by_rule(turn, replica)
-        self._go_on()
+        self._dispatch()
 
     def paused(self, name: str) -> None:
         """A weight update stops this replica's engine and wipes its contexts; it may have left for the trainer before."""
         self._paused.add(name)
         self._time_pause()
-        self._tell("paused", name)
+        self._handle("paused", name)
 
     def resumed(self, name: str) -> None:
         """The replica's engine goes on."""
         self._paused.discard(name)
         self._time_pause()
-        self._tell("resumed", name)
+        self._handle("resumed", name)
 
     def _time_pause(self) -> None:
         self._all_paused.run(bool(self._servers) and self._paused >= self._servers.keys(), time.monotonic())
@@ -256,26 +258,26 @@ class HeddleRouter(PoolStatus, Learning):
     def _watch_held(self) -> None:
         """See to it that those held are let in in time, where no event does it."""
         if self._promised.held and (self._watch is None or self._watch.done()):
-            self._watch = asyncio.get_running_loop().create_task(self._let_in_in_time())
+            self._watch = asyncio.get_running_loop().create_task(self._admit_overdue())
 
     async def turn_finished(self, turn: TurnEnd) -> Prewarm | None:
         """The engine is done with the turn, or its worker gave up waiting. Returns what to pre-warm now, if the trajectory moves.
 
         The answer may take as long as the tool runs: pre-warms on one replica come one after the other. None: not wanted any more.
         """
-        self._left(turn)
+        self._close_turn(turn)
         key = turn.trajectory.key
         return await self._orders.wait(key) if self._orchestrator.awaits_transfer(key) else None
 
     def transferred(self, key: str) -> None:
         """A worker's pre-warm is done."""
-        self._tell("transferred", key)
+        self._handle("transferred", key)
 
     def replica_lost(self, name: str) -> None:
         """A worker found the server dead: it is dropped; its trajectories go elsewhere with their next request."""
         if name in self._servers:
             self._counts["replicas_lost"] += 1
-            say(f"replica {name} died; its trajectories go on elsewhere")
+            log(f"replica {name} died; its trajectories go on elsewhere")
             self.remove_servers([name])
 
     def turn_withdrawn(self, turn: TurnStart) -> None:
@@ -283,26 +285,26 @@ class HeddleRouter(PoolStatus, Learning):
         opened = self._orchestrator.turns.get(turn.request)
         if opened is not None:
             replica = opened.replica
-            self._left(TurnEnd(turn.trajectory, turn.conversation, replica, turn.turn, 0, completed=False, leg=turn.leg))
+            self._close_turn(TurnEnd(turn.trajectory, turn.conversation, replica, turn.turn, 0, completed=False, leg=turn.leg))
 
-    def _left(self, turn: TurnEnd) -> None:
+    def _close_turn(self, turn: TurnEnd) -> None:
         self._promised.held.pop(turn.request, None)
         try:
             self._orchestrator.turn_finished(turn, time.monotonic())
         except Exception as error:
             self._orchestrator.turns.close(turn.request)
-            self._failed("turn_finished", error)
-        self._go_on()
+            self._fall_back("turn_finished", error)
+        self._dispatch()
 
     def tool_started(self, start: ToolStart) -> None:
         """A tool begins."""
-        self._tell("tool_started", start)
+        self._handle("tool_started", start)
 
     def trajectory_ended(self, end: TrajectoryEnd) -> None:
         """The episode is over."""
         self._orders.drop(end.trajectory.key)
         self._promised.stays.pop(end.trajectory.key, None)
-        self._tell("trajectory_ended", end)
+        self._handle("trajectory_ended", end)
         if self._orchestrator.refresh_due_s is not None and (self._refresh is None or self._refresh.done()):
             self._refresh = asyncio.create_task(self._reprioritise())
 
@@ -315,17 +317,17 @@ class HeddleRouter(PoolStatus, Learning):
                     self._counts["reprioritised"] += len(table)
                     self._servers[replica].heddle_priorities.remote(table)
             except Exception as error:
-                return self._failed("reprioritised", error)
+                return self._fall_back("reprioritised", error)
 
     async def step_ended(self, step: int) -> dict[str, float]:
         """The batch of a training step is complete: fit anew in a thread until the next; returns counts since the start of the run."""
         self._counts["lost_trajectories"] += self._orchestrator.step_ended(step, time.monotonic())
         for request in [name for name in self._promised.held if name not in self._orchestrator.turns]:
-            self._let_in(request, None)
+            self._deliver(request, None)
         self._promised.put_out_before(step)
         self._promised.mail.forget_silent()
         self._drop_orders()
-        self._go_on()
+        self._dispatch()
         if self._options.predict.trees:
             self._fit_anew()
         return self.stats()
@@ -337,14 +339,14 @@ class HeddleRouter(PoolStatus, Learning):
         result |= self._orchestrator.metrics()
         return result | self._fit_facts()
 
-    def _tell(self, event: str, what: Any) -> None:
+    def _handle(self, event: str, what: Any) -> None:
         try:
             getattr(self._orchestrator, event)(what, time.monotonic())
         except Exception as error:
-            self._failed(event, error)
-        self._go_on()
+            self._fall_back(event, error)
+        self._dispatch()
 
-    def _go_on(self) -> None:
+    def _dispatch(self) -> None:
         """Let in who may go, say who does not stay, and start the pre-warms that may: after each event, or each lot of events."""
         if self._in_lot:
             return
@@ -363,7 +365,7 @@ class HeddleRouter(PoolStatus, Learning):
         try:
             orders = self._orchestrator.prewarms(time.monotonic())
         except Exception as error:
-            return self._failed("prewarms", error)
+            return self._fall_back("prewarms", error)
         for order in orders:
             self._orders.give(order.trajectory, order)
 
@@ -373,19 +375,19 @@ class HeddleRouter(PoolStatus, Learning):
         try:
             admitted = self._orchestrator.admitted(time.monotonic())
         except Exception as error:
-            self._failed("admitted", error)
+            self._fall_back("admitted", error)
             admitted = [(request, self._orchestrator.turns.admit_by_rule(request)) for request in self._promised.held]
         for request, replica in admitted:
-            self._let_in(request, replica)
+            self._deliver(request, replica)
 
-    def _let_in(self, request: str, replica: str | None) -> None:
+    def _deliver(self, request: str, replica: str | None) -> None:
         """The held turn goes there; None: nowhere."""
         held = self._promised.held.get(request)
         if held is not None:
             stays = replica is not None and self._orchestrator.stays(held.turn.trajectory.key)
             self._promised.let_in(request, replica, self._all_paused.total_s(time.monotonic()), stays)
 
-    async def _let_in_in_time(self) -> None:
+    async def _admit_overdue(self) -> None:
         """While turns are held, let in those whose time has come without any event."""
         while self._orchestrator.holds:
             now = time.monotonic()
@@ -394,13 +396,13 @@ class HeddleRouter(PoolStatus, Learning):
             try:
                 self._orchestrator.tick(time.monotonic())
             except Exception as error:
-                self._failed("tick", error)
-            self._go_on()
+                self._fall_back("tick", error)
+            self._dispatch()
 
-    def _failed(self, event: str, error: Exception) -> None:
+    def _fall_back(self, event: str, error: Exception) -> None:
         self._orchestrator.turns.recount(self._others)
         self.failures[event] += 1
-        say_once(f"orchestrator raised in {event} ({type(error).__name__}: {error}); verl's own rule decided instead")
+        log_once(f"orchestrator raised in {event} ({type(error).__name__}: {error}); verl's own rule decided instead")
 
     # --- the fleet, and the rest of verl's RequestLoadBalancer protocol in `router_status` ---------------------------------
 
@@ -412,7 +414,7 @@ class HeddleRouter(PoolStatus, Learning):
             self._known.setdefault(name, replace(like, name=name))
         self._orchestrator.replicas_added(self._known[name] for name in servers)
         self._time_pause()
-        self._go_on()
+        self._dispatch()
 
     def remove_servers(self, server_ids: list[str]) -> None:
         """Replicas left."""
@@ -422,15 +424,15 @@ class HeddleRouter(PoolStatus, Learning):
         self._time_pause()
         self._orchestrator.replicas_removed(server_ids)
         self._drop_orders()
-        self._go_on()
+        self._dispatch()
         if not self._servers:
             for request in list(self._promised.held):
-                self._let_in(request, None)
+                self._deliver(request, None)
 
     def clear_sticky_cache(self) -> dict[str, Any]:
         """Conversations are placed anew at their next turn."""
         cleared = self._orchestrator.homes_forgotten()
-        self._go_on()
+        self._dispatch()
         return {"cleared_entries": cleared, "server_loads": self._orchestrator.inflight}
 
 

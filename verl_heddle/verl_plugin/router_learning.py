@@ -8,7 +8,7 @@ from collections import Counter
 
 from verl_heddle.orchestrator import Orchestrator
 from verl_heddle.predict.predictor import Predictor, StateError
-from verl_heddle.verl_plugin.voice import say_once
+from verl_heddle.verl_plugin.log import log_once
 
 
 class Learning:
@@ -43,7 +43,7 @@ class Learning:
                 self._orchestrator.predictor.adopt(model)
         except Exception as error:
             self.failures["fit"] += 1
-            say_once(f"the length model could not be fitted ({type(error).__name__}: {error}); predictions go on without it")
+            log_once(f"the length model could not be fitted ({type(error).__name__}: {error}); predictions go on without it")
 
     def _fit_anew(self) -> None:
         """Begin a fit to what has been seen by now, unless the last has not ended."""

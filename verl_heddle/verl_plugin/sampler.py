@@ -26,9 +26,9 @@ from verl_heddle.traces.writer import FLUSH_S, TraceWriter
 from verl_heddle.twin.choice import Choice
 from verl_heddle.twin.process import Twin
 from verl_heddle.verl_plugin import manager as agent_loops
+from verl_heddle.verl_plugin.log import log, log_once
 from verl_heddle.verl_plugin.settings import options_of
 from verl_heddle.verl_plugin.stock import buffer_arguments
-from verl_heddle.verl_plugin.voice import say, say_once
 
 PREFIX = "heddle/"
 
@@ -58,7 +58,7 @@ class _Watch:
         self._run = time.strftime("%Y%m%d-%H%M%S")
         self.failures = 0
         self._before: dict[str, Counter[str]] = {}
-        self._twin = Twin(options.twin.budget_s, say_once) if options.judges else None
+        self._twin = Twin(options.twin.budget_s, log_once) if options.judges else None
         self._choice = Choice() if options.chooses else None
         trace = options.trace
         self._writer: TraceWriter | None = None
@@ -134,7 +134,7 @@ class _Watch:
             self._choice.ran(global_step)
             line = self._choice.judged(answer) if answer else None
             if line is not None:
-                say(line)
+                log(line)
                 manager.rest(self._choice.rests)
             metrics |= {f"auto/{name}": value for name, value in self._choice.metrics().items()}
         return metrics
@@ -189,7 +189,7 @@ class _Watch:
 
     def _failed(self, what: str, error: Exception) -> None:
         self.failures += 1
-        say_once(f"{what} of a step are lost ({type(error).__name__}: {error})")
+        log_once(f"{what} of a step are lost ({type(error).__name__}: {error})")
 
 
 class _Heddle:

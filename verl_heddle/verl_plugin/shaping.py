@@ -27,8 +27,8 @@ from verl_heddle.shape.select import Fate
 from verl_heddle.shape.shaper import Shaper, fleet_of
 from verl_heddle.trajectory import Trajectory
 from verl_heddle.verl_plugin.calls import cancellations_settled
+from verl_heddle.verl_plugin.log import log_once
 from verl_heddle.verl_plugin.prompts import OWN_COUNT, Facts, facts_of_batch, own_count, validates
-from verl_heddle.verl_plugin.voice import say_once
 
 SHARE = "heddle_share"
 """Column of the batch: each prompt's `Share`, None where shaping leaves it alone."""
@@ -137,7 +137,7 @@ class Selection:
             if not one.stopped:
                 if await self._missed(key, one):
                     raise
-                say_once(f"a sample was lost ({type(error).__name__}: {error}); its group is full without it")
+                log_once(f"a sample was lost ({type(error).__name__}: {error}); its group is full without it")
             return None
         finally:
             if one.stopped:  # the group is not published while an engine still works on it
@@ -199,7 +199,7 @@ class Selection:
 
     def _failed(self, error: Exception) -> None:
         self.failures += 1
-        say_once(f"a group goes on without selection ({type(error).__name__}: {error})")
+        log_once(f"a group goes on without selection ({type(error).__name__}: {error})")
 
     def _obey(self, of: _Sample, verdict: Verdict) -> None:
         for key in verdict.stop:

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 import verl_heddle
 from verl_heddle.options import Options
 from verl_heddle.verl_plugin import lint, nodes, parts
-from verl_heddle.verl_plugin.voice import say
+from verl_heddle.verl_plugin.log import log
 
 EXIT_BAD_CONFIG = 2
 
@@ -27,15 +27,15 @@ class Startup(Callback):
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         findings = lint.lint(config)
         for finding in findings:
-            say(str(finding))
+            log(str(finding))
         if any(finding.fatal for finding in findings):
             raise SystemExit(EXIT_BAD_CONFIG)
         if lint.idle(config) is not None:
-            say(f"{verl_heddle.__version__} OFF, the run goes on as without the flag")
+            log(f"{verl_heddle.__version__} OFF, the run goes on as without the flag")
             return
         if not nodes.ready(config):
             raise SystemExit(EXIT_BAD_CONFIG)
-        say(banner(config))
+        log(banner(config))
 
 
 class Machine(Callback):

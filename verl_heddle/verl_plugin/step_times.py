@@ -9,7 +9,7 @@ from typing import Any
 from verl_heddle.latency.calibrate import step_times
 from verl_heddle.latency.model import LatencyModel
 from verl_heddle.trajectory import Trajectory
-from verl_heddle.verl_plugin.voice import say_once
+from verl_heddle.verl_plugin.log import log_once
 
 
 class StepTimes:
@@ -30,4 +30,4 @@ class StepTimes:
             self._known = step_times(records, degrees, self._known)
             tell(self._known)
         except Exception as error:
-            say_once(f"placement goes by verl's rule until the engines' step times are known: {error}")
+            log_once(f"placement goes by verl's rule until the engines' step times are known: {error}")

@@ -35,7 +35,7 @@ from verl.tools.schemas import ToolResponse
 
 from verl_heddle.options import Tools
 from verl_heddle.verl_plugin.live import CURRENT
-from verl_heddle.verl_plugin.voice import say_once
+from verl_heddle.verl_plugin.log import log_once
 
 PREFIX = "tools/"
 CANCEL_S = 1.0
@@ -95,7 +95,7 @@ class Watchdog:
                 try:  # verl awaits it outside of its own error handling
                     await self._step(tool.name, lambda: release(*args, **kwargs))
                 except ToolError as failure:
-                    say_once(f"tool {tool.name} could not be released ({failure})")
+                    log_once(f"tool {tool.name} could not be released ({failure})")
 
             tool.create, tool.execute, tool.release = guarded_create, guarded_execute, guarded_release
         tool.heddle_guarded = True
@@ -135,7 +135,7 @@ class Watchdog:
             task.cancel()
             raise
         if not task.done():
-            say_once(f"tool {name} gave no answer within {limit_s:g} s; the trajectory goes on with an error message")
+            log_once(f"tool {name} gave no answer within {limit_s:g} s; the trajectory goes on with an error message")
             await self._give_up(name, task)
             raise self._failed("timeouts", f"no answer within {limit_s:g} s")
         if task.cancelled():

@@ -18,7 +18,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from verl.workers.rollout import base
 
-from verl_heddle.verl_plugin.voice import say_once
+from verl_heddle.verl_plugin.log import log_once
 
 NAME = f"{__name__}.ServerAdapter"
 
@@ -26,21 +26,21 @@ PING_S = 60.0
 """A live server answers in milliseconds between steps; one under a debugger may not."""
 
 
-class Seat(NamedTuple):
+class EngineSlot(NamedTuple):
     """`engine`: its `replica_rank`; `rank`: of the engine's workers, the one on this GPU."""
 
     engine: int
     rank: int
 
 
-SEAT: Seat | None = None
+SLOT: EngineSlot | None = None
 """None: where verl's arithmetic puts this process."""
 
 
 def sit(worker: Any, engine: int, rank: int) -> None:
     """Called in the trainer rank's process by `layouts`; takes effect with the next weight update."""
-    global SEAT
-    SEAT = Seat(engine, rank)
+    global SLOT
+    SLOT = EngineSlot(engine, rank)
 
 
 def __getattr__(name: str) -> Any:
@@ -57,7 +57,7 @@ def _adapter() -> type:
         """verl's adapter, for a server that may be gone."""
 
         _gone = _seen = False
-        _seat: Seat | None = None
+        _slot: EngineSlot | None = None
 
         async def resume(self, tags: list[str]) -> None:
             if await self._lost():
@@ -65,9 +65,9 @@ def _adapter() -> type:
             try:
                 await super().resume(tags)
             except (RayError, RuntimeError) as error:
-                if SEAT is None:
+                if SLOT is None:
                     raise
-                say_once(f"engine {self.replica_rank} does not wake ({type(error).__name__}: {error}); it is shut down")
+                log_once(f"engine {self.replica_rank} does not wake ({type(error).__name__}: {error}); it is shut down")
                 ray.kill(self.server_handle)
                 self._gone = True
 
@@ -93,14 +93,14 @@ def _adapter() -> type:
             alive = await asyncio.to_thread(_alive, f"{self._get_server_name_prefix()}server_{self.replica_rank}_0")
             self._gone, self._seen = self._seen and not alive, self._seen or alive
             if self._gone:
-                say_once(f"replica {self.replica_rank} is gone: it gets no weights any more")
+                log_once(f"replica {self.replica_rank} is gone: it gets no weights any more")
             return self._gone
 
         def _sit_down(self) -> None:
             """Feed the engine this rank is told to, by the names that verl gives to engines."""
-            if SEAT is None or self._seat is SEAT:  # the same seat given anew: its engine has been launched anew
+            if SLOT is None or self._slot is SLOT:  # the same seat given anew: its engine has been launched anew
                 return
-            self._seat, (self.replica_rank, self.rollout_rank) = SEAT, SEAT
+            self._slot, (self.replica_rank, self.rollout_rank) = SLOT, SLOT
             job = self.zmq_handle.rsplit("-replica-", 1)[0]
             self.zmq_handle = f"{job}-replica-{self.replica_rank}-rank-{self.rollout_rank}.sock"
             self.node_rank, self._has_server, self.server_handle = 0, self.rollout_rank == 0, None
@@ -118,7 +118,7 @@ def _alive(name: str) -> bool:
     except (ValueError, RayActorError):
         return False
     except GetTimeoutError:
-        say_once(f"{name} has not answered for {PING_S:g} s; it is taken to be busy")
+        log_once(f"{name} has not answered for {PING_S:g} s; it is taken to be busy")
         return True
 
 

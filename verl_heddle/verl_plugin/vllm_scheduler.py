@@ -42,7 +42,7 @@ from vllm.v1.core.sched.request_queue import SchedulingPolicy, create_request_qu
 
 from verl_heddle.schedule.preempt import REFUSAL_STEPS, Objection, Plan, Room, Rule, Running, Waiting, aged, preemptions
 from verl_heddle.verl_plugin import vllm_seams
-from verl_heddle.verl_plugin.voice import say_once
+from verl_heddle.verl_plugin.log import log_once
 
 SETTINGS = "HEDDLE_PREEMPT"
 """Environment variable of the engine's process."""
@@ -110,9 +110,9 @@ class HeddleScheduler(AsyncScheduler):
             except Exception as error:
                 self.off = f"settings not understood: {error}"
         if self.rule is not None:
-            say_once("preempt on arrival is on: " + ", ".join(f"{name} {value:g}" for name, value in asdict(self.rule).items()))
+            log_once("preempt on arrival is on: " + ", ".join(f"{name} {value:g}" for name, value in asdict(self.rule).items()))
         elif self.off != NOT_ENABLED:
-            say_once(f"preempt on arrival is off, vLLM schedules as usual: {self.off}")
+            log_once(f"preempt on arrival is off, vLLM schedules as usual: {self.off}")
         _offer_utility_calls()
 
     def _why_off(self) -> str | None:
@@ -169,7 +169,7 @@ class HeddleScheduler(AsyncScheduler):
             plan = self._plan()
         except Exception as error:  # nothing has been changed yet
             self.rule, self.off = None, f"the rule failed: {type(error).__name__}: {error}"
-            say_once(f"preempt on arrival is off from now on, vLLM schedules as usual: {self.off}")
+            log_once(f"preempt on arrival is off from now on, vLLM schedules as usual: {self.off}")
             return []
         self._refused_at, self._refused_why, self._ask_again = situation, plan.refused, self.step + REFUSAL_STEPS
         if plan.refused is not None:
@@ -336,5 +336,5 @@ def _answer(call: Callable[[], Any], otherwise: Any) -> Any:
     try:
         return call()
     except Exception as error:
-        say_once(f"the scheduler of this vLLM cannot be asked ({type(error).__name__}: {error})")
+        log_once(f"the scheduler of this vLLM cannot be asked ({type(error).__name__}: {error})")
         return otherwise

@@ -7,13 +7,13 @@ import sys
 _said: set[str] = set()
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """Print `heddle: <text>` now. Ray forwards a worker's stderr to the driver's console."""
     print("heddle:", " ".join(text.split()), file=sys.stderr, flush=True)
 
 
-def say_once(text: str) -> None:
+def log_once(text: str) -> None:
     """`say`, unless this process has said it before."""
     if text not in _said:
         _said.add(text)
-        say(text)
+        log(text)

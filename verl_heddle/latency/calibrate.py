@@ -33,7 +33,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from verl_heddle.latency.model import AffineDecode, AffinePrefill, Engine, FitQuality, LatencyModel, host_s
+from verl_heddle.latency.model import AffineDecode, AffinePrefill, Engine, FitQuality, LatencyModel
 from verl_heddle.trajectory import Trajectory
 
 Array = NDArray[np.float64]
@@ -324,3 +324,29 @@ def step_times(records: Sequence[Trajectory], tps: Mapping[str, int], known: Lat
             error = "?" if fit is None else f"{fit.median_error:.0%}"
             raise ValueError(f"turns take {error} more or less than the model of them says")
     return model
+
+
+def host_s(table: Engine, fitted: Engine, replicas: Sequence[Sequence[Work]]) -> float:
+    """Seconds a step that recorded turns take beyond a table's.
+
+    Args:
+        table: decode and prefill times to compare with; its own `host_s` is not counted.
+        fitted: the affine engine that explains these turns best; it says which turns shared their steps.
+        replicas: the turns of each replica, of one degree.
+    """
+    decode, prefill = fitted.decode, fitted.prefill
+    if not (isinstance(decode, AffineDecode) and isinstance(prefill, AffinePrefill)):
+        raise TypeError("needs a fitted engine")
+    parameters = (decode.base_s, decode.per_seq_s, decode.per_context_s, prefill.per_token_s)
+    found = []
+    for works in replicas:
+        history = batch_history(works, parameters)
+        use = np.array([work.usable for work in works])
+        steps = np.array([max(1.0, work.output_tokens) for work in works])
+        took = np.array([work.end_s - work.begin_s for work in works])
+        new = float(np.mean([work.new_tokens for work in works]))
+        context = float(np.mean([work.context_tokens for work in works]))
+        rate = (float(table.prefill(new, context - new)) - float(table.prefill(1.0, context - new))) / new if new > 1 else 0.0
+        known = steps * np.asarray(table.decode(history.batch, history.total_context / history.batch)) + rate * history.prefilled_tokens
+        found.append(((took - known) / steps)[use])
+    return max(0.0, float(np.median(np.concatenate(found))))

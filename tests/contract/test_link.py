@@ -123,15 +123,15 @@ def test_however_calls_overtake_each_other_every_turn_is_counted_once(seed, monk
         rng = Random(seed)
         rig = Rig(OPTIONS, engines=3, slots=8, kv_tokens=60, client=HeddleAsyncClient, delay_s=Delays(seed))
         mind = rig.router._orchestrator
-        go_on = rig.router._dispatch
+        dispatch = rig.router._dispatch
 
         def checked() -> None:
-            go_on()
+            dispatch()
             placed = Counter(opened.replica for opened in mind.turns)
             assert mind.inflight == {name: placed[name] for name in rig.router._servers}
             assert sum(home.running for home in mind.residents._homes.values()) <= len(mind.turns)
 
-        monkeypatch.setattr(rig.router, "_go_on", checked)
+        monkeypatch.setattr(rig.router, "_dispatch", checked)
 
         async def life(number: int) -> None:
             try:

@@ -18,8 +18,8 @@ from verl_heddle.simulate.baselines import Stock
 from verl_heddle.simulate.workload import most_kv
 from verl_heddle.traces import generate, replayable
 from verl_heddle.traces.columns import Columns
-from verl_heddle.twin.judge import judge
 from verl_heddle.twin import process
+from verl_heddle.twin.judge import judge
 from verl_heddle.twin.process import Twin
 
 LATENCY = LatencyModel.affine(0.01, 0.001, 1e-7, prefill_per_token_s=2e-4, prefill_base_s=0.01)

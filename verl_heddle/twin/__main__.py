@@ -8,7 +8,9 @@ import os
 import pickle
 import signal
 import sys
+import time
 from math import ceil
+from typing import Any
 
 from verl_heddle.twin.judge import judge
 
@@ -29,9 +31,10 @@ def main() -> None:
     for item in records:
         item.meta.update(meta)
     try:
-        print(json.dumps(judge(records)))
+        answer: dict[str, Any] = dict(judge(records))
     except ValueError as error:
-        print(json.dumps({"why": str(error)}))
+        answer = {"why": str(error)}
+    print(json.dumps(answer | {"cpu_s": time.process_time()}))
 
 
 if __name__ == "__main__":

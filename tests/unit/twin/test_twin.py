@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from statistics import median
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,6 +18,7 @@ from verl_heddle.simulate.baselines import Stock
 from verl_heddle.simulate.workload import most_kv
 from verl_heddle.traces import generate, replayable
 from verl_heddle.traces.columns import Columns
+from verl_heddle.twin import process
 from verl_heddle.twin.judge import judge
 from verl_heddle.twin.process import Twin
 
@@ -73,11 +75,22 @@ def asked(monkeypatch, code, budget_s=240.0):
         run = subprocess.run
         monkeypatch.setattr(subprocess, "run", lambda words, **more: run([sys.executable, "-c", code], **more))
     twin.ask(7, Columns.of(ran("stock")), META)
-    thread = next(one for one in threading.enumerate() if one.name == "heddle-twin")
-    twin.ask(8, Columns.of(ran("stock")), META)  # left out: it is at work
-    thread.join(240.0)
-    assert not thread.is_alive()
+    twin._thread.join(240.0)
+    assert not twin._thread.is_alive()
     return twin, said
+
+
+def test_a_step_that_ends_while_another_is_judged_is_left_out(monkeypatch):
+    release, steps = threading.Event(), []
+    twin = Twin(60.0, pytest.fail)
+    monkeypatch.setattr(twin, "_run", lambda number, step, meta: (steps.append(number), release.wait(60.0)))
+    for number in (7, 8):
+        twin.ask(number, Columns.of([]), META)
+    release.set()
+    twin._thread.join(60.0)
+    twin.ask(9, Columns.of([]), META)
+    twin._thread.join(60.0)
+    assert steps == [7, 9]
 
 
 def test_an_answer_comes_once_and_names_its_step(monkeypatch):
@@ -99,6 +112,34 @@ def test_an_answer_comes_once_and_names_its_step(monkeypatch):
 def test_a_process_that_hangs_or_dies_does_nothing_to_the_run(monkeypatch, code, words):
     twin, said = asked(monkeypatch, code, budget_s=1.0 if "sleep" in code else 60.0)
     assert twin.told() == {} and twin.failures == 1 and len(said) == 1 and words in said[0]
+
+
+def test_judging_stops_where_its_share_of_the_cpu_is_used_up(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(process, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(process, "os", SimpleNamespace(cpu_count=lambda: 2))
+    twin = Twin(60.0, pytest.fail)
+    asked = []
+    monkeypatch.setattr(twin, "_run", lambda number, step, meta: asked.append(number))
+
+    def ask(number, at_s, cpu_s):
+        clock[0] = at_s
+        twin.ask(number, Columns.of([]), META)
+        twin._thread.join()
+        twin.cpu_s += cpu_s if asked[-1] == number else 0.0
+
+    ask(1, 0.0, process.FREE_CPU_S)
+    ask(2, 10.0, 10.0)  # 0.2 s of two cores: nothing is over
+    ask(3, 20.0, 1.0)
+    ask(4, 490.0, 1.0)
+    assert asked == [1, 2], "ten seconds are the share of 500"
+    ask(5, 510.0, 1.0)
+    assert asked == [1, 2, 5]
+
+
+def test_what_judging_takes_is_counted(monkeypatch):
+    twin, _ = asked(monkeypatch, None)
+    assert 0.1 < twin.cpu_s < 60 and "cpu_s" not in twin.told()
 
 
 def test_a_process_whose_asker_is_dead_ends_by_itself():

@@ -86,7 +86,7 @@ def _crossing(layout: Sequence[int], gpus_per_node: int) -> int | None:
 
 
 def _order(layout: Sequence[int], gpus_per_node: int) -> tuple[int, ...] | None:
-    """Backtracking search with an explicit stack. Failed states are keyed by the remaining degrees, which determine how full the node is."""
+    """Backtracking search on an explicit stack. Failed states are keyed by the remaining degrees, which determine how full the node is."""
     sizes = sorted(set(layout), reverse=True)
     left = Counter(layout)
     order: list[int] = []

@@ -21,8 +21,8 @@ have. With e = log(length / predicted), medians are predicted * exp(median of e)
 prediction is replaced by the median length.
 
 Source: own; Heddle (arXiv 2603.28101, section 7) chooses by simulated annealing on predicted means.
-Cost: one `robust.plan` over free degrees and one per uniform degree priced: 0.05 s for 6,400 trajectories on 64 GPUs (bench/layout). `again`
-is O(n log n).
+Cost: one `robust.plan` over free degrees and one per uniform degree priced: 0.05 s for 6,400 trajectories on 64 GPUs (bench/layout).
+`again` is O(n log n).
 """
 
 from __future__ import annotations
@@ -129,25 +129,25 @@ def choose(
             f"{site.latency.name}: no tensor-parallel degree holds the model within {site.utilization:g} of the memory, fits a node "
             f"of {site.gpus_per_node} GPUs, and divides the {site.gpus} GPUs"
         )
-    here = tuple(current)
-    feasible = set(here) <= set(site.latency.tps) and not problems(here, site.gpus, site.gpus_per_node, site.heads, site.kv_heads)
-    feasible = feasible and all(site.latency.fits(tp, site.utilization) for tp in set(here))
-    most = len(step.medians)
-    if not most:
-        layout = here if feasible else (sizes[0],) * (site.gpus // sizes[0])
+    present = tuple(current)
+    feasible = set(present) <= set(site.latency.tps) and not problems(present, site.gpus, site.gpus_per_node, site.heads, site.kv_heads)
+    feasible = feasible and all(site.latency.fits(tp, site.utilization) for tp in set(present))
+    count = len(step.medians)
+    if not count:
+        layout = present if feasible else (sizes[0],) * (site.gpus // sizes[0])
         reason = LayoutReason.NOTHING_COMING if feasible else LayoutReason.MUST_LEAVE
         return LayoutChoice(layout, reason, 0.0, 0.0, 0.0, 0.0, layout)
-    tempos = {tp: site.tempo(tp, most, habit) for tp in sorted({*usable, *(here if feasible else ())})}
+    tempos = {tp: site.tempo(tp, count, habit) for tp in sorted({*usable, *(present if feasible else ())})}
     offers, limit_s = _offers(step, site.gpus, sizes, {tp: tempos[tp] for tp in usable})
     best = offers[-1] if offers[-1].seconds < (1 - SIMPLER) * offers[0].seconds else offers[0]
     if not feasible:
         return _changed(best, site, LayoutReason.MUST_LEAVE, float("inf"), reshard_s)
-    same = [offer.seconds for offer in offers if sorted(offer.layout) == sorted(here)]
-    even = even_s(step, here[0], len(here), tempos) if len(set(here)) == 1 else 0.0
-    current_s = min([even if even > limit_s else priced(step, here, tempos).seconds, *same])
+    same = [offer.seconds for offer in offers if sorted(offer.layout) == sorted(present)]
+    even = even_s(step, present[0], len(present), tempos) if len(set(present)) == 1 else 0.0
+    current_s = min([even if even > limit_s else priced(step, present, tempos).seconds, *same])
     gain_s = current_s - best.seconds
     cost_s = _cost(site, best.layout, reshard_s)
-    if sorted(best.layout) == sorted(here) or gain_s <= 0:
+    if sorted(best.layout) == sorted(present) or gain_s <= 0:
         reason = LayoutReason.NO_BETTER
     elif gain_s <= margin * current_s:
         reason = LayoutReason.BELOW_MARGIN
@@ -157,7 +157,7 @@ def choose(
         return _changed(best, site, None, current_s, reshard_s)
     if reason is not LayoutReason.BELOW_COST and _alike(site, usable):
         reason = LayoutReason.DEGREES_ALIKE
-    return LayoutChoice(here, reason, current_s, current_s, gain_s, cost_s, packed(best.layout, site.gpus_per_node))
+    return LayoutChoice(present, reason, current_s, current_s, gain_s, cost_s, packed(best.layout, site.gpus_per_node))
 
 
 def _offers(step: Coming, gpus: int, sizes: Sequence[int], tempos: Mapping[int, Tempo]) -> tuple[list[Priced], float]:

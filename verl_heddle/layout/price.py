@@ -151,10 +151,10 @@ def free(step: Coming, gpus: int, tempos: Mapping[int, Tempo]) -> Priced:
 
 def _makespan(parts: Sequence[tuple[Floats, int, int]], tempos: Mapping[int, Tempo]) -> float:
     """`parts`: (summed curves of replicas of one degree, [replicas, 2, len(GRID)]; the degree; multiplicity of each replica)."""
-    known = [(*laws(sums, tempos[tp]), times) for sums, tp, times in parts]
-    at = clock(max(float(late_s(reached, ended).max()) for reached, ended, _ in known))
+    replicas = [(*laws(sums, tempos[tp]), times) for sums, tp, times in parts]
+    at = clock(max(float(late_s(reached, ended).max()) for reached, ended, _ in replicas))
     total = np.zeros(len(at))
-    for reached, ended, times in known:
+    for reached, ended, times in replicas:
         for replica_reached, replica_ended in zip(reached, ended, strict=True):
             total += times * log_ended(at, replica_reached, replica_ended)
     return float(-np.expm1(total).sum() * at[1])

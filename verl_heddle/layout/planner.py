@@ -11,8 +11,8 @@ always replaced by the best one.
 Invariants: a returned layout sums to the GPUs, packs into the nodes in its order, and holds the model at each degree. The same trajectories
 never make the planner oscillate: a price depends only on the layout (`price.py`; if the free search finds the current layout, the lower of
 its two prices counts), and every change lowers it.
-If a single trajectory is hardly faster at any degree, as with small-active mixtures of experts, mixing gains little. The prices show this,
-and the layout stays at the best degree for the crowd, with `LayoutReason.DEGREES_ALIKE`.
+If a single trajectory runs about as fast at every degree, as with small-active mixtures of experts, mixing gains little. The prices reflect
+this, and the layout stays at the best degree for the crowd, with `LayoutReason.DEGREES_ALIKE`.
 
 Forecast (`again`): the next step's prompts are not known yet, so trajectories are assumed to resemble those of the finished step. Each
 recurs with the length predicted at its start, corrected for that step's median error and with the uncertainty the predictions turned out to
@@ -20,7 +20,7 @@ have. With e = log(length / predicted), medians are predicted * exp(median of e)
 (q3 - q1) / (2 log 3). True lengths would promise an isolation of the longest trajectories that no placement can achieve. A missing
 prediction is replaced by the median length.
 
-Source: own; Heddle (arXiv 2603.28101, section 7) chooses by simulated annealing on predicted means.
+Source: derived here; Heddle (arXiv 2603.28101, section 7) chooses by simulated annealing on predicted means.
 Cost: one `robust.plan` over free degrees and one per uniform degree priced: 0.05 s for 6,400 trajectories on 64 GPUs (bench/layout).
 `again` is O(n log n).
 """

@@ -5,7 +5,7 @@ makes no sense with mixed degrees and is not considered there. A fleet is priced
 slowest expected finish (`place.outlook`), so a layout gets no credit for isolating trajectories of unknown length. With known lengths the
 two are equal, but curves cannot represent that and would make them differ, so the placement's own forecast is used. An even split of n
 trajectories over r replicas gives each replica 1/r of all curves.
-Invariant: the price depends on the degrees of a layout, not on their order. Source: own.
+Invariant: the price depends on the degrees of a layout, not on their order. Source: derived here.
 Cost: one `robust.plan` per layout plus O(replicas * (len(GRID) + TIMES)).
 """
 

@@ -33,7 +33,7 @@ its uncertainty; a known one gets the uncertainty that its visits leave.
 
 Invariants: variances stay above `MIN_VARIANCE`; the order of prompts in a step matters only through the pool's average; at most
 `max_prompts` are kept, and the least recently visited are evicted first.
-Source: DARTS section 4 for allocation and average; the rest is own.
+Source: DARTS section 4 for allocation and average; the rest is ours.
 Cost: allocation O(prompts * bound * log); statistics one fit per visit.
 """
 

@@ -18,7 +18,7 @@ Blind spot: the reward of stopped samples. `mixed/plain` and `reward/ended` cove
 Guard. The run's averages of length_bias (plain groups count 0) and mixed_loss, over about `MEMORY` groups, are checked against the bounds.
 If one is crossed, shaping pauses for `rest_steps` steps and the averages restart. A prompt whose last visit kept one outcome although a
 mixed one was likely is sampled plainly at its next visit. A prompt's length bias is known before it is sampled (`expected_bias`), so the
-plan enforces that bound. Source: own; the paper has no such measure. Cost: O(m) per group.
+plan enforces that bound. Source: derived here; the paper has no such measure. Cost: O(m) per group.
 """
 
 from __future__ import annotations

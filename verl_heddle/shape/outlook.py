@@ -13,7 +13,7 @@ integrated over `NODES` points, so its samples are long together or short togeth
     P(Bin(m + 1, F) < n) = P(Bin(m, F) < n) - F P(Bin(m, F) = n - 1)
 gives all m from n on in one pass.
 Invariants: along the grid, live samples fall from m and the chance that the group is live falls; at w = 0 that chance falls with m.
-Source: own; Heddle and DARTS price a group by its last sample. Cost: O(prompts * NODES * (bound - n) * len(GRID)).
+Source: derived here; Heddle and DARTS price a group by its last sample. Cost: O(prompts * NODES * (bound - n) * len(GRID)).
 """
 
 from __future__ import annotations

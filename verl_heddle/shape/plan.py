@@ -5,13 +5,13 @@ Law, in this order:
 2. Bounds on the expected length bias are enforced in advance: no prompt gets more samples than keep its kept ones within `prompt_bias` of
    the samples they represent (`allowed`), and the path ends where the mean over the step's prompts reaches `length_bias`. So selection may
    be strong for the few prompts that the step waits for, and hardly affects the many others.
-3. Prompts that got the bound of 2n are shortest-only (not in corrected mode, which could correct nothing there). The others have their long
+3. Prompts that got the bound of 2n are shortest-only (not in corrected mode, which cannot correct such groups). The others have their long
    slots and wait for them `patience` times the tokens at which the step's last group is expected to be full. If `patience` is unset, it is
    the longest of `WAITS` that lengthens the forecast by at most `FREE`: a long sample that ends before the step would have ended anyway
    costs nothing.
 4. Prompts never visited get nothing from a forecast budget unless `unseen` is set. A prompt without spare samples is sampled plainly: n
    samples, none stopped.
-Invariant: n <= samples <= most * n. Source: DARTS section 4 and its tail pruning; 2 and the patience are own.
+Invariant: n <= samples <= most * n. Source: DARTS section 4 and its tail pruning; 2 and the patience are ours.
 Cost: several calls of `shape.outlook.live`; about a second for 512 prompts.
 """
 

@@ -27,15 +27,15 @@ longest, patience w)
 which follows directly from the selection law. Weights 1 / pi would make weighted sums over the kept unbiased for sums over all m, however
 reward depends on length (Horvitz and Thompson 1952). They are divided by their mean over the group (Hajek) and capped at `MOST` times the
 smallest.
-Remaining bias, bounded by a test (12 samples: dual-end keeps a fifth to a third, shortest-only three quarters and more): (1) lengths whose
-pi is below 1 / `MOST` of the group's largest are underweighted, and a shortest-only group never shows anything beyond the n-th length; (2)
-the ratio is biased by O(1/n); (3) F is estimated, and samples are assumed independent with one law; (4) stopped samples are dropped, so a
-group's baseline has n terms. The variance grows: the effective sample size (sum w)^2 / sum w^2 is the number of plain samples that the kept
-are worth.
+Remaining bias, pinned by a test (with 12 samples, a fifth to a third of it for dual-end, three quarters or more for shortest-only): (1)
+lengths whose pi is below 1 / `MOST` of the group's largest are underweighted, and a shortest-only group never shows anything beyond the
+n-th length; (2) the ratio is biased by O(1/n); (3) F is estimated, and samples are assumed independent with one law; (4) stopped samples
+are dropped, so a group's baseline has n terms. The variance grows: the effective sample size (sum w)^2 / sum w^2 is the number of plain
+samples that the kept are worth.
 
 Invariants: the selection depends only on final lengths, numbers and outcomes, never on the order of events; the final `Group.kept` equals
 `choose` of the final samples, whatever the stopped ones would have become; at most n are ever in.
-Source: DARTS, algorithm 1; patience, online form and weights are own. DARTS has no correction; DUET (arXiv 2605.08441) reweights for its
+Source: DARTS, algorithm 1; patience, online form and weights are ours. DARTS has no correction; DUET (arXiv 2605.08441) reweights for its
 aborts. Cost: O(m log m) per event with m samples; weights O(m) per sample, plain floats.
 """
 

@@ -79,7 +79,7 @@ def test_a_table_a_roofline_and_a_calibration_are_told_apart(run, capsys):
         (("--model", "qwen3-8b"), "step times: table, AIConfigurator"),
         (
             ("--model", "qwen3-8b", "--gpu", "h20"),
-            "step times: roofline, not measured; against tables of dense models that it was not fitted to it is off by ",
+            "step times: roofline, not measured; its error against held-out tables of dense models is ",
         ),
         (("--model", "qwen3-8b", "--calibrate", "RUN"), "step times: calibrated on "),
     ],
@@ -91,7 +91,7 @@ def test_the_text_says_it_in_one_line(which, words, says, run, capsys):
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "step times:" in line]
     assert says in line
     if "--calibrate" in words:
-        assert f"turns of {run} at tp=2" in line and "tp=1, 4, 8: the table with host time, times 1.5" in line
+        assert f"turns of {run} at tp=2" in line and "tp=1, 4, 8: the table with host time, scaled by 1.5" in line
 
 
 def test_calibration_finds_the_engines_and_scales_the_others(run):
@@ -125,7 +125,7 @@ def test_the_first_step_is_left_out_and_the_setting_adds_no_host_time(run, capsy
     [
         (("--calibrate", "RUN", "--host-s", "0.002"), "--host-s is part of what --calibrate measures"),
         (("--calibrate", "/nowhere"), "/nowhere"),
-        (("--calibrate", "SILENT"), "does not say the tensor-parallel degree of its engines: give --tp"),
+        (("--calibrate", "SILENT"), "does not record the tensor-parallel degree of its engines: pass --tp"),
         (("--calibrate", "ASYNC"), "trainer_mode"),
         (("--model", "LACKS"), "lacks num_attention_heads"),
         (("--model", "kimi-k2"), "no tensor-parallel degree within a node"),

@@ -156,7 +156,7 @@ def test_a_fine_tune_has_the_table_of_its_shape_and_another_shape_the_roofline(t
     (tmp_path / "config.json").write_text(json.dumps(config))
     tuned = times("h200", str(tmp_path))
     assert tuned.latency is load("h200", "Qwen3-8B")
-    assert tuned.told("x") == f"table of Qwen3-8B, whose shape {tmp_path.name} has, x"
+    assert tuned.told("x") == f"table of Qwen3-8B, which has the same shape as {tmp_path.name}, x"
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 35}))
     assert times("h200", str(tmp_path)).kind == "roofline"
     assert times("h200:mem=141,bw=4.8,tflops=989", "qwen3-8b").kind == "roofline"  # not the very GPU of the table
@@ -188,7 +188,7 @@ def test_a_gpu_that_is_none_is_one_line_with_what_to_write(text):
         ("h200", "deepseek-v3", 8, 0.5, "raise --gpu-memory-utilization to 0.7; or --gpu B200"),
         ("h100", "kimi-k2", 8, 0.5, "--gpu B200 with --gpu-memory-utilization 0.9"),
         ("b200", "kimi-k2", 2, 0.5, "--gpus 8 with --gpu-memory-utilization 0.9"),
-        ("l40s:mem=10", "kimi-k2", 2, 0.5, "no GPU known here holds it within a node"),
+        ("l40s:mem=10", "kimi-k2", 2, 0.5, "no known GPU holds it within a node"),
     ],
 )
 def test_what_would_fit(gpu, model, gpus, share, says):

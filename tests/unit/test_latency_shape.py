@@ -207,10 +207,10 @@ def test_a_missing_field_is_named_in_one_line(field):
         ({"num_hidden_layers": 0}, "must be positive"),
         ({"layer_types": ["linear_attention"]}, "layer_types has linear_attention"),
         ({"layer_types": ["sliding_attention"]}, "lacks sliding_window"),
-        ({"index_topk": 2048}, "index_topk says sparse attention"),
+        ({"index_topk": 2048}, "index_topk indicates sparse attention"),
         ({"num_experts": 8}, "lacks num_experts_per_tok"),
         ({"kv_lora_rank": 512}, "lacks qk_rope_head_dim"),
-        ({"quantization_config": {"quant_method": "secret"}}, "lacks the bits of a weight"),
+        ({"quantization_config": {"quant_method": "secret"}}, "does not give the bits per weight"),
     ],
 )
 def test_what_cannot_be_read_is_one_line_that_names_the_field(extra, says):

@@ -1,11 +1,11 @@
 """Latency of a rollout replica: shipped tables, formulas, and calibration from a recorded run.
 
-For example
+Example:
 
     model = load("H200", "Qwen/Qwen3-8B")
     model.decode_s(tp=2, batch=64, context_tokens=8192)
 
-is 0.0125 seconds per decode step.
+returns 0.0125 seconds per decode step.
 """
 
 from verl_heddle.latency.calibrate import calibrate, calibrate_host

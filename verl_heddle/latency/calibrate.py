@@ -1,26 +1,21 @@
-"""Fit a latency model to a recorded run: which step times explain how long its turns took?
+"""Fit a latency model to a recorded run: step times that explain how long its turns took.
 
-Law: an engine step reads the weights once, moves every decoding sequence on by one token and prefills what has just arrived (chunked
-prefill): `a + b*batch + c*batch*context + p*new`. A turn of `N` output tokens is in N steps, the first of them its own prefill, so
+Step law: an engine step reads the weights once, advances every decoding sequence by one token and prefills the tokens that just arrived
+(chunked prefill): `a + b*batch + c*batch*context + p*new`. A turn of `N` output tokens spans N steps, the first being its own prefill, so
 
     gen_s = a*N + b*sum(batch) + c*sum(batch*context) + p*(tokens prefilled meanwhile, its own and others')
 
-with the sums over its steps: linear in the four unknowns. A prefill alone takes `a + p*new`. Batch and total context over time follow
-from the turns' own intervals (`batch_history`). Solved by non-negative least squares on *relative* errors, which bounds what a stalled
-turn can do. The sums run over steps, not over time, and steps are denser while the batch is small, so a few passes weigh time by the
-step rate of the pass before. Degrees of tensor parallelism are fitted apart.
-Limits: a run whose batch never changes cannot tell a from b (`FitQuality.max_batch` says how far it saw); turns without engine
+with the sums over its steps. This is linear in the four unknowns. A prefill alone takes `a + p*new`.
+Batch law (`batch_history`): a turn is in the batch from the end of its prefill to its last token, and its context grows linearly over that
+interval by its output tokens. Between two events (a turn joining or leaving) the batch is constant and the total context is linear in
+time, so means over a turn's interval are differences of prefix sums.
+Solver: non-negative least squares on *relative* errors, which bounds the influence of a stalled turn. The sums run over steps, not time,
+and steps are denser while the batch is small, so a few passes weight time by the previous pass's step rate. Each tensor-parallel degree
+is fitted separately.
+Limits: a run whose batch never changes cannot separate a from b (`FitQuality.max_batch` is the largest batch seen); turns without engine
 statistics count their queueing as generation; preempted, aborted and resumed turns load the replica but are not fitted.
 Source: derived here; the four terms are what a step reads (weights, KV) and computes (decoded tokens, prefilled tokens) once each.
-Cost: O(turns log turns) per pass.
-
-Which batch every turn ran in, from the turns' own intervals on one replica.
-
-Law: a turn is in the batch from the end of its prefill to its last token; its context grows evenly from what it read to that plus what
-it wrote. Between two events (a turn joining or leaving) the batch is constant and the total context linear in time, so means over any
-turn's interval are differences of prefix sums. Source: derived here. Cost: O(n log n) for n turns.
-
-Step times learnt from a run under way: what `calibrate` makes of its last records, bounded in cost, and refused where wrong.
+Cost: O(turns log turns) per pass. `step_times` fits a run in progress: it bounds the number of turns and rejects a poor fit.
 """
 
 from __future__ import annotations
@@ -41,56 +36,56 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One turn as its replica saw it: seconds on a common clock, tokens."""
+    """One turn as seen by its replica, in tokens and seconds on a common clock."""
 
     begin_s: float
-    """When it left the queue."""
+    """Time at which it left the queue."""
     end_s: float
     new_tokens: float
-    """Prefilled: not in the cache."""
+    """Prompt tokens prefilled, that is, not cached."""
     context_tokens: float
-    """Read in all, before the first output token."""
+    """All tokens in the context before the first output token."""
     output_tokens: float
     usable: bool = True
-    """Whether its duration is to be explained; all turns load the replica."""
+    """Whether the fit uses its duration. Unusable turns still load the replica."""
 
 
 @dataclass(frozen=True, slots=True)
 class BatchHistory:
-    """Per turn, in the order given, each of shape [turns]."""
+    """Per-turn arrays of shape [turns], in input order."""
 
     batch: Array
-    """Sequences decoding, the mean over the turn's decode steps, itself included."""
+    """Decoding sequences, itself included: mean over the turn's decode steps."""
     total_context: Array
-    """Sum of their contexts, tokens, likewise."""
+    """Sum of their contexts in tokens: mean over the same steps."""
     prefilled_tokens: Array
-    """Tokens that were prefilled during the turn: its own and those of turns that began within it."""
+    """Tokens prefilled during the turn: its own and those of turns that began within it."""
 
 
 def batch_history(works: Sequence[Work], parameters: Sequence[float] | Array) -> BatchHistory:
-    """Rebuild what ran beside each turn.
+    """Reconstruct the load on the replica during each turn.
 
     Args:
         works: the turns of one replica, at least one.
-        parameters: (a, b, c, p) of `verl_heddle.latency.calibrate` as far as known; zeros weigh all times alike and count no prefill time.
+        parameters: the current estimate of (a, b, c, p); zeros weight all times equally and ignore prefill time.
     """
     a, b, c, p = map(float, parameters)
-    origin = min(work.begin_s for work in works)  # small numbers keep the sums precise
+    origin = min(work.begin_s for work in works)  # small numbers keep the prefix sums precise
     begin = np.array([work.begin_s for work in works]) - origin
     end = np.array([work.end_s for work in works]) - origin
     new, context, output = (np.array([getattr(work, name) for work in works]) for name in ("new_tokens", "context_tokens", "output_tokens"))
-    # A prefill estimate longer than the turn itself cannot be right; half of it leaves time to decode in.
+    # A prefill cannot outlast its turn. Capping the estimate at half the turn leaves time to decode.
     decode = begin + np.minimum(a + p * new, 0.5 * (end - begin))
     rate = output / (end - decode)
 
     order = np.argsort(np.concatenate([decode, end]), kind="stable")
     times = np.concatenate([decode, end])[order]
     sign = np.concatenate([np.ones(len(works)), -np.ones(len(works))])[order]
-    who = np.concatenate([np.arange(len(works))] * 2)[order]
+    turn = np.concatenate([np.arange(len(works))] * 2)[order]
     middle, length = 0.5 * (times[:-1] + times[1:]), np.diff(times)
     count = np.maximum(np.cumsum(sign)[:-1], 1.0)
-    slope = np.cumsum(sign * rate[who])[:-1]
-    offset = np.cumsum(sign * (context - rate * decode)[who])[:-1]
+    slope = np.cumsum(sign * rate[turn])[:-1]
+    offset = np.cumsum(sign * (context - rate * decode)[turn])[:-1]
     total = np.maximum(offset + slope * middle, 0.0)
 
     step = a + b * count + c * total
@@ -105,22 +100,22 @@ def batch_history(works: Sequence[Work], parameters: Sequence[float] | Array) ->
 
     by_begin = np.argsort(begin, kind="stable")
     tokens = np.concatenate([[0.0], np.cumsum(new[by_begin])])
-    # A slot is often taken in the very step that frees it, and clocks differ: half a step decides on which side of an edge a start lies.
+    # A slot is often reused in the step that frees it, and clocks differ, so starts within half a step before an edge count as after it.
     half_step = 0.5 * (end - begin) / np.maximum(output, 1.0)
     low, high = (np.searchsorted(begin[by_begin], edge - half_step, "left") for edge in (begin, end))
     return BatchHistory(np.maximum(batch, 1.0), mean_total, tokens[high] - tokens[low])
 
 
 MIN_TURNS = 20
-"""Usable turns per degree: five for each of the four unknowns."""
+"""Usable turns per degree: five per unknown."""
 
 PASSES = 6
-"""The step weights settle to 1e-3 in three or four."""
+"""The step weights converge to 1e-3 in three or four passes."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """One row per fitted turn: the four sums of the law, the recorded seconds, and the mean batch and context it ran in."""
+    """One row per fitted turn: the four sums of the step law, the recorded seconds, and its mean batch and context."""
 
     sums: Array
     seconds: Array
@@ -135,46 +130,46 @@ def calibrate(
     base: LatencyModel | None = None,
     name: str = "calibrated",
 ) -> LatencyModel:
-    """The affine latency model that explains a recorded run best, with its residuals in `engines[tp].fit`.
+    """The affine latency model that best explains a recorded run, with its residuals in `engines[tp].fit`.
 
     Args:
-        records: trajectories as `verl_heddle.traces` records them live: turns with `replica`, `start_s`, `gen_s`, `ctx_tokens` and
-            `output_tokens`, and `meta["start_s"]`, all on one clock. The more the batch varies the better; leave out a run's first step
+        records: trajectories recorded live by `verl_heddle.traces`: turns with `replica`, `start_s`, `gen_s`, `ctx_tokens` and
+            `output_tokens`, and `meta["start_s"]`, all on one clock. The more the batch varies, the better. Leave out a run's first step
             (compilation).
-        tps: tensor-parallel degree by replica name, or one for all.
-        base: where memory and weight-load times come from, and engines of degrees that were not recorded; the host's part of a step that
-            the recorded degrees show beyond it is added to these.
+        tps: tensor-parallel degree by replica name, or one degree for all.
+        base: supplies memory, weight-load times and the engines of degrees that were not recorded. The host time per step measured at
+            the recorded degrees is added to those engines.
 
     Raises:
-        ValueError: fewer than `MIN_TURNS` usable turns for some degree (the message says how many more and what was wrong with the others),
-            or a replica that `tps` does not name.
+        ValueError: some degree has fewer than `MIN_TURNS` usable turns (the message says how many more are needed and why turns were
+            left out), or `tps` lacks a replica.
     """
     by_tp = _by_tp(records, tps)
     engines = dict(base.engines) if base else {}
-    beyond = []
+    host_times = []
     for tp, replicas in sorted(by_tp.items()):
         fitted = _fit(replicas)
         if tp in engines:
             if engines[tp].fit is None:
-                beyond.append(host_s(engines[tp], fitted, replicas))
+                host_times.append(host_s(engines[tp], fitted, replicas))
             fitted = replace(engines[tp], decode=fitted.decode, prefill=fitted.prefill, fit=fitted.fit, host_s=0.0)
         engines[tp] = fitted
     turns = sum(len(works) for replicas in by_tp.values() for works in replicas)
     model = LatencyModel(name, engines, f"calibrated on {turns} recorded turns")
-    if beyond and any(engine.fit is None for engine in engines.values()):
-        model = model.with_host(max(beyond), f"{base.name if base else name} at other degrees, calibrated")
+    if host_times and any(engine.fit is None for engine in engines.values()):
+        model = model.with_host(max(host_times), f"{base.name if base else name} at other degrees, calibrated")
     return model
 
 
 def calibrate_host(table: LatencyModel, records: Iterable[Trajectory], tp: int) -> LatencyModel:
-    """A table of step times with the host's part of a step measured in a recorded run on replicas of one degree.
+    """`table` with host time per step measured from a recorded run on replicas of degree `tp`.
 
     Raises:
-        ValueError: as `calibrate`, or the table does not know the degree.
+        ValueError: as `calibrate`, or the table lacks the degree.
     """
     replicas = _by_tp(records, tp)[tp]
     if tp not in table.engines:
-        raise ValueError(f"latency model {table.name} knows tensor-parallel degrees {list(table.tps)}, not {tp}")
+        raise ValueError(f"latency model {table.name} covers tensor-parallel degrees {list(table.tps)}, not {tp}")
     measured = host_s(table.engines[tp], _fit(replicas), replicas)
     return table.with_host(measured, f"calibrated on {sum(map(len, replicas))} turns of this run")
 
@@ -197,14 +192,14 @@ def _by_tp(records: Iterable[Trajectory], tps: Mapping[str, int] | int) -> dict[
     by_tp: dict[int, list[list[Work]]] = defaultdict(list)
     for replica, works in sorted(by_replica.items()):
         if not isinstance(tps, int) and replica not in tps:
-            raise ValueError(f"tps names no tensor-parallel degree for replica {replica!r}; it names {sorted(tps)}")
+            raise ValueError(f"tps gives no tensor-parallel degree for replica {replica!r}, only for {sorted(tps)}")
         by_tp[tps if isinstance(tps, int) else tps[replica]].append(works)
     _require_enough(by_tp, skipped)
     return by_tp
 
 
 def _work(trajectory: Trajectory, index: int) -> Work | str:
-    """What the turn asked of its replica, or why it cannot be known."""
+    """The turn's load on its replica, or the reason it cannot be used."""
     turn = trajectory.steps[index]
     start = trajectory.meta.get("start_s")
     if turn.replica is None or start is None or turn.start_s is None or not turn.gen_s or turn.gen_s <= 0:
@@ -215,7 +210,7 @@ def _work(trajectory: Trajectory, index: int) -> Work | str:
     if turn.cached_tokens is not None:
         new = turn.ctx_tokens - turn.cached_tokens
     elif index and trajectory.steps[index - 1].replica == turn.replica and not turn.ctx_reset and turn.input_tokens is not None:
-        new = turn.input_tokens  # the engine did not say; its prefix cache most likely still held what it wrote itself
+        new = turn.input_tokens  # no engine statistics; its previous turn is most likely still in the prefix cache
     else:
         new = turn.ctx_tokens
     return Work(
@@ -233,19 +228,19 @@ def _require_enough(by_tp: Mapping[int, Sequence[Sequence[Work]]], skipped: Coun
     short = {tp: count for tp, count in usable.items() if count < MIN_TURNS}
     if usable and not short:
         return
-    why = [f"{count} turns with {reason}" for reason, count in sorted(skipped.items())]
+    left_out = [f"{count} turns with {reason}" for reason, count in sorted(skipped.items())]
     unfit = sum(not work.usable for replicas in by_tp.values() for works in replicas for work in works)
     if unfit:
-        why.append(f"{unfit} turns preempted or without output")
+        left_out.append(f"{unfit} turns preempted or without output")
     wanted = [f"tp={tp} has {count}: record {MIN_TURNS - count} more" for tp, count in sorted(short.items())] or [
         f"there are none: record {MIN_TURNS}"
     ]
-    left_out = f" Left out: {'; '.join(why)}." if why else ""
-    raise ValueError(f"calibration needs {MIN_TURNS} usable turns per tensor-parallel degree; {'; '.join(wanted)}.{left_out}")
+    excluded = f" Left out: {'; '.join(left_out)}." if left_out else ""
+    raise ValueError(f"calibration needs {MIN_TURNS} usable turns per tensor-parallel degree; {'; '.join(wanted)}.{excluded}")
 
 
 def _fit(replicas: Sequence[Sequence[Work]]) -> Engine:
-    """Fit all replicas of one degree together."""
+    """Fit the replicas of one degree jointly."""
     parameters = np.zeros(4)
     for _ in range(PASSES):
         parts = [_rows(works, parameters) for works in replicas]
@@ -260,10 +255,10 @@ def _fit(replicas: Sequence[Sequence[Work]]) -> Engine:
 
 
 def _solve(rows: _Rows) -> Array:
-    """Non-negative least squares on relative errors, exactly.
+    """Exact non-negative least squares on relative errors.
 
-    The optimum is the plain least-squares solution over the columns that are not zero in it; there are 15 sets of columns, so all are
-    tried. Columns are scaled to one size: counts and squared tokens lie ten orders of magnitude apart.
+    The optimum is the plain least-squares solution over its non-zero columns. There are only 15 non-empty column sets, so all are tried.
+    Columns are scaled to equal size: counts and squared tokens are ten orders of magnitude apart.
     """
     relative = rows.sums / rows.seconds[:, None]
     scale = np.maximum(relative.max(axis=0), 1e-300)
@@ -274,7 +269,7 @@ def _solve(rows: _Rows) -> Array:
         for subset in combinations(range(len(scale)), size):
             columns = list(subset)
             solution = np.linalg.lstsq(gram[np.ix_(columns, columns)], target[columns], rcond=None)[0]
-            gain = float(target[columns] @ solution)  # how far the squared error falls below that of predicting nothing
+            gain = float(target[columns] @ solution)  # reduction in squared error relative to predicting zero
             if solution.min() >= 0.0 and gain > best_gain:
                 best = np.zeros(len(scale))
                 best[columns] = solution
@@ -295,43 +290,45 @@ def _rows(works: Sequence[Work], parameters: Array) -> _Rows:
 
 
 ENOUGH_TURNS = 4000
-"""A second of fitting; four unknowns need far fewer. Whole replicas are taken, because a turn is explained by those beside it."""
+"""Turns per degree that `step_times` aims for: one second of fitting, and far more than four unknowns need. Replicas are taken whole,
+because explaining a turn needs the turns that ran beside it."""
 
 WORST_ERROR = 0.5
-"""Median error of a turn's time above which a plan made with it is no better than none; seen: 0.02 on a GPU, 0.05 to 0.2 on a CPU."""
+"""Median error of a turn's time above which planning with the model is no better than not planning. Measured: 0.02 on a GPU, 0.05 to 0.2
+on a CPU."""
 
 
 def step_times(records: Sequence[Trajectory], tps: Mapping[str, int], known: LatencyModel | None = None) -> LatencyModel:
-    """The latency model of the replicas, from what trajectories recorded live tell of their turns.
+    """The latency model of the replicas of a run in progress, fitted to trajectories recorded live.
 
     Args:
-        tps: tensor-parallel degree by replica; turns on other replicas are not looked at.
-        known: where the times of degrees come from that are not among them.
+        tps: tensor-parallel degree by replica; turns on other replicas are ignored.
+        known: supplies the times of all other degrees.
 
     Raises:
-        ValueError: of some degree there are too few usable turns, or the model explains them badly.
+        ValueError: some degree has too few usable turns, or the fit exceeds `WORST_ERROR`.
     """
     turns = Counter(turn.replica for record in records for turn in record.steps if turn.replica in tps)
     chosen: dict[str, int] = {}
     for replica, _ in turns.most_common():
         if replica is not None and sum(turns[name] for name, tp in chosen.items() if tp == tps[replica]) < ENOUGH_TURNS:
             chosen[replica] = tps[replica]
-    told = [replace(one, steps=tuple(turn for turn in one.steps if turn.replica in chosen)) for one in records]
-    model = calibrate(told, chosen, base=known, name="learnt from this run")
+    selected = [replace(record, steps=tuple(turn for turn in record.steps if turn.replica in chosen)) for record in records]
+    model = calibrate(selected, chosen, base=known, name="learnt from this run")
     for tp in set(chosen.values()):
         fit = model.engines[tp].fit
         if fit is None or not fit.median_error <= WORST_ERROR:
             error = "?" if fit is None else f"{fit.median_error:.0%}"
-            raise ValueError(f"turns take {error} more or less than the model of them says")
+            raise ValueError(f"the fitted step times have a median error of {error} per turn, more than {WORST_ERROR:.0%}")
     return model
 
 
 def host_s(table: Engine, fitted: Engine, replicas: Sequence[Sequence[Work]]) -> float:
-    """Seconds a step that recorded turns take beyond a table's.
+    """Seconds per step that recorded turns take beyond a table's times; at least 0.
 
     Args:
-        table: decode and prefill times to compare with; its own `host_s` is not counted.
-        fitted: the affine engine that explains these turns best; it says which turns shared their steps.
+        table: decode and prefill times to compare with; its own `host_s` is ignored.
+        fitted: the affine engine that best explains these turns; it determines which turns shared steps.
         replicas: the turns of each replica, of one degree.
     """
     decode, prefill = fitted.decode, fitted.prefill

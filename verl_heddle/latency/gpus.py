@@ -1,10 +1,10 @@
-"""GPUs by their published numbers: memory, bandwidth, dense tensor throughput, interconnect within a node.
+"""GPU catalogue: published memory, bandwidth, dense tensor throughput and intra-node interconnect.
 
-Sources: memory is what torch prints in its out-of-memory errors, a little less than the nominal size (H20: 97,871 MiB in nvidia-smi less
-what the context keeps; the others as printed in public reports). The rest is as AIConfigurator has it and as public pages tell of A100 80GB
-SXM, H20, H100 SXM, H200 SXM, L40S and B200, without sparsity (B200's bandwidth: AIConfigurator has 7.7 TB/s); NVIDIA's datasheets were not
-read. `verl_heddle/data/README.md` has the table. Interconnect is one direction per GPU: half of what NVLink adds up, and PCIe 4.0 x16 for
-the L40S.
+Sources: memory is the total that torch prints in out-of-memory errors, slightly below nominal (H20: 97,871 MiB in nvidia-smi minus the
+context's share; the others as printed in public reports). The other numbers come from AIConfigurator and public pages for A100 80GB SXM,
+H20, H100 SXM, H200 SXM, L40S and B200, without sparsity (B200's bandwidth: AIConfigurator has 7.7 TB/s); NVIDIA's datasheets were not
+consulted. `verl_heddle/data/README.md` has the table. Interconnect is per GPU and direction: half of NVLink's bidirectional total, and
+PCIe 4.0 x16 for the L40S.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from verl_heddle.latency.shipped import plain
 GIB = 1 << 30
 
 PCIE = 64e9
-"""Bytes per second of PCIe 5.0 x16, one direction: what is faster is a link between GPUs."""
+"""Bytes per second of PCIe 5.0 x16, one direction; anything faster is a dedicated GPU link."""
 
 OWN = "name:mem=..GiB,bw=..TB/s,tflops=.."
-"""How a GPU that is not in the catalogue is written."""
+"""Syntax for a GPU outside the catalogue."""
 
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """Published numbers of one GPU. Bytes, bytes per second, operations per second."""
+    """Published numbers of one GPU, in bytes, bytes per second and operations per second."""
 
     name: str
     memory_bytes: int
@@ -36,12 +36,12 @@ class Gpu:
     fp8: float
     """Dense fp8; the bf16 number where the GPU has none."""
     link: float
-    """To the other GPUs of the node, one direction."""
+    """Bandwidth to the other GPUs of the node, one direction."""
     aliases: tuple[str, ...] = ()
 
     @property
     def switched(self) -> bool:
-        """Whether the GPUs of a node have a switch of their own (NVLink), and do not share the host's PCIe."""
+        """Whether the GPUs of a node are linked by NVLink instead of sharing the host's PCIe."""
         return self.link > PCIE
 
 
@@ -63,31 +63,31 @@ _FIELD = {"mem": "memory_bytes", "bw": "bandwidth", "tflops": "bf16", "fp8": "fp
 
 
 def gpu_of(text: str) -> Gpu:
-    """The GPU of that name, or of those numbers.
+    """Parse a GPU name or specification.
 
     Args:
-        text: "H100", "h200_sxm" or what torch calls it, case does not matter; or `name:mem=48GiB,bw=0.96TB/s,tflops=181`, with `fp8=`
-            (dense TFLOPS; default: as bf16) and `link=` (GB/s to the other GPUs, one direction; default 32, PCIe 4.0). With the name of a
-            known GPU, what is not given is that GPU's: `h20:mem=139.8,bw=4.8`.
+        text: "H100", "h200_sxm" or torch's device name, in any case; or `name:mem=48GiB,bw=0.96TB/s,tflops=181`, optionally with `fp8=`
+            (dense TFLOPS; default: as bf16) and `link=` (GB/s to the other GPUs, one direction; default 32, PCIe 4.0). After the name of
+            a known GPU, omitted values are that GPU's: `h20:mem=139.8,bw=4.8`.
 
     Raises:
-        ValueError: unknown; the line lists what exists.
+        ValueError: unknown or malformed; one line that lists the known names or the syntax.
     """
     name, colon, numbers = text.partition(":")
     found = next((gpu for gpu in GPUS.values() if plain(name) in {plain(alias) for alias in (gpu.name, *gpu.aliases)}), None)
     if not colon:
         if found is None:
-            raise ValueError(f"unknown GPU {text!r}. There is {', '.join(GPUS)}; another one is written {OWN}")
+            raise ValueError(f"unknown GPU {text!r}. Known: {', '.join(GPUS)}; write any other as {OWN}")
         return found
     given: dict[str, float] = {}
     for part in numbers.split(","):
         key, _, value = part.strip().lower().partition("=")
         unit = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([a-z/]*)", value)
         if key not in _FIELD or unit is None or unit[2] not in ("", *_UNITS[key]):
-            raise ValueError(f"GPU {text!r}: cannot read {part!r}; write {OWN}, and fp8=.. (TFLOPS), link=..GB/s if known")
+            raise ValueError(f"GPU {text!r}: cannot read {part!r}; write {OWN}, plus fp8=.. (TFLOPS) and link=..GB/s if known")
         given[key] = float(unit[1])
-    lacking = [key for key in ("mem", "bw", "tflops") if key not in given]
-    if not name or any(value <= 0 for value in given.values()) or (lacking and found is None):
+    missing = [key for key in ("mem", "bw", "tflops") if key not in given]
+    if not name or any(value <= 0 for value in given.values()) or (missing and found is None):
         raise ValueError(f"GPU {text!r}: needs a name and positive mem, bw and tflops; write {OWN}")
     fields = {_FIELD[key]: value * _SCALE[key] for key, value in given.items()}
     if "memory_bytes" in fields:

@@ -1,11 +1,10 @@
-"""How long a replica takes: decode steps, prefills, loading weights; and how many tokens its KV cache holds.
+"""Engine times of a replica (decode steps, prefills, weight loading) and the token capacity of its KV cache.
 
-`LatencyModel` is what the planner and the simulator ask. Its numbers come from a shipped table (`verl_heddle.latency.load`), from a
-recorded run (`verl_heddle.latency.calibrate`) or from a formula (`LatencyModel.affine`). It is a value: no clock, no randomness,
-pickles.
+The planner and the simulator query `LatencyModel`. Its numbers come from a shipped table (`verl_heddle.latency.load`), a recorded run
+(`verl_heddle.latency.calibrate`) or a formula (`LatencyModel.affine`). It is a plain value: no clock, no randomness, picklable.
 
-Units: seconds, tokens, bytes. Times are of the engine alone: no RPC, no queueing. The host's own work in a step (scheduling, preparing
-inputs, handling outputs) is in calibrated models, and in others what `with_host` puts there.
+Units: seconds, tokens, bytes. Times cover the engine alone: no RPC, no queueing. The host's work per step (scheduling, preparing inputs,
+handling outputs) is included in calibrated models; `with_host` adds it to the others.
 """
 
 from __future__ import annotations
@@ -20,30 +19,31 @@ from numpy.typing import NDArray
 Numbers = NDArray[Any]
 
 MIN_KV_TOKENS = 8192
-"""A layout whose replica holds fewer tokens does not `fit`: one long sequence fills it, and so does one step of
+"""A replica whose KV cache holds fewer tokens does not `fit`: one long sequence fills it, and so does one step of
 verl's default `max_num_batched_tokens`."""
 
 DEFAULT_UTILIZATION = 0.9
-"""vLLM's long-standing `gpu_memory_utilization`; verl's rollout default is lower (0.5), pass yours."""
+"""vLLM's long-standing `gpu_memory_utilization`. verl's rollout default is lower (0.5); pass the value in use."""
 
 WAKE_S = 0.2
-"""Fixed part of waking a sleeping engine. vLLM's sleep-mode measurements (blog, 26 Oct 2025, level 1): 0.26 s for a 1.5 GB model, 0.82 s
-for 8.3 GB, which is 0.14 s at no bytes; rounded up for the RPCs to several workers."""
+"""Fixed cost of waking a sleeping engine. vLLM's sleep-mode measurements (blog, 26 Oct 2025, level 1): 0.26 s for a 1.5 GB model, 0.82 s
+for 8.3 GB, which extrapolates to 0.14 s at zero bytes; rounded up for the RPCs to several workers."""
 
 HOST_TO_GPU_BYTES_PER_S = 35e9
-"""Pinned host memory to each of 8 H100 at once over PCIe 5: 35.0 to 35.4 GB/s (NVIDIA/nvbandwidth issue 24, `host_to_device_memcpy_sm`)."""
+"""Pinned host memory to each of 8 H100s at once over PCIe 5: 35.0 to 35.4 GB/s (NVIDIA/nvbandwidth issue 24,
+`host_to_device_memcpy_sm`)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What one GPU of a replica holds.
+    """Memory of one GPU of a replica.
 
     Every GPU of a tensor-parallel group holds its share of the weights and, for *every* token of the replica, its share of the KV heads.
-    So the tokens that fit one GPU are the tokens of the replica.
+    So the replica holds as many tokens as fit on one GPU.
     """
 
     gpu_bytes: int
-    """Memory of the GPU as torch reports it (`torch.cuda.get_device_properties().total_memory`)."""
+    """GPU memory as torch reports it (`torch.cuda.get_device_properties().total_memory`)."""
     weight_bytes: int
     kv_bytes_per_token: int
     overhead_bytes: int
@@ -51,11 +51,11 @@ class Memory:
 
     @property
     def load_s(self) -> float:
-        """Seconds to bring the weights back from pinned host memory (`LatencyModel.weight_load_s`)."""
+        """Seconds to reload the weights from pinned host memory (`LatencyModel.weight_load_s`)."""
         return WAKE_S + self.weight_bytes / HOST_TO_GPU_BYTES_PER_S
 
     def kv_tokens(self, gpu_memory_utilization: float) -> int:
-        """Tokens that fit beside the weights, 0 if the weights alone do not."""
+        """Tokens that fit beside the weights; 0 if the weights alone do not fit."""
         if not 0.0 < gpu_memory_utilization <= 1.0:
             raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {gpu_memory_utilization}")
         free = self.gpu_bytes * gpu_memory_utilization - self.weight_bytes - self.overhead_bytes
@@ -64,21 +64,21 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class FitQuality:
-    """How well a calibrated engine explains the turns it was fitted to, and where it was not looked at."""
+    """How well a calibrated engine explains the turns it was fitted to, and the range those turns cover."""
 
     turns: int
     median_error: float
     """Median over the turns of |predicted - recorded| / recorded engine time."""
     p90_error: float
     max_batch: float
-    """Largest mean batch a turn ran in; beyond it the fit extrapolates."""
+    """Largest mean batch of any turn; beyond it the fit extrapolates."""
     max_context: float
     """Largest mean context per sequence, tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class AffineDecode:
-    """Seconds per decode step: `base_s + per_seq_s * batch + per_context_s * batch * context`, exact for all arguments."""
+    """Seconds per decode step: `base_s + per_seq_s * batch + per_context_s * batch * context`, with no interpolation."""
 
     base_s: float
     per_seq_s: float = 0.0
@@ -92,7 +92,7 @@ class AffineDecode:
 class AffinePrefill:
     """Seconds to prefill: `base_s + per_token_s * new + per_context_s * new * (context + new / 2)`, and 0 for no new tokens.
 
-    The last term is attention: each new token reads what is cached and, on average, half of its fellows.
+    The last term is attention: each new token reads the cached tokens and, on average, half of the new ones.
     """
 
     per_token_s: float
@@ -110,18 +110,18 @@ class AffinePrefill:
 class Engine:
     """A replica of one tensor-parallel degree.
 
-    `decode(batch, context)` and `prefill(new, context)` return seconds; they are non-decreasing and take numbers or arrays.
+    `decode(batch, context)` and `prefill(new, context)` return seconds, take numbers or arrays, and are non-decreasing.
     """
 
     decode: Callable[[Any, Any], Any]
     prefill: Callable[[Any, Any], Any]
     memory: Memory | None = None
-    """None: not known, KV not limiting."""
+    """None: unknown, and KV is treated as unlimited."""
     load_s: float = 0.0
     fit: FitQuality | None = None
-    """None: not fitted to a run, but a table or a formula."""
+    """None: a table or a formula, not fitted to a run."""
     host_s: float = 0.0
-    """Seconds that the host adds to every step, beyond `decode` and `prefill`."""
+    """Host seconds per step on top of `decode` and `prefill`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,13 +129,13 @@ class LatencyModel:
     """Times and sizes of one model on one kind of GPU, by tensor-parallel degree.
 
     Raises:
-        ValueError: from every method that takes a `tp` the model does not know.
+        ValueError: any method given a `tp` without an engine, except `fits`.
     """
 
     name: str
     engines: Mapping[int, Engine] = field(repr=False)
     source: str = ""
-    """Where the numbers come from, for reports."""
+    """Origin of the numbers, for reports."""
 
     def __post_init__(self) -> None:
         if not self.engines or min(self.engines) < 1:
@@ -145,7 +145,7 @@ class LatencyModel:
 
     @property
     def tps(self) -> tuple[int, ...]:
-        """Tensor-parallel degrees the model knows, ascending; not all need to fit (`fits`)."""
+        """Tensor-parallel degrees with an engine, ascending; some may not fit (`fits`)."""
         return tuple(sorted(self.engines))
 
     @overload
@@ -159,11 +159,11 @@ class LatencyModel:
         """Seconds of one decode step of a replica: every sequence in the batch gets one token.
 
         Args:
-            batch: sequences decoding together, 1 or more (fractions allowed: a mean).
-            context_tokens: tokens each of them attends to, the mean over the batch. Arrays broadcast against each other.
+            batch: sequences decoding together, 1 or more; may be a fractional mean.
+            context_tokens: tokens each sequence attends to, as the mean over the batch. Arrays broadcast against each other.
 
-        Non-decreasing in both. A mean is enough: attention reads the sum of the contexts. The shipped tables cover batches to 512 and
-        contexts from 128 to 131072; beyond, times grow linearly (within 10 % of the source at twice the batch or context).
+        Non-decreasing in both. The mean context suffices because attention reads the sum of the contexts. The shipped tables cover batches
+        to 512 and contexts from 128 to 131072; beyond, times grow linearly (within 10 % of the source at twice the batch or context).
         """
         try:
             engine = self.engines[tp]
@@ -179,11 +179,11 @@ class LatencyModel:
     def prefill_s(self, tp: int, new_tokens: float | Numbers, context_tokens: Numbers) -> NDArray[np.float64]: ...
 
     def prefill_s(self, tp: int, new_tokens: float | Numbers, context_tokens: float | Numbers = 0) -> float | NDArray[np.float64]:
-        """Seconds to read `new_tokens` of one sequence after `context_tokens` that are cached, alone on the replica; 0 for no new tokens.
+        """Seconds to prefill `new_tokens` of one sequence after `context_tokens` cached ones, alone on the replica; 0 for no new tokens.
 
-        The first output token comes with it. Non-decreasing in both. A prefill that shares its step with decoding sequences reads no
-        weights of its own: it adds about `prefill_s(tp, new, context) - prefill_s(tp, 1, context)` to their step. The shipped tables cover
-        131072 tokens of each; more new tokens at once are extrapolated linearly, too low by a third at twice that.
+        Includes the first output token. Non-decreasing in both. A prefill that shares its step with decoding sequences does not reread the
+        weights: it adds about `prefill_s(tp, new, context) - prefill_s(tp, 1, context)` to their step. The shipped tables cover 131072
+        tokens of each; beyond that, new tokens are extrapolated linearly, which is too low by a third at twice that number.
         """
         try:
             engine = self.engines[tp]
@@ -195,44 +195,43 @@ class LatencyModel:
         return seconds
 
     def kv_tokens(self, tp: int, gpu_memory_utilization: float = DEFAULT_UTILIZATION) -> int | None:
-        """Tokens the KV cache of a replica holds (all its GPUs together); 0 where the weights do not fit, None where it is not known.
+        """KV cache capacity of a replica in tokens, over all its GPUs; 0 if the weights do not fit, None if unknown.
 
-        An estimate, on the careful side; a running engine logs its own number, which is better.
+        A conservative estimate; the number that a running engine logs is better.
         """
         memory = self._engine(tp).memory
         return None if memory is None else memory.kv_tokens(gpu_memory_utilization)
 
     def kv_bytes(self, tp: int) -> int | None:
-        """Bytes of one token's KV cache on each GPU of a replica; None where it is not known."""
+        """KV bytes per token on each GPU of a replica; None if unknown."""
         memory = self._engine(tp).memory
         return None if memory is None else memory.kv_bytes_per_token
 
     def fits(self, tp: int, gpu_memory_utilization: float = DEFAULT_UTILIZATION) -> bool:
-        """Whether the weights and at least `MIN_KV_TOKENS` fit (True where memory is not known); False for a degree the model does not
-        know."""
+        """Whether the weights and at least `MIN_KV_TOKENS` fit; True if memory is unknown, False for a degree without an engine."""
         if tp not in self.engines:
             return False
         tokens = self.kv_tokens(tp, gpu_memory_utilization)
         return tokens is None or tokens >= MIN_KV_TOKENS
 
     def with_host(self, host_s: float, how: str) -> LatencyModel:
-        """The model with `host_s` more seconds in every engine step, of the degrees that no run was fitted to: what was fitted holds them.
+        """A copy whose unfitted engines add `host_s` seconds to every step; fitted engines already include host time.
 
         Args:
-            how: where the number comes from; told with the model's source.
+            how: origin of the number, appended to `source`.
 
         Raises:
             ValueError: negative or not finite.
         """
         if not 0 <= host_s < float("inf"):
-            raise ValueError(f"the host's seconds in a step must be finite and not negative, got {host_s}")
+            raise ValueError(f"host seconds per step must be finite and not negative, got {host_s}")
         engines = {tp: engine if engine.fit else replace(engine, host_s=host_s) for tp, engine in self.engines.items()}
         return replace(self, engines=engines, source=f"{self.source}, and {1e3 * host_s:.2g} ms of host time in every step ({how})")
 
     def weight_load_s(self, tp: int) -> float:
-        """Seconds to bring a sleeping replica's weights back from pinned host memory, all its GPUs at once (vLLM sleep level 1).
+        """Seconds to reload a sleeping replica's weights from pinned host memory, all its GPUs in parallel (vLLM sleep level 1).
 
-        From the shipped table: `WAKE_S + weight bytes per GPU / HOST_TO_GPU_BYTES_PER_S`. Weights from a trainer or a disk take longer.
+        Shipped tables use `WAKE_S + weight bytes per GPU / HOST_TO_GPU_BYTES_PER_S`. Loading from a trainer or a disk takes longer.
         """
         return self._engine(tp).load_s
 
@@ -252,11 +251,11 @@ class LatencyModel:
         memory: Memory | None = None,
         name: str = "affine",
     ) -> LatencyModel:
-        """A model by formula (`AffineDecode`, `AffinePrefill`), for tests and for engines on CPUs.
+        """A model from a formula (`AffineDecode`, `AffinePrefill`), for tests and for engines on CPUs.
 
         Args:
-            speedup: by tensor-parallel degree, what all step and prefill times are divided by; missing degrees 1.
-            memory: of every degree alike; None: KV not limiting.
+            speedup: divisor of all step and prefill times by tensor-parallel degree; missing degrees use 1.
+            memory: the same for every degree; None: KV is unlimited.
 
         Raises:
             ValueError: a time is negative, a speed-up is not positive, or `tps` is empty.
@@ -282,10 +281,10 @@ class LatencyModel:
         return self.engines[tp]
 
     def _unknown(self, tp: int) -> ValueError:
-        return ValueError(f"latency model {self.name} knows tensor-parallel degrees {list(self.tps)}, not {tp}")
+        return ValueError(f"latency model {self.name} covers tensor-parallel degrees {list(self.tps)}, not {tp}")
 
 
 HOST_STEP_S = 0.001
-"""Assumed where no run tells: in `bench/fidelity` vLLM's engine core and server take 0.08 and 0.05 of a core during decode steps of 6 to
-13 ms, which is 0.8 to 1.7 ms a step with up to 8 sequences. The lower end, because asynchronous scheduling hides a part of it on a GPU.
-vLLM before it (0.5, its issue 6854) left the GPU idle for 4 to 13 ms a step."""
+"""Host seconds per step assumed without a recorded run. In `bench/fidelity` vLLM's engine core and server use 0.08 and 0.05 of a core
+during decode steps of 6 to 13 ms, which is 0.8 to 1.7 ms per step with up to 8 sequences. This is the lower end, because asynchronous
+scheduling hides part of it on a GPU. vLLM 0.5, without asynchronous scheduling, left the GPU idle for 4 to 13 ms per step (issue 6854)."""

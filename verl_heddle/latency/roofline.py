@@ -1,22 +1,23 @@
-"""Step times of any model on any GPU, from what a step reads, computes and sends: for pairs without a table.
+"""Roofline step times for any model on any GPU, for pairs without a table, from what a step reads, computes and sends.
 
 Law, on each GPU of a group of `tp`:
 
     step = matrices + cache + all-reduce + launches
-    matrices: the larger of bytes read over bandwidth and operations over FLOPS, for attention, dense MLPs, shared experts, routed experts
-        and output head apart. Of `E` experts, `k` a token, `n` tokens read `E * (1 - (1 - k / E)^n)` on average: each token's are taken as
-        drawn at random.
-    cache: the larger of KV bytes read, `min(context, window)` tokens a layer, over bandwidth, and attention's operations over FLOPS
-    all-reduce: two a layer where tp > 1, each a fixed time and `2 (tp - 1) / tp` of the hidden states over the link. Without NVLink all
-        GPUs share the host's PCIe, and the bytes take `(tp / 2) ^ shared` times as long.
-    launches: a fixed time per layer, and one more per layer with experts
+    matrices: the larger of bytes read over bandwidth and operations over FLOPS, computed separately for attention, dense MLPs, shared
+        experts, routed experts and the output head. Of `E` experts with `k` per token, `n` tokens read `E * (1 - (1 - k / E)^n)` on
+        average, treating each token's experts as drawn at random.
+    cache: the larger of KV bytes read, `min(context, window)` tokens per layer, over bandwidth, and attention's operations over FLOPS
+    all-reduce: two per layer if tp > 1, each a fixed time plus `2 (tp - 1) / tp` of the hidden states over the link. Without NVLink all
+        GPUs share the host's PCIe, and the transfer takes `(tp / 2) ^ shared` times as long.
+    launches: a fixed time per layer, plus another per layer with experts
 
-A prefill is a step of `new` tokens, each of which attends to what is cached and to half of its fellows. fp8 weights compute in fp8 where
-the GPU has it, other quantised weights in bf16. `Factors` are the shares of the published numbers that kernels get, and the fixed times.
+A prefill is a step of `new` tokens, each of which attends to the cached tokens and to half of the new ones. fp8 weights compute in fp8 if
+the GPU supports it, other quantised weights in bf16. `Factors` holds the share of the published numbers that kernels achieve, and the
+fixed times.
 
-They are fitted once, to some of the shipped tables (`bench/latency_export/roofline.py --fit`); `docs/models.md` tells the error against
-every table, `HELD_OUT` that against those that were not fitted to. Times are non-decreasing in all arguments.
-Not in it: host work, expert and pipeline parallelism, several nodes, speculative decoding. Source: derived here (issue 21).
+The factors are fitted once, to some of the shipped tables (`bench/latency_export/roofline.py --fit`); `docs/models.md` gives the error
+against every table, `HELD_OUT` the error against the tables left out of the fit. Times are non-decreasing in all arguments.
+Not modelled: host work, expert and pipeline parallelism, multiple nodes, speculative decoding. Source: derived here (issue 21).
 """
 
 from __future__ import annotations
@@ -34,25 +35,25 @@ from verl_heddle.latency.surface import Surface
 Array = NDArray[np.float64]
 
 TPS = (1, 2, 4, 8)
-"""Degrees within one node."""
+"""Tensor-parallel degrees within one node."""
 
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """What kernels get of the published numbers, and fixed times in seconds."""
+    """Share of the published numbers that kernels achieve, and fixed times in seconds."""
 
     memory: float
     """Share of the bandwidth, for weights and KV."""
     compute: float
-    """Share of the FLOPS of attention's and dense matrices."""
+    """Share of the FLOPS in attention and dense matrices."""
     experts: float
-    """The same of routed experts: groups of few tokens."""
+    """Share of the FLOPS in routed experts, which process small groups of tokens."""
     attention: float
-    """The same of attention over the cache."""
+    """Share of the FLOPS in attention over the cache."""
     link: float
     """Share of the link's bandwidth in an all-reduce."""
     shared: float
-    """Exponent by which PCIe slows down with the GPUs that share it."""
+    """Exponent of PCIe's slowdown in the number of GPUs that share it."""
     all_reduce_s: float
     layer_s: float
     expert_layer_s: float
@@ -61,29 +62,29 @@ class Factors:
 FACTORS = Factors(
     memory=0.77, compute=0.72, experts=0.30, attention=0.60, link=0.38, shared=1.36, all_reduce_s=10e-6, layer_s=29e-6, expert_layer_s=17e-6
 )
-"""As fitted, two digits."""
+"""Fitted values, rounded to two digits."""
 
 HELD_OUT = {
     "dense models": {"decode step": (0.08, 0.17), "prefill": (0.10, 0.25)},
     "experts": {"decode step": (0.10, 0.25), "prefill": (0.21, 0.39)},
 }
-"""Median and 90th percentile of the relative error against tables that the factors were not fitted to."""
+"""Median and 90th percentile of the relative error against tables left out of the fit."""
 
 BATCHES = tuple(sorted({*range(1, 17), *(round(2 ** (i / 4)) for i in range(16, 37))}))
 CONTEXTS = tuple(round(2 ** (i / 2)) for i in range(14, 35))
 NEW = tuple(sorted({round(2 ** (i / 4)) for i in range(69)}))
 CACHED = (0, *(round(2 ** (i / 2)) for i in range(14, 35)))
-"""Lines of the surfaces: the law is smooth but for the kinks of `max` and of a window, so a few per octave lose less than 1 %."""
+"""Grid lines of the surfaces. The law is smooth except for kinks at `max` and the window, so a few lines per octave lose less than 1 %."""
 
 
 def roofline(gpu: Gpu, shape: Shape, factors: Factors = FACTORS) -> LatencyModel:
-    """The latency model of `shape` on `gpu`, at each degree that its heads can be split to."""
+    """The latency model of `shape` on `gpu`, at every degree that `Shape.splits` allows."""
     engines = {tp: _engine(gpu, shape, tp, factors) for tp in TPS if shape.splits(tp)}
     return LatencyModel(f"{shape.name} on {gpu.name}", engines, "roofline")
 
 
 def memory(gpu: Gpu, shape: Shape, tp: int) -> Memory:
-    """What one of `tp` GPUs holds."""
+    """Memory of one of `tp` GPUs."""
     return Memory(gpu.memory_bytes, shape.weight_bytes(tp), shape.kv_bytes_per_token(tp), shape.overhead_bytes(tp))
 
 
@@ -122,7 +123,7 @@ def prefill_s(gpu: Gpu, shape: Shape, tp: int, new: Array, cached: Array, factor
 
 
 def _matrices_s(gpu: Gpu, shape: Shape, tp: int, tokens: Array, heads: Array, factors: Factors) -> Array:
-    """Everything but attention over the cache; the output head is asked for `heads` of the tokens."""
+    """Seconds of everything except attention over the cache; the output head runs on `heads` of the tokens."""
     bandwidth, flops = factors.memory * gpu.bandwidth, factors.compute * (gpu.fp8 if shape.fp8_compute else gpu.bf16)
 
     def seconds(values: float, size: float, used: Array, share: Array | float = 1.0, rate: float = flops) -> Array:
@@ -150,7 +151,7 @@ def _matrices_s(gpu: Gpu, shape: Shape, tp: int, tokens: Array, heads: Array, fa
 
 
 def _kv_bytes(shape: Shape, tp: int, context: Array) -> Array:
-    """KV bytes of one sequence that a step reads on one GPU."""
+    """KV bytes per sequence that a step reads on one GPU."""
     return shape.kv_layer_bytes(tp) * _seen(shape, context)
 
 
@@ -165,15 +166,15 @@ def _pairs(shape: Shape, new: Array, cached: Array) -> Array:
     all_pairs = new * (cached + new / 2)
     if not shape.window_layers:
         return shape.layers * all_pairs
-    # While the context is shorter than the window a new token sees all of it, afterwards the window.
+    # A new token sees the whole context while that is shorter than the window, and the window afterwards.
     within = np.clip(shape.window - cached, 0, new)
     near = within * (cached + within / 2) + (new - within) * shape.window
     return (shape.layers - shape.window_layers) * all_pairs + shape.window_layers * near
 
 
 def _attention_width(shape: Shape, tp: int, prefill: bool = False) -> float:
-    """Multiply-adds for one pair of tokens on one GPU: scores and values of all its heads. A decode step with latent attention works in the
-    latent, a prefill in the heads' own width."""
+    """Multiply-adds per pair of tokens on one GPU: scores and values of all its heads. With latent attention, decode works in the latent
+    and prefill in the heads' own width."""
     heads = shape.heads / tp
     if not shape.latent:
         return 2 * heads * shape.head_dim

@@ -1,13 +1,13 @@
-"""What a model weighs and reads, from its Hugging Face config.json: parameters, weight bytes and KV bytes per GPU.
+"""Model sizes from a Hugging Face config.json: parameters, and weight and KV bytes per GPU.
 
-Read are dense models and mixtures of experts (routed and shared), grouped and multi-head latent attention (DeepSeek), sliding windows,
-tied embeddings, and `quantization_config` (fp8, mxfp4, nvfp4, int4/int8, compressed-tensors). A multimodal config is read at its
-`text_config`: the language model alone. Layers for speculative decoding (`num_nextn_predict_layers`) are not counted, as an engine does
-not load them. Biases are not counted (0.03 % at most).
+Supported: dense models and mixtures of experts (routed and shared), grouped and multi-head latent attention (DeepSeek), sliding windows,
+tied embeddings, and `quantization_config` (fp8, mxfp4, nvfp4, int4/int8, compressed-tensors). For a multimodal config only `text_config`,
+the language model, is read. Speculative-decoding layers (`num_nextn_predict_layers`) are not counted, because engines do not load them.
+Biases are not counted (at most 0.03 %).
 
-What is not modelled is refused rather than guessed: state-space and linear-attention layers, sparse (indexed) attention, layers of
-different widths. Source: the config classes of transformers; parameter counts are checked against published ones in
-`tests/unit/test_latency_shape.py`.
+Unsupported architectures are rejected, not guessed: state-space and linear-attention layers, sparse (indexed) attention, layers of
+different widths. Source: the config classes of transformers; `tests/unit/test_latency_shape.py` checks parameter counts against published
+ones.
 """
 
 from __future__ import annotations
@@ -25,19 +25,20 @@ from verl_heddle.latency.gpus import GIB
 from verl_heddle.latency.shipped import plain
 
 KV_CONTEXT = 8192
-"""Tokens of context at which bytes per token are told where sliding layers bound them: a window's KV is spread over so many tokens."""
+"""Context length at which `kv_bytes_per_token` is computed for models with sliding windows: a window's KV is averaged over this many
+tokens."""
 
 BYTES = {"bf16": 2.0, "fp8": 1.0}
-"""Bytes of a value, of the precisions that can be asked for."""
+"""Bytes per value of the precisions that `in_precision` accepts."""
 
 STEP_TOKENS = 8192
-"""Tokens of one engine step that activations are sized for: vLLM's `max_num_batched_tokens` as verl sets it."""
+"""Tokens per engine step that activations are sized for: vLLM's `max_num_batched_tokens` as verl sets it."""
 
 RESERVED_BYTES, COMMUNICATION_BYTES = int(3.5 * GIB), int(0.38 * GIB)
-"""CUDA context and graphs; buffers of a tensor-parallel group. AIConfigurator 0.12.0's, "for safer deployment"."""
+"""CUDA context and graphs; buffers of a tensor-parallel group. AIConfigurator 0.12.0's values, "for safer deployment"."""
 
 ACTIVATIONS, EXPERT_ACTIVATIONS = 11, 44
-"""Hidden states of a full step that are alive at once, in bf16: AIConfigurator 0.12.0's number at tp=1, of dense models and of experts."""
+"""bf16 hidden states of a full step that are live at once: AIConfigurator 0.12.0's numbers at tp=1 for dense models and for experts."""
 
 REFUSED = {
     "index_topk": "sparse attention",
@@ -50,12 +51,12 @@ REFUSED = {
     "block_configs": "layers of different widths",
     "global_head_dim": "layers of different widths",
 }
-"""Fields of models whose cost this reading would get wrong, and why."""
+"""Config fields of unsupported architectures, whose cost would be computed wrongly, and what each indicates."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's sizes. Widths in values, precisions in bytes a value; `config` is what it was read from."""
+    """A model's sizes: widths in values, precisions in bytes per value. `config` is the source it was read from."""
 
     name: str
     hidden: int
@@ -67,21 +68,21 @@ class Shape:
     head_dim: int
     dense_layers: int
     dense_width: int
-    """Of the MLP in layers without experts."""
+    """MLP width in layers without experts."""
     experts: int = 0
     top_k: int = 0
     expert_width: int = 0
     shared_width: int = 0
-    """Of all shared experts of a layer together."""
+    """Total width of a layer's shared experts."""
     latent: int = 0
-    """Multi-head latent attention: values cached per token and layer (latent and rotary); 0: keys and values of heads."""
+    """Values cached per token and layer (latent and rotary) with multi-head latent attention; 0: keys and values per head."""
     rope_dim: int = 0
     query_rank: int = 0
     nope_dim: int = 0
     value_dim: int = 0
     window: int = 0
     window_layers: int = 0
-    """Layers that attend to the last `window` tokens only."""
+    """Layers that attend only to the last `window` tokens."""
     attention_bytes: float = 2.0
     mlp_bytes: float = 2.0
     expert_bytes: float = 2.0
@@ -91,7 +92,7 @@ class Shape:
     weights: str = "bf16"
     """Name of the weights' precision."""
     block: int = 0
-    """Width of a block that shares a quantisation scale; a GPU's part of an MLP must be a multiple. 0: none."""
+    """Width of a block that shares a quantisation scale; a GPU's slice of an MLP must be a multiple of it. 0: none."""
     config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -104,19 +105,19 @@ class Shape:
         return self.layers - self.dense_layers
 
     def splits(self, tp: int) -> bool:
-        """Whether vLLM can split the model over `tp` GPUs: heads, and blocks of quantised weights, must divide."""
+        """Whether vLLM can split the model over `tp` GPUs: heads and quantisation blocks must divide evenly."""
         if self.heads % tp or (self.kv_heads % tp and tp % self.kv_heads):
             return False
         return not self.block or all(width % (tp * self.block) == 0 for width in (self.expert_width, self.dense_width) if width)
 
     @property
     def parameters(self) -> int:
-        """All, without biases and layers for speculative decoding."""
+        """Total parameters, without biases and speculative-decoding layers."""
         return round(self._parameters(self.experts))
 
     @property
     def active_parameters(self) -> int:
-        """Those that one token uses; of tied embeddings the one table, of others both."""
+        """Parameters used per token. Counts both embedding tables, or the single tied one."""
         return round(self._parameters(self.top_k))
 
     def _parameters(self, experts: float) -> float:
@@ -127,7 +128,7 @@ class Shape:
         return tables + self.layers * per_layer + self.dense_layers * 3 * self.hidden * self.dense_width + moe + self.hidden
 
     def attention_values(self, tp: int) -> tuple[float, float]:
-        """Attention weights of one layer on one of `tp` GPUs: those that are split, and those that are copied or belong to KV heads."""
+        """Attention weights of one layer on one of `tp` GPUs: (split, replicated or belonging to KV heads)."""
         if self.latent:
             rank = self.latent - self.rope_dim
             query = self.heads * (self.nope_dim + self.rope_dim)
@@ -139,11 +140,11 @@ class Shape:
         return split, 2.0 * self.hidden * self.kv_heads_per_gpu(tp) * self.head_dim
 
     def kv_heads_per_gpu(self, tp: int) -> int:
-        """vLLM copies a head where there are more GPUs than heads."""
+        """KV heads on each GPU; vLLM replicates heads if there are more GPUs than heads."""
         return max(1, self.kv_heads // tp)
 
     def weight_bytes(self, tp: int) -> int:
-        """Weight bytes on one of `tp` GPUs: tables, attention and MLPs are split; norms, routers and what KV heads share are copied."""
+        """Weight bytes on one of `tp` GPUs. Embeddings, attention and MLPs are split; norms, routers and shared KV heads are replicated."""
         tables = 2.0 * self.vocab * self.hidden * (1 if self.tied else 2) / tp
         attention = self.attention_bytes * sum(self.attention_values(tp))
         dense = self.mlp_bytes * 3 * self.hidden * self.dense_width / tp
@@ -154,23 +155,23 @@ class Shape:
         return round(tables + layers + 2.0 * self.hidden)
 
     def kv_layer_bytes(self, tp: int) -> float:
-        """Bytes that one token takes in the cache of one layer on one of `tp` GPUs; a latent is copied to all."""
+        """KV bytes per token and layer on one of `tp` GPUs; a latent is replicated on all of them."""
         return self.kv_value_bytes * (self.latent or 2 * self.kv_heads_per_gpu(tp) * self.head_dim)
 
     def kv_bytes_per_token(self, tp: int) -> int:
-        """Bytes of one token in the KV cache of one of `tp` GPUs, of a sequence of `KV_CONTEXT` tokens where layers slide."""
+        """KV bytes per token on one of `tp` GPUs; with sliding windows, the average over a sequence of `KV_CONTEXT` tokens."""
         kept = min(1.0, self.window / KV_CONTEXT)
         return round(self.kv_layer_bytes(tp) * (self.layers - self.window_layers * (1 - kept)))
 
     def overhead_bytes(self, tp: int) -> int:
-        """Memory of a GPU that is neither weights nor KV cache."""
+        """GPU memory used for neither weights nor KV cache."""
         alive = EXPERT_ACTIVATIONS if self.experts else ACTIVATIONS
         return RESERVED_BYTES + (COMMUNICATION_BYTES if tp > 1 else 0) + alive * 2 * STEP_TOKENS * self.hidden
 
     def in_precision(self, weights: str | None = None, kv: str | None = None) -> Shape:
-        """The model with all its matrices, or its KV cache, in "bf16" or "fp8"; None: as it is.
+        """A copy with all matrices, or the KV cache, in "bf16" or "fp8"; None leaves them unchanged.
 
-        Embeddings, output head, norms and routers stay bf16, as engines keep them.
+        Embeddings, output head, norms and routers stay bf16, as in the engines.
         """
         shape = self
         if weights is not None and weights != self.weights:
@@ -184,7 +185,7 @@ class Shape:
 
 @cache
 def known() -> dict[str, Shape]:
-    """Models known by name, from `verl_heddle/data/models.json`."""
+    """Shapes of the models in `verl_heddle/data/models.json`, by name."""
     return {name: read_shape(entry["config"], name) for name, entry in _models().items()}
 
 
@@ -195,12 +196,12 @@ def _models() -> dict[str, Any]:
 
 
 def shape_of(model: str) -> Shape:
-    """The shape of a known model, of a config.json, or of a folder that has one.
+    """The shape of a known model, a config.json, or a folder that contains one.
 
-    A path wins where it exists; otherwise its last part is looked up among the known names: "Qwen/Qwen3-8B", "qwen3-8b".
+    An existing path takes precedence; otherwise its last part is looked up among the known names: "Qwen/Qwen3-8B", "qwen3-8b".
 
     Raises:
-        ValueError: unknown, or the config lacks a field; one line.
+        ValueError: unknown model, or an unusable config; one line.
     """
     path = Path(model)
     file = path / "config.json" if path.is_dir() else path
@@ -210,7 +211,7 @@ def shape_of(model: str) -> Shape:
         except ValueError as error:
             raise ValueError(f"{file} is not JSON: {error}") from None
         if not isinstance(config, dict):
-            raise ValueError(f"{file} is not a model's config: no JSON object")
+            raise ValueError(f"{file} is not a model config: no JSON object")
         return read_shape(config, _name(file.absolute().parent), str(file))
     wanted = plain(re.split(r"[/\\]", model.rstrip("/\\"))[-1])
     for name, entry in _models().items():
@@ -219,20 +220,20 @@ def shape_of(model: str) -> Shape:
     if path.is_dir() or model.endswith(".json"):
         raise ValueError(f"no config.json at {model}")
     raise ValueError(
-        f"unknown model {model!r}. Known by name: {', '.join(_models())}; for another give its config.json or a folder with one"
+        f"unknown model {model!r}. Known by name: {', '.join(_models())}; for any other, pass its config.json or a folder containing one"
     )
 
 
 def _name(folder: Path) -> str:
-    """A model's name by its folder; of a snapshot in the hub's cache (models--owner--name/snapshots/revision) the model's."""
+    """The folder's name, or the model's name for a snapshot in the hub cache (models--owner--name/snapshots/revision)."""
     return folder.parent.parent.name.rsplit("--", 1)[-1] if folder.parent.name == "snapshots" else folder.name
 
 
 def read_shape(config: Mapping[str, Any], name: str, where: str = "") -> Shape:
-    """The shape that a Hugging Face config describes.
+    """Parse a Hugging Face config.
 
     Raises:
-        ValueError: a field is missing, or the model has parts that are not modelled; one line that names the field.
+        ValueError: a field is missing, or the model has unsupported parts; one line that names the field.
     """
     where = where or f"config of {name}"
     outer, text = config, config.get("text_config")
@@ -240,7 +241,7 @@ def read_shape(config: Mapping[str, Any], name: str, where: str = "") -> Shape:
         config = {**text, **{key: outer[key] for key in ("quantization_config",) if key in outer}}
     for key, why in REFUSED.items():
         if config.get(key) is not None:
-            raise ValueError(f"{where}: {key} says {why}, which is not modelled")
+            raise ValueError(f"{where}: {key} indicates {why}, which is not modelled")
 
     def number(*keys: str, default: int | None = None) -> int:
         for key in keys:
@@ -289,27 +290,27 @@ def read_shape(config: Mapping[str, Any], name: str, where: str = "") -> Shape:
 
 
 def _expert_layers(config: Mapping[str, Any], layers: int) -> int:
-    """How many layers have experts: all but the first `first_k_dense_replace`, the named ones, and those between every n-th."""
+    """Number of layers with experts: every n-th one, except the first `first_k_dense_replace` and those in `mlp_only_layers`."""
     every = int(config.get("decoder_sparse_step") or config.get("interleave_moe_layer_step") or config.get("moe_layer_freq") or 1)
     first, named = int(config.get("first_k_dense_replace") or 0), set(config.get("mlp_only_layers") or ())
     return sum(index >= first and index not in named and (index + 1) % every == 0 for index in range(layers))
 
 
 def _windows(config: Mapping[str, Any], layers: int, where: str) -> dict[str, Any]:
-    """Window and how many layers slide: as `layer_types` says, else by the family's pattern."""
+    """Window size and number of sliding layers, from `layer_types` or else the model family's pattern."""
     kinds = config.get("layer_types")
     window = config.get("sliding_window") or config.get("attention_chunk_size") or 0
     if kinds:
-        odd = sorted(set(kinds) - {"full_attention", "sliding_attention", "chunked_attention"})
-        if odd:
-            raise ValueError(f"{where}: layer_types has {odd[0]}, which is not modelled")
+        unsupported = sorted(set(kinds) - {"full_attention", "sliding_attention", "chunked_attention"})
+        if unsupported:
+            raise ValueError(f"{where}: layer_types has {unsupported[0]}, which is not modelled")
         sliding = sum(kind != "full_attention" for kind in kinds[:layers])
         if sliding and not window:
-            raise ValueError(f"{where} lacks sliding_window, and layer_types has sliding_attention")
+            raise ValueError(f"{where} lacks sliding_window, but layer_types has sliding_attention")
         return {"window": int(window), "window_layers": sliding} if sliding else {}
     family = str(config.get("model_type"))
-    asked = config.get("use_sliding_window", not family.startswith("qwen"))  # Qwen's default is off, with a window in the config
-    if not window or not asked:
+    enabled = config.get("use_sliding_window", not family.startswith("qwen"))  # off by default for Qwen, whose configs still set a window
+    if not window or not enabled:
         return {}
     if family.startswith("qwen"):
         return {"window": int(window), "window_layers": max(0, layers - int(config.get("max_window_layers") or 0))}
@@ -318,7 +319,7 @@ def _windows(config: Mapping[str, Any], layers: int, where: str) -> dict[str, An
 
 
 def _quantised(shape: Shape, quantised: Any, where: str) -> Shape:
-    """The shape with the precisions of a `quantization_config`."""
+    """Apply the precisions of a `quantization_config`."""
     if not isinstance(quantised, Mapping):
         return shape
     method = str(quantised.get("quant_method") or quantised.get("quant_algo") or "").lower()
@@ -331,10 +332,10 @@ def _quantised(shape: Shape, quantised: Any, where: str) -> Shape:
     if bits is None and method == "bitsandbytes":
         bits = 4 if quantised.get("load_in_4bit") else 8
     if not isinstance(bits, int | float) or not 1 <= bits <= 16:
-        raise ValueError(f"{where}: quantization_config lacks the bits of a weight (quant_method {method or 'missing'})")
+        raise ValueError(f"{where}: quantization_config does not give the bits per weight (quant_method {method or 'missing'})")
     fp8 = fp8 or (stored.get("type") == "float" and bits == 8)
     name = "fp8" if fp8 else "mxfp4" if method == "mxfp4" else "nvfp4" if "fp4" in method + algorithm else f"int{int(bits)}"
-    # A scale of 8 bits for each 32 (mxfp4) or 16 values (nvfp4), of 16 bits for each 128 of an integer, next to nothing for fp8.
+    # Scales: 8 bits per 32 values (mxfp4) or 16 values (nvfp4), 16 bits per 128 values (integers), negligible for fp8.
     size = bits / 8 + {"mxfp4": 1 / 32, "nvfp4": 1 / 16, "int4": 1 / 64}.get(name, 0.0)
     kept = " ".join(map(str, quantised.get("modules_to_not_convert") or quantised.get("ignore") or quantised.get("ignored_layers") or ()))
     block = quantised.get("weight_block_size")

@@ -1,4 +1,4 @@
-"""The first shipped table: `load(gpu, model)` and `available()`. Of further models and GPUs: `verl_heddle.latency.times`.
+"""The first shipped latency table: `load(gpu, model)` and `available()`. `verl_heddle.latency.times` adds further models and GPUs.
 
 Source: AIConfigurator's measured op tables, exported by `bench/latency_export/export.py`; see `verl_heddle/data/README.md` for the
 version, the licence and the measured interpolation error. bf16 weights and KV, vLLM, one replica within one node.
@@ -23,7 +23,7 @@ TABLE = "data/latency.json.gz"
 
 
 def available() -> dict[str, tuple[str, ...]]:
-    """Names `load` knows: models by GPU."""
+    """Names accepted by `load`: models by GPU."""
     table = _table()
     return {gpu: tuple(table["models"]) for gpu in table["gpus"]}
 
@@ -32,12 +32,12 @@ def load(gpu: str, model: str) -> LatencyModel:
     """The shipped latency model of `model` on `gpu`.
 
     Args:
-        gpu: "H100", "h200_sxm", or what torch calls it ("NVIDIA H200"); case does not matter.
-        model: "Qwen3-8B", "qwen3-8b", "Qwen/Qwen3-8B", or a local path that ends so; also fine-tunes of the same shape that the table
-            lists.
+        gpu: "H100", "h200_sxm", or torch's device name ("NVIDIA H200"), in any case.
+        model: "Qwen3-8B", "qwen3-8b", "Qwen/Qwen3-8B", or a local path ending in the name; also fine-tunes of the same shape that the
+            table lists as aliases.
 
     Raises:
-        ValueError: unknown GPU or model; the message lists what exists.
+        ValueError: unknown GPU or model; the message lists the known ones.
     """
     table = _table()
     gpu_name = _find(gpu, table["gpus"], "GPU")
@@ -67,7 +67,7 @@ def _load(gpu: str, model: str) -> LatencyModel:
 
 
 def surface(axes: list[list[float]], rows_ms: list[list[float]]) -> Surface:
-    """Of a table's two axes and its times in milliseconds."""
+    """The surface over a table's two axes, from times in milliseconds."""
     rows = np.asarray(rows_ms, dtype=np.float64) / 1000.0
     return Surface(tuple(map(float, axes[0])), tuple(map(float, axes[1])), tuple(tuple(row) for row in rows.tolist()))
 
@@ -79,12 +79,12 @@ def _find(name: str, entries: dict[str, Any], kind: str) -> str:
             return key
     exists = "; ".join(f"{gpu}: {', '.join(models)}" for gpu, models in available().items())
     raise ValueError(
-        f"no latency table for {kind} {name!r}. There is {exists}. For others record a run and use verl_heddle.latency.calibrate."
+        f"no latency table for {kind} {name!r}. Tables exist for {exists}. For others, record a run and use verl_heddle.latency.calibrate."
     )
 
 
 def plain(name: str) -> str:
-    """Letters and digits only, lower case: "H200 SXM", "h200_sxm" and "h200-sxm" are one name."""
+    """Lower-case letters and digits only, so that "H200 SXM", "h200_sxm" and "h200-sxm" compare equal."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 

@@ -1,12 +1,12 @@
-"""A monotone surface over two axes: bilinear between grid points, fast for one point, vectorised for arrays.
+"""A monotone surface over two axes: bilinear between grid points, fast for single points, vectorised for arrays.
 
 Law: inside a cell the value is `a + b*x + c*y + d*x*y`, fixed by the cell's four corners. A decode step that costs
-`base + per_seq * batch + per_context * batch * context` has exactly this form, so linear (not logarithmic) axes lose nothing where the
-hardware follows a roofline, and the grid has to be fine only where it does not.
+`base + per_seq * batch + per_context * batch * context` has exactly this form, so linear (not logarithmic) axes are exact where the
+hardware follows a roofline, and the grid needs to be fine only elsewhere.
 Invariants: continuous; non-decreasing in x and in y, because the corner values are (checked on construction).
-Outside the grid: below the first line the value of the first line; beyond the last line linear with the slope of the last octave,
-made non-decreasing across the other axis, up to `REACH` times the last line; constant after that.
-Cost: two binary searches, 0.5 to 1 microseconds; arrays 0.1 to 0.4 microseconds a point.
+Outside the grid: below the first line, the value at the first line; beyond the last line, linear with the slope of the last octave, made
+non-decreasing across the other axis, up to `REACH` times the last line; constant after that.
+Cost: two binary searches, 0.5 to 1 microseconds; arrays take 0.1 to 0.4 microseconds per point.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 REACH = 64.0
-"""How far beyond its last grid line a surface goes on linearly: 32k sequences, 8M tokens of context. Past that a number would mean
-nothing."""
+"""Linear extrapolation ends at this multiple of the last grid line: 32k sequences, 8M tokens of context. Beyond that the result would be
+meaningless."""
 
 _PLAIN = (int, float)
-"""The exact types that take the scalar path; numpy scalars and everything else go through `np.asarray`."""
+"""Types that take the scalar path; everything else, numpy scalars included, goes through `np.asarray`."""
 
 
 def monotone_fit(values: ArrayLike) -> NDArray[np.float64]:
-    """The non-decreasing array, along both axes, with the smallest largest relative distance to `values`.
+    """The array that is non-decreasing along both axes and minimises the largest relative distance to `values`.
 
     It is the geometric mean of the smallest non-decreasing array above `values` and the largest one below it (isotonic regression in the
-    maximum norm of the logarithm). Measured tables dip a few percent where a library changes kernels; a planner must not see a larger batch
-    as faster. Where `values` is monotone already it comes back unchanged.
+    maximum norm of the logarithm). Measured tables dip a few percent where a library switches kernels, but a planner must not see a larger
+    batch as faster. Monotone input is returned unchanged.
 
     Args:
         values: shape [x, y], positive or zero.
@@ -41,12 +41,12 @@ def monotone_fit(values: ArrayLike) -> NDArray[np.float64]:
     above = np.maximum.accumulate(np.maximum.accumulate(array, axis=0), axis=1)
     below = np.minimum.accumulate(np.minimum.accumulate(array[::-1, ::-1], axis=0), axis=1)[::-1, ::-1]
     middle = np.where(above == below, array, np.sqrt(above) * np.sqrt(below))
-    return np.maximum.accumulate(np.maximum.accumulate(middle, axis=0), axis=1)  # rounding of the root may have lost an order by one bit
+    return np.maximum.accumulate(np.maximum.accumulate(middle, axis=0), axis=1)  # rounding of the root can break the order by one bit
 
 
 @dataclass(frozen=True, slots=True)
 class Surface:
-    """Values on a grid and everything between them.
+    """Values on a grid, with interpolation and extrapolation.
 
     `xs` and `ys` are increasing grid lines (at least two each), `values` has shape [len(xs)][len(ys)], finite and non-decreasing along
     both.
@@ -73,7 +73,7 @@ class Surface:
 
     @classmethod
     def fitted(cls, xs: Sequence[float], ys: Sequence[float], values: ArrayLike) -> Surface:
-        """A surface through measured values, made monotone by `monotone_fit` first. Shapes and errors as in the constructor."""
+        """A surface through measured values after `monotone_fit`. Shapes and errors as in the constructor."""
         fit = monotone_fit(values)
         return cls(tuple(map(float, xs)), tuple(map(float, ys)), tuple(tuple(row) for row in fit.tolist()))
 
@@ -85,7 +85,7 @@ class Surface:
     def __call__(self, x: float | NDArray[Any], y: NDArray[Any]) -> NDArray[np.float64]: ...
 
     def __call__(self, x: float | NDArray[Any], y: float | NDArray[Any]) -> float | NDArray[np.float64]:
-        """Value at (x, y): a float for two numbers, else an array of the broadcast shape."""
+        """Value at (x, y): a float for two scalars, otherwise an array of the broadcast shape."""
         if type(x) in _PLAIN and type(y) in _PLAIN:
             return self._at(x, y)  # type: ignore[arg-type]
         return self._at_many(np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64))
@@ -121,7 +121,7 @@ class Surface:
 def _check(xs: NDArray[np.float64], ys: NDArray[np.float64], values: NDArray[np.float64]) -> None:
     if xs.ndim != 1 or ys.ndim != 1 or min(len(xs), len(ys)) < 2 or values.shape != (len(xs), len(ys)):
         raise ValueError(
-            f"a surface needs two or more lines per axis and values [x, y]; got axes {xs.shape}, {ys.shape}, values {values.shape}"
+            f"a surface needs two or more grid lines per axis and values [x, y]; got axes {xs.shape}, {ys.shape}, values {values.shape}"
         )
     if np.any(np.diff(xs) <= 0) or np.any(np.diff(ys) <= 0):
         raise ValueError("the grid lines of a surface must increase")
@@ -132,9 +132,9 @@ def _check(xs: NDArray[np.float64], ys: NDArray[np.float64], values: NDArray[np.
 
 
 def _extended(xs: NDArray[np.float64], ys: NDArray[np.float64], values: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
-    """Append the far line of both axes, so that extrapolation is interpolation in one more cell.
+    """Append a far line to both axes, so that extrapolation is interpolation in one more cell.
 
-    The slope is that of the last octave: the last cell alone may be a narrow one, put where a kernel takes a step up.
+    The slope is that of the last octave, because the last cell may be narrow and sit where a kernel steps up.
     """
     for axis in (0, 1):
         lines = (xs, ys)[axis]
@@ -151,7 +151,7 @@ def _extended(xs: NDArray[np.float64], ys: NDArray[np.float64], values: NDArray[
 
 
 def _cell_coefficients(xs: NDArray[np.float64], ys: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Per cell (a, b, c, d) of `a + b*x + c*y + d*x*y`, shape [x - 1, y - 1, 4]."""
+    """Coefficients (a, b, c, d) per cell of `a + b*x + c*y + d*x*y`, shape [x - 1, y - 1, 4]."""
     x0, x1 = xs[:-1, None], xs[1:, None]
     y0, y1 = ys[None, :-1], ys[None, 1:]
     v00, v01, v10, v11 = values[:-1, :-1], values[:-1, 1:], values[1:, :-1], values[1:, 1:]

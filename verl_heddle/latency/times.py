@@ -1,11 +1,11 @@
-"""Step times of a model on a GPU, from the best source there is, and what to say of it: a table, a roofline, or the user's own engines.
+"""Step times of a model on a GPU from the best available source: a recorded run, a shipped table, or a roofline, with a description of it.
 
-Order: `calibrated` where the user has a recorded run; the shipped table of that GPU and shape (a fine-tune has its base model's) in the
-precision it was made for; otherwise the roofline, with the error that it has against tables that it was not fitted to.
+Order: `calibrated` if the user has a recorded run; otherwise the shipped table of that GPU and shape (a fine-tune uses its base model's)
+in the precision it was made for; otherwise the roofline, with its error against tables left out of its fit.
 
-Shipped tables of further models and GPUs: one file per GPU beside the first table, made by `bench/latency_export/further.py`.
-
-Same source and meaning as `verl_heddle.latency.shipped`; sizes are those of `verl_heddle.latency.shape`, so that a file holds times alone.
+This module also loads the tables of further models and GPUs (`tables`, `table`): one file per GPU beside the first table, made by
+`bench/latency_export/further.py`, with the same source and meaning as `verl_heddle.latency.shipped`. Sizes come from
+`verl_heddle.latency.shape`, so a file holds only times.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from verl_heddle.trajectory import Trajectory
 
 
 def tables() -> dict[str, tuple[str, ...]]:
-    """Models that have a table, by GPU; the GPU's first ones are those of `shipped.available`."""
+    """Models with a table, by GPU; those of `shipped.available` come first."""
     first = shipped.available()
     return {gpu: (*first.get(gpu, ()), *_document(gpu).get("times_ms", ())) for gpu in GPUS}
 
 
 def table(gpu: str, model: str) -> LatencyModel | None:
-    """The shipped table of a model on a GPU of the catalogue, both by their exact names; None where there is none."""
+    """The shipped table of a model on a catalogue GPU, both by exact name; None if there is none."""
     if model in shipped.available().get(gpu, ()):
         return shipped.load(gpu, model)
     return _load(gpu, model) if model in _document(gpu).get("times_ms", ()) else None
@@ -56,7 +56,7 @@ def _load(gpu: str, model: str) -> LatencyModel:
 
 @cache
 def _document(gpu: str) -> dict[str, Any]:
-    """The file of a GPU; empty where there is none."""
+    """The table file of a GPU; empty if there is none."""
     path = files("verl_heddle").joinpath(f"data/latency_{gpu.lower()}.json.gz")
     if not path.is_file():
         return {}
@@ -69,9 +69,9 @@ TABLE, ROOFLINE, CALIBRATED = "table", "roofline", "calibrated"
 
 @dataclass(frozen=True)
 class Times:
-    """A latency model, which `kind` of source it has, and the model and GPU asked about.
+    """A latency model, the `kind` of its source, and the requested model and GPU.
 
-    `fits`: of a calibration, how well each recorded degree's engine explains its turns. `file`: which run that was.
+    A calibration also has `fits`, how well each recorded degree's engine explains its turns, and `file`, the run it was fitted to.
     """
 
     latency: LatencyModel
@@ -82,15 +82,14 @@ class Times:
     file: str | None = None
 
     def told(self, source: str) -> str:
-        """`source` of the latency model, which says what it is unless it is a table. Of a table also whose it is, where the model has
-        another name."""
+        """Describe the source for reports. Marks a table as such, and names its model if that differs from the requested one."""
         if self.kind != TABLE:
             return source
-        other = self.latency.name.rsplit(" on ", 1)[0]
-        return f"table{'' if other == self.shape.name else f' of {other}, whose shape {self.shape.name} has'}, {source}"
+        owner = self.latency.name.rsplit(" on ", 1)[0]
+        return f"table{'' if owner == self.shape.name else f' of {owner}, which has the same shape as {self.shape.name}'}, {source}"
 
     def document(self) -> dict[str, Any]:
-        """As JSON: `kind`; `errors` by what they are of, each with `median` and `p90`; of a calibration `turns` and `file`."""
+        """As JSON: `kind`; `errors` by quantity, each with `median` and `p90`; for a calibration also `turns` and `file`."""
         if self.kind == CALIBRATED:
             errors = {f"turns at tp={tp}": {"median": fit.median_error, "p90": fit.p90_error} for tp, fit in self.fits}
             return {"kind": self.kind, "errors": errors, "turns": sum(fit.turns for _, fit in self.fits), "file": self.file}
@@ -99,12 +98,12 @@ class Times:
 
 
 def times(gpu: str, model: str, weights: str | None = None, kv: str | None = None) -> Times:
-    """The times of `model` on `gpu`.
+    """Times of `model` on `gpu`, from its table or else the roofline.
 
     Args:
-        gpu: as `gpu_of` takes it.
-        model: as `shape_of` takes it: a known name, a config.json, a folder with one.
-        weights, kv: "bf16" or "fp8"; None: as the model's config says.
+        gpu: as accepted by `gpu_of`.
+        model: as accepted by `shape_of`: a known name, a config.json, or a folder containing one.
+        weights, kv: "bf16" or "fp8"; None: the precision in the model's config.
 
     Raises:
         ValueError: unknown, unreadable or not modelled; one line.
@@ -117,7 +116,7 @@ def times(gpu: str, model: str, weights: str | None = None, kv: str | None = Non
     precision = "" if (shape.weights, shape.kv) == ("bf16", "bf16") else f" ({shape.weights} weights, {shape.kv} KV)"
     made = roofline(place, shape)
     errors = ", ".join(f"{100 * low:.0f} % in {kind}s (p90 {100 * high:.0f} %)" for kind, (low, high) in _held_out(shape))
-    source = f"{made.source}, not measured; against tables of {_kind(shape)} that it was not fitted to it is off by {errors}"
+    source = f"{made.source}, not measured; its error against held-out tables of {_kind(shape)} is {errors}"
     return Times(replace(made, name=f"{shape.name}{precision} on {place.name}", source=source), ROOFLINE, shape, place)
 
 
@@ -126,13 +125,13 @@ def _kind(shape: Shape) -> str:
 
 
 def _held_out(shape: Shape) -> list[tuple[str, tuple[float, float]]]:
-    """The roofline's error for such a model: what, and its median and 90th percentile."""
+    """The roofline's error for this kind of model: (quantity, (median, 90th percentile))."""
     return list(HELD_OUT[_kind(shape)].items())
 
 
 @dataclass(frozen=True, slots=True)
 class Scaled:
-    """Seconds of another engine, times a factor."""
+    """An engine's seconds multiplied by a factor."""
 
     seconds: Callable[[Any, Any], Any]
     factor: float
@@ -142,29 +141,29 @@ class Scaled:
 
 
 def calibrated(base: Times, records: Iterable[Trajectory], file: str, tp: int | None = None) -> Times:
-    """`base` with the engines of a recorded run, at the degrees recorded; the others are the base's with host time, times one factor.
+    """`base` with engines fitted to a recorded run at the recorded degrees; other degrees are the base's with host time, times one factor.
 
-    The factor is the median, over the batches and contexts that the run saw, of recorded over base decode time.
+    The factor is the median ratio of recorded to base decode time over the batches and contexts in the run.
 
     Args:
-        records: live trajectories, as `verl_heddle.latency.calibrate` takes them.
-        file: told as where the times come from.
-        tp: degree of trajectories that do not say.
+        records: live trajectories, as accepted by `verl_heddle.latency.calibrate`.
+        file: name of the run in descriptions and errors.
+        tp: degree of trajectories that do not record one.
 
     Raises:
-        ValueError: a trajectory's degree is not known, or there are too few turns; one line.
+        ValueError: a trajectory's degree is unknown, or there are too few turns; one line.
     """
     by_tp: dict[int, list[Trajectory]] = defaultdict(list)
     for item in records:
         degree = item.meta.get("tp") or tp
         if degree is None:
-            raise ValueError(f"{file} does not say the tensor-parallel degree of its engines: give --tp")
+            raise ValueError(f"{file} does not record the tensor-parallel degree of its engines: pass --tp")
         by_tp[int(degree)].append(item)
     host = base.latency.with_host(HOST_STEP_S, "assumed")
     engines, factors = {}, []
     for degree, items in sorted(by_tp.items()):
         if degree not in host.engines:
-            raise ValueError(f"{file} has engines of tp={degree}, {base.latency.name} knows {', '.join(map(str, base.latency.tps))}")
+            raise ValueError(f"{file} has engines at tp={degree}; {base.latency.name} covers only {', '.join(map(str, base.latency.tps))}")
         try:
             fitted = calibrate(items, degree).engines[degree]
         except ValueError as error:
@@ -172,7 +171,7 @@ def calibrated(base: Times, records: Iterable[Trajectory], file: str, tp: int | 
         engines[degree] = replace(host.engines[degree], decode=fitted.decode, prefill=fitted.prefill, fit=fitted.fit, host_s=0.0)
         factors.append(_factor(fitted, host.engines[degree]))
     if not engines:
-        raise ValueError(f"{file} holds no training trajectory to calibrate on")
+        raise ValueError(f"{file} has no training trajectories to calibrate on")
     factor = float(np.median(factors))
     others = {
         degree: replace(engine, decode=Scaled(engine.decode, factor), prefill=Scaled(engine.prefill, factor), host_s=factor * engine.host_s)
@@ -181,17 +180,17 @@ def calibrated(base: Times, records: Iterable[Trajectory], file: str, tp: int | 
     }
     fits = tuple((degree, engine.fit) for degree, engine in engines.items() if engine.fit is not None)
     source = "; ".join(
-        f"calibrated on {fit.turns:,} turns of {file} at tp={degree}, off by {100 * fit.median_error:.0f} % in the median "
-        f"({100 * fit.p90_error:.0f} % at p90)"
+        f"calibrated on {fit.turns:,} turns of {file} at tp={degree}, median error {100 * fit.median_error:.0f} % "
+        f"(p90 {100 * fit.p90_error:.0f} %)"
         for degree, fit in fits
     )
     if others:
-        source += f"; tp={', '.join(map(str, sorted(others)))}: the {base.kind} with host time, times {factor:.2f}"
+        source += f"; tp={', '.join(map(str, sorted(others)))}: the {base.kind} with host time, scaled by {factor:.2f}"
     return replace(base, latency=replace(base.latency, engines={**engines, **others}, source=source), kind=CALIBRATED, fits=fits, file=file)
 
 
 def _factor(fitted: Engine, base: Engine) -> float:
-    """Median of one's decode time over the other's, over what the run saw: batches to its largest, contexts to its longest."""
+    """Median ratio of fitted to base decode time, over batches up to the run's largest and contexts up to its longest."""
     assert fitted.fit is not None
     batch = np.geomspace(1.0, max(2.0, fitted.fit.max_batch), 8)[:, None]
     context = np.linspace(0.25, 1.0, 4) * max(128.0, fitted.fit.max_context)
@@ -199,7 +198,7 @@ def _factor(fitted: Engine, base: Engine) -> float:
 
 
 def would_fit(asked: Times, gpus: int, utilization: float) -> str:
-    """What to change so that some degree within a node holds the model, one change or two; says so where nothing known does."""
+    """Suggest one or two changes after which some degree within a node holds the model, or report that no known GPU does."""
 
     def holds(gpu: Gpu, shape: Shape, share: float, count: int = gpus) -> bool:
         degrees = [tp for tp in TPS if count % tp == 0 and shape.splits(tp)]
@@ -207,7 +206,7 @@ def would_fit(asked: Times, gpus: int, utilization: float) -> str:
 
     smaller = asked.shape.in_precision("fp8") if asked.shape.weights == "bf16" else None
     most = 0.9
-    share = next((one for one in (0.6, 0.7, 0.8, most) if one > utilization and holds(asked.gpu, asked.shape, one)), None)
+    share = next((value for value in (0.6, 0.7, 0.8, most) if value > utilization and holds(asked.gpu, asked.shape, value)), None)
     ways = [] if share is None else [f"raise --gpu-memory-utilization to {share:g}"]
     if smaller is not None and holds(asked.gpu, smaller, utilization):
         ways.append("--weights fp8")
@@ -219,4 +218,4 @@ def would_fit(asked: Times, gpus: int, utilization: float) -> str:
         ways.append(f"--gpu {' or '.join(others)} with --gpu-memory-utilization {most:g}")
     if not ways and holds(asked.gpu, asked.shape, most, max(TPS)):
         ways.append(f"--gpus {max(TPS)} with --gpu-memory-utilization {most:g}")
-    return "; or ".join(ways) or "no GPU known here holds it within a node, and replicas over several nodes are not modelled"
+    return "; or ".join(ways) or "no known GPU holds it within a node, and multi-node replicas are not modelled"

@@ -1,0 +1,1 @@
+"""Tensor-parallel layouts: feasibility, price, and the planner that chooses one between steps."""

@@ -1,11 +1,11 @@
-"""Which layouts can be at all: sums, nodes, attention heads, memory. Asked before anything starts.
+"""Feasibility of layouts, checked before anything starts: GPU counts, node boundaries, attention heads and memory.
 
-Law: replica i of a layout takes the next `layout[i]` GPUs in the order of their ranks, and must lie within one node: tensor parallelism
-over a network between nodes costs more than it brings, and neither vLLM's executor here nor the tables know it. Degrees divide the
-attention heads, and divide the KV heads or are divided by them (vLLM replicates KV heads beyond their number, whole times only).
-`packed` fills node after node with the largest degree that fits the rest of the node; for degrees that divide one another, powers of two
-for one, that finds an order whenever there is one (first fit decreasing on divisible sizes: Coffman, Garey, Johnson 1987). For others it
-goes back and tries the next smaller one, remembering what has failed. Cost: O(replicas) for powers of two.
+Law: replica i of a layout takes the next `layout[i]` GPUs in rank order and must lie within one node: tensor parallelism across nodes costs
+more than it gains, and neither vLLM's executor here nor the latency tables support it. A degree must divide the attention heads, and must
+divide the KV heads or be a multiple of them (vLLM replicates KV heads only a whole number of times).
+`packed` fills one node after another with the largest degree that fits the rest of the node. If the degrees divide one another, as powers
+of two do, this finds an order whenever one exists (first fit decreasing on divisible sizes: Coffman, Garey, Johnson 1987). For other
+degrees it backtracks to the next smaller one and remembers failed states. Cost: O(replicas) for powers of two.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from verl_heddle.latency.model import DEFAULT_UTILIZATION, LatencyModel
 
 
 def problems(layout: Sequence[int], gpus: int, gpus_per_node: int, heads: int | None = None, kv_heads: int | None = None) -> list[str]:
-    """Why this layout cannot be, in plain sentences; none: it can.
+    """Reasons why this layout is infeasible, one plain sentence each; empty if it is feasible.
 
     Args:
         layout: tensor-parallel degrees in the order in which replicas take GPUs.
-        heads, kv_heads: of the model; None: not known, not looked at.
+        heads, kv_heads: the model's head counts; None: unknown, not checked.
     """
     shown = list(layout)
     if not shown:
-        return [f"the layout is empty: name tensor-parallel degrees that sum to the {gpus} GPUs"]
+        return [f"the layout is empty: list tensor-parallel degrees that sum to the {gpus} GPUs"]
     if below := sorted({tp for tp in shown if tp < 1}):
-        return [f"the layout {shown} has the degree {below[0]}: every degree is 1 or more"]
+        return [f"the layout {shown} has degree {below[0]}: every degree must be 1 or more"]
     found = []
     if sum(shown) != gpus:
         found.append(f"the layout {shown} takes {sum(shown)} GPUs, there are {gpus}: the degrees must sum to the GPUs")
@@ -40,8 +40,8 @@ def problems(layout: Sequence[int], gpus: int, gpus_per_node: int, heads: int | 
             found.append(f"tp={tp} neither divides the model's {kv_heads} KV heads nor is divided by them")
     if not found and (crossing := _crossing(shown, gpus_per_node)) is not None:
         order = _order(shown, gpus_per_node)
-        mend = f"in this order it packs: {list(order)}" if order else "it packs in no order"
-        found.append(f"replica {crossing} (tp={shown[crossing]}) of the layout {shown} lies across nodes of {gpus_per_node} GPUs; {mend}")
+        remedy = f"this order packs: {list(order)}" if order else "no order packs"
+        found.append(f"replica {crossing} (tp={shown[crossing]}) of the layout {shown} spans two nodes of {gpus_per_node} GPUs; {remedy}")
     return found
 
 
@@ -52,7 +52,7 @@ def degrees(
     latency: LatencyModel | None = None,
     gpu_memory_utilization: float = DEFAULT_UTILIZATION,
 ) -> tuple[int, ...]:
-    """Degrees a planner may use, ascending: powers of two within a node that divide the heads and, with `latency`, hold the model."""
+    """Degrees a planner may use, ascending: powers of two within a node that divide the heads and, given `latency`, hold the model."""
     powers = (1 << power for power in range(max(0, gpus_per_node).bit_length()))
     return tuple(
         tp
@@ -64,19 +64,19 @@ def degrees(
 
 
 def packed(layout: Sequence[int], gpus_per_node: int) -> tuple[int, ...]:
-    """The same degrees in an order in which no replica lies across nodes, large ones first.
+    """The same degrees, larger ones first where possible, in an order in which no replica spans two nodes.
 
     Raises:
-        ValueError: there is no such order.
+        ValueError: no such order exists.
     """
     order = _order(layout, gpus_per_node)
     if order is None:
-        raise ValueError(f"the layout {list(layout)} packs into nodes of {gpus_per_node} GPUs in no order")
+        raise ValueError(f"no order of the layout {list(layout)} packs into nodes of {gpus_per_node} GPUs")
     return order
 
 
 def _crossing(layout: Sequence[int], gpus_per_node: int) -> int | None:
-    """The first replica across nodes."""
+    """Index of the first replica that spans two nodes."""
     used = 0
     for number, tp in enumerate(layout):
         if used // gpus_per_node != (used + tp - 1) // gpus_per_node:
@@ -86,12 +86,12 @@ def _crossing(layout: Sequence[int], gpus_per_node: int) -> int | None:
 
 
 def _order(layout: Sequence[int], gpus_per_node: int) -> tuple[int, ...] | None:
-    """By search with a stack; what is left to place says how full the node is, so a failure is remembered by it."""
+    """Backtracking search on an explicit stack. Failed states are keyed by the remaining degrees, which determine how full the node is."""
     sizes = sorted(set(layout), reverse=True)
     left = Counter(layout)
     order: list[int] = []
     tried = [0]
-    """Per place of `order`, and the next one: sizes from this one on have not been tried there."""
+    """Per position of `order` plus the next one: index of the first size not yet tried there."""
     failed: set[tuple[int, ...]] = set()
     used = 0
     while len(order) < len(layout):
@@ -101,7 +101,7 @@ def _order(layout: Sequence[int], gpus_per_node: int) -> tuple[int, ...] | None:
             size = sizes[number]
             if left[size] and size <= room:
                 left[size] -= 1
-                if tuple(left[one] for one in sizes) not in failed:
+                if tuple(left[other] for other in sizes) not in failed:
                     break
                 left[size] += 1
         else:

@@ -1,12 +1,12 @@
-"""What a layout is worth for the trajectories of a coming step: the expected makespan of its fleet.
+"""Price of a layout: the expected makespan of its fleet on the trajectories of the next step.
 
-Law: on a layout trajectories are placed evenly, which is what stock's rule makes of a batch, or by `place.robust`, whichever is expected to
-take less; with mixed degrees an even split makes no sense and is not looked at. A fleet takes the mean of its slowest replica, not the
-slowest mean (`place.outlook`), so a layout that isolates trajectories of unknown length is not paid for it; where lengths are known, both
-are the same, and curves, which cannot show that, would make them differ. An even split of n on r
-replicas gives each of them 1/r of all curves.
-Invariant: the price depends on the degrees of a layout, not on their order. Source: own.
-Cost: a `robust.plan` for a layout, O(replicas * (len(GRID) + TIMES)) besides.
+Law: trajectories are placed evenly, as stock's rule places a batch, or by `place.robust`, whichever is expected to be faster. An even split
+makes no sense with mixed degrees and is not considered there. A fleet is priced at the expected finish of its slowest replica, not at the
+slowest expected finish (`place.outlook`), so a layout gets no credit for isolating trajectories of unknown length. With known lengths the
+two are equal, but curves cannot represent that and would make them differ, so the placement's own forecast is used. An even split of n
+trajectories over r replicas gives each replica 1/r of all curves.
+Invariant: the price depends on the degrees of a layout, not on their order. Source: derived here.
+Cost: one `robust.plan` per layout plus O(replicas * (len(GRID) + TIMES)).
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from verl_heddle.place.robust import Ranked, RobustPlan, plan, ranked
 
 @dataclass(frozen=True)
 class Coming:
-    """n trajectories that are about to start."""
+    """n trajectories about to start."""
 
     medians: Floats
     """Predicted tokens, [n]."""
     rows: Floats
-    """`outlook.curves` of them, [n, 2, len(GRID)]."""
+    """Their `outlook.curves`, [n, 2, len(GRID)]."""
     known: bool = False
-    """Lengths are known as well as curves can show."""
+    """Lengths are known to within the resolution of the curves."""
 
     @cached_property
     def ranks(self) -> Ranked:
-        """In the order from which groups are cut."""
+        """The trajectories in the order from which groups are cut."""
         return ranked(self.medians, self.rows)
 
     @cached_property
@@ -51,12 +51,12 @@ class Coming:
         return self.ranks.sums[-1]
 
     def plan(self, tempos: Mapping[int, Tempo], *, gpus: int | None = None, layout: Sequence[int] = ()) -> RobustPlan:
-        """`robust.plan` for these."""
+        """`robust.plan` for these trajectories."""
         return plan(self.medians, self.rows, tempos, gpus=gpus, layout=layout, ranks=self.ranks)
 
 
 def coming(medians: ArrayLike, scales: ArrayLike, at_most: ArrayLike = inf) -> Coming:
-    """From predicted tokens, scales of their logarithms, and the most that each may generate; the last two broadcast.
+    """Build from predicted tokens, scales of their logarithms, and each trajectory's token limit; the last two broadcast.
 
     Raises:
         ValueError: a median or a scale is negative or not finite.
@@ -69,7 +69,7 @@ def coming(medians: ArrayLike, scales: ArrayLike, at_most: ArrayLike = inf) -> C
 
 
 class Site(NamedTuple):
-    """The GPUs, and what a replica on them is."""
+    """The GPUs, and the configuration of a replica on them."""
 
     latency: LatencyModel
     gpus: int
@@ -79,23 +79,23 @@ class Site(NamedTuple):
     utilization: float = 0.5
     """vLLM `gpu_memory_utilization`; verl's default."""
     kv_tokens: Mapping[int, int | None] | None = None
-    """By degree, as running engines say; what is missing is estimated."""
+    """By degree, as reported by running engines; missing degrees are estimated."""
     heads: int | None = None
     kv_heads: int | None = None
     longest_context: int = 0
-    """Tokens a replica must hold for one trajectory, or it is not used."""
+    """Tokens that a replica's KV must hold for its degree to be used."""
 
     def held(self, tp: int) -> int | None:
-        """KV tokens of a replica; None: not limiting."""
+        """KV tokens of a replica; None: unlimited."""
         known = self.kv_tokens or {}
         return known[tp] if tp in known else self.latency.kv_tokens(tp, self.utilization)
 
     def degrees(self) -> tuple[int, ...]:
-        """Degrees that may be used: they hold the model and the longest context, and any mix of them packs into the nodes."""
+        """Usable degrees: they hold the model and the longest context, and any mix of them packs into the nodes."""
         node = min(self.gpus_per_node, self.gpus)
         able = degrees(node, self.heads, self.kv_heads, self.latency, self.utilization)
-        whole = self.gpus > self.gpus_per_node
-        return tuple(tp for tp in able if not (whole and node % tp) and ((held := self.held(tp)) is None or held >= self.longest_context))
+        several = self.gpus > self.gpus_per_node
+        return tuple(tp for tp in able if not (several and node % tp) and ((held := self.held(tp)) is None or held >= self.longest_context))
 
     def tempo(self, tp: int, most: int, habit: Habit) -> Tempo:
         """Seconds per token of a replica of this degree with up to `most` trajectories."""
@@ -103,7 +103,7 @@ class Site(NamedTuple):
 
 
 class Priced(NamedTuple):
-    """A layout, what it takes, and the groups if they are not an even split."""
+    """A layout, its expected makespan, and its groups unless split evenly."""
 
     layout: tuple[int, ...]
     seconds: float
@@ -117,7 +117,7 @@ def even_s(step: Coming, tp: int, replicas: int, tempos: Mapping[int, Tempo]) ->
 
 
 def grouped_s(step: Coming, found: RobustPlan, tempos: Mapping[int, Tempo]) -> float:
-    """Expected makespan of these groups."""
+    """Expected makespan of the plan's groups."""
     if step.known:
         return found.forecast_s
     parts = []
@@ -129,7 +129,7 @@ def grouped_s(step: Coming, found: RobustPlan, tempos: Mapping[int, Tempo]) -> f
 
 
 def priced(step: Coming, layout: Sequence[int], tempos: Mapping[int, Tempo]) -> Priced:
-    """The price of a layout, placed as well as can be.
+    """The price of a layout with the better of the two placements.
 
     Raises:
         ValueError: no trajectories, or a degree without times.
@@ -144,17 +144,17 @@ def priced(step: Coming, layout: Sequence[int], tempos: Mapping[int, Tempo]) -> 
 
 
 def free(step: Coming, gpus: int, tempos: Mapping[int, Tempo]) -> Priced:
-    """The best layout by `place.robust`."""
+    """The best layout of any degrees, by `place.robust`."""
     found = step.plan(tempos, gpus=gpus)
     return Priced(found.layout, grouped_s(step, found, tempos), found.groups)
 
 
 def _makespan(parts: Sequence[tuple[Floats, int, int]], tempos: Mapping[int, Tempo]) -> float:
-    """`parts`: sums of curves of replicas of one degree, [replicas, 2, len(GRID)], the degree, and how many of each there are."""
-    known = [(*laws(sums, tempos[tp]), times) for sums, tp, times in parts]
-    at = clock(max(float(late_s(reached, ended).max()) for reached, ended, _ in known))
+    """`parts`: (summed curves of replicas of one degree, [replicas, 2, len(GRID)]; the degree; multiplicity of each replica)."""
+    replicas = [(*laws(sums, tempos[tp]), times) for sums, tp, times in parts]
+    at = clock(max(float(late_s(reached, ended).max()) for reached, ended, _ in replicas))
     total = np.zeros(len(at))
-    for reached, ended, times in known:
-        for one, other in zip(reached, ended, strict=True):
-            total += times * log_ended(at, one, other)
+    for reached, ended, times in replicas:
+        for replica_reached, replica_ended in zip(reached, ended, strict=True):
+            total += times * log_ended(at, replica_reached, replica_ended)
     return float(-np.expm1(total).sum() * at[1])

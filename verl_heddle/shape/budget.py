@@ -1,42 +1,40 @@
-"""How many samples each prompt of a step gets.
+"""Sample budgets: how many samples each prompt of a step gets, and the length statistics (`Spreads`) that the budget is based on.
 
-Law. Per prompt p and m samples, c_p(m) is a cost that falls with m. The allocation of a budget minimises sum_p c_p(m_p) with n <= m_p <=
-bound: give one sample after the other to the prompt whose cost it lowers most. For convex c_p this greedy is optimal (an exchange
-argument; the test compares with brute force), and every prefix of its path is optimal for its own total, so one path serves all budgets.
-Two costs:
+Allocation. Per prompt p and m samples, c_p(m) is a cost that falls with m. Allocating a budget minimises sum_p c_p(m_p) with n <= m_p <=
+bound: samples go one at a time to the prompt whose cost falls most. For convex c_p this greedy is optimal (an exchange argument; the test
+compares with brute force), and every prefix of its path is optimal for its own total, so one path serves all budgets. Two costs:
 
-    tail     c_p(m) = E[(X_p - t)+], X_p the tokens with which p has its n-th sample of m, t where one group is expected to go on with the
-             largest budget. For any t, t + sum_p E[(X_p - t)+] >= E[max_p X_p]: what the step waits for is bounded by what is minimised.
+    tail     c_p(m) = E[(X_p - t)+], X_p the tokens at which p has its n-th of m samples, t those at which one group is expected to be live
+             with the largest budget. For any t, t + sum_p E[(X_p - t)+] >= E[max_p X_p]: the minimised sum bounds the step's wait.
     spread   c_p(m) = v_p / m, v_p the standard deviation of the prompt's tokens: DARTS section 4, algorithm 2 (without its
-             normalisation, which moves all v_p so that the least is near 0 and so depends on which prompts share a step)
+             normalisation, which shifts all v_p so that the least is near 0 and so depends on which prompts share a step)
 
-tail is convex only where groups mostly are over, so it is replaced by its greatest convex minorant, which it equals wherever greedy stops.
+tail is convex only where groups mostly are over, so it is replaced by its greatest convex minorant, which equals it wherever greedy stops.
 
-Total. Along the path with M samples, R replicas, B_M(x) the samples expected to live at x tokens, P_M(x) the chance that any group lives:
+Total. Along the path with M samples and R replicas, let B_M(x) be the expected live samples at x tokens and P_M(x) the chance that any
+group is live:
 
     F(M) = integral of P_M * tau(B_M / (R P_M))                    forecast of the step, the staircase of `place.outlook`
     E(M) = integral of (P_n - P_M) * tau(B_n / (R P_n))            seconds by which groups end sooner, at stock's load
     T(M) = F(M) - F(n) + E(M)                                      seconds that the extra load costs
     U(M) = E(M) - lambda * T(M)
 
-E and T are both in seconds of the same staircase, so lambda has a meaning: at 1, U is the forecast saving F(n) - F(M); above, work is
-dearer than its time (shared GPUs, energy, forecasts not trusted). The budget is the least M with `ENOUGH` of the largest U; where none is
-above `LEAST_GAIN` of the step, nothing is added. So redundancy is bought only with capacity that the tail leaves idle: a full fleet makes
-T large at once. DARTS gives U = E - lambda T with T the staircase, and neither E nor lambda; this E is what its variance stands for.
-Cost: O(prompts * bound * log).
+E and T are both seconds of the same staircase, so lambda has a meaning: at 1, U is the forecast saving F(n) - F(M); above 1, work costs
+more than its time (shared GPUs, energy, distrusted forecasts). The budget is the smallest M with `ENOUGH` of the largest U; if no U exceeds
+`LEAST_GAIN` of the step, nothing is added. So redundancy uses only capacity that the tail leaves idle: a full fleet makes T large at once.
+DARTS gives U = E - lambda T with T the staircase, but neither E nor lambda; this E is what its variance stands for.
 
-How long a prompt's samples are and how far apart, learnt from all that was seen of them: what the budget is cut by.
+Statistics. A visit of a prompt consists of all samples started for it: those that ended, and, as lower bounds, those that were stopped, cut
+or lost (`censored.fit`). Counting only the kept ones, as the authors' code does, would underestimate the prompt's length and spread after
+every step and so take its spare samples away. Stored per prompt, as exponential averages with weight `NEWEST` on the last visit (DARTS:
+0.3): the mean as a deviation from the pool's mean at the time, so that it survives the policy's drift, and the variance. Stored for the
+pool: running mean, variance within prompts, variance between prompts. An unseen prompt gets the pool's mean with the between-variance as
+its uncertainty; a known one gets the uncertainty that its visits leave.
 
-Law. One visit of a prompt is all samples started for it: those that ended, and as lower bounds those that were stopped, cut or lost
-(`censored.fit`). Counting only the kept ones, as the authors' code does, would teach after each step that the prompt is shorter and
-narrower than it is, and so take its spare samples away. Kept per prompt, as exponential averages with weight `NEWEST` of the last visit
-(DARTS: 0.3): the mean as a deviation from the pool's of that day, so that it survives the policy's drift, and the variance. Pool: running
-mean, variance within prompts, variance between prompts. A prompt never seen has the pool's mean, doubted by the variance between; a known
-one is doubted by what its visits leave open.
-
-Invariants: variances stay above `MIN_VARIANCE`; the order of prompts in a step does not matter but through the pool's average; at most
-`max_prompts` are kept, the least recently visited go first. Source: DARTS section 4 for the average; the rest is own.
-Cost: one fit per visit.
+Invariants: variances stay above `MIN_VARIANCE`; the order of prompts in a step matters only through the pool's average; at most
+`max_prompts` are kept, and the least recently visited are evicted first.
+Source: DARTS section 4 for allocation and average; the rest is ours.
+Cost: allocation O(prompts * bound * log); statistics one fit per visit.
 """
 
 from __future__ import annotations
@@ -57,27 +55,27 @@ from verl_heddle.shape.censored import Law, Prior, fit
 from verl_heddle.shape.outlook import deadline, tails
 
 NEWEST = 0.3
-"""Weight of a prompt's last visit, as in the authors' code."""
+"""Weight of a prompt's latest visit, as in the authors' code."""
 
 POOL_NEWEST = 1.0 / 256
-"""Weight of a visit in the pool: it forgets over one or two steps of a usual batch, and so follows the policy."""
+"""Weight of a visit in the pool. The pool forgets within one or two steps of a usual batch, so it follows the policy."""
 
 PRIOR = Prior(mean=6.9, variance=0.25, mean_weight=0.25, variance_weight=4.0)
-"""Before there is data: 1,000 tokens, and a spread within prompts of 0.5, which is between the open traces' 0.3 and 0.9. Four samples
-outweigh the variance, one the mean."""
+"""Before any data: 1,000 tokens, and a spread within prompts of 0.5, between the open traces' 0.3 and 0.9. Four samples outweigh the
+variance, one the mean."""
 
 PRIOR_BETWEEN = 0.5
-"""Variance between prompts before there is data: 70 % of the whole, as in the open traces."""
+"""Variance between prompts before any data: 70 % of the total, as in the open traces."""
 
 MIN_VARIANCE = 1e-3
-"""A spread of 3 %: nothing is known better, and nothing is divided by zero."""
+"""A spread of 3 %: lengths are never known more precisely, and no division by zero occurs."""
 
 MAX_PROMPTS = 200_000
-"""About 30 MB; larger data sets are seen once, so that a history would never be asked for."""
+"""About 30 MB. Larger data sets are seen only once, so their history would never be used."""
 
 
 class Record(NamedTuple):
-    """A prompt's past: deviation of its mean from the pool's, variance of its logs, samples behind both (as averaged)."""
+    """A prompt's history: deviation of its mean from the pool's, variance of its logs, averaged number of samples behind both."""
 
     deviation: float
     variance: float
@@ -85,7 +83,7 @@ class Record(NamedTuple):
 
 
 class Spreads:
-    """Statistics of all prompts; see the module."""
+    """Length statistics of all prompts (see the module)."""
 
     def __init__(self, max_prompts: int = MAX_PROMPTS) -> None:
         self._records: OrderedDict[str, Record] = OrderedDict()
@@ -101,11 +99,11 @@ class Spreads:
         return prompt in self._records
 
     def observe(self, prompt: str, samples: Iterable[tuple[int, bool]]) -> None:
-        """A visit is over: (tokens, censored) of every sample that was started. Samples that never generated say nothing."""
+        """Add a visit: (tokens, censored) of every sample started. Samples without tokens are ignored."""
         seen = [(tokens, censored) for tokens, censored in samples if tokens > 0]
         if not seen:
             return
-        weight = self._within / self._between if self._visits else PRIOR.mean_weight  # samples that the belief in its mean is worth
+        weight = self._within / self._between if self._visits else PRIOR.mean_weight  # weight of the prior mean, in samples
         mean, variance = fit(seen, Prior(self.law(prompt).mean, self._within, weight, PRIOR.variance_weight))
         self._pool(mean, variance, len(seen))
         before = self._records.pop(prompt, None)
@@ -117,7 +115,7 @@ class Spreads:
             self._records.popitem(last=False)
 
     def law(self, prompt: str) -> Law:
-        """What the prompt's next samples will be like."""
+        """Predicted law of the prompt's next samples."""
         record = self._records.get(prompt)
         if record is None:
             return Law(self._mean, sqrt(self._within), sqrt(self._between))
@@ -126,20 +124,20 @@ class Spreads:
 
     @property
     def visits(self) -> float:
-        """Visits seen so far, as far as the pool remembers them."""
+        """Visits seen so far, capped at the pool's memory."""
         return self._visits
 
     def state(self) -> dict[str, Any]:
-        """JSON values from which `restore` makes the same statistics."""
+        """JSON values from which `restore` rebuilds the statistics."""
         rows = [[name, *record] for name, record in self._records.items()]
         return {"visits": self._visits, "pool": [self._mean, self._within, self._between], "prompts": rows}
 
     @classmethod
     def restore(cls, state: dict[str, Any], max_prompts: int = MAX_PROMPTS) -> Spreads:
-        """Counterpart of `state`.
+        """Rebuild statistics from a `state`; at most the last `max_prompts` prompts are kept.
 
         Raises:
-            ValueError: not such a state.
+            ValueError: malformed state.
         """
         made = cls(max_prompts)
         try:
@@ -149,7 +147,7 @@ class Spreads:
                 deviation, variance, samples = _numbers(numbers, 3)
                 made._records[str(name)] = Record(deviation, max(variance, MIN_VARIANCE), max(samples, 0.0))
         except (KeyError, TypeError) as error:
-            raise ValueError(f"not the state of length statistics ({type(error).__name__}: {error})") from error
+            raise ValueError(f"not a length statistics state ({type(error).__name__}: {error})") from error
         made._within, made._between = max(made._within, MIN_VARIANCE), max(made._between, MIN_VARIANCE)
         return made
 
@@ -161,7 +159,7 @@ class Spreads:
         share, step = 1 / self._visits, mean - self._mean
         self._mean += share * step
         self._within = max(self._within + share * (variance - self._within), MIN_VARIANCE)
-        between = max(step * step - self._within / count, 0.0)  # less what the samples' own spread explains
+        between = max(step * step - self._within / count, 0.0)  # minus the part explained by the samples' own spread
         slow = 1 / (self._visits + PRIOR.variance_weight)
         self._between = max(self._between + slow * (between - self._between), MIN_VARIANCE)
 
@@ -174,32 +172,32 @@ def _numbers(values: Sequence[Any], count: int) -> list[float]:
 
 
 LOOKS = 24
-"""Budgets looked at, from none to the bound, closer at the small ones, which go to the prompts that matter."""
+"""Budgets evaluated, from none to the bound, denser among small ones, which go to the prompts that matter."""
 
 ENOUGH = 0.9
-"""Of the largest U: the least budget that reaches it is taken. U is flat around its maximum, and what is on the far side of the knee buys
-a forecast percent with a tenth more tokens and a stronger selection."""
+"""Share of the largest U; the smallest budget that reaches it is chosen. U is flat around its maximum: beyond the knee, one percent of
+forecast costs a tenth more tokens and stronger selection."""
 
 LEAST_GAIN = 0.05
-"""Of the step. Forecasts are good to a tenth, and every spare sample costs energy."""
+"""Share of the step that U must reach. Forecasts are accurate to a tenth, and every spare sample costs energy."""
 
 
 class Objective(StrEnum):
-    """What the allocation makes small; see the module."""
+    """Cost that the allocation minimises (see the module)."""
 
     TAIL = "tail"
     SPREAD = "spread"
 
 
 class Fleet(NamedTuple):
-    """Who decodes: seconds per token of a replica, and how many there are, by kind."""
+    """The replicas: seconds per token and count, by kind."""
 
     tempos: Sequence[Tempo]
     counts: Sequence[int]
 
 
 class Budget(NamedTuple):
-    """`spare[p]`: samples beyond n; `saved_s`, `cost_s`: E and T; `step_s`: F of the budget; `stock_s`: F without spares."""
+    """`spare[p]`: samples beyond n of prompt p; `saved_s`, `cost_s`: E and T; `step_s`: F of the budget; `stock_s`: F without spares."""
 
     spare: Ints
     saved_s: float
@@ -220,7 +218,7 @@ def costs(laws: Sequence[Law], rows: Floats, size: int, objective: Objective) ->
 
 
 def convex(values: Floats) -> Floats:
-    """Greatest convex function not above `values`, a sequence: its lower hull (Andrew's monotone chain)."""
+    """Greatest convex minorant of the sequence `values`: its lower hull (Andrew's monotone chain)."""
     hull: list[int] = []
     for at, value in enumerate(values):
         while len(hull) > 1 and (values[hull[-1]] - values[hull[-2]]) * (at - hull[-2]) >= (value - values[hull[-2]]) * (
@@ -233,7 +231,7 @@ def convex(values: Floats) -> Floats:
 
 
 def path(table: Floats) -> list[int]:
-    """Prompts in the order in which greedy gives them their spare samples, until all have all; ties to the lowest number.
+    """Prompts in the order in which greedy gives them spare samples, up to the bound of every prompt; ties go to the lowest number.
 
     Args:
         table: convex costs, [prompts, levels].
@@ -253,26 +251,26 @@ def path(table: Floats) -> list[int]:
 
 
 def allocate(table: Floats, spare: int) -> Ints:
-    """Spare samples per prompt that minimise the summed cost, [prompts]; `spare` in all, at most what the table has levels for."""
+    """Spare samples per prompt, [prompts], that minimise the summed cost; they total `spare`, capped by the table's levels."""
     found: Ints = np.bincount(path(table)[: max(0, spare)], minlength=len(table)).astype(np.intp)
     return found
 
 
 def forecast_s(rows: Floats, fleet: Fleet) -> float:
-    """F: expected seconds of a step whose groups have these rows, summed over prompts, [2, len(GRID)]; even split over the replicas."""
+    """F: expected seconds of a step, split evenly over the replicas. `rows`: summed over prompts, [2, len(GRID)]."""
     replicas = sum(fleet.counts)
     share = np.stack([rows[0] / replicas, rows[1]])
     return float(np.average([float(drain_s(share, tempo)) for tempo in fleet.tempos], weights=fleet.counts))
 
 
 def total(table: Floats, rows: Floats, fleet: Fleet, price: float = 1.0, most: int | None = None) -> Budget:
-    """The budget and its allocation. `rows`: `outlook.live` with patience 0; `price`: lambda; `most`: spare samples in all, None: no bound.
+    """The budget and its allocation. `rows`: `outlook.live` with patience 0; `price`: lambda; `most`: bound on all spare samples.
 
     Raises:
-        ValueError: lambda is below 0, or the fleet is empty.
+        ValueError: lambda is negative, or the fleet is empty.
     """
     if not price >= 0 or not fleet.tempos or len(fleet.tempos) != len(fleet.counts):
-        raise ValueError(f"need a price from 0 and a fleet, got {price} and {len(fleet.tempos)} kinds of replicas")
+        raise ValueError(f"need a non-negative price and a non-empty fleet, got {price} and {len(fleet.tempos)} kinds of replicas")
     prompts = len(rows)
     order = path(table)[:most]
     plain = rows[:, 0].sum(axis=0)
@@ -292,7 +290,7 @@ def total(table: Floats, rows: Floats, fleet: Fleet, price: float = 1.0, most: i
 
 
 def _sooner_s(plain: Floats, chosen: Floats, fleet: Fleet) -> float:
-    """E."""
+    """E: seconds by which groups end sooner, at stock's load."""
     before, after = (-np.expm1(np.minimum(rows[1], 0.0)) for rows in (plain, chosen))
     together = plain[0] / sum(fleet.counts) / np.maximum(before, SURE)
     tau = np.average([tempo.at(together) for tempo in fleet.tempos], axis=0, weights=fleet.counts)

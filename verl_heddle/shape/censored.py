@@ -1,11 +1,11 @@
-"""Mean and spread of log lengths when some samples are only known to be longer than they got.
+"""Mean and spread of log lengths when some samples are censored, that is, known only to be longer than observed.
 
-Law: log lengths of a prompt are normal. A sample that was stopped, cut or lost at c tokens says "longer than c". Expectation
-maximisation: replace its log by the conditional mean m + s h and its square by the conditional second moment, h the hazard of the
-standard normal at (ln c - m) / s, and take mean and variance again; `ROUNDS` times. The prior, worth `weight` samples, makes one sample
-enough and keeps the variance from 0. Without censoring this is the shrunken sample mean and variance.
-Invariants: a censored sample counts for more than its bound, and at least for the mean where nothing speaks against it. Source: Dempster,
-Laird and Rubin 1977, for a normal (as in tobit models). Cost: O(ROUNDS * samples), plain floats.
+Law: a prompt's log lengths are normal. A sample that was stopped, cut or lost at c tokens means "longer than c". Expectation maximisation:
+replace its log by the conditional mean m + s h and its square by the conditional second moment, with h the hazard of the standard normal at
+(ln c - m) / s, then recompute mean and variance; `ROUNDS` times. The prior, worth `weight` samples, makes one sample sufficient and keeps
+the variance above 0. Without censoring this is the shrunken sample mean and variance.
+Invariants: a censored sample counts for more than its bound, and at least for the mean if nothing contradicts it. Source: Dempster, Laird
+and Rubin 1977, for a normal (as in tobit models). Cost: O(ROUNDS * samples), plain floats.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from math import erfc, exp, log, pi, sqrt
 from typing import NamedTuple
 
 ROUNDS = 30
-"""Half of the samples censored: each round halves the distance to the fixed point, so 30 leave a billionth."""
+"""With half of the samples censored, each round halves the distance to the fixed point, so 30 rounds leave a billionth."""
 
 FAR = 6.0
-"""Standard deviations beyond which the normal hazard is taken from its expansion; erfc would run out of digits only at 37."""
+"""Standard deviations beyond which the normal hazard uses its asymptotic expansion; erfc would lose all digits only at 37."""
 
 
 class Law(NamedTuple):
-    """Log tokens of a prompt's samples: mean, standard deviation, and the standard deviation of what is not known of the mean."""
+    """Log tokens of a prompt's samples: mean, standard deviation, and the standard deviation of the mean's uncertainty."""
 
     mean: float
     spread: float
@@ -30,7 +30,7 @@ class Law(NamedTuple):
 
 
 class Prior(NamedTuple):
-    """What is believed before, worth so many samples of each moment."""
+    """Prior mean and variance, each with its weight in samples."""
 
     mean: float
     variance: float
@@ -39,10 +39,10 @@ class Prior(NamedTuple):
 
 
 def fit(samples: Iterable[tuple[float, bool]], prior: Prior) -> tuple[float, float]:
-    """Mean and variance of log tokens of (tokens, censored) samples.
+    """Mean and variance of log tokens from (tokens, censored) samples.
 
     Raises:
-        ValueError: nothing is known: no samples and a prior without weight.
+        ValueError: no samples and a prior without weight.
     """
     logs = [(log(max(tokens, 1.0)), censored) for tokens, censored in samples]
     ended = [value for value, censored in logs if not censored]
@@ -62,7 +62,7 @@ def fit(samples: Iterable[tuple[float, bool]], prior: Prior) -> tuple[float, flo
 
 
 def _beyond(bound: float, mean: float, spread: float) -> tuple[float, float]:
-    """Mean and variance of a normal given that it exceeds the bound."""
+    """Mean and variance of a normal variable conditioned on exceeding the bound."""
     if spread <= 0:
         return max(bound, mean), 0.0
     z = (bound - mean) / spread

@@ -1,28 +1,28 @@
-"""The groups under way: which of their samples are kept, stopped, dropped. Events in, verdicts out; pure; the caller serialises.
+"""Groups in flight: which of their samples are kept, stopped or dropped. Events in, verdicts out; pure; the caller serialises.
 
     groups = Groups(n)
     groups.opened(uid, prompt, share, keys)              a group starts; keys: `TrajectoryId.key` of all its samples, in order
-    verdict = groups.progress(key, tokens)               a sample has generated so many tokens (as often as is convenient; never needed)
-    verdict = groups.finished(key, tokens, fate, reward) a sample is over, by itself
-    groups.stopped(key, tokens)                          the engine is done with a sample that was to be stopped (its final tokens)
-    visits = groups.take()                               between steps: what happened, for `Shaper.step_ended`
+    verdict = groups.progress(key, tokens)               a sample has generated this many tokens (optional, at any frequency)
+    verdict = groups.finished(key, tokens, fate, reward) a sample has ended by itself
+    groups.stopped(key, tokens)                          the engine has finished stopping a sample; its final tokens
+    visits = groups.take()                               between steps: the outcomes, for `Shaper.step_ended`
 
-All samples of a group belong to one `Groups`, which may be one of many: in the cluster each worker has one, beside the tasks that it stops,
-so that no verdict waits for another process.
+All samples of a group belong to the same `Groups`. In the cluster each worker has its own, beside the tasks that it stops, so no verdict
+waits for another process.
 
-A `Verdict` says what has changed:
-    stop      samples that cannot be kept any more: abort them now, in engine and tools; told once each
-    limits    tokens at which a sample still running cannot be kept any more (changed ones only): whoever sees its tokens stops it there
-              and says so by `progress`, so that nobody has to stream tokens here. A multi-turn sample counts over all its turns
-    keep      samples that are certainly kept: their rows may be written; told once each, n per group in the end unless it is `short`
-    drop      samples that ended and are certainly not kept; told once each
-    closed    nobody of the group runs any more: keep and drop are complete
+A `Verdict` contains only changes:
+    stop      samples that can no longer be kept: abort them now, in engine and tools; each is listed once
+    limits    tokens at which a running sample can no longer be kept (changed limits only). The caller stops it there and reports that with
+              `progress`, so tokens need not be streamed here. A multi-turn sample counts over all its turns
+    keep      samples that are certainly kept, so their rows may be written; each is listed once, finally n per group unless it is `short`
+    drop      samples that ended and are certainly not kept; each is listed once
+    closed    no sample of the group is running: keep and drop are complete
 
-What the caller owes: `finished` with `Fate.VALID` only for a sample whose row can be written (its reward is in, or cannot fail), since
-others are stopped on the strength of it; `CUT` for one that a limit on tokens or turns ended, `USELESS` for a failure, a lost reward, an
-abort not asked for here. Validation is not told here. Unknown keys are ignored.
-Invariants: each key is told once in keep, drop or stop; at most n kept; n if n can be trained on; memory is the open groups and those not
-yet taken. Cost: O(m log m) per event.
+Caller's obligations: report `Fate.VALID` only for a sample whose row can be written (its reward has arrived or cannot fail), because other
+samples are stopped on the strength of it; `CUT` if a limit on tokens or turns ended the sample; `USELESS` for a failure, a lost reward, or
+an abort not requested here. Do not report validation samples. Unknown keys are ignored.
+Invariants: each key appears once in keep, drop or stop; at most n are kept, and exactly n if n can be trained on; memory holds the open
+groups and those not yet taken. Cost: O(m log m) per event.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from verl_heddle.shape.select import Fate, Group, Sample, Standing
 
 
 class Verdict(NamedTuple):
-    """See the module. Keys are `TrajectoryId.key`."""
+    """Changes caused by one event (see the module). Keys are `TrajectoryId.key`."""
 
     stop: tuple[str, ...] = ()
     limits: dict[str, int] = {}
@@ -52,8 +52,8 @@ NOTHING = Verdict()
 
 
 class Visit(NamedTuple):
-    """What became of a group. `seen`: (tokens, censored) of every sample started; `rows`: those that ended and can be trained on, none
-    if it was given up."""
+    """Outcome of a group. `seen`: (tokens, censored) of every sample started; `rows`: samples that ended and can be trained on, empty if
+    the group was abandoned."""
 
     uid: str
     prompt: str
@@ -65,7 +65,7 @@ class Visit(NamedTuple):
 
     @property
     def selected(self) -> bool:
-        """Spare samples were started."""
+        """Whether spare samples were started."""
         return self.share.samples > self.share.rule.size
 
 
@@ -76,13 +76,13 @@ class _Open:
     keys: Sequence[str]
     group: Group
     rewards: dict[int, float | None] = field(default_factory=dict)
-    told: set[int] = field(default_factory=set)
+    announced: set[int] = field(default_factory=set)
     limits: dict[int, int] = field(default_factory=dict)
     closed: bool = False
 
 
 class Groups:
-    """See the module. `size`: n, rows per prompt that the trainer gets."""
+    """Open groups (see the module). `size`: n, the rows per prompt that the trainer gets."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -90,84 +90,82 @@ class Groups:
         self._of: dict[str, tuple[_Open, int]] = {}
 
     def opened(self, uid: str, prompt: str, share: Share, keys: Sequence[str]) -> None:
-        """A group starts.
+        """Register a group that starts.
 
         Raises:
-            ValueError: not one key per sample, or a group that is open already.
+            ValueError: not one key per sample, or the group is already open.
         """
         if len(set(keys)) != share.samples or uid in self._open:
             raise ValueError(f"group {uid}: {len(keys)} keys for {share.samples} samples, or opened twice")
-        one = _Open(prompt, share, tuple(keys), Group(share.rule, share.samples))
-        self._open[uid] = one
-        self._of.update((key, (one, number)) for number, key in enumerate(keys))
+        entry = _Open(prompt, share, tuple(keys), Group(share.rule, share.samples))
+        self._open[uid] = entry
+        self._of.update((key, (entry, number)) for number, key in enumerate(keys))
 
     def progress(self, key: str, tokens: int) -> Verdict:
-        """A sample has generated so many tokens and goes on."""
-        one, number = self._of.get(key, (None, 0))
-        if one is None or one.closed or number not in one.group.running:
+        """A running sample has generated `tokens` tokens so far."""
+        entry, number = self._of.get(key, (None, 0))
+        if entry is None or entry.closed or number not in entry.group.running:
             return NOTHING
-        one.group.progress(number, tokens)
-        return self._verdict(one) if tokens >= one.group.stop_tokens(number) else NOTHING
+        entry.group.progress(number, tokens)
+        return self._verdict(entry) if tokens >= entry.group.stop_tokens(number) else NOTHING
 
     def finished(self, key: str, tokens: int, fate: Fate = Fate.VALID, reward: float | None = None) -> Verdict:
-        """A sample is over. Of one that was told to stop this is the same as `stopped`."""
-        one, number = self._of.get(key, (None, 0))
-        if one is None:
+        """A sample has ended. For a sample in an earlier `stop` this equals `stopped`."""
+        entry, number = self._of.get(key, (None, 0))
+        if entry is None:
             return NOTHING
-        if number not in one.group.running:
+        if number not in entry.group.running:
             self.stopped(key, tokens)
             return NOTHING
-        one.rewards[number] = reward
-        one.group.end(Sample(number, tokens, fate))
-        return self._verdict(one)
+        entry.rewards[number] = reward
+        entry.group.end(Sample(number, tokens, fate))
+        return self._verdict(entry)
 
     def stopped(self, key: str, tokens: int) -> None:
-        """How far a stopped sample got in the end, told before the group is taken; for the token account and the statistics."""
-        one, number = self._of.get(key, (None, 0))
-        if one is not None and number in one.group.stopped:
-            one.group.stopped[number] = max(tokens, one.group.stopped[number])
+        """Final tokens of a stopped sample, for the token account and the statistics. Call it before the group is taken."""
+        entry, number = self._of.get(key, (None, 0))
+        if entry is not None and number in entry.group.stopped:
+            entry.group.stopped[number] = max(tokens, entry.group.stopped[number])
 
     def take(self, forget: bool = True) -> list[Visit]:
-        """The groups that are over, forgotten here.
+        """Remove and return the closed groups.
 
-        `forget`: groups that are still open are given up, their runners counted as longer than they got; False: they go on.
+        `forget`: also abandon open groups, with their running samples censored at their current length; False: leave them open.
         """
-        over = {uid: one for uid, one in self._open.items() if forget or one.closed}
-        for uid, one in over.items():
+        over = {uid: entry for uid, entry in self._open.items() if forget or entry.closed}
+        for uid, entry in over.items():
             del self._open[uid]
-            for key in one.keys:
+            for key in entry.keys:
                 self._of.pop(key, None)
-        return [_visit(uid, one) for uid, one in over.items()]
+        return [_visit(uid, entry) for uid, entry in over.items()]
 
-    def _verdict(self, one: _Open) -> Verdict:
-        group, names = one.group, one.keys
-        gone = group.stop()
+    def _verdict(self, entry: _Open) -> Verdict:
+        group, keys = entry.group, entry.keys
+        stopped = tuple(keys[number] for number in group.stop())
         limits = {}
         for number in group.running:
             tokens = group.stop_tokens(number)
-            if tokens < one.limits.get(number, inf):
-                one.limits[number] = limits[number] = int(tokens)
-        fresh = [(number, group.standing(number)) for number in group.ended if number not in one.told]
-        keep = tuple(names[number] for number, standing in fresh if standing is Standing.IN)
-        drop = tuple(names[number] for number, standing in fresh if standing is Standing.OUT)
-        one.told.update(number for number, standing in fresh if standing is not Standing.OPEN)
-        one.closed = group.settled
-        if not one.closed:
-            return Verdict(
-                tuple(names[number] for number in gone), {names[number]: tokens for number, tokens in limits.items()}, keep, drop
-            )
+            if tokens < entry.limits.get(number, inf):
+                entry.limits[number] = limits[number] = int(tokens)
+        pending = [(number, group.standing(number)) for number in group.ended if number not in entry.announced]
+        keep = tuple(keys[number] for number, standing in pending if standing is Standing.IN)
+        drop = tuple(keys[number] for number, standing in pending if standing is Standing.OUT)
+        entry.announced.update(number for number, standing in pending if standing is not Standing.OPEN)
+        entry.closed = group.settled
+        if not entry.closed:
+            return Verdict(stopped, {keys[number]: tokens for number, tokens in limits.items()}, keep, drop)
         kept = group.kept()
-        return Verdict(tuple(names[number] for number in gone), {}, keep, drop, True, len(kept) < self._size)
+        return Verdict(stopped, {}, keep, drop, True, len(kept) < self._size)
 
 
-def _visit(uid: str, one: _Open) -> Visit:
-    group = one.group
+def _visit(uid: str, entry: _Open) -> Visit:
+    group = entry.group
     ended = [(sample.tokens, sample.fate is not Fate.VALID) for sample in group.ended.values()]
     seen = ended + [(tokens, True) for tokens in (*group.stopped.values(), *group.running.values())]
     rows: list[Row] = []
-    if one.closed:
+    if entry.closed:
         kept = set(group.kept())
         for number, sample in group.ended.items():
             if sample.fate is Fate.VALID or number in kept:
-                rows.append(Row(sample.tokens, one.rewards.get(number), number in kept))
-    return Visit(uid, one.prompt, one.share, one.closed, tuple(seen), tuple(rows), sum(group.stopped.values()))
+                rows.append(Row(sample.tokens, entry.rewards.get(number), number in kept))
+    return Visit(uid, entry.prompt, entry.share, entry.closed, tuple(seen), tuple(rows), sum(group.stopped.values()))

@@ -1,18 +1,19 @@
-"""What groups that end with their n-th sample will take: the expected staircase of `place.outlook`, with early stop in it.
+"""Expected staircase of groups that end with their n-th sample: `place.outlook` extended by early stopping.
 
-Law. m independent samples of a prompt, S(x) the chance that one goes on beyond x tokens, F = 1 - S, N(x) ~ Bin(m, F(x)) have ended. The
-group ends with its n-th sample, but for its long slots it waits up to w tokens (`select.Rule.patience_tokens`), and then stops the rest:
+Law. A prompt has m independent samples, S(x) is the chance that one runs beyond x tokens, F = 1 - S, and N(x) ~ Bin(m, F(x)) have ended.
+The group ends with its n-th sample, except that it waits up to w tokens for its long slots (`select.Rule.patience_tokens`) before it stops
+the rest:
 
-    x <  w:  live = m S                                         the group lives while any sample does: 1 - F^m
-    x >= w:  live = m S P(Bin(m - 1, F) < n)                    it lives while N < n: P(Bin(m, F) < n)
+    x <  w:  live = m S                                         the group is live while any sample is: 1 - F^m
+    x >= w:  live = m S P(Bin(m - 1, F) < n)                    the group is live while N < n: P(Bin(m, F) < n)
 
-because (m - k) C(m, k) = m C(m - 1, k). Both are additive over prompts (the second as the log of the chance to be over), as in
-`place.outlook`, so a step's cost needs no sampled scenario. Plain sampling of n is m = n, w = inf. What is not known of a prompt's mean
-is integrated over `NODES` points: its samples are long together or short together.
+because (m - k) C(m, k) = m C(m - 1, k). Both are additive over prompts (the second as the log of the chance that the group is over), as in
+`place.outlook`, so pricing a step needs no sampled scenarios. Plain sampling of n is m = n, w = inf. Uncertainty about a prompt's mean is
+integrated over `NODES` points, so its samples are long together or short together. The recurrence
     P(Bin(m + 1, F) < n) = P(Bin(m, F) < n) - F P(Bin(m, F) = n - 1)
 gives all m from n on in one pass.
-Invariants: rows fall along the grid from m and 0; at w = 0 the chance to live falls with m.
-Source: own; Heddle and DARTS price a group by its last sample. Cost: O(prompts * NODES * (bound - n) * len(GRID)).
+Invariants: along the grid, live samples fall from m and the chance that the group is live falls; at w = 0 that chance falls with m.
+Source: derived here; Heddle and DARTS price a group by its last sample. Cost: O(prompts * NODES * (bound - n) * len(GRID)).
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ from verl_heddle.predict.quantities import LOGISTIC
 from verl_heddle.shape.censored import Law
 
 NODES = 5
-"""Gauss-Hermite points for what is not known of a prompt's mean: moments up to the ninth are exact."""
+"""Gauss-Hermite points for the uncertainty of a prompt's mean: moments up to the ninth are exact."""
 
 _POINTS, _WEIGHTS = np.polynomial.hermite_e.hermegauss(NODES)
 _WEIGHTS = _WEIGHTS / sqrt(2 * pi)
 
 
 def live(laws: Sequence[Law], size: int, most: int, patience: float = 0.0, cap_tokens: float = inf) -> Floats:
-    """Rows to add up for 'group of `size` from m samples', m = size ... most; shape [prompts, most - size + 1, 2, len(GRID)].
+    """Additive rows for groups of `size` out of m samples, m = size ... most; shape [prompts, most - size + 1, 2, len(GRID)].
 
-    Row 0: samples expected to live at each point of the grid. Row 1: log of the chance that the group is over.
+    Row 0: expected live samples at each grid point. Row 1: log of the chance that the group is over.
 
     Raises:
         ValueError: fewer samples than the group keeps, or a law without spread.
@@ -53,7 +54,7 @@ def live(laws: Sequence[Law], size: int, most: int, patience: float = 0.0, cap_t
     ended = 1.0 - beyond
     waits = patience > GRID
     made = np.empty((len(laws), most - size + 1, 2, len(GRID)))
-    short_one_less = np.ones_like(ended)  # P(Bin(m - 1, F) < n), with m = n to begin with
+    short_one_less = np.ones_like(ended)  # P(Bin(m - 1, F) < n), starting at m = n
     for level, samples in enumerate(range(size, most + 1)):
         exactly = comb(samples - 1, size - 1) * ended ** (size - 1) * beyond ** (samples - size)
         short = np.clip(short_one_less - ended * exactly, 0.0, 1.0)  # P(Bin(m, F) < n)
@@ -66,12 +67,12 @@ def live(laws: Sequence[Law], size: int, most: int, patience: float = 0.0, cap_t
 
 
 def deadline(over: Floats, groups: float = 1.0) -> float:
-    """Tokens by which no more than this number of groups is expected to go on; `over`: row 1 of `live`, [groups, len(GRID)]."""
+    """Tokens at which at most `groups` groups are expected to be live; `over`: row 1 of `live`, [groups, len(GRID)]."""
     left = -np.expm1(np.minimum(over, 0.0)).sum(axis=0)
-    going = np.flatnonzero(left > groups)
-    if not len(going):
+    above = np.flatnonzero(left > groups)
+    if not len(above):
         return 0.0
-    last = int(going[-1])
+    last = int(above[-1])
     if last + 1 == len(GRID):
         return float(GRID[-1])
     high, low = max(float(left[last]), 1e-12), max(float(left[last + 1]), 1e-12)
@@ -80,8 +81,8 @@ def deadline(over: Floats, groups: float = 1.0) -> float:
 
 
 def tails(over: Floats, from_tokens: float) -> Floats:
-    """Expected tokens by which groups end after `from_tokens`; over [..., len(GRID)], returns [...]."""
-    lives = -np.expm1(np.minimum(over, 0.0))
-    seen = np.where(from_tokens <= GRID, WEIGHTS, 0.0)
-    excess: Floats = lives @ seen
+    """Expected tokens that groups run beyond `from_tokens`; over [..., len(GRID)], returns [...]."""
+    live_chance = -np.expm1(np.minimum(over, 0.0))
+    weights = np.where(from_tokens <= GRID, WEIGHTS, 0.0)
+    excess: Floats = live_chance @ weights
     return excess

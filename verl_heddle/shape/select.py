@@ -1,44 +1,42 @@
-"""Which n of a prompt's samples are trained on, by length, and which of those under way cannot be among them any more.
+"""Selection by length: which n of a prompt's samples are trained on, which running ones are already out, and the weights of the kept.
 
-Law. Order samples by (tokens, number). *Valid* is what ended by itself and can be trained on; *cut* what a limit on tokens or turns ended;
-the rest (failed, no reward) is of no use. With V valid samples and n = K + L,
+Selection. Order samples by (tokens, number). A sample is *valid* if it ended by itself and can be trained on, *cut* if a limit on tokens or
+turns ended it; the others (failed, no reward) are unusable. With V valid samples and n = K + L,
 
     V >= n:  E = the valid of at most `patience_tokens` tokens, and always the n shortest; kept = the K shortest and the L longest of E
-    V <  n:  kept = all valid, and as many of the shortest cut ones as are missing to n
+    V <  n:  kept = all valid, and the shortest cut samples up to n
 
-so cut samples count only where the group would be short without them, and a group is short only if fewer than n can be trained on. With
-patience infinite this is DARTS's dual-end rule; with patience 0, or L = 0, its shortest-only rule; between, the long slots are for
-the longest that end in time, and what runs longer is stopped. The authors' code takes the order of arrival for the order of lengths,
-which is another set wherever siblings run at different speeds.
+so cut samples count only if the group would be short without them, and a group is short only if fewer than n can be trained on. Infinite
+patience gives DARTS's dual-end rule; patience 0, or L = 0, its shortest-only rule. In between, the long slots are for the longest samples
+that end in time, and longer ones are stopped. The authors' code uses order of arrival as order of length, which is a different set if
+siblings run at different speeds.
 
-Online, with a lower bound g on the tokens of those that run and every outcome of theirs possible:
+Online form, with a lower bound g on the tokens of each running sample and every outcome possible:
 
-    runner   out  iff V >= n valid have ended and g >= `stop_tokens`: the least g from which no length it may still reach is kept
-    ended    in   iff no completion by the runners leaves it out;  out  iff no completion keeps it
+    running  out  iff V >= n valid have ended and g >= `stop_tokens`: the least g from which no length it may still reach is kept
+    ended    in   iff no completion of the running samples excludes it;  out  iff no completion keeps it
 
-Both conditions are exact, and closed forms: lengths enter by rank only, and further valid siblings only add to the shorter and the longer.
+Both conditions are exact and in closed form: lengths enter only by rank, and further valid siblings only add to the shorter and the longer.
 
-Invariants: the decision depends on final lengths, numbers and outcomes only, never on the order of events; `Group.kept` at the end is
-`choose` of the final samples, whatever those that were stopped would have become; at most n are ever in.
-Source: DARTS, algorithm 1; patience and the online form are own. Cost: O(m log m) per event with m samples.
-
-Importance weights for the selection: what each kept sample stands for.
-
-Law. A sample of x tokens among m independent ones of the prompt's length law F is kept with the chance (K shortest, L longest, patience w)
+Importance weights. A sample of x tokens, one of m independent ones with the prompt's length law F, is kept with the chance (K shortest, L
+longest, patience w)
 
     x <= w:  pi(x) = 1 - P(a >= K, b >= L)      a of the m - 1 others shorter than x, b of them between x and w: multinomial
     x >  w:  pi(x) = P(a < n)                   a ~ Bin(m - 1, F(x))
 
-which follows from `select` word for word. Weights 1 / pi would make weighted sums over the kept unbiased for sums over all m, whatever
-reward does with length (Horvitz and Thompson 1952). They are divided by their mean over the group (Hajek), and none is above `MOST` times
-the least.
+which follows directly from the selection law. Weights 1 / pi would make weighted sums over the kept unbiased for sums over all m, however
+reward depends on length (Horvitz and Thompson 1952). They are divided by their mean over the group (Hajek) and capped at `MOST` times the
+smallest.
+Remaining bias, pinned by a test (with 12 samples, a fifth to a third of it for dual-end, three quarters or more for shortest-only): (1)
+lengths whose pi is below 1 / `MOST` of the group's largest are underweighted, and a shortest-only group never shows anything beyond the
+n-th length; (2) the ratio is biased by O(1/n); (3) F is estimated, and samples are assumed independent with one law; (4) stopped samples
+are dropped, so a group's baseline has n terms. The variance grows: the effective sample size (sum w)^2 / sum w^2 is the number of plain
+samples that the kept are worth.
 
-What remains biased, and is held by a test (12 samples: dual-end keeps a fifth to a third, shortest-only three quarters and more): (1)
-lengths whose pi is below 1 / `MOST` of the group's largest count for less than they are, and of shortest-only groups nothing beyond the
-n-th length is ever seen; (2) the ratio is biased by O(1/n); (3) F is estimated, and independent samples of one law are an assumption; (4)
-stopped samples are dropped, so a group's baseline has n terms. The variance grows: the effective sample size (sum w)^2 / sum w^2 says how
-many plain samples the kept are worth. Source: own; DARTS has no correction; DUET (arXiv 2605.08441) reweights for its aborts. Cost: O(m)
-per sample, plain floats.
+Invariants: the selection depends only on final lengths, numbers and outcomes, never on the order of events; the final `Group.kept` equals
+`choose` of the final samples, whatever the stopped ones would have become; at most n are ever in.
+Source: DARTS, algorithm 1; patience, online form and weights are ours. DARTS has no correction; DUET (arXiv 2605.08441) reweights for its
+aborts. Cost: O(m log m) per event with m samples; weights O(m) per sample, plain floats.
 """
 
 from __future__ import annotations
@@ -55,17 +53,17 @@ from verl_heddle.shape.censored import Law
 
 
 class Fate(StrEnum):
-    """How a sample's life ended, as far as training goes."""
+    """How a sample ended, as far as training is concerned."""
 
     VALID = "valid"
     CUT = "cut"
     """Ended by a limit on tokens or turns."""
     USELESS = "useless"
-    """Failed, cancelled by somebody else, or its reward cannot be told."""
+    """Failed, cancelled externally, or without a known reward."""
 
 
 class Standing(StrEnum):
-    """What is known of a sample's place in the group."""
+    """Whether a sample is certainly kept, certainly not kept, or undecided."""
 
     IN = "in"
     OUT = "out"
@@ -73,7 +71,7 @@ class Standing(StrEnum):
 
 
 class Sample(NamedTuple):
-    """A sample that has ended: its number in the group, which breaks ties, and the tokens it generated."""
+    """An ended sample: its number in the group, which breaks ties, and its generated tokens."""
 
     number: int
     tokens: int
@@ -82,7 +80,7 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Keep `size` of a group, of which `longest` from the long end. Tokens are those the model generated over all turns.
+    """Keep `size` samples of a group, `longest` of them from the long end. Tokens are those generated over all turns.
 
     Raises:
         ValueError: a number is out of range.
@@ -91,40 +89,40 @@ class Rule:
     size: int
     longest: int = 1
     patience_tokens: float = inf
-    """Longest sample that a long slot waits for; 0 makes the rule shortest-only."""
+    """Tokens up to which a group waits for its long slots; 0 makes the rule shortest-only."""
     cap_tokens: int | None = None
-    """Most tokens a sample may generate (verl's `response_length`); None: no cap known."""
+    """Maximum tokens of a sample (verl's `response_length`); None: no known cap."""
 
     def __post_init__(self) -> None:
         if self.size < 1 or not 0 <= self.longest <= self.size:
-            raise ValueError(f"a group keeps at least 1 sample and 0 to all of them from the long end, got {self.size} and {self.longest}")
+            raise ValueError(f"a group keeps at least 1 sample, and 0 to all of them from the long end, got {self.size} and {self.longest}")
         if not self.patience_tokens >= 0 or (self.cap_tokens is not None and self.cap_tokens < 1):
             raise ValueError(
-                f"patience must not be negative and the cap at least 1 token, got {self.patience_tokens} and {self.cap_tokens}"
+                f"patience must not be negative, and the cap must be at least 1 token, got {self.patience_tokens} and {self.cap_tokens}"
             )
 
     @property
     def shortest(self) -> int:
-        """K."""
+        """K, the samples kept from the short end."""
         return self.size - self.longest
 
 
 def choose(rule: Rule, samples: Iterable[Sample]) -> list[int]:
-    """Numbers of the kept, ascending: the rule on final lengths."""
+    """Apply the rule to final lengths; returns the numbers of the kept samples, ascending."""
     ended = list(samples)
-    valid = sorted((one.tokens, one.number) for one in ended if one.fate is Fate.VALID)
+    valid = sorted((sample.tokens, sample.number) for sample in ended if sample.fate is Fate.VALID)
     if len(valid) >= rule.size:
         eligible = valid[: max(rule.size, sum(tokens <= rule.patience_tokens for tokens, _ in valid))]
         kept = eligible[: rule.shortest] + eligible[len(eligible) - rule.longest :]
     else:
-        cut = sorted((one.tokens, one.number) for one in ended if one.fate is Fate.CUT)
+        cut = sorted((sample.tokens, sample.number) for sample in ended if sample.fate is Fate.CUT)
         kept = valid + cut[: rule.size - len(valid)]
     return sorted(number for _, number in kept)
 
 
 @dataclass(slots=True)
 class Group:
-    """A prompt's samples under way, numbered 0 to `samples` - 1; those not heard of run with 0 tokens.
+    """A prompt's samples in flight, numbered 0 to `samples` - 1; each runs with 0 tokens until its first event.
 
     Raises:
         ValueError: fewer samples than the rule keeps.
@@ -133,9 +131,9 @@ class Group:
     rule: Rule
     samples: int
     running: dict[int, int] = field(init=False)
-    """Tokens so far by number."""
+    """Tokens so far of running samples, by number."""
     stopped: dict[int, int] = field(default_factory=dict, init=False)
-    """Tokens at which those that were out have been stopped."""
+    """Tokens at which samples were stopped, by number."""
     ended: dict[int, Sample] = field(default_factory=dict, init=False)
     _valid: list[tuple[int, int]] = field(default_factory=list, init=False)
     _cut: list[tuple[int, int]] = field(default_factory=list, init=False)
@@ -146,12 +144,12 @@ class Group:
         self.running = dict.fromkeys(range(self.samples), 0)
 
     def progress(self, number: int, tokens: int) -> None:
-        """A sample has generated so many tokens; news that is old, or of one that is over, changes nothing."""
+        """A sample has generated `tokens` tokens; stale progress, or progress of a sample that is over, is ignored."""
         if number in self.running:
             self.running[number] = max(tokens, self.running[number])
 
     def end(self, sample: Sample) -> None:
-        """A sample is over by itself; of one that was stopped or has ended this changes nothing."""
+        """A sample has ended by itself; ignored if it was stopped or has already ended."""
         if self.running.pop(sample.number, None) is None:
             return
         self.ended[sample.number] = sample
@@ -161,20 +159,20 @@ class Group:
             insort(self._cut, (sample.tokens, sample.number))
 
     def stop(self) -> list[int]:
-        """Numbers of the runners that are out; they count as stopped from here on and are not named again."""
-        gone = [number for number, tokens in self.running.items() if tokens >= self.stop_tokens(number)]
-        for number in gone:
+        """Mark running samples that are out as stopped and return their numbers; each is returned once."""
+        out = [number for number, tokens in self.running.items() if tokens >= self.stop_tokens(number)]
+        for number in out:
             self.stopped[number] = self.running.pop(number)
-        return gone
+        return out
 
     def stop_tokens(self, number: int) -> float:
-        """Tokens at which this runner is out, if nothing else happens; inf: it may be kept whatever its length. It only ever falls."""
+        """Tokens at which this running sample is out, given the events so far; inf: any length may be kept. It never rises."""
         rule, valid = self.rule, self._valid
         if len(valid) < rule.size:
             return inf
         top = self._top()
         beyond = 0.0
-        if rule.cap_tokens is None or rule.cap_tokens > rule.patience_tokens:  # it may end out of patience, and then needs rank n
+        if rule.cap_tokens is None or rule.cap_tokens > rule.patience_tokens:  # it may end beyond patience, and then needs rank n
             beyond = _passes(valid[rule.size - 1], number)
             if beyond <= floor(min(rule.patience_tokens, beyond)) + 1:
                 beyond = 0.0
@@ -200,21 +198,21 @@ class Group:
 
     @property
     def settled(self) -> bool:
-        """Nobody runs any more."""
+        """Whether no sample is running any more."""
         return not self.running
 
     def kept(self) -> list[int]:
-        """Numbers of the kept of those that have ended: final once `settled`."""
+        """Numbers of the ended samples that are kept; final once `settled`."""
         return choose(self.rule, self.ended.values())
 
     def _top(self) -> float:
-        """Most tokens with which a sample may be valid within patience."""
+        """Most tokens that a valid sample within patience can have."""
         top = min(self.rule.patience_tokens, inf if self.rule.cap_tokens is None else self.rule.cap_tokens)
         return floor(top) if top < inf else inf
 
     def _longer(self, place: tuple[float, int]) -> int:
-        """Valid ones that have ended after this place and within patience."""
-        return sum(one > place and one[0] <= self.rule.patience_tokens for one in self._valid)
+        """Ended valid samples behind this place and within patience."""
+        return sum(valid > place and valid[0] <= self.rule.patience_tokens for valid in self._valid)
 
     def _standing_cut(self, place: tuple[int, int]) -> Standing:
         first = len(self._valid) + bisect_left(self._cut, place)
@@ -240,19 +238,19 @@ class Group:
 
 
 def _passes(mark: tuple[int, int], number: int) -> float:
-    """Least tokens with which a sample of this number stands behind the mark."""
+    """Least tokens with which a sample of this number ranks behind the mark."""
     return float(mark[0] + (number < mark[1]))
 
 
 MOST = 5.0
-"""Largest ratio of two weights in a group: with n = 8 one sample of weight 5 among ones leaves an effective size of 4.5."""
+"""Largest ratio of two weights in a group. With n = 8, one weight of 5 among ones leaves an effective size of 4.5."""
 
 EPSILON = 1e-6
-"""verl's, beside a deviation."""
+"""Added to the deviation, as in verl."""
 
 
 def chance(rule: Rule, samples: int, shorter: float, within: float) -> float:
-    """pi: `shorter` = F(x), `within` = F(w) (below F(x): x is out of patience), in 0 to 1."""
+    """pi(x), in 0 to 1. `shorter` is F(x); `within` is F(w), or less than F(x) if x exceeds the patience."""
     others = samples - 1
     if within < shorter:
         return sum(_binomial(others, a, shorter) for a in range(min(rule.size, samples)))
@@ -265,22 +263,22 @@ def chance(rule: Rule, samples: int, shorter: float, within: float) -> float:
 
 
 def weights(rule: Rule, samples: int, law: Law, kept_tokens: Sequence[int]) -> list[float]:
-    """Weights of the kept samples of a group of which `samples` were started, mean 1."""
+    """Weights of a group's kept samples, mean 1; `samples` were started."""
     within = _share(law, rule.patience_tokens)
     if rule.cap_tokens is not None and rule.patience_tokens >= rule.cap_tokens:
         within = _share(law, rule.cap_tokens)
     chances = [chance(rule, samples, _share(law, tokens), within if tokens <= rule.patience_tokens else -1.0) for tokens in kept_tokens]
     top = max(chances, default=1.0) or 1.0
-    inverse = [top / max(one, top / MOST) for one in chances]
+    inverse = [top / max(pi, top / MOST) for pi in chances]
     mean = sum(inverse) / max(1, len(inverse))
-    return [one / mean for one in inverse]
+    return [weight / mean for weight in inverse]
 
 
 def advantages(rewards: Sequence[float], given: Sequence[float], by_deviation: bool) -> list[float]:
-    """GRPO's, of a group whose samples stand for `given` (mean 1): w_i (r_i - m), m the weighted mean, so that they still sum to 0.
+    """GRPO advantages of a group with sample weights `given` (mean 1): w_i (r_i - m), m the weighted mean, so that they still sum to 0.
 
-    `by_deviation`: over the weighted standard deviation (Bessel's n - 1 becomes sum w - sum w^2 / sum w). Equal weights give verl's
-    `compute_grpo_outcome_advantage` exactly, also for a group of one, whose baseline is 0.
+    `by_deviation` divides by the weighted standard deviation (Bessel's n - 1 becomes sum w - sum w^2 / sum w). Equal weights give verl's
+    `compute_grpo_outcome_advantage` exactly, including a group of one, whose baseline is 0.
     """
     if len(rewards) == 1:
         return [rewards[0] * given[0]]
@@ -294,13 +292,13 @@ def advantages(rewards: Sequence[float], given: Sequence[float], by_deviation: b
 
 
 def effective_size(given: Sequence[float]) -> float:
-    """(sum w)^2 / sum w^2; 0 for none."""
-    squares = sum(one * one for one in given)
+    """(sum w)^2 / sum w^2; 0 if there are no weights."""
+    squares = sum(weight * weight for weight in given)
     return sum(given) ** 2 / squares if squares else 0.0
 
 
 def _share(law: Law, tokens: float) -> float:
-    """F: log-logistic, as `shape.outlook` has it."""
+    """F(tokens), log-logistic as in `shape.outlook`."""
     if tokens <= 0 or tokens == inf:
         return float(tokens > 0)
     score = (log(tokens) - law.mean) / (law.spread * LOGISTIC)

@@ -1,13 +1,13 @@
-"""The door to shaping: what is decided before a step, and learnt after it. Pure, no clock, no randomness; the caller serialises.
+"""Entry point of shaping: decide before a step, learn after it. Pure, no clock, no randomness; the caller serialises.
 
     shaper = Shaper(settings, n, cap_tokens)
     plan = shaper.plan(step, prompts, fleet)             before a step: samples and rule per prompt; `fleet` from `fleet_of`, or None
-    ...                                                  the step: `groups.Groups`, one or many, open the groups and decide on samples
-    shaper.step_ended(step, visits)                      `Groups.take` of all of them -> metrics of the step for `heddle/shape/*`
-    shaper.weights(uid, tokens)                          corrected mode, after that: what each kept sample of a group stands for
+    ...                                                  during the step: one or many `groups.Groups` open the groups and decide on samples
+    shaper.step_ended(step, visits)                      `Groups.take` of all of them -> the step's metrics for `heddle/shape/*`
+    shaper.weights(uid, tokens)                          afterwards, in corrected mode: importance weights of a group's kept samples
     shaper.state() / shaper.restore(state)               JSON values, for the checkpoint
 
-Memory is the statistics. Cost: one plan per step (`plan`), one fit per group.
+Memory is dominated by the length statistics. Cost: one plan per step (`plan`), one fit per group.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from verl_heddle.shape.select import weights
 from verl_heddle.shape.settings import ShapeReason, check
 
 FORMAT = 1
-"""Version of `state`; others are refused."""
+"""Version of `state`; other versions are rejected."""
 
 
 class _Selected(NamedTuple):
-    """A group that was selected from, its prompt's law with this visit in it, and the step."""
+    """A group with spare samples: its step, its share, and its prompt's law including this visit."""
 
     step: int
     share: Share
@@ -42,23 +42,23 @@ class _Selected(NamedTuple):
 
 
 def fleet_of(latency: Latency, replicas: Sequence[Replica], habit: Habit, samples: int) -> Fleet:
-    """What the forecast knows of the engines: `samples` is the most the step may start in all."""
+    """The forecast's view of the engines; `samples` is the most that the step may start in total."""
     kinds: dict[tuple[int, int, int | None], list[Replica]] = {}
-    for one in replicas:
-        kinds.setdefault((one.tp, one.slots, one.kv_tokens), []).append(one)
+    for replica in replicas:
+        kinds.setdefault((replica.tp, replica.slots, replica.kv_tokens), []).append(replica)
     each = max(2.0, samples / max(1, len(replicas)))
     return Fleet([Tempo(latency, same[0], GRID, each, habit) for same in kinds.values()], [len(same) for same in kinds.values()])
 
 
 class Shaper:
-    """See the module.
+    """Plans each step and learns from its outcome (see the module).
 
     Args:
-        size: n, rows per prompt that the trainer gets.
-        cap_tokens: most tokens a trajectory may generate; None: no cap known.
+        size: n, the rows per prompt that the trainer gets.
+        cap_tokens: maximum tokens that a trajectory may generate; None: no known cap.
 
     Raises:
-        ValueError: the settings are wrong, one line per problem.
+        ValueError: invalid settings, one line per problem.
     """
 
     def __init__(self, settings: Shape, size: int, cap_tokens: int | None = None) -> None:
@@ -66,14 +66,14 @@ class Shaper:
             raise ValueError("\n".join(problems))
         self._settings, self.size, self._cap = settings, size, cap_tokens
         self.spreads = Spreads()
-        """What is known of prompts' lengths."""
+        """Length statistics of the prompts."""
         self._guard = Guard(settings)
         self._last: StepPlan | None = None
         self._selected: dict[str, _Selected] = {}
-        """By uid, in the corrected mode: groups of this step and, as a buffer may hand them out late, of the one before."""
+        """By uid, in corrected mode: groups of this step and, because a buffer may release them late, of the previous one."""
 
     def plan(self, step: int, prompts: Sequence[str], fleet: Fleet | None, laws: Sequence[Law] | None = None) -> StepPlan:
-        """Samples and rule of each prompt. `laws`: better ones than the prompts' own statistics, where somebody has them."""
+        """Samples and rule of each prompt. `laws`, if given, replace the prompts' own statistics."""
         forced = self._guard.allows(step)
         if forced is not None:
             shares = tuple(plain(self.size, self._cap, forced) for _ in prompts)
@@ -91,9 +91,9 @@ class Shaper:
         return self._last
 
     def step_ended(self, step: int, visits: Sequence[Visit]) -> dict[str, float]:
-        """Close the books: judge the bounds, teach the statistics; returns metrics without prefix."""
+        """Check the bounds and update the statistics; returns metrics without prefix."""
         account = Account()
-        self._selected = {uid: one for uid, one in self._selected.items() if one.step >= step - 1}
+        self._selected = {uid: group for uid, group in self._selected.items() if group.step >= step - 1}
         for visit in visits:
             account.stopped(visit.stopped_tokens)
             mean = self._mean(visit)
@@ -102,40 +102,39 @@ class Shaper:
                 if self._settings.corrected and visit.selected:
                     self._selected[visit.uid] = _Selected(step, visit.share, self.spreads.law(visit.prompt))
                 account.add(self._with_weights(visit), self.size, mean)
-                self._mourn(visit)
+                self._note_lost_mix(visit)
         crossed = self._guard.step_ended(step, account)
-        told = account.metrics()
+        metrics = account.metrics()
         if self._last is not None:
-            told |= {f"prompts/{reason}": float(count) for reason, count in self._last.counts.items()}
-            told["spare"] = sum(share.samples - self.size for share in self._last.shares) / max(1, len(self._last.shares))
+            metrics |= {f"prompts/{reason}": float(count) for reason, count in self._last.counts.items()}
+            metrics["spare"] = sum(share.samples - self.size for share in self._last.shares) / max(1, len(self._last.shares))
             if self._last.patience_tokens < inf:
-                told["patience_tokens"] = self._last.patience_tokens
+                metrics["patience_tokens"] = self._last.patience_tokens
             if self._last.budget is not None:
-                told |= {"forecast/saved_s": self._last.budget.saved_s, "forecast/cost_s": self._last.budget.cost_s}
-        told["resting"] = float(self._guard.allows(step + 1) is not None)
+                metrics |= {"forecast/saved_s": self._last.budget.saved_s, "forecast/cost_s": self._last.budget.cost_s}
+        metrics["resting"] = float(self._guard.allows(step + 1) is not None)
         if crossed is not None:
-            told[f"crossed/{crossed}"] = 1.0
+            metrics[f"crossed/{crossed}"] = 1.0
         self._last = None
-        return told
+        return metrics
 
     def weights(self, uid: str, tokens: Sequence[int]) -> list[float]:
-        """Weights, mean 1, of samples of these many generated tokens that were kept of a group of this step; ones where nothing was
-        selected, or without the corrected mode.
+        """Weights, mean 1, of a group's kept samples with these generated tokens; all 1 without selection or corrected mode.
 
-        The law is the prompt's with this visit in it. At a first visit there is nothing else but the pool's, which is as far from the
-        prompt as prompts are from each other; at later ones it makes no difference.
+        The law is the prompt's, including this visit. At a first visit the only alternative is the pool's law, which is as far from the
+        prompt as prompts are from each other; at later visits it makes no difference.
         """
-        of = self._selected.get(uid)
-        return [1.0] * len(tokens) if of is None else weights(of.share.rule, of.share.samples, of.law, tokens)
+        group = self._selected.get(uid)
+        return [1.0] * len(tokens) if group is None else weights(group.share.rule, group.share.samples, group.law, tokens)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: statistics and guard, as JSON values."""
+        """Statistics and guard as JSON values, for a checkpoint."""
         return {"format": FORMAT, "spreads": self.spreads.state(), "guard": self._guard.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Counterpart of `state`. Raises ValueError, with nothing changed: not such a state, or of another version."""
+        """Load a `state`. Raises ValueError, with nothing changed, if it is malformed or has a different version."""
         if not isinstance(state, dict) or state.get("format") != FORMAT:
-            raise ValueError("not a state of shaping of this version")
+            raise ValueError("not a shaping state of this version")
         guard = Guard(self._settings)
         spreads = Spreads.restore(state["spreads"])
         guard.restore(state["guard"])
@@ -150,7 +149,7 @@ class Shaper:
         return plain(self.size, self._cap, ShapeReason.CONTROL) if every and not number % every else share
 
     def _mean(self, visit: Visit) -> float | None:
-        """Mean log tokens of all samples of a group that was selected from, the stopped ones counted as longer than they got."""
+        """Mean log tokens of all samples of a group with spares, stopped ones being censored; None if nothing was selected."""
         if not visit.selected or not visit.rows:
             return None
         law = self.spreads.law(visit.prompt)
@@ -161,8 +160,8 @@ class Shaper:
         values = iter(self.weights(visit.uid, [row.tokens for row in kept]))
         return [row._replace(weight=next(values)) if row.kept else row for row in visit.rows]
 
-    def _mourn(self, visit: Visit) -> None:
-        """Remember a prompt whose mix of outcomes was lost by selection."""
+    def _note_lost_mix(self, visit: Visit) -> None:
+        """Report to the guard a prompt whose mix of outcomes was lost by selection."""
         rewards = [row.reward for row in visit.rows]
         if (
             visit.selected

@@ -16,16 +16,16 @@ from verl_heddle.layout.feasible import degrees, packed, problems
     ("layout", "gpus", "node", "heads", "kv_heads", "says"),
     [
         ([], 8, 8, None, None, "is empty"),
-        ([0, 8], 8, 8, None, None, "degree 0: every degree is 1 or more"),
+        ([0, 8], 8, 8, None, None, "degree 0: every degree must be 1 or more"),
         ([-1, 9], 8, 8, None, None, "degree -1"),
         ([4, 2], 8, 8, None, None, "takes 6 GPUs, there are 8"),
         ([8, 8], 8, 8, None, None, "takes 16 GPUs, there are 8"),
         ([16], 16, 8, None, None, "tp=16 does not fit a node of 8 GPUs"),
         ([8], 8, 8, 12, None, "tp=8 does not divide the model's 12 attention heads"),
         ([3, 3], 6, 8, 12, 4, "tp=3 neither divides the model's 4 KV heads nor is divided by them"),
-        ([4, 4, 2, 2], 12, 6, None, None, "lies across nodes of 6 GPUs; in this order it packs: [4, 2, 4, 2]"),
+        ([4, 4, 2, 2], 12, 6, None, None, "spans two nodes of 6 GPUs; this order packs: [4, 2, 4, 2]"),
         ([1, 2, 1], 4, 2, None, None, "replica 1 (tp=2)"),
-        ([3, 3], 6, 4, None, None, "it packs in no order"),
+        ([3, 3], 6, 4, None, None, "no order packs"),
     ],
 )
 def test_bad_layouts_are_refused_with_the_reason(layout, gpus, node, heads, kv_heads, says):
@@ -53,7 +53,7 @@ def test_an_order_that_packs_is_found_exactly_where_there_is_one(layout, node):
         order = packed(layout, node)
         assert sorted(order) == sorted(layout) and problems(order, sum(layout), node) == []
     else:
-        with pytest.raises(ValueError, match="in no order"):
+        with pytest.raises(ValueError, match="no order of the layout"):
             packed(layout, node)
 
 

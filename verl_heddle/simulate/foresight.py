@@ -3,8 +3,8 @@
 Law: z is the log of a trajectory's true length, standardised over the step. The signal is u = q z + sqrt(1 - q^2) e with e standard normal,
 so q is the correlation of signal and truth. The prediction is the conditional mean of z given u, with the conditional spread, so it is
 calibrated. During a trajectory it learns only that the trajectory has not ended: it conditions the log-logistic on exceeding the generated
-tokens. Quality 1 is an oracle; quality 0 knows only the distribution of the step. `claims` miscalibrates the prediction: mean and spread are
-computed as if the quality were `claims`. Predicted tool time is proportional to tokens.
+tokens. Quality 1 is an oracle; quality 0 knows only the distribution of the step. `claims` miscalibrates the prediction: mean and spread
+are computed as if the quality were `claims`. Predicted tool time is proportional to tokens.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Shaping around any placement policy in the simulator, with the same `Groups` as in a real cluster.
 
-Law: the inner policy places turns. When a trajectory ends, its group selects: trajectories it rejects are cancelled (`Cancel`), and those it
+Law: the inner policy places turns. When a trajectory ends, its group selects: rejected trajectories are cancelled (`Cancel`), and those it
 may still keep are limited (`StopAt`), as the engines of a real cluster do with `Verdict.limits`. The batch has as many trajectories per
 prompt as the plan says; `started` picks them. Rewards and truncation (`meta.truncated`) come from the trajectories.
 Cost: that of `Groups`.

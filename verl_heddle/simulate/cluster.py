@@ -111,7 +111,7 @@ class Cluster(Stage):
         if state.outcome is not None:
             return
         if state.warming is not None:
-            self._throw_out(state.warming, now)
+            self._abort(state.warming, now)
         if state.turn == len(state.steps):
             self._end(state, Outcome.FINISHED, now)
             return
@@ -137,7 +137,7 @@ class Cluster(Stage):
         if not isinstance(decision.priority, Integral):
             raise ValueError(f"the policy gives turn {turn.request} priority {decision.priority!r}: vLLM priorities are integers")
         if decision.replica or not decision.held:
-            self._go_to(request, decision.replica)
+            self._assign(request, decision.replica)
         if decision.held:
             self._held[turn.request] = (request, decision)
             request.queued_s = now
@@ -145,7 +145,7 @@ class Cluster(Stage):
             self._submit(request, self.engines[request.engine], decision.priority, now)
         self._let_in(now)
 
-    def _go_to(self, request: Request, replica: str) -> None:
+    def _assign(self, request: Request, replica: str) -> None:
         """Assign the request to the replica that the policy chose."""
         state, engine = request.trajectory, self._by_name.get(replica)
         if engine is None:
@@ -168,9 +168,9 @@ class Cluster(Stage):
         homes = request.trajectory.homes
         if engine.index not in homes:
             homes.append(engine.index)
-        planned = engine.next_s
+        planned_s = engine.next_s
         engine.submit(request, now)
-        if engine.next_s != planned:
+        if engine.next_s != planned_s:
             self._wake_later(engine)
 
     def _let_in(self, now: float) -> None:
@@ -189,7 +189,7 @@ class Cluster(Stage):
                     raise ValueError(f"the policy admits {name!r} without a replica, and held it without one")
                 request.queue_s += now - request.queued_s
                 if replica is not None:
-                    self._go_to(request, replica)
+                    self._assign(request, replica)
                 engine = self._by_name.get(replica or decision.replica)
                 if engine is None:  # the replica left the fleet meanwhile
                     self._left(request, now)
@@ -215,11 +215,11 @@ class Cluster(Stage):
         """Apply the priorities that the policy has changed to turns in flight, until the policy has no more changes."""
         if self._reprioritised is None:
             return
-        self._take(self._reprioritised(now), now)
+        self._apply_priorities(self._reprioritised(now), now)
         while (due := getattr(self._policy, "refresh_due_s", None)) is not None and due <= now:
-            self._take(self._reprioritised(now), now)
+            self._apply_priorities(self._reprioritised(now), now)
 
-    def _take(self, changed: dict[str, dict[str, int]], now: float) -> None:
+    def _apply_priorities(self, changed: dict[str, dict[str, int]], now: float) -> None:
         for name, table in changed.items():
             engine = self._by_name.get(name)
             for request_name, priority in table.items():
@@ -230,9 +230,9 @@ class Cluster(Stage):
                 if request_name in self._held:
                     self._held[request_name] = (request, replace(self._held[request_name][1], priority=priority))
                     continue
-                planned = engine.next_s
+                planned_s = engine.next_s
                 engine.reprioritise(request, priority, now)
-                if engine.next_s != planned:
+                if engine.next_s != planned_s:
                     self._wake_later(engine)
 
     def _engine_s(self, request: Request, now: float) -> float:
@@ -354,14 +354,14 @@ class Cluster(Stage):
     def _cancel(self, state: TrajectoryState, now: float) -> None:
         state.cancelled = True
         if state.warming is not None:
-            self._throw_out(state.warming, now)
+            self._abort(state.warming, now)
         if state.request is None:
             self._end(state, Outcome.CANCELLED, now)
         elif self._held and (name := f"{state.key}:{state.turn}") in self._held:
             del self._held[name]
             state.request.queue_s += now - state.request.queued_s
             self._left(state.request, now)
-        elif self._throw_out(state.request, now):
+        elif self._abort(state.request, now):
             self._left(state.request, now)
 
     def _stop_at(self, state: TrajectoryState, tokens: int, now: float) -> None:
@@ -373,18 +373,18 @@ class Cluster(Stage):
             return
         floor = int(state.generated + request.asked - state.stop_at)
         engine = self.engines[request.engine]
-        planned = engine.next_s
+        planned_s = engine.next_s
         if floor > 0 and engine.limit(request, floor, now):
             self._cancel(state, now)
-        if engine.next_s != planned:
+        if engine.next_s != planned_s:
             self._wake_later(engine)
 
-    def _throw_out(self, request: Request, now: float) -> bool:
+    def _abort(self, request: Request, now: float) -> bool:
         """Abort the request: True if it is gone, False if it leaves at the end of its step. A pre-warm is forgotten at once."""
         engine = self.engines[request.engine]
-        planned = engine.next_s
+        planned_s = engine.next_s
         gone = engine.abort(request, now)
-        if engine.next_s != planned:
+        if engine.next_s != planned_s:
             self._wake_later(engine)
         if request.prewarm:
             request.trajectory.warming = None

@@ -9,8 +9,8 @@ with b the requests that get a token, and n the new tokens of a request after c 
 chunked prefill), and both share one pass over the weights. A request whose prefill completes in a step gets its first token in that step.
 A step without any decode has prefill_s(tp, 1) as its base. Requests take and leave slots at step boundaries only.
 
-Between events, all contexts grow by one token per step and nothing else changes. So n steps cost `n * a + slope * n (n - 1) / 2`, which is
-exact if decode_s is linear in the context over those steps (`LEAP` limits n). Cost: O(log n) per event.
+Between events, all contexts grow by one token per step and nothing else changes. So n steps cost `n * first + slope * n (n - 1) / 2`, which
+is exact if decode_s is linear in the context over those steps (`LEAP` limits n). Cost: O(log n) per event.
 Invariants: running <= slots; tokens whose KV is stored <= kv_tokens; every request submitted leaves exactly once.
 """
 
@@ -51,11 +51,11 @@ class Engine(Slots):
         self.busy: list[tuple[float, float]] = []
         """Intervals with work, seconds."""
         self._busy_since: float | None = None
-        self._doomed: list[Request] = []
-        self._forgets = False
+        self._aborting: list[Request] = []
+        self._drop_cache = False
         self._decode_s = latency.decode_s
         self._budget = inf if options.batch_tokens is None else options.batch_tokens
-        self._a = self._slope = self._extra = 0.0
+        self._first_s = self._slope_s = self._extra_s = 0.0
 
     def submit(self, request: Request, now: float) -> None:
         """Queue a request; if it can start at once, the current leap ends at the next step boundary."""
@@ -97,7 +97,7 @@ class Engine(Slots):
             self.at_s = now
             self.leave(request)
             return True
-        self._doomed.append(request)
+        self._aborting.append(request)
         self._stop_at(now)
         return False
 
@@ -118,7 +118,7 @@ class Engine(Slots):
     def pause(self, now: float, keep_cache: bool) -> None:
         """Stop computing at the next step boundary; without `keep_cache`, also drop the cache and preempt every running request there."""
         self.paused = True
-        self._forgets = not keep_cache
+        self._drop_cache = not keep_cache
         if self.next_s == inf:
             self.next_s, self.ahead = now, 0
         else:
@@ -136,7 +136,7 @@ class Engine(Slots):
         left = [self.queue.pop() for _ in range(self.queue.count)]
         for request in left:
             request.queue_s += now - request.queued_s
-        self._doomed.extend(self.running)
+        self._aborting.extend(self.running)
         if self.next_s == inf:
             self.next_s, self.ahead = now, 0
         else:
@@ -151,11 +151,11 @@ class Engine(Slots):
             self.ahead = 0
         self.awake = True
         leaving = self.done()
-        for request in self._doomed:
+        for request in self._aborting:
             if request.ticket >= 0:
                 self.leave(request)
                 leaving.append(request)
-        self._doomed.clear()
+        self._aborting.clear()
         return leaving
 
     def begin(self) -> None:
@@ -173,11 +173,11 @@ class Engine(Slots):
             cache.evict()
         victims, again = self.exchange() if queue.count and not squeezed else ([], inf)
         budget = self._budget - self.decoding
-        self._extra = 0.0
+        self._extra_s = 0.0
         for request in self.backlog:
             if budget <= 0:
                 break
-            budget -= self._chunk(request, budget)
+            budget -= self._prefill_chunk(request, budget)
         starved = False
         if queue.count and not squeezed:  # vLLM admits no request in a step that preempted one for lack of KV
             while queue.count and len(running) < self.replica.slots:
@@ -188,52 +188,52 @@ class Engine(Slots):
                 if capacity is not None and cache.in_use + cache.need(request) > capacity:
                     break
                 self.admit(queue.pop())
-                budget -= self._chunk(request, budget)
+                budget -= self._prefill_chunk(request, budget)
         for victim in victims:  # as in the plugin's scheduler: a request cannot be readmitted in the step that preempted it
             queue.put_back(victim)
         backlog = self.backlog
         while backlog and not backlog[0].owed:
-            self.join(backlog.popleft(), self._extra)
+            self.join(backlog.popleft(), self._extra_s)
         if running:
             self._plan(1 if backlog or squeezed or starved or victims else again)
             if self._busy_since is None:
                 self._busy_since = self.at_s
         else:
-            self._rest()
+            self._go_idle()
 
     def _plan(self, most: float) -> None:
         """Choose how many steps to take at once, at most `most`, and compute their cost."""
         batch, tp = self.decoding, self.replica.tp
-        self._slope = 0.0
+        self._slope_s = 0.0
         steps = 1
         if not batch:
-            self._a = self._prefill_s(tp, 1)
+            self._first_s = self._prefill_s(tp, 1)
         else:
             mean = self.context_sum / batch
-            self._a = self._decode_s(tp, batch, mean)
+            self._first_s = self._decode_s(tp, batch, mean)
             if most > 1:
                 steps = int(min(most, self.first_end() - self.step, LEAP + int(mean) // LEAP_SHARE))
                 capacity = self.cache.capacity
                 if capacity is not None:
                     steps = min(steps, (capacity - self.cache.in_use) // batch + 1)
                 if steps > 1:
-                    self._slope = (self._decode_s(tp, batch, mean + (steps - 1)) - self._a) / (steps - 1)
+                    self._slope_s = (self._decode_s(tp, batch, mean + (steps - 1)) - self._first_s) / (steps - 1)
         self.ahead = steps
         self.next_s = self._boundary(steps)
 
     def _boundary(self, steps: int) -> float:
         """Time after `steps` more steps."""
-        return self.at_s + (self._extra + steps * self._a + self._slope * (0.5 * steps * (steps - 1)))
+        return self.at_s + (self._extra_s + steps * self._first_s + self._slope_s * (0.5 * steps * (steps - 1)))
 
     def _stop_at(self, now: float) -> None:
         """Shorten the current leap to the first step boundary at or after `now`."""
         if self.ahead <= 1:
             return
-        goal = now - self.at_s - self._extra
+        goal = now - self.at_s - self._extra_s
         steps = 1
-        if goal > self._a > 0:  # solve the quadratic, then search for the exact integer
-            half = self._a - 0.5 * self._slope
-            root = half + sqrt(max(0.0, half * half + 2.0 * self._slope * goal))
+        if goal > self._first_s > 0:  # solve the quadratic, then search for the exact integer
+            half = self._first_s - 0.5 * self._slope_s
+            root = half + sqrt(max(0.0, half * half + 2.0 * self._slope_s * goal))
             steps = max(1, min(self.ahead, int(2.0 * goal / root))) if root > 0 else 1
         while steps < self.ahead and self._boundary(steps) < now:
             steps += 1
@@ -241,22 +241,22 @@ class Engine(Slots):
             self.ahead = steps
             self.next_s = self._boundary(steps)
 
-    def _chunk(self, request: Request, budget: float) -> int:
+    def _prefill_chunk(self, request: Request, budget: float) -> int:
         """Prefill as many tokens of the request as the step's budget allows; returns their number."""
         take = request.owed if request.owed <= budget else int(budget)
         request.owed -= take
-        self._extra += take * request.rate
+        self._extra_s += take * request.rate
         return take
 
     def _freeze(self) -> None:
         """Enter a pause; if the cache is to be dropped, preempt all running requests."""
-        if self._forgets:
+        if self._drop_cache:
             for request in reversed(list(self.running)):  # reversed: each returns to the queue's front
                 self.lose_slot(request)
             self.cache.clear()
-        self._rest()
+        self._go_idle()
 
-    def _rest(self) -> None:
+    def _go_idle(self) -> None:
         if self._busy_since is not None:
             self.busy.append((self._busy_since, self.at_s))
             self._busy_since = None

@@ -39,12 +39,12 @@ class Shaped:
     def __init__(self, inner: Policy, shaper: Shaper, plan: StepPlan, prompts: Sequence[str], batch: Sequence[Trajectory], step: int = 0):
         self.inner, self.groups = inner, Groups(shaper.size)
         self.kept: dict[str, list[str]] = defaultdict(list)
-        self._of: dict[str, Trajectory] = {}
+        self._trajectories: dict[str, Trajectory] = {}
         keys: dict[str, list[str]] = defaultdict(list)
         for item in batch:
             key = f"{step}:{item.prompt_id}_{item.trial}"
             keys[item.prompt_id].append(key)
-            self._of[key] = item
+            self._trajectories[key] = item
         for prompt, share in zip(prompts, plan.shares, strict=True):
             self.groups.opened(f"{step}:{prompt}", prompt, share, keys[prompt])
         for name in ("tool_started", "admitted", "reprioritised"):
@@ -76,15 +76,15 @@ class Shaped:
     def trajectory_ended(self, end: TrajectoryEnd, now: float) -> list[Action]:
         """Update the group, and cancel or limit trajectories as it decides."""
         actions = list(self.inner.trajectory_ended(end, now) or ())
-        key, item = end.trajectory.key, self._of[end.trajectory.key]
+        key, item = end.trajectory.key, self._trajectories[end.trajectory.key]
         if end.outcome is Outcome.CANCELLED:
-            orders = self._orders(end.trajectory.uid, self.groups.progress(key, end.output_tokens))  # it reached its limit
+            verdict = self.groups.progress(key, end.output_tokens)  # the trajectory reached its limit
             self.groups.stopped(key, end.output_tokens)
-            return actions + orders
+            return actions + self._actions(end.trajectory.uid, verdict)
         fate = Fate.USELESS if end.outcome is Outcome.FAILED else Fate.CUT if item.meta.get("truncated") else Fate.VALID
-        return actions + self._orders(end.trajectory.uid, self.groups.finished(key, end.output_tokens, fate, item.reward))
+        return actions + self._actions(end.trajectory.uid, self.groups.finished(key, end.output_tokens, fate, item.reward))
 
-    def _orders(self, uid: str, verdict: Verdict) -> list[Action]:
+    def _actions(self, uid: str, verdict: Verdict) -> list[Action]:
         self.kept[uid] += verdict.keep
-        orders: list[Action] = [Cancel(key) for key in verdict.stop]
-        return orders + [StopAt(key, tokens) for key, tokens in verdict.limits.items()]
+        actions: list[Action] = [Cancel(key) for key in verdict.stop]
+        return actions + [StopAt(key, tokens) for key, tokens in verdict.limits.items()]

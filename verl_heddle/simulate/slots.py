@@ -278,7 +278,7 @@ class Slots:
         free = UNLIMITED if cache.capacity is None else (cache.capacity - cache.in_use - self.decoding) // block
         room = Room(self.replica.slots - len(self.running), free, block, self.options.prefix_cache)
         waiting: list[Request] = []
-        plan = preemptions(worst_first(map(self._described, asked.values()), rule), self._wanted(waiting), room, rule)
+        plan = preemptions(worst_first(map(self._as_running, asked.values()), rule), self._pop_waiting(waiting), room, rule)
         for request in waiting:
             self.queue.push(request)
         victims = [asked[pair[0].key] for pair in plan.pairs]
@@ -287,14 +287,14 @@ class Slots:
             self.lose_slot(victim, back=False)
         return victims, young
 
-    def _wanted(self, taken: list[Request]) -> Iterator[Waiting]:
+    def _pop_waiting(self, taken: list[Request]) -> Iterator[Waiting]:
         """Yield the waiting requests in queue order, removing each from the queue and adding it to `taken`."""
         while self.queue.count:
             request = self.queue.pop()
             taken.append(request)
             yield Waiting(str(request.order), request.priority, request.arrival_s, -(-self.cache.need(request) // self.cache.block))
 
-    def _described(self, request: Request) -> Running:
+    def _as_running(self, request: Request) -> Running:
         """A running request in the form that `schedule.preempt` takes."""
         context = request.context if request.owed else request.context + request.left - (request.ends - self.step)
         tokens = context - (request.owed or 1)

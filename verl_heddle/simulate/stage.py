@@ -75,13 +75,13 @@ class Stage:
         """Add outages and fleet changes to the calendar.
 
         Raises:
-            ValueError: an interval ends before it begins, begins before 0, or overlaps another one of the same replica.
+            ValueError: an interval ends before it begins, starts before 0, or overlaps a second one of the same replica.
         """
         changes = list(changes)
         outages = sorted((item for item in changes if isinstance(item, Outage)), key=lambda item: (item.replica, item.start_s))
-        for one, other in pairwise(outages):
-            if one.replica == other.replica and other.start_s < one.end_s:
-                raise ValueError(f"outages of replica {one.replica!r} overlap: {one} and {other}")
+        for first, second in pairwise(outages):
+            if first.replica == second.replica and second.start_s < first.end_s:
+                raise ValueError(f"outages of replica {first.replica!r} overlap: {first} and {second}")
         for change in changes:
             if isinstance(change, Outage):
                 if not 0 <= change.start_s < change.end_s < inf:

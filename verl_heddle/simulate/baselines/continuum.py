@@ -130,22 +130,22 @@ class Continuum(Programs):
 
     def asked(self, program: Program, now: float) -> None:
         """Queue the turn on its replica, and admit what fits."""
-        self._queue(program)
+        self._enqueue(program)
         self.admit(now)
 
     def returned(self, program: Program, now: float) -> None:
         """Pin the program, and drop the latest pins if contexts have outgrown the KV."""
-        self._withdraw(program)
+        self._dequeue(program)
         if program.home is not None:
             self._pin(program, now)
-            self._relieve(self.homes[program.home], 0, None)
+            self._drop_pins(self.homes[program.home], 0, None)
         self.admit(now)
 
     def over(self, program: Program, now: float) -> None:
         """Update eta with the program's turns, and have its context evicted first."""
         self._turns.append(program.turns)
         self._eta = memory(self._turns)
-        self._withdraw(program)
+        self._dequeue(program)
         self._dropped.append((program.key, self._replica.pop(program.key)))
         self.pins.pop(program.key, None)
         self._tool.pop(program.key, None)
@@ -160,7 +160,7 @@ class Continuum(Programs):
                 program = next((waiting for waiting in queue if waiting.home is not None), queue[0])
                 need = 0 if program.home is not None else program.context
                 if not home.busy:
-                    self._relieve(home, need, program)
+                    self._drop_pins(home, need, program)
                 elif home.used + need > home.capacity:
                     break
                 if program.key in self._evicted:
@@ -196,21 +196,21 @@ class Continuum(Programs):
         super().replicas_removed(names)
         for name in names:
             for program in self._queues.pop(name):
-                self._queue(program)
+                self._enqueue(program)
 
-    def _queue(self, program: Program) -> None:
+    def _enqueue(self, program: Program) -> None:
         name = self._replica.get(program.key, "")
         if name not in self.homes:
             name = self.fewest(lambda home: home.busy + len(self._queues[home.name])).name
             self._replica[program.key] = name
         insort(self._queues[name], program, key=lambda queued: queued.number)
 
-    def _withdraw(self, program: Program) -> None:
+    def _dequeue(self, program: Program) -> None:
         queue = self._queues.get(self._replica[program.key], [])
         if program in queue:
             queue.remove(program)
 
-    def _relieve(self, home: Home, need: int, keep: Program | None) -> None:
+    def _drop_pins(self, home: Home, need: int, keep: Program | None) -> None:
         """Drop pins, latest program first, until `need` more tokens fit. The pin of `keep` is not dropped."""
         while home.used + need > home.capacity:
             pinned = [program for program in home.programs.values() if not program.running and program is not keep]

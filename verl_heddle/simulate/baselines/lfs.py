@@ -29,7 +29,7 @@ class Lfs(Programs):
         self._sticky = sticky
         self._queues: dict[tuple[str, str], dict[str, Program]] = {}
         """Waiting programs by group and required replica ("": any), in order of arrival."""
-        self._place: dict[str, tuple[str, str]] = {}
+        self._queue_of: dict[str, tuple[str, str]] = {}
         """Queue of each waiting program."""
         self._samples: dict[str, int] = {}
         """Admitted samples by group."""
@@ -37,22 +37,22 @@ class Lfs(Programs):
         """The probe of each group."""
         self._longest: dict[str, int] = {}
         """Tokens of the longest finished sample of each known group."""
-        self._turn = 0
+        self._next_index = 0
 
     def asked(self, program: Program, now: float) -> None:
         """Queue the turn with its group, and fill free slots."""
-        key = self._place[program.key] = program.group, (program.home or "") if self._sticky else ""
+        key = self._queue_of[program.key] = program.group, (program.home or "") if self._sticky else ""
         self._queues.setdefault(key, {})[program.key] = program
         self.admit(now)
 
     def returned(self, program: Program, now: float) -> None:
         """A slot is free. Fill it in `check`, at the end of this instant: if the trajectory ends here, its length counts by then."""
-        self._forget(program)
+        self._dequeue(program)
         self.check_at(now)
 
     def over(self, program: Program, now: float) -> None:
         """Update the length of the program's group."""
-        self._forget(program)
+        self._dequeue(program)
         if program.group in self._longest or self._probes.get(program.group) == program.key:
             self._longest[program.group] = max(program.served, self._longest.get(program.group, 0))
         if not self.live:  # groups are those of one step
@@ -80,22 +80,22 @@ class Lfs(Programs):
             if not program.turns:
                 self._probes.setdefault(program.group, program.key)
                 self._samples[program.group] = self._samples.get(program.group, 0) + 1
-            _, name = self._place[program.key]
-            self.place(program, name if name in names else self._next(free).name, now)
-            self._forget(program)
+            _, name = self._queue_of[program.key]
+            self.place(program, name if name in names else self._next_home(free).name, now)
+            self._dequeue(program)
 
     def _order(self, program: Program) -> tuple[tuple[int, float, int], float, int]:
         return self.rank(program.group), program.since_s, program.number
 
-    def _next(self, free: list[Home]) -> Home:
+    def _next_home(self, free: list[Home]) -> Home:
         """The replica with the fewest turns in flight; among equals, the next in fleet order after the last choice."""
         names = list(self.homes)
-        best = min(free, key=lambda home: (home.busy, (names.index(home.name) - self._turn) % len(names)))
-        self._turn = (names.index(best.name) + 1) % len(names)
+        best = min(free, key=lambda home: (home.busy, (names.index(home.name) - self._next_index) % len(names)))
+        self._next_index = (names.index(best.name) + 1) % len(names)
         return best
 
-    def _forget(self, program: Program) -> None:
-        key = self._place.pop(program.key, None)
+    def _dequeue(self, program: Program) -> None:
+        key = self._queue_of.pop(program.key, None)
         if key is not None:
             del self._queues[key][program.key]
             if not self._queues[key]:

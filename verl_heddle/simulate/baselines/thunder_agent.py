@@ -11,7 +11,7 @@ paused continues on its replica regardless of `used`. Every 5 s, first resume, t
 With `decay`, tokens of programs in tools count 2^-t after t seconds, for resuming only (off by default).
 
 Source: arXiv 2602.13692, and for all constants the public router (ThunderAgent-org/ThunderAgent, `scheduler/router.py`,
-`backend/state.py`). Its formula also subtracts tokens shared by programs, but its code never updates that number, so it is 0 there and here.
+`backend/state.py`). Its formula also subtracts tokens shared by programs, but its code never updates that number, so it is 0 here too.
 Assumed: tokens of a running turn are known when it ends (the router counts them earlier only for streaming clients, and verl does not
 stream); an empty replica takes the first waiting program of any size; engines are vLLM's own, first come, first served.
 Cost: O(n log n) per check, n programs.
@@ -78,7 +78,7 @@ class ThunderAgent(Programs):
         paused = sorted((program for program in self.live.values() if program.home is None), key=lambda program: program.context)
         if not paused:
             return
-        rooms = {name: self.room(home) + (self._faded(home, now) if self._decay else 0.0) for name, home in self.homes.items()}
+        rooms = {name: self.room(home) + (self._decayed(home, now) if self._decay else 0.0) for name, home in self.homes.items()}
         left = sum(room for room in rooms.values() if room > BUFFER_TOKENS)
         returned = [program for program in paused if program.turns and program.request is not None]
         new = [program for program in paused if not program.turns]
@@ -93,7 +93,7 @@ class ThunderAgent(Programs):
                 rooms[name] -= program.context + BUFFER_TOKENS
                 self.place(program, name, now)
 
-    def _faded(self, home: Home, now: float) -> float:
+    def _decayed(self, home: Home, now: float) -> float:
         """Decayed tokens of programs in tools, which no longer count."""
         idle = (program for program in home.programs.values() if not program.running)
         return sum(program.context * (self._weight - 2.0 ** (program.since_s - now)) for program in idle)

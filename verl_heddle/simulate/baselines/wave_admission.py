@@ -83,7 +83,7 @@ class WaveAdmission(Programs):
         self._sizes: dict[str, list[int]] = {}
         """Contexts of each live program after each of its turns."""
         self._leaders: dict[str, str] = {}
-        self._landed: set[str] = set()
+        self._leader_done: set[str] = set()
         """Groups whose leader's first turn is over."""
         self._started = 0
 
@@ -96,17 +96,17 @@ class WaveAdmission(Programs):
         self._leaders.setdefault(program.group, program.key)
         if program.home is None:
             best = self._emptiest()
-            if self._may(program, best, now):
-                self._take(program, best, now)
+            if self._may_start(program, best, now):
+                self._admit(program, best, now)
             return
         short, best = -self.free(self.homes[program.home]), self._emptiest()
         moves = short >= program.context and best.name != program.home and self.free(best) >= program.context
-        self._take(program, best if moves else self.homes[program.home], now)
+        self._admit(program, best if moves else self.homes[program.home], now)
 
     def returned(self, program: Program, now: float) -> None:
         """Mark the group if this is its leader, and update the expected growth. The next check admits waiting programs."""
         if self._leaders.get(program.group) == program.key:
-            self._landed.add(program.group)
+            self._leader_done.add(program.group)
         self._sizes.setdefault(program.key, []).append(program.context)
         self.claim(program, self._growth.expected(program.context))
 
@@ -115,22 +115,22 @@ class WaveAdmission(Programs):
         for context in (sizes := self._sizes.pop(program.key, [])):
             self._growth.observe(context, sizes[-1] - context)
         if self._leaders.get(program.group) == program.key:
-            self._landed.add(program.group)
+            self._leader_done.add(program.group)
         if not self.live:  # groups and the first wave are those of one step
-            self._leaders, self._landed, self._started = {}, set(), 0
+            self._leaders, self._leader_done, self._started = {}, set(), 0
 
     def check(self, now: float) -> None:
         """Admit waiting programs: leaders first, then the longest context."""
         best = self._emptiest()
-        ready = [program for program in self.waiting.values() if self._may(program, best, now)]
+        ready = [program for program in self.waiting.values() if self._may_start(program, best, now)]
         for program in sorted(ready, key=lambda waiting: (not self._leads(waiting), -waiting.context, waiting.number)):
             best = self._emptiest()
-            if self._may(program, best, now):
-                self._take(program, best, now)
+            if self._may_start(program, best, now):
+                self._admit(program, best, now)
 
-    def _may(self, program: Program, best: Home, now: float) -> bool:
+    def _may_start(self, program: Program, best: Home, now: float) -> bool:
         waited_s = now - program.since_s
-        if not (self._leads(program) or program.group in self._landed or waited_s >= LEADER_S):
+        if not (self._leads(program) or program.group in self._leader_done or waited_s >= LEADER_S):
             return False
         forced = self._started < self._first_wave or waited_s >= self._max_wait_s or not best.programs
         return forced or self.free(best) >= program.context
@@ -141,7 +141,7 @@ class WaveAdmission(Programs):
     def _emptiest(self) -> Home:
         return self.fewest(lambda home: (-self.free(home), home.used))
 
-    def _take(self, program: Program, home: Home, now: float) -> None:
+    def _admit(self, program: Program, home: Home, now: float) -> None:
         self._started += program.home is None
         self.claim(program, self._growth.expected(program.context))
         self.place(program, home.name, now)

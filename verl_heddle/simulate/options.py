@@ -26,7 +26,7 @@ class HostTier:
     (`latency.model`), because KV cache is transferred block by block. An assumption until it is measured."""
 
     host_bytes: float = inf
-    """KV bytes that one host keeps for all its replicas, divided by their GPUs; inf: unlimited, the ideal case."""
+    """KV bytes that one host keeps for all its replicas; each replica gets its GPUs' share. inf: unlimited, the ideal case."""
 
     gpus_per_host: int = 8
 

@@ -75,7 +75,7 @@ class Stage:
         """Add outages and fleet changes to the calendar.
 
         Raises:
-            ValueError: an interval ends before it begins, starts before 0, or overlaps a second one of the same replica.
+            ValueError: an interval ends before it begins, starts before 0, or two intervals of a replica overlap.
         """
         changes = list(changes)
         outages = sorted((item for item in changes if isinstance(item, Outage)), key=lambda item: (item.replica, item.start_s))

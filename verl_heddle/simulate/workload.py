@@ -43,7 +43,7 @@ class TrajectoryState:
         self.id = identity
         self.key = identity.key
         self.group = group
-        """Number of its prompt."""
+        """Number of its prompt, from 0."""
         self.shared = shared
         """Leading tokens shared by the trajectories of the prompt: whole blocks, and less than the prompt, because every request computes
         its last token itself and keeps that block."""

@@ -65,7 +65,7 @@ def test_what_is_wrong_with_a_file_is_said_before_anything_is_simulated(tmp_path
         ("return 'nowhere', 'reason'", "the policy chose replica 'nowhere', which is not in the fleet"),
         (
             "return self.least_loaded(), 'r'\n\n    def priority(self, turn):\n        return 0.5",
-            "the priority 0.5: vLLM takes whole numbers",
+            "priority 0.5: vLLM priorities are integers",
         ),
     ],
 )
@@ -112,10 +112,10 @@ class Own(Stock):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (HOLDS.format(replica="super().turn_started(turn, now).replica", names="[]"), "admits none of them"),
+        (HOLDS.format(replica="super().turn_started(turn, now).replica", names="[]"), "admits none, and no other event is pending"),
         (HOLDS.format(replica="super().turn_started(turn, now).replica", names="['x']"), "admits 'x', which it does not hold"),
         (HOLDS.format(replica="''", names="names"), "without a replica, and held it without one"),
-        (AT_ONCE, "must lie ahead, or be inf"),
+        (AT_ONCE, "must be later than now, or inf"),
     ],
 )
 def test_answers_that_no_simulation_can_go_on_with_are_said(tmp_path, text, words):

@@ -41,7 +41,7 @@ def crowded(seed: int, rule: Rule, capacity: int | None) -> Engine:
 def described(engine: Engine):
     """Everything that the law asks about, from everybody: nothing is left out for speed."""
     cache, block = engine.cache, engine.cache.block
-    running = preempt.worst_first(map(engine._described, engine.running), engine.options.preempt)
+    running = preempt.worst_first(map(engine._as_running, engine.running), engine.options.preempt)
     queue = sorted((item[3] for item in engine.queue._heap if item[3].waiting), key=lambda r: (r.rank, r.arrival_s, r.order))
     waiting = [preempt.Waiting(str(r.order), r.priority, r.arrival_s, -(-cache.need(r) // block)) for r in dict.fromkeys(queue)]
     free = module.UNLIMITED if cache.capacity is None else (cache.capacity - cache.in_use - engine.decoding) // block

@@ -1,4 +1,4 @@
-"""A simulated cluster that drives the same `Orchestrator` as the real one.
+"""A simulated cluster that drives the same `Orchestrator` as a real one.
 
     from verl_heddle.latency import load
     from verl_heddle.orchestrator import Orchestrator
@@ -7,10 +7,11 @@
     result = simulate(trajectories, make_fleet(64, 1, latency), latency, Orchestrator(Options()))
     result.makespan_s, result.split()
 
-Modelled: continuous batching in virtual time, slots, KV capacity with vLLM's preemption and recomputation, prefix cache over turns and over
-a group's prompt, a host tier for evicted KV, chunked prefill that slows decoding, tools and how many run at once, groups, early stop,
-moves, pre-warming, outages, fleet changes; host time as one constant per turn, and one per step in the latency model.
-Not modelled: sampling (lengths are given), network and KV transfer between replicas, pipeline and data parallelism inside a replica,
+Modelled: continuous batching in virtual time; slots; KV capacity with vLLM's preemption and recomputation; the prefix cache across turns
+and across the samples of a prompt; a host tier for evicted KV; chunked prefill that slows decoding; tools and their concurrency limit;
+groups; early stop; migrations; pre-warming; outages; fleet changes. Host time is one constant per turn, plus one per step in the latency
+model.
+Not modelled: sampling (lengths are inputs), network and KV transfer between replicas, pipeline and data parallelism inside a replica,
 speculative decoding, block-granular KV capacity.
 """
 

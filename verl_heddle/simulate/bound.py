@@ -1,31 +1,31 @@
-"""A lower bound on the makespan of any schedule: how much of a result is the workload's own fault.
+"""A lower bound on the makespan of any schedule: the part of a result that no policy can improve.
 
-`lower_bound` = max(longest, work), over every way of cutting `gpus` GPUs into replicas of the degrees `tps`, with any placement, order,
-preemption and free migration, in the cost model of `engine.py`.
+`lower_bound` = max(longest, work). It holds for every split of `gpus` GPUs into replicas of the degrees `tps`, and for any placement,
+order, preemption and free migration, in the cost model of `engine.py`.
 
 Premises: decode_s is non-decreasing in batch and context; prefilling more of a context adds no less to a step, and prefilling it in two
-pieces adds no more (both hold for the formula and for roofline-like tables); the fleet never has more than `gpus` GPUs.
+pieces adds no more (both hold for the formula and for roofline-like tables); the fleet never exceeds `gpus` GPUs.
 
-*longest*: let a trajectory generate a token when its context is c. The step that gives the token has a batch of b requests with c tokens or
-more between them, so their mean context is at least c / b, and the step lasts at least
+*longest*: let a trajectory generate a token when its context is c. That step has a batch of b requests with at least c tokens of context in
+total, so their mean context is at least c / b, and the step lasts at least
 
     m(c) = min over degrees tp and batches b <= slots of decode_s(tp, b, c / b)
 
-(the minimum is at b = 1 where the hardware behaves; taking it over b spares a premise). Steps that give one trajectory's tokens overlap
-neither each other nor its tools and per-turn overheads, and the step of a turn's first token waits for its prefill; so the trajectory takes
-at least the sum of m over its tokens plus its tools, overheads and prefills. Of a prompt shared within a group nothing is counted here: a
-sibling may have computed it.
+(on well-behaved hardware the minimum is at b = 1; taking it over all b avoids that premise). The steps that generate a trajectory's tokens
+overlap neither each other nor its tools and per-turn overheads, and the step of a turn's first token waits for its prefill. So the
+trajectory takes at least the sum of m over its tokens, plus its tools, overheads and prefills. A prompt shared within a group is not
+counted here, because a sibling may have computed it.
 
 *work*: a step on a replica of degree tp with b requests of mean context c uses tp * decode_s(tp, b, c) GPU-seconds, at least b * u(c) with
 
     u(c) = min over tp and feasible b of tp * decode_s(tp, b, c) / b,
 
-feasible meaning b <= slots and b * (c - longest shared prompt) <= KV tokens. Let h be the largest convex function below u. Summed over all
-tokens of all trajectories, GPU-seconds >= sum over steps of b * h(mean context of the step) >= N * h(C) by Jensen, with N tokens and C
-their mean context (within a step nothing is lost: the mean over its requests *is* the argument of decode_s). Prefill adds its own
+where feasible means b <= slots and b * (c - longest shared prompt) <= KV tokens. Let h be the largest convex function below u. Summed over
+all tokens of all trajectories, GPU-seconds >= sum over steps of b * h(mean context of the step) >= N * h(C) by Jensen, with N tokens and C
+their mean context (averaging within a step is exact: the mean over its requests *is* the argument of decode_s). Prefill adds its own
 GPU-seconds: every turn's new tokens at least once, a shared prompt once per group. A makespan T offers at most gpus * T GPU-seconds.
 
-Between the sampled contexts m and u are replaced by their value at the sample below, which is smaller: the bound stays a bound.
+Between sampled contexts, m and u take their value at the next lower sample. It is no larger, so the bound stays valid.
 Cost: one vectorised table of (SAMPLES x slots) step times per degree, then O(turns).
 """
 
@@ -47,12 +47,12 @@ from verl_heddle.trajectory import Trajectory
 Floats = NDArray[np.float64]
 
 SAMPLES = 512
-"""Contexts at which step times are taken, evenly spaced: the bound loses less than one part in 500 of its context-dependent half."""
+"""Evenly spaced contexts at which step times are sampled: the bound loses less than one part in 500 of its context-dependent part."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """Seconds. `longest_index` is the trajectory that `longest_s` belongs to."""
+    """The two bounds in seconds; `longest_index` is the trajectory that determines `longest_s`."""
 
     longest_s: float
     work_s: float
@@ -60,7 +60,7 @@ class Bound:
 
     @property
     def makespan_s(self) -> float:
-        """No schedule is shorter."""
+        """The larger of the two bounds, seconds."""
         return max(self.longest_s, self.work_s)
 
 
@@ -74,18 +74,18 @@ def lower_bound(
     kv_tokens: Mapping[int, int | None] | None = None,
     engine: EngineOptions | None = None,
 ) -> Bound:
-    """The bound for `trajectories` on `gpus` GPUs cut into replicas of any of the degrees `tps`.
+    """The bound for `trajectories` on `gpus` GPUs split into replicas of any of the degrees `tps`.
 
-    Degrees larger than `gpus` or that do not hold the model are left out. `slots` and `kv_tokens` as in `make_fleet`, `engine` as in
-    `simulate` (its overhead, and whether prompts are shared).
+    Degrees that exceed `gpus` or cannot hold the model are ignored. `slots` and `kv_tokens` are as in `make_fleet`, `engine` as in
+    `simulate`; of `engine`, only the overhead and prompt sharing matter.
 
     Raises:
-        ValueError: no degree is left, or the trajectories are not ready for `simulate`.
+        ValueError: no degree is left, or `simulate` would reject the trajectories.
     """
     options = engine or EngineOptions()
     degrees = [tp for tp in sorted(set(tps)) if tp <= gpus and latency.fits(tp)]
     if not degrees:
-        raise ValueError(f"none of the tensor-parallel degrees {sorted(set(tps))} works on {gpus} GPUs")
+        raise ValueError(f"none of the tensor-parallel degrees {sorted(set(tps))} fits {gpus} GPUs and holds the model")
     work = states(trajectories, options, 0)
     turns = [list(walk(item)) for item in trajectories]
     top = max(context + output for item in turns for context, _, output in item)
@@ -121,12 +121,12 @@ def lower_bound(
 
 
 def _prefill(latency: Latency, tp: int, new: int, context: int) -> float:
-    """What a turn's prefill adds to steps, as the engine charges it."""
+    """Seconds that a turn's prefill adds to steps, computed as in the engine."""
     return latency.prefill_s(tp, new, context) - latency.prefill_s(tp, 1, context) if new > 1 else 0.0
 
 
 def _step_times(latency: Latency, tp: int, slots: int, capacity: int | None, grid: Floats, reuse: int) -> tuple[Floats, Floats]:
-    """m and u of one degree, at each context of the grid a lower bound up to the next one; shapes [grid]."""
+    """m and u of one degree at each context of the grid, each valid as a lower bound up to the next context; shapes [grid]."""
     batch = np.arange(1, slots + 1, dtype=np.float64)[None, :]
     context = grid[:, None]
     fast = np.asarray(latency.decode_s(tp, batch, context / batch)).min(axis=1)
@@ -137,7 +137,7 @@ def _step_times(latency: Latency, tp: int, slots: int, capacity: int | None, gri
 
 
 class _Integral:
-    """Sum of a step function over whole contexts: `grid` ascending from 0, `values[i]` holds from grid[i] to the next."""
+    """Sum of a step function over integer contexts: `grid` ascends from 0, and `values[i]` applies from grid[i] to grid[i + 1]."""
 
     def __init__(self, grid: Floats, values: Floats) -> None:
         self._grid, self._values = grid, values
@@ -155,8 +155,8 @@ class _Integral:
 def _convex_floor(grid: Floats, values: Floats, at: float) -> float:
     """The largest convex function below the step function, at one point: the lower hull of the steps' right ends.
 
-    On a step [grid[i], grid[i+1]) a convex function is largest at an end; so the hull runs over the points (grid[i+1], values[i]), the
-    values being non-decreasing, and (grid[0], values[0]).
+    On a step [grid[i], grid[i+1]) a convex function is largest at an end. The values are non-decreasing, so the hull runs over the points
+    (grid[i+1], values[i]) and (grid[0], values[0]).
     """
     points = [(float(grid[0]), float(values[0]))]
     points += [(float(right), float(value)) for right, value in zip(grid[1:], values[:-1], strict=True)]

@@ -1,18 +1,17 @@
-"""The KV cache of one replica: what running requests hold, what is left over from earlier ones (vLLM's automatic prefix cache), and a tier
-in the host's memory for what was evicted.
+"""The KV cache of one replica: tokens of running requests, vLLM's automatic prefix cache, and a tier in host memory for evicted tokens.
 
-Law: tokens are either in use (a running request refers to them) or held (nobody does, but a later request may find them). Held
-tokens are free space: where in use + held exceeds the capacity they are evicted, least recently released first and from the end
-of each prefix; the engine evicts at every step boundary for the tokens of the coming step, and when a request takes a slot. A
-trajectory's own tokens are one entry, the shared prompt of a group is another, counted once however many use it. An own entry is
-of use only under its whole prompt.
+Law: a token is either in use (a running request refers to it) or held (no running request does, but a later one may hit it). Held tokens
+count as free space: if in use + held exceeds the capacity, they are evicted, least recently released first and from the end of each prefix.
+The engine evicts at every step boundary, for the tokens of the next step, and when a request takes a slot. A trajectory's own tokens are
+one entry. The shared prompt of a group is another, counted once however many requests use it. An own entry is a hit only if its whole
+prompt is cached too.
 
-The tier. What is evicted goes there instead of being lost, and a request that continues it has it read back when it takes a slot. Eviction
-takes the end of a prefix, so the tokens of an entry in the tier follow directly those that are still held. Over its own capacity the tier
-drops the entry evicted longest ago, again from the end.
+Tier: evicted tokens move to the tier instead of being lost, and are read back when a request that continues them takes a slot. Eviction
+takes the end of a prefix, so an entry's tokens in the tier directly follow its tokens that are still held. If the tier exceeds its own
+capacity, it drops the entry evicted longest ago, again from the end.
 
-Invariants: `in_use` >= 0, `held` >= 0; after `evict` in use + held <= capacity whenever in use <= capacity; tokens in the tier <= its
-capacity.
+Invariants: `in_use` >= 0 and `held` >= 0; after `evict`, in use + held <= capacity whenever in use <= capacity; tokens in the tier <= the
+tier's capacity.
 Source: vLLM `v1/core/kv_cache_manager.py` and `block_pool.py` (free queue in LRU order, tail blocks first).
 Cost: O(1) per call, amortised.
 """
@@ -25,8 +24,14 @@ from verl_heddle.simulate.workload import Request
 
 
 class PrefixCache:
-    """`capacity` in tokens (None: unlimited), reuse in whole blocks of `block` tokens, none at all without `enabled`. `tier`: tokens that
-    the tier holds; infinity: unlimited, 0: there is none."""
+    """Tokens by trajectory and by group.
+
+    Args:
+        capacity: tokens; None: unlimited.
+        block: prefixes are reused in whole blocks of this many tokens.
+        enabled: False: no reuse at all.
+        tier: capacity of the host tier in tokens; inf: unlimited, 0: no tier.
+    """
 
     __slots__ = ("_enabled", "_free", "_tier", "_users", "block", "capacity", "held", "in_use", "tier", "tiered")
 
@@ -34,7 +39,7 @@ class PrefixCache:
         self.capacity = capacity
         self.block = block
         self.in_use = 0
-        """Tokens that running requests refer to; the engine adds what they generate."""
+        """Tokens that running requests refer to; the engine adds the tokens they generate."""
         self.held = 0
         self.tier = tier if enabled else 0
         self.tiered = 0
@@ -43,13 +48,13 @@ class PrefixCache:
         """Tokens in the tier, keys as in `_free`; oldest eviction first."""
         self._enabled = enabled
         self._free: OrderedDict[int, int] = OrderedDict()
-        """Held tokens: by trajectory number, or by ~group for a shared prompt; oldest release first."""
+        """Held tokens by trajectory number, or by ~group for a shared prompt; oldest release first."""
         self._users: dict[int, int] = {}
-        """Running requests by group, where they share a prompt."""
+        """Running requests that share a prompt, by group."""
 
     def hit(self, request: Request) -> tuple[int, int]:
-        """Leading tokens of the request's context that need no prefill, and how many of these have to be read back from the tier; at least
-        one token is always computed."""
+        """Leading tokens of the request's context that need no prefill, and how many of these are read back from the tier. At least one
+        token is always computed."""
         if not self._enabled:
             return 0, 0
         shared, group, index = request.shared, request.trajectory.group, request.trajectory.index
@@ -66,16 +71,16 @@ class PrefixCache:
         return cached, max(0, cached - here)
 
     def need(self, request: Request) -> int:
-        """Tokens by which `in_use` would grow if the request took a slot."""
+        """Tokens by which `in_use` grows if the request takes a slot."""
         shared = request.shared
         return request.context - shared if shared and request.trajectory.group in self._users else request.context
 
     def alone(self, request: Request, context: int) -> int:
-        """Tokens of a running request's context that nobody else uses."""
+        """Tokens of a running request's context that no other running request uses."""
         return context - request.shared if request.shared and self._users[request.trajectory.group] > 1 else context
 
     def acquire(self, request: Request) -> None:
-        """The request takes a slot: its whole context is in use."""
+        """The request takes a slot: count its whole context as in use."""
         free = self._free
         self.held -= free.pop(request.trajectory.index, 0)
         if self._tier:
@@ -94,7 +99,7 @@ class PrefixCache:
             self.evict()
 
     def release(self, request: Request, computed: int) -> None:
-        """The request leaves its slot (its `context` updated before); the first `computed` tokens have their KV here."""
+        """The request leaves its slot: hold the whole blocks of its first `computed` tokens. Its `context` is up to date."""
         shared, state = request.shared, request.trajectory
         self.in_use -= request.context - shared
         computed = computed // self.block * self.block if self._enabled else 0
@@ -110,7 +115,7 @@ class PrefixCache:
                 self._hold(~state.group, min(shared, computed))
 
     def trim(self, state_index: int, own_tokens: int) -> None:
-        """The trajectory's context changed: at most `own_tokens` of what is held beyond its prompt are still its prefix."""
+        """The trajectory's context changed: keep at most `own_tokens` of its tokens beyond the prompt."""
         entry, behind = self._free.get(state_index, 0), self._tier.get(state_index, 0)
         if entry + behind <= own_tokens:
             return
@@ -124,18 +129,18 @@ class PrefixCache:
             self.held -= entry - kept
 
     def demote(self, state_index: int) -> None:
-        """Nobody will come back soon to what the trajectory left: it goes first when there is need."""
+        """Evict the trajectory's held tokens before all others: no turn will need them soon."""
         if state_index in self._free:
             self._free.move_to_end(state_index, last=False)
 
     def clear(self) -> None:
-        """Forget everything that is not in use, in the tier as well: the weights have changed."""
+        """Drop everything that is not in use, in the tier too, because the weights have changed."""
         self._free.clear()
         self._tier.clear()
         self.held = self.tiered = 0
 
     def evict(self) -> None:
-        """Make room: drop held tokens, oldest first, until everything fits or nothing is held."""
+        """Evict held tokens, oldest first, until everything fits or none are left."""
         if self.capacity is None:
             return
         over = self.in_use + self.held - self.capacity
@@ -154,7 +159,7 @@ class PrefixCache:
                 self._to_tier(key, lost)
 
     def _to_tier(self, key: int, tokens: int) -> None:
-        """Tokens leave the end of a held entry for the tier, which makes room for them."""
+        """Move tokens from the end of a held entry to the tier, which drops its oldest entries to make room."""
         tier = self._tier
         tier[key] = tier.pop(key, 0) + tokens
         self.tiered += tokens
@@ -172,7 +177,7 @@ class PrefixCache:
         self.tiered -= self._tier.pop(key, 0)
 
     def _hold(self, key: int, tokens: int) -> None:
-        self._leave_tier(key)  # what follows these tokens is another context, or they would have been read back
+        self._leave_tier(key)  # the tier's tokens continue an outdated context, or they would have been read back
         self.held += tokens - self._free.pop(key, 0)
         if tokens:
             self._free[key] = tokens

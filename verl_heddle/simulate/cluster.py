@@ -1,9 +1,9 @@
-"""The simulated cluster: trajectories alternate between a replica and their tools, and a policy says which replica.
+"""The simulated cluster: trajectories alternate between replicas and tools, and a policy picks the replica of each turn.
 
-Law: the discrete-event loop over the calendar of `stage.py`. The policy is told of simulated time only. A turn that the policy holds
-without naming a replica belongs to none until it is admitted.
-Invariants: every `turn_started` gets one `turn_finished`; every trajectory one `trajectory_ended`; after it nothing of it is in
-an engine. Cost: O(log n) per event, about five events per turn; plus what the policy costs.
+Law: a discrete-event loop over the calendar of `stage.py`. The policy sees simulated time only. A turn that the policy holds without
+naming a replica has no replica until it is admitted.
+Invariants: every `turn_started` gets one `turn_finished`; every trajectory gets one `trajectory_ended`, and no request of it is in an
+engine afterwards. Cost: O(log n) per event, about five events per turn, plus the policy.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from verl_heddle.simulate.workload import Request, TrajectoryState
 from verl_heddle.trajectory import Decision, Outcome, ToolStart, TrajectoryEnd, TurnEnd, TurnStart
 
 MOST_TICKS = 1000
-"""Of a policy at one time: more, and it will never be done."""
+"""Timer ticks of a policy at one simulated time; a policy that exceeds it would never stop."""
 
 
 class Cluster(Stage):
-    """One simulation: `schedule` changes, `run` once, then read `engines`, `log` and the states given."""
+    """One simulation: call `schedule`, then `run` once, then read `engines`, `log` and the states in `work`."""
 
     def __init__(
         self,
@@ -44,37 +44,37 @@ class Cluster(Stage):
     ) -> None:
         super().__init__(fleet, latency, policy, options)
         self.migrations = 0
-        """Turns placed on another replica than the trajectory's turn before."""
+        """Turns placed on a different replica than the trajectory's previous turn."""
         self._tool_started = getattr(policy, "tool_started", None)
         self._admitted = getattr(policy, "admitted", None)
         self._due_s = getattr(policy, "due_s", None)
         self._released = getattr(policy, "released", None)
         self._timer_s = inf
-        """Of the policy, the next that is in the calendar."""
+        """The policy's earliest timer in the calendar."""
         self._ticked_s, self._ticks = -inf, 0
-        """When it last ran out, and how often at that time."""
+        """Time of the last tick, and how many ticks ran at that time."""
         self._reprioritised = getattr(policy, "reprioritised", None)
         self._prewarms = getattr(policy, "prewarms", None)
         self._transferred = getattr(policy, "transferred", None)
         self._now = 0.0
-        """Of the event that happens."""
+        """Time of the current event."""
         self._held: dict[str, tuple[Request, Decision]] = {}
         """Turns the policy has not yet admitted, by `TurnStart.request`."""
         self._overhead_s = options.turn_overhead_s
         self._tools_free = tools_at_once
         self._tool_queue: deque[tuple[TrajectoryState, float, float]] = deque()
-        """Who waits for a tool, how long that will take, since when."""
+        """Trajectories that wait for a tool, with the seconds the tool takes and the time they joined the queue."""
         self._work = work
         self._by_key = {state.key: state for state in work}
 
     # --- the loop ---------------------------------------------------------------------------------------------------------
 
     def run(self, times: Sequence[float]) -> None:
-        """Submit every trajectory at its time, seconds, and play until all have ended.
+        """Submit every trajectory at its time (seconds) and run until all have ended.
 
         Raises:
-            ValueError: the policy chose a replica that does not exist or is too small, or answered what cannot be; the message says what.
-            RuntimeError: trajectories were lost; a bug of the simulator.
+            ValueError: the policy chose a replica that does not exist or is too small, or gave an invalid answer; the message says which.
+            RuntimeError: trajectories were lost, which is a bug in the simulator.
         """
         expected = getattr(self._policy, "batch_expected", None)
         if expected is not None:
@@ -85,16 +85,16 @@ class Cluster(Stage):
         while self._events:
             self._next()
         if self._held:
-            raise ValueError(f"the policy holds {len(self._held)} turns and admits none of them, while nothing else is under way")
+            raise ValueError(f"deadlock: the policy holds {len(self._held)} turns and admits none, and no other event is pending")
         stuck = sum(state.outcome is None for state in self._work)
         if stuck:
             raise RuntimeError(f"{stuck} trajectories never ended")
 
     def _next(self) -> None:
-        """Let the next event of the calendar happen."""
+        """Process the next event in the calendar."""
         self._now, kind, _, what = heappop(self._events)
         if kind == WAKE:
-            if what.next_s == self._now:  # otherwise it was put forward or back since
+            if what.next_s == self._now:  # otherwise the wake-up was rescheduled, and this entry is stale
                 for request in what.finish():
                     self._left(request, self._now)
                 what.begin()
@@ -107,11 +107,11 @@ class Cluster(Stage):
     # --- a trajectory -----------------------------------------------------------------------------------------------------
 
     def _turn(self, state: TrajectoryState, now: float) -> None:
-        """The trajectory is back from its tool, or new."""
+        """Start the next turn of a trajectory that is new or whose tool has ended; end the trajectory if there is none."""
         if state.outcome is not None:
             return
         if state.warming is not None:
-            self._throw_out(state.warming, now)
+            self._abort(state.warming, now)
         if state.turn == len(state.steps):
             self._end(state, Outcome.FINISHED, now)
             return
@@ -126,7 +126,7 @@ class Cluster(Stage):
         self._place(request, now)
 
     def _place(self, request: Request, now: float) -> None:
-        """Ask the policy where to, and submit."""
+        """Ask the policy for a decision, then hold or submit the request."""
         state = request.trajectory
         generated = state.generated + request.asked - request.left
         tool_s = state.steps[state.turn - 1].tool_latency_s if state.turn else None
@@ -135,9 +135,9 @@ class Cluster(Stage):
         request.reason = self.log.reason_number(decision.reason)
         request.predicted = decision.predicted_remaining
         if not isinstance(decision.priority, Integral):
-            raise ValueError(f"the policy gives turn {turn.request} the priority {decision.priority!r}: vLLM takes whole numbers")
+            raise ValueError(f"the policy gives turn {turn.request} priority {decision.priority!r}: vLLM priorities are integers")
         if decision.replica or not decision.held:
-            self._go_to(request, decision.replica)
+            self._assign(request, decision.replica)
         if decision.held:
             self._held[turn.request] = (request, decision)
             request.queued_s = now
@@ -145,8 +145,8 @@ class Cluster(Stage):
             self._submit(request, self.engines[request.engine], decision.priority, now)
         self._let_in(now)
 
-    def _go_to(self, request: Request, replica: str) -> None:
-        """The policy has chosen a replica."""
+    def _assign(self, request: Request, replica: str) -> None:
+        """Assign the request to the replica that the policy chose."""
         state, engine = request.trajectory, self._by_name.get(replica)
         if engine is None:
             raise ValueError(f"the policy chose replica {replica!r}, which is not in the fleet")
@@ -168,13 +168,13 @@ class Cluster(Stage):
         homes = request.trajectory.homes
         if engine.index not in homes:
             homes.append(engine.index)
-        planned = engine.next_s
+        planned_s = engine.next_s
         engine.submit(request, now)
-        if engine.next_s != planned:
+        if engine.next_s != planned_s:
             self._wake_later(engine)
 
     def _let_in(self, now: float) -> None:
-        """Submit the held turns that the policy admits; take up what it releases, and its next timer."""
+        """Submit the held turns that the policy admits, demote the contexts it releases, and schedule its next timer."""
         if self._released is not None:
             for key, replica in self._released(now):
                 if replica in self._by_name:
@@ -189,9 +189,9 @@ class Cluster(Stage):
                     raise ValueError(f"the policy admits {name!r} without a replica, and held it without one")
                 request.queue_s += now - request.queued_s
                 if replica is not None:
-                    self._go_to(request, replica)
+                    self._assign(request, replica)
                 engine = self._by_name.get(replica or decision.replica)
-                if engine is None:  # it left meanwhile
+                if engine is None:  # the replica left the fleet meanwhile
                     self._left(request, now)
                 else:
                     self._submit(request, engine, decision.priority, now)
@@ -200,26 +200,26 @@ class Cluster(Stage):
             self._at(max(due, now), CHANGE, self._tick)
 
     def _tick(self, now: float) -> None:
-        """A timer of the policy may have run out."""
-        if now < self._timer_s:  # put forward since, and it has run out then
+        """Call the policy's `tick` if its timer has expired."""
+        if now < self._timer_s:  # stale: the timer was moved earlier and has already fired
             return
         self._ticks = self._ticks + 1 if now == self._ticked_s else 0
         self._ticked_s = now
         if self._ticks > MOST_TICKS:
-            raise ValueError(f"the policy's due_s stays at {now:g} however often tick is called: it must lie ahead, or be inf")
+            raise ValueError(f"the policy's due_s is still {now:g} after {MOST_TICKS} calls of tick: it must be later than now, or inf")
         self._timer_s = inf
         self._policy.tick(now)  # type: ignore[attr-defined]
         self._let_in(now)
 
     def _refresh(self, now: float) -> None:
-        """Give turns under way the priorities that the policy has changed, until it has no more to tell."""
+        """Apply the priorities that the policy has changed to turns in flight, until the policy has no more changes."""
         if self._reprioritised is None:
             return
-        self._take(self._reprioritised(now), now)
+        self._apply_priorities(self._reprioritised(now), now)
         while (due := getattr(self._policy, "refresh_due_s", None)) is not None and due <= now:
-            self._take(self._reprioritised(now), now)
+            self._apply_priorities(self._reprioritised(now), now)
 
-    def _take(self, changed: dict[str, dict[str, int]], now: float) -> None:
+    def _apply_priorities(self, changed: dict[str, dict[str, int]], now: float) -> None:
         for name, table in changed.items():
             engine = self._by_name.get(name)
             for request_name, priority in table.items():
@@ -230,16 +230,16 @@ class Cluster(Stage):
                 if request_name in self._held:
                     self._held[request_name] = (request, replace(self._held[request_name][1], priority=priority))
                     continue
-                planned = engine.next_s
+                planned_s = engine.next_s
                 engine.reprioritise(request, priority, now)
-                if engine.next_s != planned:
+                if engine.next_s != planned_s:
                     self._wake_later(engine)
 
     def _engine_s(self, request: Request, now: float) -> float:
         return max(0.0, now - request.start_s - self._overhead_s - request.queue_s)
 
     def _left(self, request: Request, now: float) -> None:
-        """The request is out of its engine: with its last token, cancelled, or because its replica leaves."""
+        """Handle a request that left its engine: it finished, was cancelled, or its replica leaves the fleet."""
         state = request.trajectory
         if request.prewarm:
             if state.warming is request:
@@ -252,7 +252,7 @@ class Cluster(Stage):
         complete = not request.left
         if state.generated + made >= state.stop_at and (request.left or state.turn + 1 < len(state.steps)):
             state.cancelled = True
-        name = self.engines[request.engine].replica.name if request.engine >= 0 else ""  # held, and it belonged to none
+        name = self.engines[request.engine].replica.name if request.engine >= 0 else ""  # held without a replica
         actions = self._policy.turn_finished(
             TurnEnd(state.id, state.key, name, state.turn, made - request.told, complete, self._engine_s(request, now)), now
         )
@@ -289,7 +289,7 @@ class Cluster(Stage):
         return self._overhead_s if state.turn < len(state.steps) else 0.0
 
     def _start_tools(self, now: float) -> None:
-        """Tools that waited run, first come first served, as far as they may."""
+        """Start waiting tools, first come first served, up to the concurrency limit."""
         while self._tool_queue and self._tools_free >= 1:
             state, tool_s, since = self._tool_queue.popleft()
             if state.outcome is None:
@@ -303,7 +303,7 @@ class Cluster(Stage):
         self._at(now + self._before_next(state), TURN, state)
 
     def _record(self, request: Request, made: int, tool_s: float, now: float) -> None:
-        """The turn is over: its row, and what it leaves in the trajectory's state."""
+        """Log the finished turn and update the trajectory's state."""
         state = request.trajectory
         generate_s = max(0.0, now - request.start_s - self._overhead_s - request.queue_s - request.prefill_s)
         predicted = nan if request.predicted is None else request.predicted
@@ -326,7 +326,7 @@ class Cluster(Stage):
         self._refresh(now)
         self._warm(now)
 
-    # --- what the policy orders -------------------------------------------------------------------------------------------
+    # --- actions of the policy --------------------------------------------------------------------------------------------
 
     def _warm(self, now: float) -> None:
         if self._prewarms is not None:
@@ -354,14 +354,14 @@ class Cluster(Stage):
     def _cancel(self, state: TrajectoryState, now: float) -> None:
         state.cancelled = True
         if state.warming is not None:
-            self._throw_out(state.warming, now)
+            self._abort(state.warming, now)
         if state.request is None:
             self._end(state, Outcome.CANCELLED, now)
         elif self._held and (name := f"{state.key}:{state.turn}") in self._held:
             del self._held[name]
             state.request.queue_s += now - state.request.queued_s
             self._left(state.request, now)
-        elif self._throw_out(state.request, now):
+        elif self._abort(state.request, now):
             self._left(state.request, now)
 
     def _stop_at(self, state: TrajectoryState, tokens: int, now: float) -> None:
@@ -373,18 +373,18 @@ class Cluster(Stage):
             return
         floor = int(state.generated + request.asked - state.stop_at)
         engine = self.engines[request.engine]
-        planned = engine.next_s
+        planned_s = engine.next_s
         if floor > 0 and engine.limit(request, floor, now):
             self._cancel(state, now)
-        if engine.next_s != planned:
+        if engine.next_s != planned_s:
             self._wake_later(engine)
 
-    def _throw_out(self, request: Request, now: float) -> bool:
-        """Abort the request; True if it is gone, False if it leaves at the end of its step. A pre-warm is forgotten at once."""
+    def _abort(self, request: Request, now: float) -> bool:
+        """Abort the request: True if it is gone, False if it leaves at the end of its step. A pre-warm is forgotten at once."""
         engine = self.engines[request.engine]
-        planned = engine.next_s
+        planned_s = engine.next_s
         gone = engine.abort(request, now)
-        if engine.next_s != planned:
+        if engine.next_s != planned_s:
             self._wake_later(engine)
         if request.prewarm:
             request.trajectory.warming = None

@@ -1,10 +1,10 @@
-"""A predictor of controlled quality, for asking what a planner is worth with it. It has the methods of `predict.predictor.Predictor`.
+"""A predictor of controlled quality, to measure what a planner gains from predictions. It has the methods of `predict.predictor.Predictor`.
 
-Law: the log of a trajectory's true length, standardised over the step, is z. The signal is u = q z + sqrt(1 - q^2) e, e standard normal,
-so q is the correlation of signal and truth. The prediction is the conditional mean of z given u, with the conditional spread: as honest as
-can be. Later in a trajectory it knows in addition only that it has not ended: the log-logistic given that it exceeds what was generated.
-Quality 1 is an oracle, 0 knows the distribution of the step. `claims` makes it a liar: it speaks as if its quality were that. Tool time is
-in proportion to tokens.
+Law: z is the log of a trajectory's true length, standardised over the step. The signal is u = q z + sqrt(1 - q^2) e with e standard normal,
+so q is the correlation of signal and truth. The prediction is the conditional mean of z given u, with the conditional spread, so it is
+calibrated. During a trajectory it learns only that the trajectory has not ended: it conditions the log-logistic on exceeding the generated
+tokens. Quality 1 is an oracle; quality 0 knows only the distribution of the step. `claims` miscalibrates the prediction: mean and spread
+are computed as if the quality were `claims`. Predicted tool time is proportional to tokens.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from verl_heddle.predict.quantities import LOGISTIC, UPPER, Estimate
 from verl_heddle.trajectory import Trajectory, TrajectoryEnd, TurnEnd, TurnStart
 
 LEAST_SCALE = 0.01
-"""Of an oracle's log-logistic: keeps it a distribution."""
+"""Smallest scale of the log-logistic, so that an oracle's prediction is still a distribution."""
 
 
 class Foresight:
-    """See the module.
+    """Predicts the remaining tokens of `trajectories` with a given quality.
 
     Args:
-        trajectories: those that will be simulated, with distinct (prompt, trial).
-        quality, claims: correlations in 0 to 1; `claims` None: honest.
-        sure: tell the median as if it were certain, which is planning on point predictions.
+        trajectories: the simulated trajectories, with distinct (prompt, trial).
+        quality, claims: correlations from 0 to 1; `claims` None: equal to `quality`, hence calibrated.
+        sure: return the median as the upper quantile too, so that the planner works with point predictions.
     """
 
     def __init__(
@@ -39,8 +39,8 @@ class Foresight:
         tokens = np.log([max(1, item.output_tokens) for item in trajectories])
         mean, spread = float(tokens.mean()), max(float(tokens.std()), 1e-6)
         signal = quality * (tokens - mean) / spread + sqrt(1 - quality**2) * np.random.default_rng(seed).normal(size=len(tokens))
-        says = np.exp(mean + claims * spread * signal).tolist()
-        self._median = {(item.prompt_id, item.trial): one for item, one in zip(trajectories, says, strict=True)}
+        medians = np.exp(mean + claims * spread * signal).tolist()
+        self._median = {(item.prompt_id, item.trial): median for item, median in zip(trajectories, medians, strict=True)}
         self._scale = max(LEAST_SCALE, spread * sqrt(1 - claims**2) * LOGISTIC)
         self._sure = sure
         self._tool_s = sum(item.tool_s for item in trajectories) / sum(item.output_tokens for item in trajectories)
@@ -48,20 +48,20 @@ class Foresight:
         self._live: dict[str, list[float]] = {}
 
     def turn_started(self, turn: TurnStart) -> None:
-        """Who it is, and what it has generated."""
+        """Look up the trajectory's median, and record its generated tokens."""
         identity = turn.trajectory
         self._live[identity.key] = [self._median[identity.prompt, identity.sample], turn.generated_tokens]
 
     def turn_finished(self, turn: TurnEnd) -> None:
-        """It has generated more."""
+        """Add the turn's output tokens."""
         self._live[turn.trajectory.key][1] += turn.output_tokens
 
     def trajectory_ended(self, end: TrajectoryEnd) -> None:
-        """Forget it."""
+        """Forget the trajectory."""
         self._live.pop(end.trajectory.key, None)
 
     def predict(self, key: str) -> Estimate:
-        """What is left."""
+        """Remaining tokens, turns and tool seconds of a live trajectory."""
         median, done = self._live[key]
         past = exp(min(40.0, max(-40.0, (log(max(done, 1e-6)) - log(median)) / self._scale)))
         left = max(1.0, median * exp(self._scale * log1p(2 * past)) - done)

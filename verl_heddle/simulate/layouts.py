@@ -1,4 +1,4 @@
-"""Fleets from layouts: how many GPUs, cut into which tensor-parallel degrees."""
+"""`make_fleet` builds a fleet from a number of GPUs and a layout of tensor-parallel degrees."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def make_fleet(
     """Replicas on `gpus` GPUs, named `r<number>-tp<degree>`.
 
     Args:
-        tp_layout: one degree for all, or the degrees one by one, for example (4, 2, 1, 1); they must use all GPUs.
+        tp_layout: one degree for all replicas, or a degree per replica, for example (4, 2, 1, 1); they must use all GPUs.
         slots: `max_num_seqs` of a replica, one number or by degree.
-        kv_tokens: KV capacity by degree, as the engines' logs say; default: `latency.kv_tokens`.
+        kv_tokens: KV capacity by degree, from the engines' logs; default: `latency.kv_tokens`.
 
     Raises:
-        ValueError: the layout does not use exactly the GPUs, or a degree does not hold the model.
+        ValueError: the layout does not use exactly `gpus` GPUs, or the model does not fit at one of its degrees.
     """
     if isinstance(tp_layout, int):
         if tp_layout < 1 or gpus < 1 or gpus % tp_layout:
-            raise ValueError(f"{gpus} GPUs cannot be cut into replicas of {tp_layout}")
+            raise ValueError(f"{gpus} GPUs cannot be split into replicas of {tp_layout} GPUs")
         tp_layout = [tp_layout] * (gpus // tp_layout)
     if sum(tp_layout) != gpus or not tp_layout or min(tp_layout) < 1:
-        raise ValueError(f"the layout {list(tp_layout)} uses {sum(tp_layout)} GPUs, there are {gpus}")
+        raise ValueError(f"the layout {list(tp_layout)} uses {sum(tp_layout)} GPUs, but there are {gpus}")
     holds: dict[int, int | None] = {}
     for tp in set(tp_layout):
         fits = latency.fits(tp) if kv_tokens is None else kv_tokens.get(tp, 0) != 0

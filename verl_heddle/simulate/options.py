@@ -1,4 +1,4 @@
-"""How the simulated engines behave, and what happens to the fleet while a step runs."""
+"""Settings of the simulated engines, and events of the fleet during a step."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from verl_heddle.schedule.preempt import Rule
 
 @dataclass(frozen=True, slots=True)
 class HostTier:
-    """KV cache kept in the host's memory: a context evicted from the GPU is read back instead of being computed again.
+    """A KV cache in host memory: a context evicted from the GPU is read back instead of being recomputed.
 
-    Reading back takes its time out of the steps of the engine, as prefill does, which is the careful side: vLLM's own connector overlaps
-    the two. Writing is taken to be free, as it happens beside decoding. Used least recently is dropped first.
+    Reading back adds its time to the engine's steps, as prefill does. This is conservative: vLLM's own connector overlaps the two. Writing
+    is assumed to be free, because it overlaps decoding. The least recently used entry is dropped first.
 
     Raises:
         ValueError: a number is out of range.
     """
 
     bytes_per_s: float = 25e9
-    """From the host's memory to each GPU, all GPUs at once. PCIe 5 gives 35 GB/s from pinned memory (`latency.model`); 70 % of it, because
-    KV cache moves block by block. An assumption until it is measured."""
+    """Bandwidth from host memory to each GPU while all GPUs read: 70 % of the 35 GB/s that PCIe 5 gives from pinned memory
+    (`latency.model`), because KV cache is transferred block by block. An assumption until it is measured."""
 
     host_bytes: float = inf
-    """KV cache that one host keeps for all its replicas, each getting its GPUs' share; inf: all of it, the ideal."""
+    """KV bytes that one host keeps for all its replicas; each replica gets its GPUs' share. inf: unlimited, the ideal case."""
 
     gpus_per_host: int = 8
 
@@ -35,49 +35,49 @@ class HostTier:
             raise ValueError(f"bytes_per_s and host_bytes must be positive and gpus_per_host at least 1, got {self}")
 
     def tokens(self, kv_bytes: int) -> float:
-        """Tokens of a replica that the tier holds; `kv_bytes` of a token on each of its GPUs (`Latency.kv_bytes`)."""
-        return self.host_bytes / self.gpus_per_host / kv_bytes  # a replica's share and a token's bytes grow alike with its degree
+        """Tokens of a replica that the tier holds, given the KV bytes of a token on each GPU (`Latency.kv_bytes`)."""
+        return self.host_bytes / self.gpus_per_host / kv_bytes  # a replica's share and a token's bytes both scale with the degree
 
     def read_s(self, kv_bytes: int) -> float:
-        """Seconds to read one token back, each GPU its part."""
+        """Seconds to read one token back; each GPU reads its own part."""
         return kv_bytes / self.bytes_per_s
 
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """vLLM's settings that change when a turn runs; defaults are those of verl 0.9.1 with vLLM 0.24 to 0.27 on a GPU.
+    """vLLM settings that affect when a turn runs; the defaults are those of verl 0.9.1 with vLLM 0.24 to 0.27 on a GPU.
 
     Raises:
         ValueError: a number is out of range.
     """
 
     order: Literal["fcfs", "priority"] = "fcfs"
-    """vLLM `scheduling_policy`. `fcfs`: waiting turns by arrival, the victim of KV pressure is the turn admitted last and returns
-    to the queue's
-    front. `priority`: waiting turns by (priority, arrival), the victim is the largest such pair."""
+    """vLLM `scheduling_policy`. `fcfs`: turns wait in order of arrival; KV pressure preempts the turn admitted last, which returns to the
+    front of the queue. `priority`: turns wait in order of (priority, arrival); KV pressure preempts the turn with the largest pair."""
 
     batch_tokens: int | None = BATCH_TOKENS
     """vLLM `max_num_batched_tokens`: tokens a step may compute, decodes first, then prefill chunks. None: no limit."""
 
     block_tokens: int = 16
-    """vLLM `block_size`: a cached prefix is reused in whole blocks. KV *capacity* is counted in tokens, optimistic by less than a block
-    per turn."""
+    """vLLM `block_size`: a cached prefix is reused in whole blocks. KV *capacity* is counted in tokens, which is optimistic by less than
+    a block per turn."""
 
     prefix_cache: bool = True
-    """vLLM `enable_prefix_caching` (verl's default): a turn finds what its trajectory left on the replica."""
+    """vLLM `enable_prefix_caching` (verl's default): a turn reuses the context that its trajectory left on the replica."""
 
     tier: HostTier | None = None
-    """KV cache in the host's memory (vLLM's `kv_offloading_size`); None: what is evicted is lost, as in stock verl."""
+    """KV cache in host memory (vLLM's `kv_offloading_size`); None: evicted tokens are lost, as in stock verl."""
 
     share_prompts: bool = True
-    """Trajectories of one prompt on one replica hold and compute its full blocks once, as vLLM's prefix cache does."""
+    """Trajectories of one prompt on one replica store and compute its full blocks once, as with vLLM's prefix cache."""
 
     preempt: Rule | None = None
     """Preemption on arrival and ageing by `schedule.preempt`, the law of the plugin's scheduler; needs `priority` order. None: off, as in
     stock vLLM."""
 
     turn_overhead_s: float = 0.0
-    """Seconds between wanting a turn and the engine seeing it: routing, transport, parsing, tokenising. Paid by every turn."""
+    """Seconds between a trajectory's request for a turn and its arrival at the engine: routing, transport, parsing, tokenising. Every turn
+    pays it."""
 
     def __post_init__(self) -> None:
         if self.order not in ("fcfs", "priority"):
@@ -95,10 +95,10 @@ PRIORITY = EngineOptions(order="priority")
 
 @dataclass(frozen=True, slots=True)
 class Outage:
-    """A replica computes nothing from the first step boundary after `start_s` until `end_s`: a weight sync, a wake-up.
+    """A replica computes nothing from the first step boundary after `start_s` until `end_s`, for example during a weight sync or a wake-up.
 
-    Turns may queue meanwhile. With `keep_cache` running turns freeze and go on afterwards; without, they return to the queue and the prefix
-    cache is lost (what vLLM's sleep does).
+    Turns may queue during the outage. With `keep_cache`, running turns freeze and continue afterwards. Without it, they return to the queue
+    and the prefix cache is lost, as in vLLM's sleep.
     """
 
     replica: str
@@ -109,10 +109,10 @@ class Outage:
 
 @dataclass(frozen=True, slots=True)
 class FleetChange:
-    """At `at_s` the replicas `remove` leave and `add` join: a reshard. New replicas accept turns at once and compute from `ready_s` on.
+    """A reshard: at `at_s` the replicas `remove` leave and `add` join. New replicas accept turns at once and compute from `ready_s` on.
 
-    Running turns on a leaving replica stop at its next step boundary, keep the tokens they have, and start anew wherever the
-    policy says; their context is computed again there.
+    Running turns on a leaving replica stop at its next step boundary and keep their generated tokens. The policy places them again, and the
+    new replica recomputes their context.
     """
 
     at_s: float

@@ -1,6 +1,6 @@
-"""The planner as a policy of its own: where turns run, and nothing else; for measuring placement alone.
+"""A policy that only places turns, with the planner of `Orchestrator` (`Replanner`), to measure placement alone.
 
-`Orchestrator` uses the same `Replanner`, beside priorities and the rest. Priorities are all 0 here, as in stock verl.
+All priorities are 0, as in stock verl.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Predicts(Protocol):
 
 
 class Planned:
-    """A `Policy`; see the module."""
+    """A `Policy` that places turns as `planner` decides on the predictions of `predictor`."""
 
     def __init__(self, planner: Replanner, predictor: Predicts, prewarm: bool = True) -> None:
         self.planner, self.predictor = planner, predictor
@@ -35,7 +35,7 @@ class Planned:
         self._prewarm = prewarm
 
     def announce(self, batch: Sequence[Trajectory], step: int = 0) -> None:
-        """Tell the planner what the step will start; ids as the simulator makes them. `replicas_added` comes before."""
+        """Announce the step's trajectories to the planner, with the ids that the simulator assigns. Call `replicas_added` first."""
         expected = []
         for item in batch:
             identity = TrajectoryId(item.prompt_id, f"{step}:{item.prompt_id}", item.trial, step)
@@ -45,7 +45,7 @@ class Planned:
         self.planner.expect(expected)
 
     def replicas_added(self, replicas: Iterable[Replica]) -> None:
-        """Replicas joined. Those that are known stay as they are: a later step of the same policy begins with them."""
+        """Replicas joined. Known ones keep their state, because the same policy may run several steps."""
         for replica in replicas:
             if replica.name not in self.planner.inflight:
                 self.planner.add(replica)
@@ -56,7 +56,7 @@ class Planned:
             self.planner.remove(name)
 
     def turn_started(self, turn: TurnStart, now: float) -> Decision:
-        """Predict, place."""
+        """Predict what remains, and place the turn."""
         self.predictor.turn_started(turn)
         estimate = self.predictor.predict(turn.trajectory.key)
         replica, reason = self.planner.acquire(turn, estimate)
@@ -64,12 +64,12 @@ class Planned:
         return Decision(replica, 0, reason, None if estimate is None else estimate.median_tokens)
 
     def turn_finished(self, turn: TurnEnd, now: float) -> list[Prewarm]:
-        """Predict again, move, pre-warm."""
+        """Update the prediction; pre-warm the target if the planner moves the trajectory."""
         self.predictor.turn_finished(turn)
         move = self.planner.release(turn, self.predictor.predict(turn.trajectory.key))
         return [Prewarm(move.trajectory, move.replica, LAST_PRIORITY)] if move is not None and self._prewarm else []
 
     def trajectory_ended(self, end: TrajectoryEnd, now: float) -> None:
-        """The episode is over."""
+        """Remove the trajectory from the predictor and the planner."""
         self.predictor.trajectory_ended(end)
         self.planner.ended(end)

@@ -1,10 +1,13 @@
-"""What a simulation tells: times by trajectory, by turn and by replica, and the same as trace records.
+"""The result of a simulation: times by trajectory, turn and replica, and conversion to trace records.
 
-All times are simulated seconds. `queue_s` is waiting for a slot (again after a preemption); `prefill_s` from a slot to the step
-that gives the first token, less that step's decode; `generate_s` decoding, others' prefills included; `tool_s` tools; `other_s`
-the per-turn overhead. A trajectory's five times add up to `finish_s - start_s` to float precision.
+All times are simulated seconds.
+- `queue_s`: waiting for a slot, including after a preemption.
+- `prefill_s`: from taking a slot to the step that generates the first token, less that step's decode.
+- `generate_s`: decoding, including the prefill of other requests in the same steps.
+- `tool_s`: tools. `other_s`: the per-turn overhead.
+A trajectory's five times add up to `finish_s - start_s` to float precision.
 
-One row per turn, kept in flat arrays: 100,000 trajectories are over a million turns.
+Turns are rows in flat arrays, because 100,000 trajectories have over a million turns.
 """
 
 from __future__ import annotations
@@ -21,13 +24,13 @@ from verl_heddle.fleet import Replica
 from verl_heddle.trajectory import Trajectory, Turn
 
 COLUMNS: dict[str, str] = {
-    "trajectory": "i",  # index into the trajectories given
+    "trajectory": "i",  # index into the simulated trajectories
     "turn": "i",
     "replica": "i",  # index into `TurnLog.replicas`
     "reason": "i",  # index into `TurnLog.reasons`
     "priority": "q",
     "predicted_remaining": "d",  # tokens; nan = none
-    "start_s": "d",  # when the trajectory wanted the turn, before `turn_overhead_s`
+    "start_s": "d",  # when the trajectory requested the turn, before `turn_overhead_s`
     "end_s": "d",  # last token
     "queue_s": "d",
     "prefill_s": "d",
@@ -42,11 +45,11 @@ COLUMNS: dict[str, str] = {
 
 
 BUFFER = 4096
-"""Rows collected before they go to the arrays: transposing many at once is several times faster than 16 appends a row."""
+"""Rows buffered before they are copied to the arrays: transposing many at once is several times faster than 16 appends per row."""
 
 
 class TurnLog:
-    """Finished turns in order of their ends. `add` is on the simulator's hot path."""
+    """Finished turns in the order in which they ended. `add` is on the simulator's hot path."""
 
     __slots__ = ("_buffer", "_columns", "_reason_numbers", "reasons", "replicas")
 
@@ -72,7 +75,7 @@ class TurnLog:
             self._flush()
 
     def column(self, name: str) -> NDArray[Any]:
-        """A column as an array, shape [turns]; a view, do not add rows while holding it."""
+        """A column as an array, shape [turns]. It is a view: do not add rows while holding it."""
         self._flush()
         return np.asarray(self._columns[name])
 
@@ -90,27 +93,27 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class ReplicaResult:
-    """One replica's step."""
+    """Busy times and token counts of one replica in the step."""
 
     replica: Replica
     busy: tuple[tuple[float, float], ...]
-    """Intervals in which it had work, seconds."""
+    """Intervals with work, seconds."""
     preemptions: int
     prefilled_tokens: int
     recomputed_tokens: int
-    """Of the prefilled ones, those that some replica had computed before: the price of moves, evictions and preemptions."""
+    """Prefilled tokens that some replica had computed before: the cost of migrations, evictions and preemptions."""
     restored_tokens: int = 0
-    """Read back from the host tier instead."""
+    """Tokens read back from the host tier instead."""
 
     @property
     def busy_s(self) -> float:
-        """Seconds with work."""
+        """Total seconds with work."""
         return sum(end - start for start, end in self.busy)
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A simulated step. Arrays have shape [trajectories], in the order given to `simulate`."""
+    """A simulated step. Arrays have shape [trajectories], in the order passed to `simulate`."""
 
     start_s: Floats
     finish_s: Floats
@@ -120,11 +123,11 @@ class Result:
     tool_s: Floats
     other_s: Floats
     output_tokens: NDArray[np.int64]
-    """Generated; fewer than asked only where cancelled."""
+    """Generated tokens; fewer than the trace has only for cancelled trajectories."""
     outcomes: tuple[str, ...]
     replicas: tuple[ReplicaResult, ...]
     migrations: int
-    """Turns that ran on another replica than their trajectory's turn before."""
+    """Turns that ran on a different replica than their trajectory's previous turn."""
     turns: TurnLog = field(repr=False)
     source: Sequence[Trajectory] = field(repr=False)
     step: int = 0
@@ -136,7 +139,7 @@ class Result:
 
     @property
     def tokens(self) -> int:
-        """Tokens generated, those of cancelled trajectories included."""
+        """Tokens generated, including those of cancelled trajectories."""
         return int(self.output_tokens.sum())
 
     @property
@@ -146,12 +149,12 @@ class Result:
 
     @property
     def preemptions(self) -> int:
-        """Slots lost: to KV pressure, to better requests, to a lost cache."""
+        """Preemptions by KV pressure, by requests with a better priority, and by outages that drop the cache."""
         return sum(item.preemptions for item in self.replicas)
 
     @property
     def recomputed_tokens(self) -> int:
-        """Tokens prefilled that had been computed before."""
+        """Prefilled tokens that some replica had computed before."""
         return sum(item.recomputed_tokens for item in self.replicas)
 
     @property
@@ -160,12 +163,12 @@ class Result:
         return int(self.finish_s.argmax())
 
     def split(self, index: int | None = None) -> dict[str, float]:
-        """Seconds of one trajectory by what it was doing; default: of the one that ended last, which explains the makespan."""
+        """The five times of one trajectory, seconds; default: the trajectory that ended last, which explains the makespan."""
         which = self.last if index is None else index
         return {name: float(getattr(self, name)[which]) for name in ("queue_s", "prefill_s", "generate_s", "tool_s", "other_s")}
 
     def summary(self) -> dict[str, Any]:
-        """The numbers of one row of a table, JSON-ready."""
+        """The numbers of one table row, ready for JSON."""
         makespan = max(self.makespan_s, 1e-12)
         return {
             "makespan_s": self.makespan_s,
@@ -183,9 +186,9 @@ class Result:
         }
 
     def trajectories(self) -> list[Trajectory]:
-        """The step as trace records, as the recorder of a live run writes them; `verl_heddle.report.attribution` takes them.
+        """The step as trace records, in the form that the recorder of a live run writes and `verl_heddle.report.attribution` reads.
 
-        `gen_s` is prefill and decoding together, as in a live run; `meta` has `prefill_s`, and times start at 0.
+        `gen_s` is prefill plus decoding, as in a live run; `meta` has `prefill_s`, and times start at 0.
         """
         log = self.turns
         columns = {name: log.column(name).tolist() for name in COLUMNS}
@@ -195,7 +198,7 @@ class Result:
             turn = columns["turn"][row]
             begin, end = columns["start_s"][row], columns["end_s"][row]
             queue, work = columns["queue_s"][row], columns["prefill_s"][row] + columns["generate_s"][row]
-            told = columns["predicted_remaining"][row]
+            predicted = columns["predicted_remaining"][row]
             steps[index].append(
                 replace(
                     self.source[index].steps[turn],
@@ -209,7 +212,7 @@ class Result:
                     replica=log.replicas[columns["replica"][row]],
                     priority=columns["priority"][row],
                     reason=log.reasons[columns["reason"][row]],
-                    predicted_remaining=None if told != told else told,
+                    predicted_remaining=None if predicted != predicted else predicted,
                     preemptions=columns["preemptions"][row],
                     cached_tokens=columns["cached_tokens"][row],
                     start_s=begin - float(self.start_s[index]),

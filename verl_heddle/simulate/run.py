@@ -1,4 +1,4 @@
-"""`simulate`: one step of rollouts on a fleet, driven by a policy."""
+"""`simulate` runs one step of rollouts on a fleet under a policy."""
 
 from __future__ import annotations
 
@@ -30,23 +30,22 @@ def simulate(
     step: int = 0,
     tools_at_once: float = inf,
 ) -> Result:
-    """Run all `trajectories` on `fleet`. The same arguments and policy state give the same result, bit for bit.
+    """Run all `trajectories` on `fleet`. Equal arguments and policy state give bit-identical results.
 
     Args:
         trajectories: with known lengths (`verl_heddle.traces.replayable`), submitted in this order.
-        policy: an `Orchestrator`, a baseline, or anything with the same methods. It may be used again for the next step.
+        policy: an `Orchestrator`, a baseline, or any object with the same methods. It may be reused for the next step.
         engine: vLLM's settings; None: those of stock verl.
-        seed: for `spread_s` only; policies bring their own.
-        spread_s: each trajectory is submitted at a random time in [0, spread_s): for asking how much chance matters.
-        arrivals_s: when each trajectory is submitted, seconds; not together with `spread_s`. Default: all at 0.
+        seed: for `spread_s` only; policies have their own seeds.
+        spread_s: each trajectory is submitted at a random time in [0, spread_s), to measure how much of a result is chance.
+        arrivals_s: submit time of each trajectory, seconds; not together with `spread_s`. Default: all at 0.
         changes: outages and fleet changes during the step.
         step: training step, part of the trajectories' ids.
-        tools_at_once: how many tools run at the same time, 1 or more; others wait, first come first served, which counts as tool time.
+        tools_at_once: how many tools may run concurrently, at least 1. The others wait first come first served, which counts as tool time.
 
     Raises:
-        ValueError: impossible input (empty, duplicate names, missing lengths, more context than the chosen replica holds, a
-        replica that does
-            not exist); the message says what.
+        ValueError: invalid input (empty, duplicate names, missing lengths, more context than the chosen replica holds, a replica that does
+            not exist); the message says which.
     """
     options = engine or EngineOptions()
     work = states(trajectories, options, step)
@@ -71,7 +70,7 @@ def _submit_times(number: int, seed: int, spread_s: float, arrivals_s: Sequence[
 
 
 def _result(cluster: Cluster, work: list[TrajectoryState], trajectories: Sequence[Trajectory], overhead_s: float, step: int) -> Result:
-    """Sums of the turns' rows by trajectory."""
+    """Sum the rows of the turns by trajectory."""
     log, number = cluster.log, len(work)
     owner = log.column("trajectory")
 
@@ -82,7 +81,7 @@ def _result(cluster: Cluster, work: list[TrajectoryState], trajectories: Sequenc
     queue, prefill, generate, tool = (total(name) for name in ("queue_s", "prefill_s", "generate_s", "tool_s"))
     tool = tool + np.array([state.tool_wait_s for state in work])
     other = overhead_s * np.bincount(owner, minlength=number)
-    cancelled = np.array([state.cancelled for state in work])  # they did not wait for a tool to end, or went while on their way
+    cancelled = np.array([state.cancelled for state in work])  # a cancellation may cut a tool or the overhead short
     away = np.maximum(finish - start - queue - prefill - generate, 0.0)
     tool = np.where(cancelled, np.clip(away - other, 0.0, tool), tool)
     other = np.where(cancelled, away - tool, other)

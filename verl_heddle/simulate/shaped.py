@@ -1,8 +1,8 @@
-"""Shaping around any placement policy, in the simulator: the same `Groups` as in the cluster.
+"""Shaping around any placement policy in the simulator, with the same `Groups` as in a real cluster.
 
-Law: the inner policy places; a trajectory's end is told to its group, and what that says is out is cancelled (`Cancel`) or, while it may
-still be kept, limited (`StopAt`), which is what the engines of a cluster do with `Verdict.limits`. The trajectories given are those
-started, that is as many per prompt as the plan says: `started` picks them. Reward and cut (`meta.truncated`) are those of the trajectories.
+Law: the inner policy places turns. When a trajectory ends, its group selects: rejected trajectories are cancelled (`Cancel`), and those it
+may still keep are limited (`StopAt`), as the engines of a real cluster do with `Verdict.limits`. The batch has as many trajectories per
+prompt as the plan says; `started` picks them. Rewards and truncation (`meta.truncated`) come from the trajectories.
 Cost: that of `Groups`.
 """
 
@@ -22,8 +22,7 @@ from verl_heddle.trajectory import Decision, Outcome, Trajectory, TrajectoryEnd,
 
 
 def started(plan: StepPlan, prompts: Sequence[str], pool: Mapping[str, Sequence[Trajectory]]) -> list[Trajectory]:
-    """The first samples of each prompt's pool, as many as the plan gives it; all first samples come first, as verl submits prompt by
-    prompt.
+    """The first samples of each prompt's pool, as many as the plan assigns to it, prompt by prompt as verl submits them.
 
     Raises:
         ValueError: a pool has fewer samples than planned.
@@ -35,17 +34,17 @@ def started(plan: StepPlan, prompts: Sequence[str], pool: Mapping[str, Sequence[
 
 
 class Shaped:
-    """A `Policy`: `inner` places, `groups` select by the shaper's plan. `kept` by uid: the rows of each closed group."""
+    """A `Policy`: `inner` places turns, and `groups` select trajectories by the shaper's plan. `kept`: rows of each closed group by uid."""
 
     def __init__(self, inner: Policy, shaper: Shaper, plan: StepPlan, prompts: Sequence[str], batch: Sequence[Trajectory], step: int = 0):
         self.inner, self.groups = inner, Groups(shaper.size)
         self.kept: dict[str, list[str]] = defaultdict(list)
-        self._of: dict[str, Trajectory] = {}
+        self._trajectories: dict[str, Trajectory] = {}
         keys: dict[str, list[str]] = defaultdict(list)
         for item in batch:
             key = f"{step}:{item.prompt_id}_{item.trial}"
             keys[item.prompt_id].append(key)
-            self._of[key] = item
+            self._trajectories[key] = item
         for prompt, share in zip(prompts, plan.shares, strict=True):
             self.groups.opened(f"{step}:{prompt}", prompt, share, keys[prompt])
         for name in ("tool_started", "admitted", "reprioritised"):
@@ -53,7 +52,7 @@ class Shaped:
                 setattr(self, name, getattr(inner, name))
 
     def __getattr__(self, name: str) -> Any:
-        """Whatever else the inner policy can do."""
+        """Forward the optional methods of the inner policy."""
         if name.startswith("_") or name == "inner":
             raise AttributeError(name)
         return getattr(self.inner, name)
@@ -67,25 +66,25 @@ class Shaped:
         self.inner.replicas_removed(names)
 
     def turn_started(self, turn: TurnStart, now: float) -> Decision:
-        """Place."""
+        """Forward to the inner policy."""
         return self.inner.turn_started(turn, now)
 
     def turn_finished(self, turn: TurnEnd, now: float) -> Iterable[Action] | None:
-        """The inner policy's business."""
+        """Forward to the inner policy."""
         return self.inner.turn_finished(turn, now)
 
     def trajectory_ended(self, end: TrajectoryEnd, now: float) -> list[Action]:
-        """Select; cancel what is out."""
+        """Update the group, and cancel or limit trajectories as it decides."""
         actions = list(self.inner.trajectory_ended(end, now) or ())
-        key, item = end.trajectory.key, self._of[end.trajectory.key]
+        key, item = end.trajectory.key, self._trajectories[end.trajectory.key]
         if end.outcome is Outcome.CANCELLED:
-            orders = self._orders(end.trajectory.uid, self.groups.progress(key, end.output_tokens))  # its limit was reached
+            verdict = self.groups.progress(key, end.output_tokens)  # the trajectory reached its limit
             self.groups.stopped(key, end.output_tokens)
-            return actions + orders
+            return actions + self._actions(end.trajectory.uid, verdict)
         fate = Fate.USELESS if end.outcome is Outcome.FAILED else Fate.CUT if item.meta.get("truncated") else Fate.VALID
-        return actions + self._orders(end.trajectory.uid, self.groups.finished(key, end.output_tokens, fate, item.reward))
+        return actions + self._actions(end.trajectory.uid, self.groups.finished(key, end.output_tokens, fate, item.reward))
 
-    def _orders(self, uid: str, verdict: Verdict) -> list[Action]:
+    def _actions(self, uid: str, verdict: Verdict) -> list[Action]:
         self.kept[uid] += verdict.keep
-        orders: list[Action] = [Cancel(key) for key in verdict.stop]
-        return orders + [StopAt(key, tokens) for key, tokens in verdict.limits.items()]
+        actions: list[Action] = [Cancel(key) for key in verdict.stop]
+        return actions + [StopAt(key, tokens) for key, tokens in verdict.limits.items()]

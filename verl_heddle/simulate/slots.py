@@ -1,14 +1,14 @@
-"""Who runs on a replica: its slots, their prefill, their decoding, and who loses a slot.
+"""The requests of one replica: its waiting queue, its slots, their prefill and decoding, and preemption.
 
-Accounting only; when steps happen and what they cost is `engine.py`. Step numbers count the replica's steps, so the request that
-decodes from step s on with L tokens to go ends with step s + L whatever the steps cost: that is what makes an event O(log n).
-Source: vLLM `v1/core/sched/scheduler.py` (0.24, 0.27): admission, chunked prefill, preemption with recomputation. Preemption on arrival is
-the plugin's own law, `schedule.preempt`, asked with the state of this engine as the plugin's scheduler asks it with vLLM's. Invariants:
-running <= slots; `decoding` and `context_sum` describe exactly the running requests whose prefill is complete.
-
-The two waiting queues of a vLLM engine. Requests that left by abort are skipped when they come up.
-
-Source: vLLM `v1/core/sched/request_queue.py`. Cost: O(1) and O(log n).
+Accounting only; `engine.py` decides when steps happen and what they cost. Steps are numbered per replica: a request that decodes from step
+s on with L tokens left ends with step s + L, whatever the steps cost. This makes an event O(log n).
+Queues: `Fcfs` and `ByPriority` are vLLM's two. An aborted request stays in its queue and is skipped when it reaches the front.
+Preemption on arrival is the plugin's own law, `schedule.preempt`, called with the state of this engine just as the plugin's scheduler calls
+it with vLLM's.
+Invariants: running <= slots; `decoding` and `context_sum` cover exactly the running requests whose prefill is complete.
+Cost: O(1) per `Fcfs` operation, O(log n) per `ByPriority` operation.
+Source: vLLM `v1/core/sched/scheduler.py` (0.24, 0.27: admission, chunked prefill, preemption with recomputation) and
+`v1/core/sched/request_queue.py`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from verl_heddle.simulate.workload import Request
 
 
 class Fcfs:
-    """First come, first served; a request that lost its slot returns to the front."""
+    """First come, first served; a preempted request returns to the front."""
 
     __slots__ = ("_queue", "count")
 
@@ -69,7 +69,7 @@ class Fcfs:
 
 
 class ByPriority:
-    """Lowest (aged priority, arrival) first; a request that lost its slot keeps its arrival time."""
+    """Lowest (aged priority, arrival) first; a preempted request keeps its arrival time."""
 
     __slots__ = ("_heap", "count")
 
@@ -87,7 +87,7 @@ class ByPriority:
     put_back = push
 
     def change(self, request: Request, priority: int) -> None:
-        """A waiting request gets another priority."""
+        """Change the priority of a waiting request."""
         request.rank += priority - request.priority
         request.priority = priority
         heappush(self._heap, (request.rank, request.arrival_s, request.order, request))
@@ -116,11 +116,11 @@ Queue = Fcfs | ByPriority
 
 
 UNLIMITED = 2**60
-"""Blocks where KV cache is not limiting."""
+"""Free blocks if the KV cache has no limit."""
 
 
 class Slots:
-    """The requests of one replica. `at_s` is the time of the step boundary they are described at."""
+    """The requests of one replica. `at_s` is the time of the step boundary that the state refers to."""
 
     def __init__(self, replica: Replica, latency: Latency, options: EngineOptions) -> None:
         self.replica = replica
@@ -136,15 +136,15 @@ class Slots:
         self.decoding = 0
         """Requests that get a token in each step."""
         self.context_sum = 0
-        """Tokens they attend to, all together."""
+        """Sum of their context lengths, in tokens."""
         self.at_s = 0.0
         self.preemptions = self.prefilled = self.recomputed = self.restored = 0
         self._prefill_s = latency.prefill_s
         self._tickets = 0
         self._ends: list[tuple[int, int, Request]] = []
-        """Heap of (last step, ticket, request); stale where the ticket is not the request's."""
+        """Heap of (last step, ticket, request); an entry is stale if the ticket is not the request's."""
         self._worst: list[tuple[float, float, int, Request]] = []
-        """Heap of (-aged priority, -arrival, ticket, request), kept only for preemption on arrival."""
+        """Heap of (-aged priority, -arrival, ticket, request); filled only with preemption on arrival."""
 
     def first_end(self) -> int:
         """The step with which the next request ends. Call only with `decoding` > 0."""
@@ -154,14 +154,14 @@ class Slots:
         return ends[0][0]
 
     def advance(self, steps: int) -> None:
-        """Every decoding request gets `steps` tokens."""
+        """Generate `steps` tokens for every decoding request."""
         grown = steps * self.decoding
         self.step += steps
         self.context_sum += grown
         self.cache.in_use += grown
 
     def done(self) -> list[Request]:
-        """Take out the requests that have their last token."""
+        """Remove and return the requests that have their last token."""
         leaving: list[Request] = []
         ends, step = self._ends, self.step
         while ends and ends[0][0] <= step:
@@ -172,7 +172,7 @@ class Slots:
         return leaving
 
     def admit(self, request: Request) -> None:
-        """Give a request a slot; what it has to prefill is `owed`."""
+        """Give a request a slot, and set `owed` to the tokens it has to prefill."""
         cached, restored = self.cache.hit(request)
         self.restored += restored
         self.cache.acquire(request)
@@ -199,7 +199,7 @@ class Slots:
             heappush(self._worst, (-request.rank, -request.arrival_s, request.ticket, request))
 
     def join(self, request: Request, waited_s: float) -> None:
-        """The request's prefill is complete: it decodes from the coming step on, which does `waited_s` of prefill first."""
+        """The request's prefill is complete: it decodes from the next step on, which spends `waited_s` on prefill first."""
         self.decoding += 1
         self.context_sum += request.context
         request.ends = self.step + request.left
@@ -207,7 +207,7 @@ class Slots:
         heappush(self._ends, (request.ends - request.floor, request.ticket, request))
 
     def leave(self, request: Request) -> None:
-        """Take the request out of its slot; its `context` and `left` become those of now, its computed prefix stays cached."""
+        """Take the request out of its slot: update its `context` and `left`, and keep its computed prefix cached."""
         if request.owed:
             computed = request.context - request.owed
             request.prefill_s += self.at_s - request.admitted_s
@@ -226,7 +226,7 @@ class Slots:
         request.ticket = -1
 
     def lose_slot(self, request: Request, back: bool = True) -> None:
-        """A running request loses its slot, and goes back to the queue unless the caller does that later."""
+        """Preempt a running request. With `back` it returns to the queue; otherwise the caller puts it back later."""
         self.leave(request)
         request.preemptions += 1
         self.preemptions += 1
@@ -235,7 +235,8 @@ class Slots:
             self.queue.put_back(request)
 
     def squeeze(self) -> None:
-        """The next step has no room for its tokens: vLLM's victims leave until it has. One request alone fits (checked on arrival)."""
+        """Preempt requests in vLLM's order until the KV cache has room for the next step. A single request always fits (checked on
+        arrival)."""
         cache, running = self.cache, self.running
         assert cache.capacity is not None
         while cache.in_use > cache.capacity:
@@ -245,7 +246,7 @@ class Slots:
                 self.lose_slot(max(running, key=lambda r: (r.rank, r.arrival_s, r.order)))
 
     def may_exchange(self, better: Request) -> bool:
-        """Whether some running request is so much worse that the law of preemption on arrival is worth asking."""
+        """Whether some running request is at least the rule's margin worse than `better`, so that `exchange` may find a victim."""
         rule, worst = self.options.preempt, self._worst
         if rule is None:
             return False
@@ -254,11 +255,11 @@ class Slots:
         return bool(worst) and -worst[0][0] - better.rank >= rule.margin
 
     def exchange(self) -> tuple[list[Request], float]:
-        """Let `schedule.preempt` say who makes way for whom.
+        """Preempt running requests for better waiting ones, as `schedule.preempt` decides.
 
         Returns:
-            The victims, which are in no queue: the caller puts them back when the step has begun. And the steps after which to ask again
-            though nothing happens: when somebody who runs too short a time to be asked has run long enough.
+            The victims, which are in no queue: the caller puts them back once the step has begun. Also the number of steps after which to
+            call again even without an event: by then, a running request that is still too young to be preempted has run long enough.
         """
         rule, best = self.options.preempt, self.queue.peek()
         if rule is None or not self.may_exchange(best):
@@ -267,7 +268,7 @@ class Slots:
         asked: dict[str, Request] = {}
         for request in self.running:
             if request.rank - best.rank < rule.margin or request.yielded >= rule.max_preemptions:
-                continue  # they would object to the best, and so to every other
+                continue  # not preemptible for the best waiting request, hence for no other
             if (ran := self.step - request.since) < rule.min_steps:
                 young = min(young, rule.min_steps - ran)
             else:
@@ -277,7 +278,7 @@ class Slots:
         free = UNLIMITED if cache.capacity is None else (cache.capacity - cache.in_use - self.decoding) // block
         room = Room(self.replica.slots - len(self.running), free, block, self.options.prefix_cache)
         waiting: list[Request] = []
-        plan = preemptions(worst_first(map(self._described, asked.values()), rule), self._wanted(waiting), room, rule)
+        plan = preemptions(worst_first(map(self._as_running, asked.values()), rule), self._pop_waiting(waiting), room, rule)
         for request in waiting:
             self.queue.push(request)
         victims = [asked[pair[0].key] for pair in plan.pairs]
@@ -286,15 +287,15 @@ class Slots:
             self.lose_slot(victim, back=False)
         return victims, young
 
-    def _wanted(self, taken: list[Request]) -> Iterator[Waiting]:
-        """The waiting in their order, taken out of the queue as far as they are looked at."""
+    def _pop_waiting(self, taken: list[Request]) -> Iterator[Waiting]:
+        """Yield the waiting requests in queue order, removing each from the queue and adding it to `taken`."""
         while self.queue.count:
             request = self.queue.pop()
             taken.append(request)
             yield Waiting(str(request.order), request.priority, request.arrival_s, -(-self.cache.need(request) // self.cache.block))
 
-    def _described(self, request: Request) -> Running:
-        """A request in a slot as the law sees it."""
+    def _as_running(self, request: Request) -> Running:
+        """A running request in the form that `schedule.preempt` takes."""
         context = request.context if request.owed else request.context + request.left - (request.ends - self.step)
         tokens = context - (request.owed or 1)
         ran = self.step - request.since
@@ -306,14 +307,14 @@ class Slots:
 
 
 def _tier(tier: HostTier | None, replica: Replica, latency: Latency) -> tuple[float, float]:
-    """Tokens of the replica that the tier holds, and the seconds that one read back adds to a step. Unlimited KV evicts nothing.
+    """Tokens of this replica that the tier holds, and the seconds that reading one back adds to a step; zeros if KV is unlimited.
 
     Raises:
-        ValueError: the latency model does not tell the bytes of a token.
+        ValueError: the latency model does not know the KV bytes of a token.
     """
     if tier is None or replica.kv_tokens is None:
         return 0, 0.0
     kv_bytes = latency.kv_bytes(replica.tp)
     if kv_bytes is None:
-        raise ValueError(f"a host tier needs the bytes of a token's KV cache, which the latency model of tp={replica.tp} does not tell")
+        raise ValueError(f"a host tier needs the KV bytes of a token, which the latency model does not know for tp={replica.tp}")
     return tier.tokens(kv_bytes), tier.read_s(kv_bytes)

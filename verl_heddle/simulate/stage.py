@@ -1,8 +1,9 @@
-"""The stage of a simulation: its engines, its calendar, and what happens to the fleet while trajectories run (`cluster.py`).
+"""The base of the simulated cluster (`cluster.py`): its engines, its event calendar, outages and fleet changes.
 
-Law: a discrete-event calendar. An event is a trajectory that wants its next turn (or ends), a replica's next step boundary, a change of the
-fleet, the end of a tool where tools are limited, or a timer of the policy. Simultaneous events: the last three first, then trajectories,
-then replicas, each in the order they were scheduled; so a replica starts a step knowing everybody who came at that instant.
+Law: a discrete-event calendar. Its events are `TURN` (a trajectory requests its next turn, or ends), `WAKE` (a replica's next step
+boundary) and `CHANGE` (a fleet change, the end of a tool if tools are limited, or a policy timer). Simultaneous events happen in the order
+`CHANGE`, `TURN`, `WAKE`, and within a kind in the order they were scheduled. So a replica starts a step with every request of that instant
+queued.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from verl_heddle.simulate.result import TurnLog
 from verl_heddle.simulate.workload import Request
 
 CHANGE, TURN, WAKE = 0, 1, 2
-"""Kinds of events, in the order in which simultaneous ones happen."""
+"""Kinds of events; simultaneous events happen in this order."""
 
 
 class Stage:
-    """The replicas and the calendar. A subclass says what happens to a request that has to leave (`_left`)."""
+    """The engines and the calendar. A subclass implements `_left`, which handles a request that leaves its engine."""
 
     def __init__(self, fleet: Sequence[Replica], latency: Latency, policy: Policy, options: EngineOptions) -> None:
         self.engines: list[Engine] = []
@@ -44,7 +45,7 @@ class Stage:
         self._add(fleet)
 
     def _left(self, request: Request, now: float) -> None:
-        """The request is out of its engine: with its last token, cancelled, or because its replica leaves."""
+        """Handle a request that left its engine: it finished, was cancelled, or its replica leaves the fleet."""
         raise NotImplementedError
 
     def _at(self, time: float, kind: int, what: Any) -> None:
@@ -60,7 +61,7 @@ class Stage:
             if replica.name in self.log.replicas:
                 raise ValueError(f"two replicas are named {replica.name!r}")
             if self._options.tier is not None:
-                replica = replace(replica, tier=True)  # as an engine says of itself
+                replica = replace(replica, tier=True)  # as a real engine reports it
             engine = Engine(replica, self._latency, self._options, len(self.engines))
             engine.paused = paused
             self.engines.append(engine)
@@ -71,16 +72,16 @@ class Stage:
         return fresh
 
     def schedule(self, changes: Iterable[Outage | FleetChange]) -> None:
-        """Put outages and fleet changes into the calendar.
+        """Add outages and fleet changes to the calendar.
 
         Raises:
-            ValueError: an interval ends before it begins, begins before 0, or overlaps another of the same replica.
+            ValueError: an interval ends before it begins, starts before 0, or two intervals of a replica overlap.
         """
         changes = list(changes)
         outages = sorted((item for item in changes if isinstance(item, Outage)), key=lambda item: (item.replica, item.start_s))
-        for one, other in pairwise(outages):
-            if one.replica == other.replica and other.start_s < one.end_s:
-                raise ValueError(f"outages of replica {one.replica!r} overlap: {one} and {other}")
+        for first, second in pairwise(outages):
+            if first.replica == second.replica and second.start_s < first.end_s:
+                raise ValueError(f"outages of replica {first.replica!r} overlap: {first} and {second}")
         for change in changes:
             if isinstance(change, Outage):
                 if not 0 <= change.start_s < change.end_s < inf:
@@ -89,13 +90,13 @@ class Stage:
                 self._at(change.end_s, CHANGE, partial(self._outage, change, False))
             else:
                 if not (0 <= change.at_s < inf and change.ready_s < inf):
-                    raise ValueError(f"a fleet change needs finite times from 0, got {change}")
+                    raise ValueError(f"a fleet change needs at_s >= 0 and finite times, got {change}")
                 self._at(change.at_s, CHANGE, partial(self._change, change))
 
     def _outage(self, outage: Outage, begins: bool, now: float) -> None:
         engine = self._by_name.get(outage.replica)
         if engine is None:
-            if outage.replica in self.log.replicas:  # it has left meanwhile
+            if outage.replica in self.log.replicas:  # the replica has left the fleet
                 return
             raise ValueError(f"outage of replica {outage.replica!r}, which is not in the fleet")
         if begins:

@@ -1,4 +1,4 @@
-"""What moves through the simulation: a trajectory's state between its turns, and the request a turn is while an engine has it."""
+"""The mutable state of the simulation: `TrajectoryState` for a trajectory, `Request` for one turn in an engine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from verl_heddle.trajectory import Outcome, Trajectory, TrajectoryId, Turn
 
 
 class TrajectoryState:
-    """A trajectory under way. `turn` is the index of the turn that runs, or that comes next."""
+    """A live trajectory. `turn` is the index of the current turn, or of the next one while no turn is in flight."""
 
     __slots__ = (
         "cancelled",
@@ -43,36 +43,36 @@ class TrajectoryState:
         self.id = identity
         self.key = identity.key
         self.group = group
-        """Number of its prompt."""
+        """Number of its prompt, from 0."""
         self.shared = shared
-        """Leading tokens that the trajectories of the prompt have in common: whole blocks, and less than the prompt, because an
-        engine always computes the last token itself and keeps its block."""
+        """Leading tokens shared by the trajectories of the prompt: whole blocks, and less than the prompt, because every request computes
+        its last token itself and keeps that block."""
         self.prompt_tokens = prompt_tokens
         self.steps = steps
         self.turn = 0
         self.context = prompt_tokens
-        """Tokens so far: prompt, outputs, tool answers."""
+        """Context length in tokens: prompt, outputs and tool results."""
         self.known = 0
-        """Leading tokens of the context that some engine has computed before."""
+        """Leading tokens of the context that some engine has already computed."""
         self.generated = 0
         self.request: Request | None = None
-        """The turn in an engine; None in a tool."""
+        """The turn in flight; None in a tool."""
         self.warming: Request | None = None
         self.last: Any = None
         """The engine of the previous turn."""
         self.homes: list[int] = []
-        """Numbers of the engines that may hold some of its context."""
+        """Numbers of the engines that may have some of its context cached."""
         self.cancelled = False
         self.stop_at: float = inf
-        """Generated tokens at which it is cancelled."""
+        """Generated tokens at which it is cancelled; inf: no limit."""
         self.tool_wait_s = 0.0
-        """Seconds it waited for a tool to be free."""
+        """Seconds it waited for a free tool."""
         self.outcome: Outcome | None = None
         self.start_s = 0.0
         self.end_s = 0.0
 
     def open_turn(self) -> int | None:
-        """Take up the next turn's context; returns how many leading tokens of the old one survive if some were dropped, else None."""
+        """Set the context of the next turn. Returns how many leading tokens of the old context remain if some were dropped, else None."""
         output_before = (self.steps[self.turn - 1].output_tokens or 0) if self.turn else 0
         self.context, kept = next_context(self.steps[self.turn], self.context, output_before, self.prompt_tokens)
         if kept is not None:
@@ -81,14 +81,14 @@ class TrajectoryState:
 
 
 def next_context(turn: Turn, before: int, output_before: int, prompt_tokens: int) -> tuple[int, int | None]:
-    """Context of a turn, and how many leading tokens of the old context it still begins with where that shrank (None: all).
+    """Context of a turn, and how many leading tokens of the old context it keeps if the context shrank (None: all).
 
     Args:
-        before: tokens after the turn before, its output included; the prompt for the first turn.
+        before: tokens after the previous turn, including its output; the prompt for the first turn.
         output_before: that output; 0 for the first turn.
 
-    Compaction (`ctx_reset`) keeps the prompt only; a context that shrank otherwise (dropped reasoning) keeps what stood before the last
-    output.
+    Compaction (`ctx_reset`) keeps only the prompt. A context that shrank for another reason (dropped reasoning) keeps the tokens before the
+    last output.
     """
     context = turn.ctx_tokens if turn.ctx_tokens is not None else before + (turn.input_tokens or 0)
     if not output_before or (context >= before and not turn.ctx_reset):
@@ -97,9 +97,9 @@ def next_context(turn: Turn, before: int, output_before: int, prompt_tokens: int
 
 
 def walk(item: Trajectory) -> Iterator[tuple[int, int, int]]:
-    """(context, how many of its last tokens are new since the turn before, output) of every turn of a trajectory that `states` accepts.
+    """Yield (context, new tokens at its end since the previous turn, output) for every turn of a trajectory that `states` accepts.
 
-    New tokens cannot have been computed before the turn starts, not even by a pre-warm; 1 is the least an engine computes.
+    New tokens cannot be computed before the turn starts, not even by a pre-warm. There is at least 1, the least an engine computes.
     """
     prompt = item.prompt_tokens or 0
     before = prompt
@@ -114,12 +114,12 @@ def walk(item: Trajectory) -> Iterator[tuple[int, int, int]]:
 
 
 def most_kv(trajectories: Iterable[Trajectory]) -> int:
-    """KV tokens that the longest single turn needs: what every replica that may serve it must hold."""
+    """KV tokens that the longest single turn needs, and therefore the least KV capacity of a replica that serves it."""
     return max(context + output - 1 for item in trajectories for context, _, output in walk(item))
 
 
 class Request:
-    """One turn in an engine (vLLM's word), from the decision where it goes to its last token; also a pre-warm."""
+    """One turn in an engine (vLLM's term), from its placement decision to its last token; also a pre-warm."""
 
     __slots__ = (
         "admitted_s",
@@ -158,48 +158,48 @@ class Request:
     def __init__(self, trajectory: TrajectoryState, context: int, left: int, known: int, prewarm: bool = False) -> None:
         self.trajectory = trajectory
         self.context = context
-        """Tokens to be read before the next one is generated; grows by what was generated when the request leaves its slot."""
+        """Context length in tokens; the generated tokens are added when the request leaves its slot."""
         self.asked = self.left = left
-        """`asked`: tokens of the turn; `left`: still to generate, as of the last time it took or left a slot."""
+        """`asked`: output tokens of the turn; `left`: tokens still to generate, as of the last time the request took or left a slot."""
         self.floor = 0
-        """Tokens `left` at which it is stopped; 0: never before its end."""
+        """Value of `left` at which the request is stopped; 0: it runs to its end."""
         self.told = 0
-        """Tokens the policy knows of."""
+        """Output tokens already reported to the policy."""
         self.known = known
         self.shared = trajectory.shared if context > trajectory.shared else 0
         self.prewarm = prewarm
         self.priority = self.order = self.reason = 0
         self.rank: float = 0.0
-        """`priority` after ageing, what the waiting queue is ordered by."""
+        """`priority` after ageing; orders the waiting queue."""
         self.predicted: float | None = None
         self.start_s = self.arrival_s = 0.0
-        """When the trajectory wanted the turn; when the engine got it."""
+        """`start_s`: when the trajectory requested the turn; `arrival_s`: when the engine received it."""
         self.engine = -1
-        """Number of the engine that has it."""
+        """Number of its engine; -1: none yet."""
         self.waiting = False
         self.since = 0
-        """Step of the engine before which it took its slot."""
+        """Step number of the engine when the request took its slot."""
         self.ticket = -1
-        """Identifies the current stay in a slot; -1 outside."""
+        """Identifies the current stay in a slot; -1 outside a slot."""
         self.ends = 0
-        """Step of the engine after which the last token is there; while decoding."""
+        """Step number of the engine with which the last token is generated; valid while decoding."""
         self.owed = 0
         """Tokens still to prefill; 0 while decoding."""
         self.rate = 0.0
-        """Seconds each prefilled token adds to a step."""
+        """Seconds that each prefilled token adds to a step."""
         self.queued_s = self.admitted_s = 0.0
         self.queue_s = self.prefill_s = 0.0
         self.preemptions = self.yielded = self.recomputed = 0
         self.cached = -1
-        """Prefix tokens found at first admission; -1 before."""
+        """Cached prefix tokens at the first admission; -1 before."""
 
 
 def states(trajectories: Sequence[Trajectory], options: EngineOptions, step: int) -> list[TrajectoryState]:
-    """The trajectories as simulation state, in order.
+    """Validate the trajectories and convert them to simulation state, in order.
 
     Raises:
-        ValueError: nothing to run, two trajectories with the same prompt and trial, no turns, or numbers missing or out of range
-            (`verl_heddle.traces.replayable` fills in what a trace does not say).
+        ValueError: there are no trajectories, two have the same prompt and trial, one has no turns, or numbers are missing or out of range
+            (`verl_heddle.traces.replayable` fills in numbers that a trace lacks).
     """
     if not trajectories:
         raise ValueError("no trajectories to simulate")
@@ -239,4 +239,4 @@ def _check(item: Trajectory) -> None:
             )
         tool_s = turn.tool_latency_s or 0.0
         if (turn.input_tokens or 0) < 0 or tool_s < 0 or not isfinite(tool_s) or (turn.ctx_tokens is not None and turn.ctx_tokens < 1):
-            raise ValueError(f"{name}, turn {number}: input and tool time must be finite and not negative, the context at least 1")
+            raise ValueError(f"{name}, turn {number}: input tokens and tool time must be finite and >= 0, and the context at least 1")

@@ -1,6 +1,6 @@
-"""The peers' rules, each one file with its source; all of them are `verl_heddle.simulate.Policy`.
+"""Baseline policies: the rules of verl and of its peers, one file each with its source. Each is a `verl_heddle.simulate.Policy`.
 
-`FCFS` against priority inside the replica is not a policy but `EngineOptions.order`.
+First come first served or priority order inside the replica is not a policy but `EngineOptions.order`.
 """
 
 from verl_heddle.simulate.baselines.affinity_margin import AffinityMargin

@@ -1,13 +1,11 @@
-"""What the peers' rules have in common: requests in flight, homes of conversations, least loaded with random ties.
+"""The base of baselines that only place turns: `Loads` counts requests in flight, `Peer` tracks conversations and breaks ties at random.
 
-A rule is a class with one method, `place`; `Peer` keeps the books around it. Reasons that only peers have are here, since
-`verl_heddle.trajectory.Reason` lists what the plugin itself may do.
+A rule is a subclass of `Peer` with one method, `place`. `PeerReason` has the reasons that only baselines use, because
+`verl_heddle.trajectory.Reason` lists the plugin's own.
 
-Requests in flight by replica, with the fewest and the most at hand.
-
-Law: replicas stand in one bucket per load; loads change by one, so the lowest and the highest non-empty bucket move by at most one.
-Invariant: every replica is in the bucket of its load, at the place `_at` says. Cost: O(1) per change and per question, where verl's own
-table costs O(replicas): the simulator asks a million times.
+Law of `Loads`: replicas are in one bucket per load. Loads change by one, so the lowest and highest non-empty buckets move by at most one.
+Invariant: every replica is in the bucket of its load, at index `_at`. Cost: O(1) per change and per query, where verl's own table costs
+O(replicas); the simulator makes a million queries.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from verl_heddle.trajectory import Decision, Reason, TrajectoryEnd, TurnEnd, Tur
 
 
 class Loads:
-    """Counts per replica name, never below 0."""
+    """Requests in flight by replica name, never below 0."""
 
     def __init__(self) -> None:
         self._load: dict[str, int] = {}
@@ -33,20 +31,20 @@ class Loads:
 
     @property
     def fewest(self) -> int:
-        """The smallest load; 0 without replicas."""
+        """The smallest load; 0 if there are no replicas."""
         while self._fewest < self._most and not self._buckets[self._fewest]:
             self._fewest += 1
         return self._fewest
 
     @property
     def most(self) -> int:
-        """The largest load; 0 without replicas."""
+        """The largest load; 0 if there are no replicas."""
         while self._most and not self._buckets[self._most]:
             self._most -= 1
         return self._most
 
     def least(self, rng: Random) -> str:
-        """A replica with the smallest load, at random among equals.
+        """A replica with the smallest load; ties are broken at random.
 
         Raises:
             IndexError: there is no replica.
@@ -54,17 +52,17 @@ class Loads:
         return rng.choice(self._buckets[self.fewest])
 
     def add(self, name: str) -> None:
-        """A replica joins with load 0; one that is known is reset."""
+        """Add a replica with load 0; a known one is reset to 0."""
         self.remove(name)
         self._put(name, 0)
 
     def remove(self, name: str) -> None:
-        """A replica leaves; unknown names are ignored."""
+        """Remove a replica; unknown names are ignored."""
         if name in self._load:
             self._take(name)
 
     def change(self, name: str, by: int) -> None:
-        """Add `by` to the replica's load, not below 0; unknown names are ignored."""
+        """Add `by` to the replica's load, with a minimum of 0; unknown names are ignored."""
         if name in self._load:
             self._put(name, max(0, self._take(name) + by))
 
@@ -99,35 +97,35 @@ class Loads:
 
 
 class PeerReason(StrEnum):
-    """Why a baseline put a turn where it went."""
+    """Why a baseline placed a turn on its replica."""
 
     ROUND_ROBIN = "round_robin"
     REBALANCED = "rebalanced"
-    """Moved off its home because of the load."""
+    """Moved off its replica because of the load."""
     ADMITTED = "admitted"
-    """A program starts or comes back, at once or when its law lets it."""
+    """A program was admitted or readmitted, at once or after waiting."""
     ORACLE = "oracle"
     """Planned with true lengths."""
 
 
 class Peer:
-    """A baseline policy. Subclasses implement `place`; invariant: `loads` returns to zero with the last turn."""
+    """A baseline policy; subclasses implement `place`. Invariant: all `loads` are zero after the last turn."""
 
     def __init__(self, seed: int = 0) -> None:
         self.loads = Loads()
         """Requests in flight by replica."""
         self.home: dict[str, str] = {}
-        """Replica of the last turn by conversation; never forgotten (verl's table of 10,000 is in `stock.py`)."""
+        """Replica of each conversation's last turn; no size limit (verl's limit of 10,000 is in `stock.py`)."""
         self.counts: Counter[str] = Counter()
         """Decisions by reason."""
         self._rng = Random(seed)
 
     def place(self, turn: TurnStart) -> tuple[str, Reason | PeerReason]:
-        """Where the turn goes, and why. `loads` does not count it yet."""
+        """The replica of the turn, and the reason. `loads` does not include the turn yet."""
         raise NotImplementedError
 
     def priority(self, turn: TurnStart) -> int:
-        """vLLM priority of the turn, lower first."""
+        """vLLM priority of the turn; lower runs first."""
         return 0
 
     def replicas_added(self, replicas: Iterable[Replica]) -> None:
@@ -141,7 +139,7 @@ class Peer:
             self.loads.remove(name)
 
     def turn_started(self, turn: TurnStart, now: float) -> Decision:
-        """Apply the rule and count the turn in flight."""
+        """Place the turn and count it as in flight."""
         replica, reason = self.place(turn)
         self.loads.change(replica, 1)
         self.home[turn.conversation] = replica
@@ -149,18 +147,18 @@ class Peer:
         return Decision(replica, self.priority(turn), cast(Reason, reason))
 
     def turn_finished(self, turn: TurnEnd, now: float) -> None:
-        """Count it out."""
+        """Subtract the turn from its replica's load."""
         self.loads.change(turn.replica, -1)
 
     def trajectory_ended(self, end: TrajectoryEnd, now: float) -> None:
-        """Forget its home."""
+        """Forget the trajectory's replica."""
         self.home.pop(end.trajectory.key, None)
 
     def least_loaded(self) -> str:
-        """A replica with the fewest requests in flight, at random among equals."""
+        """A replica with the fewest requests in flight; ties are broken at random."""
         return self.loads.least(self._rng)
 
     def home_of(self, turn: TurnStart) -> str | None:
-        """The replica of the conversation's last turn, if it has one that is still in the fleet."""
+        """The replica of the conversation's last turn if it is still in the fleet, else None."""
         home = self.home.get(turn.conversation)
         return home if home in self.loads else None

@@ -1,9 +1,9 @@
-"""LPT with true lengths: what perfect prediction would give to the plain longest-first rule.
+"""LPT (longest processing time first) with true lengths: what perfect prediction would give the plain longest-first rule.
 
-Law: before the step, trajectories by total output, longest first, each to the replica with the smallest planned load, load =
-tokens / tp; a trajectory stays there. Inside the replica the priority is the true length, longest first. Source: Graham's
-LPT rule (SIAM J. Appl. Math. 17, 1969), at most 4/3 - 1/(3m) of the optimum on m equal machines *without* interference; with
-batching it is a baseline, not an optimum. Needs `EngineOptions(order="priority")`. Cost: O(n log n + n replicas) once.
+Law: before the step, assign trajectories in order of total output, longest first, each to the replica with the smallest planned load, where
+load = tokens / tp; a trajectory stays there. Inside the replica, the priority is the true length, longest first. Source: Graham's LPT rule
+(SIAM J. Appl. Math. 17, 1969), at most 4/3 - 1/(3m) times the optimum on m equal machines *without* interference. With batching it is a
+baseline, not an optimum. Needs `EngineOptions(order="priority")`. Cost: O(n log n + n replicas) once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Key = tuple[str, int | str]
 
 
 class LptOracle(Peer):
-    """See the module. `trajectories` are those that will be simulated; others are placed least loaded, without priority."""
+    """LPT over `trajectories`, the simulated ones; others go to the least loaded replica, without priority."""
 
     def __init__(self, trajectories: Sequence[Trajectory], seed: int = 0) -> None:
         super().__init__(seed)
@@ -29,14 +29,14 @@ class LptOracle(Peer):
         self._fleet: dict[str, Replica] = {}
 
     def replicas_added(self, replicas: Iterable[Replica]) -> None:
-        """Plan over the fleet as it is now."""
+        """Plan again on the new fleet."""
         replicas = list(replicas)
         super().replicas_added(replicas)
         self._fleet.update((replica.name, replica) for replica in replicas)
         self._replan()
 
     def replicas_removed(self, names: Iterable[str]) -> None:
-        """Plan over what is left."""
+        """Plan again on the remaining fleet."""
         names = list(names)
         super().replicas_removed(names)
         for name in names:
@@ -53,7 +53,7 @@ class LptOracle(Peer):
             heapreplace(loads, (load + tokens / replica.tp, number, replica))
 
     def place(self, turn: TurnStart) -> tuple[str, Reason | PeerReason]:
-        """The law above."""
+        """The planned replica; if there is no plan, the trajectory's last replica or the least loaded one."""
         planned = self._plan.get((turn.trajectory.prompt, turn.trajectory.sample))
         if planned is not None:
             return planned, PeerReason.ORACLE

@@ -1,11 +1,10 @@
-"""PLAS: inside the replica, the trajectory that has been served least runs first.
+"""PLAS: inside the replica, the trajectory with the least attained service runs first.
 
-Law: priority = the trajectory's attained service, in tokens generated so far, in whole quanta (ties by arrival); placement is
-verl's own. It needs no prediction, so every predictor must beat it; for a makespan it is the wrong way round (short ones first),
-which is the point. Source: Autellix (arXiv 2502.13965), program-level attained service: calls ordered by the cumulated service of
-their program's earlier calls, in discrete queues. Simplified: service counts generated tokens (the paper: execution time), queues
-of equal width (the paper: widths of its choice), and the paper's load balancer is replaced by verl's, so that the order alone is
-compared. Needs `EngineOptions(order="priority")`.
+Law: priority = tokens that the trajectory has generated so far, in whole quanta (ties by arrival); placement is verl's own. It needs no
+prediction, so every predictor must beat it. For a makespan the order is the wrong way round (short trajectories first), which is why it is
+here. Source: Autellix (arXiv 2502.13965), program-level attained service: calls are ordered by the cumulative service of their program's
+earlier calls, in discrete queues. Simplified: service is generated tokens (paper: execution time); queues have equal width (paper: widths
+of its choice); verl's load balancer replaces the paper's, so that only the order differs. Needs `EngineOptions(order="priority")`.
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ from verl_heddle.simulate.baselines.stock import Stock
 from verl_heddle.trajectory import Decision, TurnStart
 
 QUANTUM_TOKENS = 64
-"""Width of a queue; that of heddle's own priorities, so that the two differ in direction only."""
+"""Width of a queue; equal to that of heddle's own priorities, so that the two differ in direction only."""
 
 
 class Plas(Stock):
-    """See the module."""
+    """Least attained service first, with verl's placement."""
 
     def turn_started(self, turn: TurnStart, now: float) -> Decision:
         """verl's placement, least served first."""

@@ -1,12 +1,12 @@
-"""What the peers that admit whole programs have in common: books of programs, of what each replica keeps, and of the turns that wait.
+"""The base of baselines that admit whole programs: it tracks programs, the contexts that each replica keeps, and the turns that wait.
 
-A program is a trajectory, in the peers' word. A program with a `home` counts there, in a turn or in a tool; a turn whose program has been
-placed runs, any other waits until the law places it. A law is a subclass that overrides the hooks `asked`, `returned`, `over` and `admit`,
-and, if it works by the clock, `period_s` and `check`.
+A program is the peers' term for a trajectory. A program with a `home` counts on that replica, during turns and tools. A turn whose program
+is placed runs; any other turn waits until the law places it. A law is a subclass that overrides the hooks `asked`, `returned`, `over` and
+`admit`, and, if it works by the clock, `period_s` and `check`.
 
 Invariants: `Home.busy_tokens` and `Home.idle_tokens` are sums over its programs; a waiting turn is placed once or withdrawn. A law must
-place on a replica that keeps nothing whoever comes, or nobody would ever end where a program is larger than its law allows.
-Cost: O(1) per event, plus the law's.
+admit any program to an empty replica; otherwise a program larger than the law allows would wait forever.
+Cost: O(1) per event, plus the cost of the law.
 """
 
 from __future__ import annotations
@@ -24,53 +24,53 @@ from verl_heddle.trajectory import Decision, Reason, TrajectoryEnd, TurnEnd, Tur
 
 @dataclass(slots=True, eq=False)
 class Program:
-    """A live trajectory."""
+    """A live trajectory, its context and its replica."""
 
     key: str
     group: str
-    """The samples of one prompt in one step."""
+    """The uid of its prompt in this step."""
     number: int
-    """Order of its first turn."""
+    """Position of its first turn in the order of arrival."""
     context: int = 0
-    """Tokens after its last event."""
+    """Context length after its last event, tokens."""
     claim: int = 0
-    """Tokens a law keeps free for it beyond its context, on its home."""
+    """Tokens that the law reserves for it on its home, beyond its context."""
     served: int = 0
-    """Tokens it has generated."""
+    """Generated tokens."""
     turns: int = 0
-    """Turns it has completed."""
+    """Completed turns."""
     home: str | None = None
-    """The replica it counts on."""
+    """The replica it counts on; None: paused or not admitted yet."""
     last: str | None = None
-    """The replica it counted on last."""
+    """The previous replica it counted on."""
     request: str | None = None
-    """Its open turn."""
+    """Name of its open turn; None in a tool."""
     running: bool = False
-    """Its open turn is in the engine of its home."""
+    """True while its open turn is in the engine of its home."""
     since_s: float = 0.0
-    """When its open turn was asked for; in a tool: when the turn before ended."""
+    """When its open turn was requested; in a tool: when the previous turn ended."""
 
 
 @dataclass(slots=True)
 class Home:
-    """What a replica keeps."""
+    """The programs of one replica, and their sums."""
 
     replica: Replica
     capacity: float
-    """Tokens of its KV cache."""
+    """KV capacity, tokens."""
     programs: dict[str, Program] = field(default_factory=dict)
     busy: int = 0
     """Turns in its engine."""
     busy_tokens: int = 0
-    """Contexts of programs in a turn."""
+    """Context tokens of programs in a turn."""
     idle_tokens: int = 0
-    """Contexts of programs in a tool, or waiting."""
+    """Context tokens of programs in a tool, or waiting."""
     claims: int = 0
-    """What is kept free for its programs."""
+    """Tokens reserved for its programs."""
 
     @property
     def used(self) -> int:
-        """Tokens that count on it."""
+        """Context tokens of all its programs."""
         return self.busy_tokens + self.idle_tokens
 
     @property
@@ -80,54 +80,54 @@ class Home:
 
 
 class Programs:
-    """A policy over programs; see the module. No law here draws at random: `seed` is taken as all baselines take one."""
+    """A policy over programs. These laws use no randomness; `seed` is accepted because every baseline takes one."""
 
     period_s = inf
-    """Seconds from one `check` to the next while programs live; inf: none."""
+    """Seconds between `check` calls while there are live programs; inf: no calls."""
 
     def __init__(self, seed: int = 0) -> None:
         self.homes: dict[str, Home] = {}
         self.live: dict[str, Program] = {}
         self.waiting: dict[str, Program] = {}
-        """Programs whose turn waits, in the order in which they asked."""
+        """Programs whose turn waits, in order of request."""
         self.counts: Counter[str] = Counter()
-        """Decisions by reason, and what the law counts."""
+        """Decisions by reason, and the law's own counters."""
         self._admitted: dict[str, str] = {}
         self._dropped: list[tuple[str, str]] = []
         self._number = 0
         self._check_s = inf
 
-    # --- what a law is made of --------------------------------------------------------------------------------------------
+    # --- hooks of a law ---------------------------------------------------------------------------------------------------
 
     def asked(self, program: Program, now: float) -> None:
-        """Its turn is in `waiting`: place it now or later. Here: a program with a home goes on there."""
+        """Its turn is in `waiting`: place it now or later. Default: a program with a home continues there."""
         if program.home is not None:
             self.place(program, program.home, now)
         else:
             self.admit(now)
 
     def returned(self, program: Program, now: float) -> None:
-        """Its turn is over, completed or not; its tool begins."""
+        """Its turn ended, completed or not; its tool, if any, begins."""
         self.admit(now)
 
     def over(self, program: Program, now: float) -> None:
-        """It has ended and counts nowhere any more."""
+        """The program ended; it no longer counts on any replica."""
         self.admit(now)
 
     def admit(self, now: float) -> None:
-        """Place whom there is room for."""
+        """Place the waiting programs that fit."""
 
     def check(self, now: float) -> None:
-        """`period_s` are over, or `check_at`."""
+        """Called every `period_s`, and at the time given to `check_at`."""
 
     def priority(self, program: Program) -> int:
-        """vLLM priority of its turns, lower first."""
+        """vLLM priority of its turns; lower runs first."""
         return 0
 
-    # --- what a law may do ------------------------------------------------------------------------------------------------
+    # --- operations for a law ---------------------------------------------------------------------------------------------
 
     def place(self, program: Program, name: str, now: float) -> None:
-        """It counts on this replica from now on, and its waiting turn goes there."""
+        """Assign the program to this replica, and submit its waiting turn there."""
         if program.home != name:
             self.leave(program)
             self.homes[name].programs[program.key] = program
@@ -140,7 +140,7 @@ class Programs:
             self._admitted[program.request] = name
 
     def leave(self, program: Program, drop: bool = False) -> None:
-        """It counts nowhere. `drop`: the engine throws its context out before others."""
+        """Remove the program from its replica. `drop`: the engine evicts its context before others."""
         if program.home is None:
             return
         self._book(program, -1)
@@ -151,11 +151,11 @@ class Programs:
         program.last, program.home, program.running = home.name, None, False
 
     def check_at(self, now: float) -> None:
-        """Have `check` called then; at this instant: after all that happens in it."""
+        """Schedule a call of `check` at this time; if that is now, after all other events of the instant."""
         self._check_s = min(self._check_s, now)
 
     def claim(self, program: Program, tokens: float) -> None:
-        """Keep so much free for it wherever it has its home."""
+        """Reserve this many tokens for the program on its current or next home."""
         if program.home is not None:
             self._book(program, -1)
         program.claim = round(tokens)
@@ -163,7 +163,7 @@ class Programs:
             self._book(program, 1)
 
     def fewest(self, key: Callable[[Home], Any]) -> Home:
-        """The replica with the smallest key, the first of the fleet among equals."""
+        """The replica with the smallest key; among equals, the first in fleet order."""
         return min(self.homes.values(), key=key)
 
     # --- events -----------------------------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ class Programs:
             self.homes[replica.name] = Home(replica, inf if replica.kv_tokens is None else replica.kv_tokens)
 
     def replicas_removed(self, names: Iterable[str]) -> None:
-        """Replicas left: their programs have no home."""
+        """Replicas left; their programs lose their home."""
         for name in names:
             for program in list(self.homes[name].programs.values()):
                 self.leave(program)
@@ -182,7 +182,7 @@ class Programs:
             del self.homes[name]
 
     def turn_started(self, turn: TurnStart, now: float) -> Decision:
-        """The turn goes where the law places it, or waits."""
+        """Submit the turn to the replica that the law chooses, or hold it."""
         key = turn.trajectory.key
         program = self.live.get(key)
         if program is None:
@@ -203,7 +203,7 @@ class Programs:
         return Decision(name, self.priority(program), cast(Reason, reason), held=not name)
 
     def turn_finished(self, turn: TurnEnd, now: float) -> None:
-        """Book what it generated."""
+        """Add the generated tokens to the program's context."""
         program = self.live.get(turn.trajectory.key)
         if program is None:
             return
@@ -220,7 +220,7 @@ class Programs:
         self.returned(program, now)
 
     def trajectory_ended(self, end: TrajectoryEnd, now: float) -> None:
-        """Forget it."""
+        """Forget the program."""
         program = self.live.pop(end.trajectory.key, None)
         if program is not None:
             self.waiting.pop(program.key, None)
@@ -228,27 +228,27 @@ class Programs:
             self.over(program, now)
 
     def admitted(self, now: float) -> list[tuple[str, str]]:
-        """(turn, replica) of those placed since the last call."""
+        """(turn, replica) of the turns placed since the last call."""
         result, self._admitted = list(self._admitted.items()), {}
         return result
 
     def released(self, now: float) -> list[tuple[str, str]]:
-        """(trajectory, replica) of contexts to be dropped first, since the last call."""
+        """(trajectory, replica) of the contexts to evict first, since the last call."""
         result, self._dropped = [(key, name) for key, name in self._dropped if name in self.homes], []
         return result
 
     def tick(self, now: float) -> None:
-        """A timer may have run out."""
+        """Call `check` if its time has come."""
         if self.live and now >= self._check_s:
             self._check_s = now + self.period_s
             self.check(now)
 
     def due_s(self, now: float) -> float:
-        """When `tick` is to be called; inf: no need."""
+        """Time of the next `check`, seconds; inf: none."""
         return self._check_s if self.live else inf
 
     def _book(self, program: Program, sign: int) -> None:
-        """Count a program on its home (1), or no longer (-1); whatever is counted changes between the two."""
+        """Add a program to the sums of its home (`sign` 1) or subtract it (-1). Subtract before a change of the program and add after."""
         home = self.homes[cast(str, program.home)]
         home.claims += sign * program.claim
         if program.running:

@@ -1,6 +1,6 @@
-"""Round-robin: turn k goes to replica k mod n, in the order of the fleet.
+"""Round-robin: turn k goes to replica k mod n, in fleet order.
 
-Source: the `round_robin` policy of the SGLang and vLLM routers, the simplest thing a reader expects. Cost: O(1) per turn.
+Source: the `round_robin` policy of the SGLang and vLLM routers, the simplest baseline. Cost: O(1) per turn.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from verl_heddle.trajectory import Reason, TurnStart
 
 
 class RoundRobin(Peer):
-    """See the module."""
+    """Round-robin over the fleet, regardless of load and cache."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__(seed)
@@ -32,6 +32,6 @@ class RoundRobin(Peer):
         self._names = [name for name in self._names if name in self.loads]
 
     def place(self, turn: TurnStart) -> tuple[str, Reason | PeerReason]:
-        """The law above."""
+        """The next replica in fleet order."""
         self._next += 1
         return self._names[(self._next - 1) % len(self._names)], PeerReason.ROUND_ROBIN

@@ -1,6 +1,6 @@
-"""Slime: every turn goes to the least loaded replica, whatever it cached.
+"""Slime: every turn goes to the least loaded replica, regardless of the prefix cache.
 
-Law: the replica with the fewest requests in flight, at random among equals, anew for each turn.
+Law: each turn goes to the replica with the fewest requests in flight; ties are broken at random.
 Source: baseline "Slime" of Heddle (arXiv 2603.28101, section 8): "least-load per step". Cost: O(1) per turn.
 """
 
@@ -11,8 +11,8 @@ from verl_heddle.trajectory import Reason, TurnStart
 
 
 class Slime(Peer):
-    """See the module."""
+    """The "Slime" baseline of the Heddle paper."""
 
     def place(self, turn: TurnStart) -> tuple[str, Reason | PeerReason]:
-        """The law above."""
+        """The least loaded replica."""
         return self.least_loaded(), Reason.LEAST_INFLIGHT

@@ -1,7 +1,7 @@
-"""verl 0.9.1 as it is: a conversation stays where it is, a new one goes where the fewest requests are in flight; no priorities.
+"""Stock verl 0.9.1: a conversation stays on its replica, a new one goes to the replica with the fewest requests in flight; no priorities.
 
-Law and source: `GlobalRequestLoadBalancer` of verl 0.9.1, through `verl_heddle.place.sticky`, which reproduces it choice for
-choice. Inside the replica: first come, first served (`EngineOptions(order="fcfs")`, the default).
+Law and source: `GlobalRequestLoadBalancer` of verl 0.9.1, through `verl_heddle.place.sticky`, which reproduces every choice. Inside the
+replica: first come, first served (`EngineOptions(order="fcfs")`, the default).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from verl_heddle.trajectory import Decision, TrajectoryEnd, TurnEnd, TurnStart
 
 
 class Stock:
-    """verl's own router as a policy. Not a `Peer`: its books are those of the plugin's fallback."""
+    """verl's own router as a policy. Not a `Peer`: it uses the plugin's fallback rule, which counts requests itself."""
 
     def __init__(self, seed: int = 0) -> None:
         self._rule = StickyLeastInflight(Random(seed))
@@ -39,14 +39,14 @@ class Stock:
             self._rule.remove(name)
 
     def turn_started(self, turn: TurnStart, now: float) -> Decision:
-        """Stay, or the least loaded."""
+        """Stay on the conversation's replica, or choose the least loaded one."""
         replica, reason = self._rule.acquire(turn.conversation)
         self.counts[reason] += 1
         return Decision(replica, 0, reason)
 
     def turn_finished(self, turn: TurnEnd, now: float) -> None:
-        """Count it out."""
+        """Subtract the turn from its replica's load."""
         self._rule.release(turn.replica)
 
     def trajectory_ended(self, end: TrajectoryEnd, now: float) -> None:
-        """verl's router is not told."""
+        """No action: verl's router is not notified of the end."""

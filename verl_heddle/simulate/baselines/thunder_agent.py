@@ -1,19 +1,19 @@
-"""ThunderAgent: every 5 s programs are paused where a replica is over its KV, and resumed where there is room.
+"""ThunderAgent: every 5 s, pause programs on replicas that exceed their KV, and resume programs where there is room.
 
 Law, per replica: used = tokens of programs in a turn + `weight` * tokens of programs in tools + 100 per program. A new program starts at
-once if nobody is paused and a replica has room for it (the one with the fewest tokens), else it is paused. A program that is not paused
-goes on where it is, whatever is used. Every 5 s, first resume, then pause.
-- Resume: of the paused, those whose turn waits before new ones before those still in tools, smallest first, as many as the room of all
-  replicas together holds; these are placed largest first, each on the replica with the most room, if it fits there.
-- Pause, while more is used than the KV holds: programs in tools, smallest first. If that is not enough, those in a turn are marked, to be
-  paused when it ends: all of them, since marking frees nothing at once.
-- Who has waited for 1800 s is resumed where it was, or on the replica with the fewest programs.
-With `decay` tokens of programs in tools count 2^-t after t seconds, for resuming only (off by default).
+once if no program is paused and a replica has room for it (the one with the fewest tokens); otherwise it is paused. A program that is not
+paused continues on its replica regardless of `used`. Every 5 s, first resume, then pause.
+- Resume: order the paused programs by class (turn waiting, then new, then in a tool), smallest first within a class, and take as many as
+  fit the total room of all replicas. Place these largest first, each on the replica with the most room, if it fits there.
+- Pause, while used exceeds the KV: programs in tools, smallest first. If that is not enough, mark programs in a turn, to be paused when it
+  ends. All of them are marked, because marking frees nothing at once.
+- A program that has waited for 1800 s is resumed on its previous replica, or on the one with the fewest programs.
+With `decay`, tokens of programs in tools count 2^-t after t seconds, for resuming only (off by default).
 
-Source: arXiv 2602.13692 and the public router (ThunderAgent-org/ThunderAgent, `scheduler/router.py`, `backend/state.py`), from which all
-constants are. Its formula also subtracts tokens shared by programs, but nothing updates that number, so it is 0 here as there.
-Assumed: tokens of a running turn are known when it ends (the router counts them on the way only for clients that stream; verl does not);
-a replica that keeps nothing takes the first that waits, however large; engines are vLLM's own, first come, first served.
+Source: arXiv 2602.13692, and for all constants the public router (ThunderAgent-org/ThunderAgent, `scheduler/router.py`,
+`backend/state.py`). Its formula also subtracts tokens shared by programs, but its code never updates that number, so it is 0 here too.
+Assumed: tokens of a running turn are known when it ends (the router counts them earlier only for streaming clients, and verl does not
+stream); an empty replica takes the first waiting program of any size; engines are vLLM's own, first come, first served.
 Cost: O(n log n) per check, n programs.
 """
 
@@ -24,14 +24,14 @@ from itertools import chain
 from verl_heddle.simulate.baselines.programs import Home, Program, Programs
 
 BUFFER_TOKENS = 100
-"""Room for decoding, per program (`BUFFER_PER_PROGRAM`)."""
+"""Tokens reserved for decoding, per program (`BUFFER_PER_PROGRAM`)."""
 
 WAIT_S = 1800.0
-"""A turn waits for so long at most (`_wait_for_resume`)."""
+"""Longest wait of a turn (`_wait_for_resume`)."""
 
 
 class ThunderAgent(Programs):
-    """See the module."""
+    """ThunderAgent; a paused program is one without a home."""
 
     period_s = 5.0
     """`scheduler_interval`."""
@@ -42,11 +42,11 @@ class ThunderAgent(Programs):
         self._marked: set[str] = set()
 
     def room(self, home: Home) -> float:
-        """Tokens that may still be added."""
+        """KV capacity less `used`, tokens; negative if the replica is over."""
         return home.capacity - home.busy_tokens - self._weight * home.idle_tokens - BUFFER_TOKENS * len(home.programs)
 
     def asked(self, program: Program, now: float) -> None:
-        """A paused program waits for the next check."""
+        """Continue on the program's replica; start a new program if it fits; otherwise wait for the next check."""
         if program.home is not None:
             self.place(program, program.home, now)
         elif not program.turns and not any(other.home is None for other in self.live.values() if other is not program):
@@ -55,17 +55,17 @@ class ThunderAgent(Programs):
                 self.place(program, min(fits, key=lambda home: home.used).name, now)
 
     def returned(self, program: Program, now: float) -> None:
-        """The marked are paused."""
+        """Pause the program if it is marked."""
         if program.key in self._marked:
             self._marked.discard(program.key)
             self._pause(program)
 
     def over(self, program: Program, now: float) -> None:
-        """What it leaves is given away at the next check."""
+        """Remove its mark; the next check reuses its room."""
         self._marked.discard(program.key)
 
     def check(self, now: float) -> None:
-        """Resume, then pause."""
+        """Resume what fits, resume programs that waited too long, then pause what exceeds the KV."""
         self._resume(now)
         for program in [other for other in self.waiting.values() if now - other.since_s >= WAIT_S]:
             self.place(program, program.last or self.fewest(lambda home: len(home.programs)).name, now)
@@ -78,7 +78,7 @@ class ThunderAgent(Programs):
         paused = sorted((program for program in self.live.values() if program.home is None), key=lambda program: program.context)
         if not paused:
             return
-        rooms = {name: self.room(home) + (self._faded(home, now) if self._decay else 0.0) for name, home in self.homes.items()}
+        rooms = {name: self.room(home) + (self._decayed(home, now) if self._decay else 0.0) for name, home in self.homes.items()}
         left = sum(room for room in rooms.values() if room > BUFFER_TOKENS)
         returned = [program for program in paused if program.turns and program.request is not None]
         new = [program for program in paused if not program.turns]
@@ -93,8 +93,8 @@ class ThunderAgent(Programs):
                 rooms[name] -= program.context + BUFFER_TOKENS
                 self.place(program, name, now)
 
-    def _faded(self, home: Home, now: float) -> float:
-        """What of the tokens of programs in tools no longer counts."""
+    def _decayed(self, home: Home, now: float) -> float:
+        """Decayed tokens of programs in tools, which no longer count."""
         idle = (program for program in home.programs.values() if not program.running)
         return sum(program.context * (self._weight - 2.0 ** (program.since_s - now)) for program in idle)
 

@@ -1,8 +1,8 @@
-"""Trajectory-FCFS: inside the replica, the trajectory that came first runs first.
+"""Trajectory-FCFS: inside the replica, the trajectory that arrived first runs first.
 
-Law: priority = the number of the trajectory's first turn among all first turns; it never changes, so a trajectory that has begun goes on
-ahead of all that came after it, and its context stays in the KV cache. Placement is verl's own. Under KV pressure vLLM puts out the worst
-priority, which is the trajectory that came last. It needs no prediction and no scheduler of its own, so whatever predicts must beat it.
+Law: priority = position of the trajectory's first turn among all first turns. It never changes, so a trajectory that has begun stays ahead
+of all later ones, and its context stays in the KV cache. Placement is verl's own. Under KV pressure vLLM preempts the worst priority, which
+is the trajectory that arrived last. It needs neither predictions nor a custom scheduler, so every predictive policy must beat it.
 Source: first come, first served over programs instead of calls, the usual baseline of program-level scheduling (Autellix, arXiv 2502.13965;
 Continuum, arXiv 2511.02230). Needs `EngineOptions(order="priority")`. Cost: O(1) per turn.
 """
@@ -16,7 +16,7 @@ from verl_heddle.trajectory import Decision, TrajectoryEnd, TurnStart
 
 
 class TrajectoryFcfs(Stock):
-    """See the module."""
+    """First trajectory first, with verl's placement."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__(seed)
@@ -24,7 +24,7 @@ class TrajectoryFcfs(Stock):
         self._arrived = 0
 
     def turn_started(self, turn: TurnStart, now: float) -> Decision:
-        """verl's placement, in the order of first turns."""
+        """verl's placement, with the arrival number of the trajectory as priority."""
         key = turn.trajectory.key
         if key not in self._arrival:
             self._arrival[key] = self._arrived
@@ -32,6 +32,6 @@ class TrajectoryFcfs(Stock):
         return replace(super().turn_started(turn, now), priority=self._arrival[key])
 
     def trajectory_ended(self, end: TrajectoryEnd, now: float) -> None:
-        """Forget when it came."""
+        """Forget the arrival number."""
         super().trajectory_ended(end, now)
         self._arrival.pop(end.trajectory.key, None)

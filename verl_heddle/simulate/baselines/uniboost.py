@@ -1,14 +1,14 @@
-"""UniBoost: arrival, less a boost that is the larger the less a turn has to read.
+"""UniBoost: order turns by arrival time less a boost, which is larger the fewer tokens a turn has to prefill.
 
-Law: inside the replica turns wait in the order of arrival - b(w), b(w) = (1/gamma) * ln(1 / (1 - exp(-gamma * w))), w = alpha * tokens not
-cached. The boost is bounded, so nobody starves; a large gamma is first come, first served, a small one shortest first. No prediction.
-Placement is verl's own.
+Law: inside the replica, turns wait in order of arrival - b(w), with b(w) = (1/gamma) * ln(1 / (1 - exp(-gamma * w))) and w = alpha *
+uncached tokens. The boost is bounded, so no turn starves. A large gamma gives first come, first served; a small one shortest first. No
+prediction. Placement is verl's own.
 
-Source: arXiv 2606.18431 (ICML 2026) and the author's SGLang pull request #35637 (open), whose defaults gamma and alpha are. Its adaptive
-gamma is off by default and not built here, nor is the paper's cache-aware preemption, which the pull request does not have.
-Assumed: SGLang's order is sorted anew before each prefill, ours is set when the turn arrives; tokens not cached are estimated, a replica
-holding whole contexts, least recently used gone first, running ones always; prompts that siblings have read are not looked up. For want of
-KV vLLM throws out the last in the order, SGLang by a rule of its own. Needs `EngineOptions(order="priority")`. Cost: O(1) per turn.
+Source: arXiv 2606.18431 (ICML 2026) and the author's SGLang pull request #35637 (open), whose defaults give gamma and alpha. Its adaptive
+gamma is off by default and not implemented here, nor is the paper's cache-aware preemption, which the pull request lacks.
+Assumed: SGLang re-sorts before each prefill, while our order is set when the turn arrives. Uncached tokens are estimated: a replica keeps
+whole contexts, evicts the least recently used first and running ones never; prompts computed by siblings are ignored. If KV runs out, vLLM
+preempts the last in the order, while SGLang has its own rule. Needs `EngineOptions(order="priority")`. Cost: O(1) per turn.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ GAMMA_PER_S = 10.0
 """`SGLANG_UNIBOOST_GAMMA`."""
 
 ALPHA_S_PER_TOKEN = 64e-6
-"""`SGLANG_UNIBOOST_ALPHA_US_PER_TOKEN`: about what a token takes to read."""
+"""`SGLANG_UNIBOOST_ALPHA_US_PER_TOKEN`: about the prefill time of a token."""
 
 PER_S = 1e6
-"""Priorities are whole numbers: microseconds."""
+"""Priority units per second: priorities are integers, in microseconds."""
 
 
 def boost_s(uncached_tokens: int, gamma_per_s: float = GAMMA_PER_S) -> float:
-    """Seconds by which a turn is put forward."""
+    """Seconds by which a turn moves ahead of its arrival."""
     return -log1p(-exp(-gamma_per_s * ALPHA_S_PER_TOKEN * max(1, uncached_tokens))) / gamma_per_s
 
 
@@ -50,7 +50,7 @@ class _Cache:
 
 
 class UniBoost(Stock):
-    """See the module."""
+    """UniBoost order, with verl's placement."""
 
     def __init__(self, seed: int = 0, gamma_per_s: float = GAMMA_PER_S) -> None:
         super().__init__(seed)
@@ -61,10 +61,10 @@ class UniBoost(Stock):
         """Replicas joined, empty."""
         replicas = list(replicas)
         super().replicas_added(replicas)
-        self._caches |= {one.name: _Cache(inf if one.kv_tokens is None else one.kv_tokens) for one in replicas}
+        self._caches |= {replica.name: _Cache(inf if replica.kv_tokens is None else replica.kv_tokens) for replica in replicas}
 
     def turn_started(self, turn: TurnStart, now: float) -> Decision:
-        """verl's placement, in boosted order."""
+        """verl's placement, with the boosted arrival time as priority."""
         decision = super().turn_started(turn, now)
         cache = self._caches[decision.replica]
         cached = min(cache.idle.pop(turn.conversation, 0), turn.context_tokens)
@@ -74,7 +74,7 @@ class UniBoost(Stock):
         return replace(decision, priority=round(PER_S * (now - boost_s(turn.context_tokens - cached, self._gamma_per_s))))
 
     def turn_finished(self, turn: TurnEnd, now: float) -> None:
-        """Its context is the one used last."""
+        """Mark the conversation's context as most recently used."""
         super().turn_finished(turn, now)
         cache = self._caches[turn.replica]
         context = cache.running.pop(turn.conversation, None)

@@ -1,7 +1,7 @@
-"""Verl*: cache affinity, unless the load is far apart.
+"""Verl*: cache affinity, unless the fleet is imbalanced.
 
-Law: if the largest and the smallest number of requests in flight differ by more than `gap` (32), the turn goes to the least loaded replica;
-else it stays with its conversation's replica; a new conversation goes to the least loaded.
+Law: if the largest and the smallest number of requests in flight differ by more than `gap` (32), the turn goes to the least loaded replica.
+Otherwise it stays on its conversation's replica. A new conversation goes to the least loaded replica.
 Source: baseline "Verl*" of Heddle (arXiv 2603.28101, section 8): the SGLang router's rule, "least-load if max - min load > 32, else
 cache-aware". Cost: O(1) per turn.
 """
@@ -16,14 +16,14 @@ GAP = 32
 
 
 class VerlStar(Peer):
-    """See the module."""
+    """The "Verl*" baseline of the Heddle paper; `gap` is in requests in flight."""
 
     def __init__(self, seed: int = 0, gap: int = GAP) -> None:
         super().__init__(seed)
         self._gap = gap
 
     def place(self, turn: TurnStart) -> tuple[str, Reason | PeerReason]:
-        """The law above."""
+        """Stay unless the gap is exceeded, else move to the least loaded replica."""
         home = self.home_of(turn)
         if home is None:
             return self.least_loaded(), Reason.LEAST_INFLIGHT

@@ -40,7 +40,7 @@ _TAIL_KEYS = ["reward", "model", "meta"]
 
 @dataclass(slots=True)
 class Entry:
-    """Index entry of one trajectory. `number`: its position in the path, from 0. `tokens`: generated tokens, None if unknown for all turns."""
+    """Index entry of a trajectory. `number`: its position in the path, from 0. `tokens`: generated, None if unknown for all turns."""
 
     number: int
     prompt_id: str

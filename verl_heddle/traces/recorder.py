@@ -108,7 +108,7 @@ class Legs:
 
 @dataclass(slots=True)
 class Recorder:
-    """Record of one trajectory so far. `start_s` is on the worker's monotonic clock, `start_unix_s` is the same moment on the wall clock."""
+    """Record of one trajectory so far. `start_s` is on the worker's monotonic clock, `start_unix_s` the same moment on the wall clock."""
 
     id: TrajectoryId
     start_s: float

@@ -62,8 +62,8 @@ class Tool:
 class Workload:
     """Distribution of one kind of trajectory. Logarithms are natural; a `sigma` is the standard deviation of a logarithm.
 
-    The uncapped length of a trajectory is log-normal: `log(median_tokens) + prompt_sigma * z_prompt + sample_sigma * s_prompt * z_sample`, all z
-    standard normal, s_prompt log-normal with mean square 1 and sigma `spread_sigma`. The number of turns is the rounded
+    The uncapped length of a trajectory is log-normal: `log(median_tokens) + prompt_sigma * z_prompt + sample_sigma * s_prompt * z_sample`,
+    all z standard normal, s_prompt log-normal with mean square 1 and sigma `spread_sigma`. The number of turns is the rounded
     `median_turns * (length / median_tokens) ** turns_per_length * exp(turns_sigma * z)`, the length is split over the turns by log-normal
     weights (growing over the turns by `late_growth`), and the trajectory is cut when its output reaches `cap_tokens`. Every turn but the
     last calls a tool.

@@ -158,7 +158,7 @@ def test_trajectories_of_no_live_run_are_left_out_of_an_explanation(tmp_path):
         and "trace.jsonl:1: meta.step: missing" in out
     )
     code, _, said = ask("explain", tmp_path, lines(records[:2]))
-    assert code == 2 and "trace.jsonl:1: meta.step: missing; allowed: a number, as a live run records it" in said
+    assert code == 2 and "trace.jsonl:1: meta.step: missing; allowed: a number, as recorded by a live run" in said
 
 
 def test_a_trace_that_does_not_say_how_trajectories_ended_is_explained(tmp_path):

@@ -88,14 +88,12 @@ def _turns(law: Workload, wanted: Floats, rng: np.random.Generator) -> tuple[Int
 
     ends = np.cumsum(turns)
     rank = np.arange(ends[-1]) - np.repeat(ends - turns, turns) + 1
-    excess = np.log(wanted / turns) - np.log(
-        law.median_tokens / law.median_turns
-    )  # log size of the mean turn, relative to a median trajectory
+    # Log size of the mean turn, relative to a median trajectory.
+    excess = np.log(wanted / turns) - np.log(law.median_tokens / law.median_turns)
     tilt = np.repeat(law.late_growth * excess / turns, turns) * (rank - 0.5)
     weight = np.exp(np.clip(tilt, -MAX_TILT, MAX_TILT) + law.turn_token_sigma * rng.standard_normal(ends[-1]))
-    upto = np.cumsum(
-        weight / np.repeat(np.add.reduceat(weight, ends - turns), turns)
-    )  # weights sum to 1 per trajectory, so one running sum serves all
+    # Weights are normalised to sum to 1 per trajectory, so one running sum serves all.
+    upto = np.cumsum(weight / np.repeat(np.add.reduceat(weight, ends - turns), turns))
     share = np.clip(upto - np.repeat(np.arange(len(turns)), turns), 0, 1)
     sums = np.floor(share * np.repeat(wanted - turns, turns)).astype(np.int64) + rank  # every turn gets 1, the rest by weight
     sums[ends - 1] = wanted  # rounding of the shares must not change the total

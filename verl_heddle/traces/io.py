@@ -53,8 +53,8 @@ def segments(path: str | os.PathLike[str]) -> list[Path]:
     if path.suffix != ".jsonl" or not path.parent.is_dir():
         return []
     found = ((_SEGMENT.fullmatch(file.name), file) for file in path.parent.iterdir())
-    mine = [(int(match["number"]), file) for match, file in found if match and match["trace"] == path.stem and file.is_file()]
-    return [file for _, file in sorted(mine)]
+    matching = [(int(match["number"]), file) for match, file in found if match and match["trace"] == path.stem and file.is_file()]
+    return [file for _, file in sorted(matching)]
 
 
 def trace_of(run: str | os.PathLike[str]) -> Path:

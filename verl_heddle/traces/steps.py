@@ -142,7 +142,7 @@ def _run(item: Trajectory | Entry) -> str:
 def _not_live(item: Trajectory, file: str, line: int) -> TraceError | None:
     for name in LIVE:
         if name not in item.meta:
-            allowed = "a number, as a live run records it (+plugin=heddle or +plugin=observe)"
+            allowed = "a number, as recorded by a live run (+plugin=heddle or +plugin=observe)"
             return TraceError("missing", allowed=allowed, field=f"meta.{name}", file=file, line=line)
     if item.meta["end_s"] < item.meta["start_s"]:
         return TraceError(f"got {item.meta['end_s']}", allowed="not before meta.start_s", field="meta.end_s", file=file, line=line)

@@ -74,7 +74,7 @@ class TraceWriter:
             return self._done.wait_for(lambda: not self._pending, timeout_s)
 
     def _run(self) -> None:
-        self._guarded(self._compress_left)
+        self._guarded(self._compress_leftovers)
         while True:
             records, meta = self._batches.get()
             try:
@@ -118,7 +118,7 @@ class TraceWriter:
         os.rename(self._path, name)
         _compress(name)
 
-    def _compress_left(self) -> None:
+    def _compress_leftovers(self) -> None:
         for file in segments(self._path):
             with open(file, "rb") as content:
                 plain = content.read(2) != _GZIP_MAGIC

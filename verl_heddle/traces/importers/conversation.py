@@ -1,8 +1,8 @@
 """Convert a conversation to a trajectory: the input, output and tool calls of each generation.
 
-Law: a turn is an assistant message. Its input is the messages since the previous one (before the first: the prompt). Its tool is the
-calls it makes, or `user` if a person answers. Token counts come from the file; otherwise texts are counted (`Tally`). A context smaller
-than the previous one (compaction, dropped reasoning) is a `ctx_reset`. Parallel calls are joined by `+` and take as long as the longest.
+Law: a turn is an assistant message. Its input is the messages since the previous one (before the first: the prompt). Its tool is
+its calls, or `user` if a person answers. Token counts come from the file; otherwise texts are counted (`Tally`). A context smaller than
+the previous one (compaction, dropped reasoning) is a `ctx_reset`. Parallel calls are joined by `+` and take as long as the longest.
 """
 
 from __future__ import annotations

@@ -152,7 +152,7 @@ def trajectories(
 ) -> tuple[Iterator[Trajectory], Imported | None]:
     """Read a heddle trace or another tool's file; for the latter also return the `Imported` with its report.
 
-    A file that no format recognises goes to `read`, which reports what is wrong with it, unless it holds JSON objects unlike a trace.
+    An unrecognised file goes to `read`, which reports its fault, unless its first object has no trace field: then this raises.
 
     Args:
         name: the foreign format; None: detected.

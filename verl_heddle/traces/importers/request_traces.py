@@ -19,7 +19,7 @@ from verl_heddle.traces.importers.fields import count, get, name, real, unix_s
 from verl_heddle.trajectory import Trajectory, Turn
 
 UNIQUE_PROMPTS = True
-NAME, TITLE = "requests", "requests of single turns (Mooncake, Azure, BurstGPT, vLLM benchmark)"
+NAME, TITLE = "requests", "single-turn requests (Mooncake, Azure, BurstGPT, vLLM benchmark)"
 
 
 def _milliseconds(value: object) -> float | None:

@@ -78,7 +78,7 @@ def _add_call(trace: _Trace, row: Any, tally: Tally) -> None:
         trace.workload = _op(get(row, "op_name"))
     call = _call(row, tally)
     if call is None:
-        tally.left_out["calls not to a model"] += 1
+        tally.left_out["non-model calls"] += 1
     else:
         trace.calls.append((key, call))
 

@@ -125,12 +125,12 @@ def test_a_compressed_trace_that_is_cut_off_is_used_as_far_as_it_goes(command, t
 def test_lines_that_are_there_twice_count_once(tmp_path):
     once = ask("explain", tmp_path, lines(run()))[1]
     code, twice, _ = ask("explain", tmp_path, lines(run() * 2))
-    assert code == 0 and f"{2 * LIVES} trajectories left out: told twice" in twice
+    assert code == 0 and f"{2 * LIVES} trajectories left out: recorded twice" in twice
     assert [line for line in twice.splitlines() if line.startswith("- Step")] == [
         line for line in once.splitlines() if line.startswith("- Step")
     ]
     code, out, _ = ask("simulate", tmp_path, lines(run() * 2))
-    assert code == 0 and f"{2 * LIVES} trajectories left out: told twice" in out
+    assert code == 0 and f"{2 * LIVES} trajectories left out: recorded twice" in out
 
 
 @pytest.mark.parametrize("same_uid", [True, False])
@@ -154,11 +154,11 @@ def test_trajectories_of_no_live_run_are_left_out_of_an_explanation(tmp_path):
     code, out, _ = ask("explain", tmp_path, lines(records))
     assert (
         code == 0
-        and "2 trajectories left out, no live run recorded them: the first is" in out
+        and "2 trajectories left out, not recorded by a live run; the first: " in out
         and "trace.jsonl:1: meta.step: missing" in out
     )
     code, _, said = ask("explain", tmp_path, lines(records[:2]))
-    assert code == 2 and "trace.jsonl:1: meta.step: missing; allowed: a number, as a live run records it" in said
+    assert code == 2 and "trace.jsonl:1: meta.step: missing; allowed: a number, as recorded by a live run" in said
 
 
 def test_a_trace_that_does_not_say_how_trajectories_ended_is_explained(tmp_path):
@@ -166,7 +166,7 @@ def test_a_trace_that_does_not_say_how_trajectories_ended_is_explained(tmp_path)
     for record in records:
         del record["meta"]["outcome"]
     code, out, said = ask("explain", tmp_path, lines(records))
-    assert code == 0 and f"{2 * LIVES} trajectories do not say how they ended (meta.outcome); taken as finished." in out, said
+    assert code == 0 and f"{2 * LIVES} trajectories have no meta.outcome; assumed finished." in out, said
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -1,4 +1,4 @@
-"""Trajectories on disk and out of thin air: the trace schema, its files, their statistics, and invented workloads."""
+"""Trace schema, trace files, trace statistics, and generated workloads."""
 
 from verl_heddle.traces.describe import summary
 from verl_heddle.traces.generate import generate

@@ -1,7 +1,7 @@
-"""Many recorded trajectories as columns: what workers send, and what a step's metrics are computed from.
+"""Store many recorded trajectories as columns: the format in which workers send them and step metrics are computed.
 
-A list of 200,000 `Turn`s takes seconds to pickle, to unpickle and to walk; the same values as one list per field take tenths of that, and
-turn into arrays without a loop. Records are made from them only where somebody needs records (`records`).
+Pickling, unpickling or walking a list of 200,000 `Turn`s takes seconds. The same values as one list per field take tenths of that and
+convert to arrays without a loop. `records` converts back where records are needed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _values_of = attrgetter(*TURN_FIELDS)
 
 
 class Head(NamedTuple):
-    """A trajectory without its turns; `turns` is their number."""
+    """A trajectory without its turns; `turns` is the number of turns."""
 
     source: str
     workload: str
@@ -38,20 +38,30 @@ class Head(NamedTuple):
 
 @dataclass(slots=True)
 class Columns:
-    """`turns`: by field of `Turn`, the values of all turns, trajectory after trajectory in the order of `heads`."""
+    """Trajectories as columns. `turns` maps each field of `Turn` to its values for all turns, concatenated in the order of `heads`."""
 
     heads: list[Head] = field(default_factory=list)
     turns: dict[str, list[Any]] = field(default_factory=lambda: {name: [] for name in TURN_FIELDS})
 
     @classmethod
     def of(cls, trajectories: Iterable[Trajectory]) -> Columns:
-        """Of records; their `meta` is shared, not copied."""
+        """Build columns from records; `meta` is shared, not copied."""
         heads: list[Head] = []
         turns: list[Turn] = []
-        for one in trajectories:
-            steps = one.steps
+        for item in trajectories:
+            steps = item.steps
             heads.append(
-                Head(one.source, one.workload, one.prompt_id, one.trial, one.prompt_tokens, one.reward, one.model, one.meta, len(steps))
+                Head(
+                    item.source,
+                    item.workload,
+                    item.prompt_id,
+                    item.trial,
+                    item.prompt_tokens,
+                    item.reward,
+                    item.model,
+                    item.meta,
+                    len(steps),
+                )
             )
             turns += steps
         if not turns:
@@ -63,24 +73,24 @@ class Columns:
 
     @property
     def metas(self) -> list[dict[str, Any]]:
-        """Of every trajectory; changes are changes here."""
+        """The `meta` of every trajectory, not copied: changes apply to these columns."""
         return [head.meta for head in self.heads]
 
     def extend(self, more: Columns) -> None:
-        """Take in the trajectories of another."""
+        """Append the trajectories of `more`."""
         self.heads += more.heads
         for name, column in self.turns.items():
             column += more.turns[name]
 
     def where(self, wanted: Callable[[Head], bool]) -> Columns:
-        """Those of its trajectories; itself if it is all."""
+        """The trajectories for which `wanted` holds; `self` if it holds for all."""
         chosen = [wanted(head) for head in self.heads]
         if all(chosen):
             return self
-        return Columns.of(one for one, take in zip(self.records(), chosen, strict=True) if take)
+        return Columns.of(item for item, take in zip(self.records(), chosen, strict=True) if take)
 
     def records(self) -> Iterator[Trajectory]:
-        """The trajectories, made anew; their `meta` is shared."""
+        """New `Trajectory` records; `meta` is shared, not copied."""
         turns = zip(*(self.turns[name] for name in TURN_FIELDS), strict=True)
         for head in self.heads:
             steps = tuple(Turn(*next(turns)) for _ in range(head.turns))
@@ -89,20 +99,20 @@ class Columns:
             )
 
     def numbers(self, name: str) -> Floats:
-        """A column of numbers, nan where a turn does not say."""
+        """A numeric column; NaN where a turn has no value."""
         return np.array(self.turns[name], dtype=np.float64)
 
     @property
     def counts(self) -> NDArray[np.int64]:
-        """Turns of each trajectory."""
+        """Number of turns of each trajectory."""
         return np.array([head.turns for head in self.heads], dtype=np.int64)
 
     def per_trajectory(self, values: Floats) -> Floats:
-        """The sum over each trajectory's turns; nan counts 0."""
+        """Sum over each trajectory's turns; NaN counts as 0."""
         owners = np.repeat(np.arange(len(self.heads)), self.counts)
         return np.bincount(owners, weights=np.nan_to_num(values), minlength=len(self.heads)).astype(np.float64)
 
 
 def as_columns(trajectories: Columns | Sequence[Trajectory]) -> Columns:
-    """Columns as they are, records as columns."""
+    """Convert records to columns; columns are returned unchanged."""
     return trajectories if isinstance(trajectories, Columns) else Columns.of(trajectories)

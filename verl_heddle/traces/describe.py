@@ -1,6 +1,6 @@
-"""What a set of trajectories looks like: lengths, tails, groups, tool times, and how well cheap features predict a length.
+"""Summarise a set of trajectories: lengths, tails, groups, tool times, and how well cheap features predict length.
 
-The definitions are those of the table that describes the public traces, so a recorded or generated workload can be put beside it.
+The definitions match the table of the public traces, so a recorded or generated workload can be compared with it.
 Quantiles are observed values (the next higher one), because tails of few samples should not be interpolated.
 """
 
@@ -18,29 +18,29 @@ from verl_heddle.traces.schema import PSEUDO_TOOLS
 from verl_heddle.trajectory import Trajectory
 
 BATCH = 256
-"""Trajectories of the synchronous batch whose longest member everybody waits for (`batch_max_over_mean`)."""
+"""Trajectories of a synchronous batch, which waits for its longest member (`batch_max_over_mean`)."""
 
 BATCH_DRAWS = 2000
-"""Random batches drawn: the mean of max/mean then repeats within about 2 % over seeds on the public traces."""
+"""Random batches drawn: on the public traces the mean of max/mean then varies by about 2 % between seeds."""
 
 EARLY_TURNS = (3, 10)
-"""After how many turns the tokens so far are compared with the tokens still to come."""
+"""Numbers of turns after which tokens so far are correlated with tokens remaining."""
 
 Floats = NDArray[np.float64]
 
 
 def summary(trajectories: Iterable[Trajectory], seed: int = 0) -> dict[str, Any]:
-    """The statistics of a workload; JSON values only, None where the trajectories do not tell.
+    """Statistics of a workload, as JSON values; None where the trajectories lack the data.
 
-    Keys: `trajectories`, `prompts`, `samples` (of a group: min, max), `steps`, `output_tokens` and `prompt_tokens` per trajectory,
-    `output_tokens_per_turn`, `tool_s` (people left out), `gen_s`: each {n, mean, p50, p90, p99, max}; `tools`: the same per tool name;
-    `longest_over_median` over groups; `within_share`: share of the variance of log(output) inside groups, biased low when groups are
+    Keys: `trajectories`, `prompts`, `samples` (per group: min, max), `steps`, `output_tokens` and `prompt_tokens` per trajectory,
+    `output_tokens_per_turn`, `tool_s` (without pseudo-tools), `gen_s`: each {n, mean, p50, p90, p99, max}; `tools`: the same per tool
+    name; `longest_over_median` over groups; `within_share`: share of the variance of log(output) inside groups, biased low when groups are
     small; `batch_max_over_mean`: expected longest/mean of a random batch of `BATCH`; `tool_share` = tool / (tool + generation) seconds,
     None unless both are known; `reward`: mean; `spearman`: rank correlation of the output with prompt length (`prompt_tokens`) and with
     the mean of the group's other samples (`siblings`), and of the first 3 and 10 turns' tokens with what follows (`first_3`, `first_10`).
 
-    A group is what was sampled from one prompt together: same source, prompt and, in a live run, same visit (`meta.uid`). Trajectories
-    without any known output token count in `trajectories` and `steps` only. Reads the stream once; keeps a few numbers per turn.
+    A group is the samples drawn together from one prompt: same source, prompt and, in a live run, same visit (`meta.uid`). Trajectories
+    without any known output tokens count only in `trajectories` and `steps`. Reads the stream once; keeps a few numbers per turn.
     """
     number, steps, rewards = 0, array("d"), array("d")
     groups: dict[Any, list[int]] = defaultdict(list)
@@ -95,7 +95,7 @@ def summary(trajectories: Iterable[Trajectory], seed: int = 0) -> dict[str, Any]
 
 
 def spearman(left: Floats, right: Floats) -> float | None:
-    """Rank correlation of two equally long arrays, ties at their mean rank; None for fewer than 3 pairs or a constant."""
+    """Rank correlation of two arrays of equal length, ties at their mean rank; None for fewer than 3 pairs or a constant array."""
     if len(left) < 3 or np.ptp(left) == 0 or np.ptp(right) == 0:
         return None
     return float(np.corrcoef(_ranks(left), _ranks(right))[0, 1])

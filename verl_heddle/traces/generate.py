@@ -1,7 +1,7 @@
-"""Invent agentic rollouts: groups of trajectories with long-tailed lengths, turns and tool times.
+"""Generate synthetic agentic rollouts: groups of trajectories with long-tailed lengths, turns and tool times.
 
-The law is in `Workload`, its parameters are documented there. All numbers are drawn as arrays over prompts, trajectories or turns;
-Python only builds the records. Cost: about 4 microseconds per turn.
+`Workload` defines the distributions and documents their parameters. All numbers are drawn as arrays over prompts, trajectories or
+turns; Python only builds the records. Cost: about 4 microseconds per turn.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 MAX_LENGTH = 1e12
-"""Longest length drawn before the cap: keeps the extreme draws of a wild sigma inside 64-bit integers."""
+"""Longest length drawn before the cap: keeps extreme draws of a large sigma within 64-bit integers."""
 
 MAX_TILT = 20.0
-"""Bound of the log weight of a late turn: beyond, all tokens are in one turn anyway, and the exponential must not overflow."""
+"""Bound on the log weight of a late turn. Beyond it, one turn has all tokens anyway, and the exponential could overflow."""
 
 
 def generate(
@@ -33,16 +33,16 @@ def generate(
     seed: int | np.random.Generator = 0,
     **parameters: Any,
 ) -> list[Trajectory]:
-    """`prompts` groups of `samples` trajectories (Heddle: 16), group by group; the same arguments give the same trajectories.
+    """Draw `prompts` groups of `samples` trajectories (Heddle: 16), group by group; the same arguments give the same trajectories.
 
     `workload` is "coding", "search", "math" or a `Workload`; `parameters` replace its fields, for example
     `generate("coding", 400, tool_mean_s=2.0, **split_variance(0.86, 0.5))`.
 
     Each trajectory has `source` "generated", `prompt_id` `<workload>/<number>`, its sample number as `trial`, no reward and no model;
-    `meta.truncated` tells whether the output cap cut it. Turns know new input, output, tool and tool time; the last one has no tool.
+    `meta.truncated` says whether the output cap cut it. Turns have new input, output, tool and tool time; the last one has no tool.
 
     Raises:
-        TraceError: for an unknown workload or parameter, or a value outside its documented range.
+        TraceError: an unknown workload or parameter, or a value outside its documented range.
     """
     law = _law(workload, parameters)
     for name, value in (("prompts", prompts), ("samples", samples)):
@@ -72,9 +72,9 @@ def _law(workload: str | Workload, parameters: dict[str, Any]) -> Workload:
 
 
 def _lengths(law: Workload, prompts: int, samples: int, rng: np.random.Generator) -> Floats:
-    """Tokens each trajectory would generate without a cap; prompts * samples numbers from 1."""
+    """Tokens each trajectory would generate without the cap: prompts * samples values, each at least 1."""
     level = law.prompt_sigma * rng.standard_normal((prompts, 1))
-    spread = law.sample_sigma * np.exp(law.spread_sigma * rng.standard_normal((prompts, 1)) - law.spread_sigma**2)  # E[spread**2] kept
+    spread = law.sample_sigma * np.exp(law.spread_sigma * rng.standard_normal((prompts, 1)) - law.spread_sigma**2)  # keeps E[spread**2]
     logs = np.log(law.median_tokens) + level + spread * rng.standard_normal((prompts, samples))
     lengths: Floats = np.rint(np.exp(np.clip(logs, 0, np.log(MAX_LENGTH)))).ravel()
     return lengths
@@ -88,10 +88,12 @@ def _turns(law: Workload, wanted: Floats, rng: np.random.Generator) -> tuple[Int
 
     ends = np.cumsum(turns)
     rank = np.arange(ends[-1]) - np.repeat(ends - turns, turns) + 1
-    excess = np.log(wanted / turns) - np.log(law.median_tokens / law.median_turns)  # of the mean turn, over that of a median trajectory
+    # Log size of the mean turn, relative to a median trajectory.
+    excess = np.log(wanted / turns) - np.log(law.median_tokens / law.median_turns)
     tilt = np.repeat(law.late_growth * excess / turns, turns) * (rank - 0.5)
     weight = np.exp(np.clip(tilt, -MAX_TILT, MAX_TILT) + law.turn_token_sigma * rng.standard_normal(ends[-1]))
-    upto = np.cumsum(weight / np.repeat(np.add.reduceat(weight, ends - turns), turns))  # 1 per trajectory: one running sum serves all
+    # Weights are normalised to sum to 1 per trajectory, so one running sum serves all.
+    upto = np.cumsum(weight / np.repeat(np.add.reduceat(weight, ends - turns), turns))
     share = np.clip(upto - np.repeat(np.arange(len(turns)), turns), 0, 1)
     sums = np.floor(share * np.repeat(wanted - turns, turns)).astype(np.int64) + rank  # every turn gets 1, the rest by weight
     sums[ends - 1] = wanted  # rounding of the shares must not change the total
@@ -104,14 +106,14 @@ def _turns(law: Workload, wanted: Floats, rng: np.random.Generator) -> tuple[Int
 
 
 def _tool_calls(law: Workload, owner: Ints, prompts: int, rng: np.random.Generator) -> tuple[Ints, Floats]:
-    """A tool and its seconds for every turn; `owner` is the turn's prompt. A slow prompt is slow with all tools."""
+    """A tool and its seconds for every turn; `owner` is the turn's prompt. A slow prompt is slow for all tools."""
     tool = rng.choice(len(law.tools), size=len(owner), p=np.array([tool.share for tool in law.tools]))
     middle = (np.log([tool.median_s for tool in law.tools]) + np.log(law.tool_scale))[tool]
     sigma = np.array([tool.sigma for tool in law.tools])[tool]
     z = np.sqrt(law.tool_prompt_share) * rng.standard_normal(prompts)[owner]
     z += np.sqrt(1 - law.tool_prompt_share) * rng.standard_normal(len(owner))
     seconds = np.minimum(np.exp(middle + sigma * z), law.tool_timeout_s)
-    return tool, np.round(seconds, 6)  # microseconds: nobody measures finer, and trace files get shorter
+    return tool, np.round(seconds, 6)  # microseconds: no source measures finer, and trace files get shorter
 
 
 def _records(
@@ -125,11 +127,11 @@ def _records(
     tool: Ints,
     seconds: Floats,
 ) -> list[Trajectory]:
-    """The arrays as records; a turn's new input is what the tool before it answered."""
+    """Build records from the arrays; a turn's new input is the result of the previous turn's tool."""
     ends = np.cumsum(turns)
     fresh[ends - turns] = 0
-    known = [one.name for one in law.tools]
-    names: list[str | None] = [known[index] for index in tool.tolist()]
+    tool_names = [kind.name for kind in law.tools]
+    names: list[str | None] = [tool_names[index] for index in tool.tolist()]
     times: list[float | None] = list(seconds.tolist())
     for last in (ends - 1).tolist():
         names[last] = times[last] = None

@@ -1,11 +1,11 @@
-"""What is in a trace without its turns: enough to choose trajectories of a file that is too large to be simulated, or to be held.
+"""Index a trace without decoding its turns, to select trajectories from a file too large to simulate or to hold in memory.
 
-Lines as `schema.encode` writes them (every recorded run, and what `trace import` wrote) are not parsed: their head and tail are, and
-the output tokens between them are added up. What stands in the turns of such a line is checked when it is picked, in a second reading.
-Any other line is decoded as a whole. Cost: about 3 microseconds a turn, an eighth of decoding it.
+For lines in the format of `schema.encode` (every recorded run, and the output of `trace import`), only the head and tail are parsed, and
+the output tokens between them are summed. The turns of such a line are validated when it is picked, in a second pass. Any other line is
+decoded in full. Cost: about 3 microseconds per turn, an eighth of decoding.
 
-Files of other tools are imported once, and as much of them is kept as can be picked: all trajectories of the prompts whose hash is below
-a threshold, which is halved whenever more than `KEPT_TURNS` have been kept. So the choice does not depend on the order of the file.
+Files of other tools are imported once, keeping only a sample in memory: all trajectories of the prompts whose hash is below a threshold,
+which is halved whenever more than `KEPT_TURNS` are kept. The sample therefore does not depend on the order of the file.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from verl_heddle.traces.io import Note, decode_line, lines
 from verl_heddle.trajectory import Trajectory
 
 KEPT_TURNS = 80_000
-"""Of a file of another tool: turns that are kept at most, unless a single prompt has more; 50 to 100 MB."""
+"""Most turns kept from another tool's file, unless a single prompt has more; 50 to 100 MB."""
 
 _HASHES = 2**32
 
@@ -34,13 +34,13 @@ _HEAD = re.compile(
     rb'\{"source":%s,"workload":%s,"prompt_id":(%s),"trial":(\d+|%s),"prompt_tokens":(?:\d+|null),"steps":\[' % ((_TEXT,) * 4)
 )
 _OUTPUT = re.compile(rb'"output_tokens":(\d+)')
-_TAIL = b'],"reward":'  # turns hold no lists, and inside a text its quotes would be escaped: the first one ends the turns
+_TAIL = b'],"reward":'  # turns hold no lists, and quotes inside text are escaped: the first match ends the turns
 _TAIL_KEYS = ["reward", "model", "meta"]
 
 
 @dataclass(slots=True)
 class Entry:
-    """One trajectory. `number` counts those of the path from 0; `tokens` are generated ones, None where no turn's are known."""
+    """Index entry of a trajectory. `number`: its position in the path, from 0. `tokens`: generated, None if unknown for all turns."""
 
     number: int
     prompt_id: str
@@ -54,27 +54,27 @@ class Entry:
 
     @property
     def meta(self) -> dict[str, Any]:
-        """Of a `Trajectory.meta`, what `steps.latest` asks for."""
+        """The part of `Trajectory.meta` that `steps.latest` reads."""
         return {name: value for name, value in (("run", self.run), ("uid", self.uid)) if value is not None}
 
 
 @dataclass(frozen=True)
 class Catalogue:
-    """`entries`: every trajectory in the order of the file. `pick` gives those of `candidates`."""
+    """Index of a file. `entries`: every trajectory in file order. `pick` reads those that `candidates` returned."""
 
     path: str
     entries: list[Entry]
     told: list[str]
-    """What an import has to say; empty for a trace."""
+    """The import report; empty for a trace."""
     kept: Mapping[int, Trajectory] | None = None
-    """Of a file of another tool: what can be picked, by number."""
+    """For another tool's file: the trajectories that can be picked, by number."""
 
     def candidates(self, entries: list[Entry]) -> list[Entry]:
-        """Those that can be picked: whole prompts."""
+        """The entries that can be picked: always whole prompts."""
         return entries if self.kept is None else [entry for entry in entries if entry.number in self.kept]
 
     def pick(self, numbers: Collection[int]) -> Iterator[Trajectory]:
-        """The trajectories with these `Entry.number`, in the order of the file.
+        """Read the trajectories with these `Entry.number`, in file order.
 
         Raises:
             TraceError: as `traces.read`.
@@ -92,13 +92,13 @@ class Catalogue:
 
 
 def catalogue(path: str | os.PathLike[str], note: Note | None = None) -> Catalogue:
-    """Look through a trace, or a file of another tool.
+    """Index a trace, or a file of another tool.
 
     Raises:
-        TraceError: as `traces.read`, but for faults inside turns.
+        TraceError: as `traces.read`, except for faults inside turns.
     """
     collects = gc.isenabled()
-    gc.disable()  # a million small objects and no cycles: looking for some costs a quarter of the time
+    gc.disable()  # a million small objects and no cycles: collection would take a quarter of the time
     try:
         return _catalogue(path, note)
     finally:
@@ -122,13 +122,13 @@ def _catalogue(path: str | os.PathLike[str], note: Note | None) -> Catalogue:
             turns += len(item.steps)
             while turns > KEPT_TURNS and limit > 1:
                 limit //= 2
-                kept = {key: one for key, one in kept.items() if crc32(one.prompt_id.encode("utf-8", "replace")) < limit}
-                turns = sum(len(one.steps) for one in kept.values())
+                kept = {key: held for key, held in kept.items() if crc32(held.prompt_id.encode("utf-8", "replace")) < limit}
+                turns = sum(len(held.steps) for held in kept.values())
     return Catalogue(str(path), entries, found.told(), kept)
 
 
 def _whole_line(line: bytes, file: str, number: int) -> bytes:
-    """The line itself, unless it is torn: those have no number."""
+    """The raw line; a torn line raises, because torn lines are not numbered."""
     if _split(line) is None:
         decode_line(line, file, number)
     return line
@@ -154,7 +154,7 @@ def _line_entry(line: bytes, file: str, number: int) -> Entry:
 
 
 def _split(line: bytes) -> tuple[bytes, bytes, int, int, dict[str, Any]] | None:
-    """Prompt and trial as JSON, where the turns begin and end, and `meta`; None: not as the encoder writes a line."""
+    """Prompt and trial as JSON, start and end offset of the turns, and `meta`; None if the line is not in the encoder's format."""
     head = _HEAD.match(line)
     end = -1 if head is None else line.find(_TAIL, head.end())
     if head is None or end < 0 or not line.endswith(b"}\n"):

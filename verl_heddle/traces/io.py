@@ -1,10 +1,10 @@
-"""Trace files: read as a stream, write in one piece.
+"""Read trace files as a stream; write them atomically.
 
-A trace file is JSON Lines, plain or gzip, told apart by its first bytes. Reading holds one line at a time, so memory is bounded by
-`schema.MAX_LINE_BYTES` whatever the file is. Whatever is wrong with a file ends in one `TraceError` of one line.
+A trace file is JSON Lines, plain or gzip, detected by its first bytes. Reading holds one line at a time, so memory is bounded by
+`schema.MAX_LINE_BYTES` for any file. Any fault in a file raises one `TraceError` with a one-line message.
 
-A run that writes long rotates: `trace.jsonl` is the live file, `trace.0001.jsonl.gz`, `trace.0002.jsonl.gz`, ... beside it are its closed
-segments, oldest first (`segments`). The name of the live file stands for the whole trace.
+A long run rotates its trace: `trace.jsonl` is the live file, and `trace.0001.jsonl.gz`, `trace.0002.jsonl.gz`, ... next to it are the
+closed segments, oldest first (`segments`). The name of the live file denotes the whole trace.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from verl_heddle.trajectory import Trajectory
 T = TypeVar("T")
 
 Note = Callable[[str], None]
-"""Is told in one line what was left out."""
+"""Receives one line for each kind of data left out."""
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
-"""What a directory's trace files are called; other files in it (a manifest, say) are not read."""
+"""Suffixes of trace files in a directory; other files (such as a manifest) are ignored."""
 
 _GZIP_MAGIC = b"\x1f\x8b"  # RFC 1952
 
@@ -44,7 +44,7 @@ def segment(path: str | os.PathLike[str], number: int) -> Path:
 def segments(path: str | os.PathLike[str]) -> list[Path]:
     """The closed segments of the trace whose live file is `path`, oldest first; none for a name that does not end in `.jsonl`.
 
-    The live file itself is not among them, and need not exist: between two segments it may not have been begun.
+    The live file is not included and need not exist: it may not yet have been created after a rotation.
 
     Raises:
         OSError: the folder cannot be read.
@@ -53,43 +53,43 @@ def segments(path: str | os.PathLike[str]) -> list[Path]:
     if path.suffix != ".jsonl" or not path.parent.is_dir():
         return []
     found = ((_SEGMENT.fullmatch(file.name), file) for file in path.parent.iterdir())
-    mine = [(int(match["number"]), file) for match, file in found if match and match["trace"] == path.stem and file.is_file()]
-    return [file for _, file in sorted(mine)]
+    matching = [(int(match["number"]), file) for match, file in found if match and match["trace"] == path.stem and file.is_file()]
+    return [file for _, file in sorted(matching)]
 
 
 def trace_of(run: str | os.PathLike[str]) -> Path:
-    """The trace in a run's folder, where `heddle.trace.dir` puts it by default, or right inside; else `run` itself."""
+    """The trace of a run folder: in `heddle/` (the default of `heddle.trace.dir`), else directly inside; otherwise `run` itself."""
     inside = [Path(run, *folder, "trace.jsonl") for folder in (("heddle",), ())]
     return next((file for file in inside if file.is_file() or segments(file)), Path(run))
 
 
 def read(path: str | os.PathLike[str], note: Note | None = None) -> Iterator[Trajectory]:
-    """The trajectories of a trace file, its closed segments first, or of all trace files of a directory by name.
+    """Read a trace file (closed segments first), or all trace files of a directory in name order.
 
-    A faulty file yields the trajectories before the fault and then raises. Blank lines are passed over, and files without a line where
-    another has one: a run that has just rotated leaves such a live file.
+    A faulty file yields the trajectories before the fault and then raises. Blank lines are skipped. Empty files are skipped if another
+    file has a line: a run that has just rotated leaves an empty live file.
 
     Args:
-        note: told in one line each what was left out, where a killed run or a full disk explains it: lines that are torn (no JSON, with a
-            good one before them) and the rest of a compressed file that is cut off. Without it these are errors.
+        note: receives one line for each kind of damage that a killed run or a full disk explains: torn lines (not JSON, after a valid
+            line) and the missing rest of a truncated gzip file. Without `note` these raise.
 
     Raises:
-        TraceError: at once if there is no such file; while iterating if a file cannot be read, is damaged, cut off, not text, has a
-            line that is too long or is not a trajectory, or if there is not one trajectory.
+        TraceError: immediately if there is no such file; while iterating if a file cannot be read, is damaged, truncated or not text, if
+            a line is too long or not a trajectory, or if there are no trajectories.
     """
     return (item for _, _, item in placed(path, note))
 
 
 def placed(path: str | os.PathLike[str], note: Note | None = None) -> Iterator[tuple[str, int, Trajectory]]:
-    """As `read`, each trajectory with its file and the number of its line."""
+    """Like `read`, with the file and line number of each trajectory."""
     return lines(path, decode_line, note)
 
 
 def lines(path: str | os.PathLike[str], decoder: Callable[[bytes, str, int], T], note: Note | None = None) -> Iterator[tuple[str, int, T]]:
-    """As `placed`, with what `decoder(line, file, number)` makes of each line, where all of a trajectory is not needed.
+    """Like `placed`, with `decoder(line, file, number)` applied to each line; for callers that do not need whole trajectories.
 
     Raises:
-        TraceError: as `read`, and what the decoder raises.
+        TraceError: as `read`, and from the decoder.
     """
     files = trace_files(path)
 
@@ -106,13 +106,13 @@ def lines(path: str | os.PathLike[str], decoder: Callable[[bytes, str, int], T],
 
 
 def trace_files(path: str | os.PathLike[str]) -> list[Path]:
-    """The files that `read` reads: `segments` of `path` and `path` itself, or those of a directory ending in `SUFFIXES`.
+    """The files that `read` reads: the `segments` of `path` and `path` itself, or the files of a directory that end in `SUFFIXES`.
 
-    A directory's traces are sorted by name, the segments of each before its live file. A live file that is not there is left out where
-    there are segments, and stands for the same name with `.gz` where there are none.
+    Traces in a directory are sorted by name, with the segments of each before its live file. A missing live file is skipped if the trace
+    has segments; otherwise the same name with `.gz` is used.
 
     Raises:
-        TraceError: if there is none.
+        TraceError: there are no files.
     """
     path = Path(path)
     try:
@@ -132,7 +132,7 @@ def trace_files(path: str | os.PathLike[str]) -> list[Path]:
 
 
 def _order(file: Path) -> tuple[str, float, str]:
-    """Sorts by trace, a trace's segments by number, its live file last."""
+    """Sort key: by trace, then segments by number, then the live file."""
     match = _SEGMENT.fullmatch(file.name)
     if match:
         return match["trace"], int(match["number"]), file.name
@@ -140,17 +140,17 @@ def _order(file: Path) -> tuple[str, float, str]:
 
 
 def write(path: str | os.PathLike[str], trajectories: Iterable[Trajectory]) -> int:
-    """Write a trace file and return how many trajectories it holds; gzip if the name ends in `.gz`.
+    """Write a trace file and return the number of trajectories; gzip if the name ends in `.gz`.
 
-    Atomic: the file appears, or replaces the old one, complete and on disk, or not at all. The same trajectories give the same bytes.
+    Atomic: the complete file is synced to disk and replaces any old one, or nothing changes. The same trajectories give the same bytes.
 
     Raises:
-        TraceError: if a trajectory does not fit the schema, there are none (no reader takes an empty file), or the disk refuses.
+        TraceError: a trajectory does not fit the schema, there are no trajectories (readers reject empty files), or the write fails.
     """
     path = Path(path)
     count = 0
     try:
-        with TemporaryDirectory(prefix=".trace-", dir=path.parent) as folder:  # beside the target: a rename must not cross disks
+        with TemporaryDirectory(prefix=".trace-", dir=path.parent) as folder:  # next to the target: a rename must stay on one file system
             draft = Path(folder) / "draft"
             with open(draft, "wb") as raw:
                 with gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if path.name.endswith(".gz") else nullcontext(raw) as out:
@@ -193,7 +193,7 @@ def _read_file(path: Path, note: Note | None, decoder: Callable[[bytes, str, int
         cut = TraceError(problem, allowed="a complete gzip file", file=file, line=number + 1)
         if note is None or not found:
             raise cut from None
-        note(f"left out: what came after line {number} of {file}: the compressed file is cut off")
+        note(f"left out: everything after line {number} of {file}: the compressed file is cut off")
     except (gzip.BadGzipFile, zlib.error) as error:
         problem = f"compressed file is damaged ({error})"
         raise TraceError(problem, allowed="a complete gzip file", file=file, line=number + 1) from None
@@ -204,7 +204,7 @@ def _read_file(path: Path, note: Note | None, decoder: Callable[[bytes, str, int
 
 
 def decode_line(line: bytes, file: str, number: int) -> Trajectory:
-    """One line of a file; says where the last one is cut off.
+    """Decode one line of a file; the error points out a truncated last line.
 
     Raises:
         TraceError: as `schema.decode`.

@@ -1,7 +1,7 @@
-"""Records one live trajectory: its turns, tools and waits, measured where they happen, into a `Trajectory`.
+"""Record one live trajectory, with the measured times of its turns, tools and waits, as a `Trajectory`.
 
-The recorder is told times, it reads no clock. All times are seconds on one monotonic clock of the worker. Every interval is
-measured on its own; nothing is computed as "the rest", so that what a run cannot account for shows up as missing
+Times are arguments; the recorder reads no clock. All times are seconds on one monotonic clock of the worker. Every interval is
+measured separately and none is computed as a remainder, so time that a run cannot account for shows up as missing
 (`report.attribution.accounted`).
 
     start ── setup ──> turn 0: route, queue, gen, transport ── tool / between ──> turn 1: ... ── score ──> end
@@ -19,9 +19,9 @@ from verl_heddle.trajectory import Decision, Outcome, Trajectory, TrajectoryId, 
 
 @dataclass(slots=True)
 class EngineTimes:
-    """What the engine says of one request. `server_s` is the whole call as the server saw it; queueing is inside it.
+    """Times and counts that the engine reports for one request. `server_s` is the whole call seen from the server, queueing included.
 
-    None where the engine does not tell (it keeps no statistics, or the request was aborted).
+    None if the engine does not report a value (statistics are off, or the request was aborted).
     """
 
     server_s: float
@@ -29,24 +29,26 @@ class EngineTimes:
     preemptions: int | None = None
     cached_tokens: int | None = None
     parked_s: float = 0.0
-    """Before the engine took it, because a weight update was under way."""
+    """Time before the engine accepted the request because a weight update was in progress."""
     weights: int | None = None
-    """Training step of its weights."""
+    """Training step of the weights that served it."""
 
 
 @dataclass(slots=True)
 class Legs:
-    """The requests of one generation, all together: one, and another for every weight update that ended one before its time. Engines that
-    do not tell something count nothing; None where none of them told."""
+    """Totals over the requests (legs) of one generation: one, plus one for every weight update that interrupted a request.
+
+    Values that an engine does not report count as nothing; a total is None if no leg reported it.
+    """
 
     number: int = 0
     tokens: int = 0
     context_tokens: int = 0
-    """Of the first."""
+    """Context of the first leg."""
     asked_s: float = 0.0
-    """The first."""
+    """When the first leg asked for a replica."""
     ended_s: float = 0.0
-    """The last."""
+    """When the last leg ended."""
     route_s: float = 0.0
     queue_s: float | None = None
     gen_s: float = 0.0
@@ -54,14 +56,14 @@ class Legs:
     paused_s: float = 0.0
     preemptions: int | None = None
     cached_tokens: int | None = None
-    """Of the first."""
+    """Prefix-cache hits of the first leg."""
     reread_tokens: int = 0
-    """By the later ones."""
+    """Tokens prefilled again by later legs."""
     weights: tuple[int | None, int | None] = (None, None)
-    """Of the first and the last."""
+    """Weights of the first and the last leg."""
 
     def asked(self, now_s: float) -> None:
-        """The next leg asks for a replica; again if that was lost."""
+        """The next leg asks for a replica; also called when it asks again after losing one."""
         if self.number:
             self.paused_s += now_s - self.ended_s
             self.ended_s = now_s
@@ -77,10 +79,10 @@ class Legs:
         held_s: float = 0.0,
         held_paused_s: float = 0.0,
     ) -> None:
-        """A request that asked for a replica at `asked_s` and went to the engine at `sent_s` is back, whole or not.
+        """A request that asked for a replica at `asked_s` and was sent to the engine at `sent_s` has returned, complete or not.
 
-        Without `times` the whole call counts as generation. `held_s` of the time before `sent_s` it was held back: that is queueing, but
-        for `held_paused_s` of it, in which every engine was paused.
+        Without `times` the whole call counts as generation. The request was held for `held_s` before `sent_s`; that counts as queueing,
+        except for `held_paused_s` of it, during which every engine was paused.
         """
         call_s, held_paused_s = now_s - sent_s, min(held_paused_s, held_s)
         server_s = min(times.server_s, call_s) if times else call_s
@@ -106,45 +108,46 @@ class Legs:
 
 @dataclass(slots=True)
 class Recorder:
-    """The life of one trajectory so far. `start_s` is on the worker's monotonic clock, `start_unix_s` the same moment on the wall clock."""
+    """Record of one trajectory so far. `start_s` is on the worker's monotonic clock, `start_unix_s` the same moment on the wall clock."""
 
     id: TrajectoryId
     start_s: float
     start_unix_s: float
     turns: list[Turn] = field(default_factory=list)
-    """Those that ended, in the order of their ends."""
+    """Ended turns, in the order in which they ended."""
     begun: int = 0
-    """Generations that the trajectory has begun; several may be under way at once."""
+    """Generations begun; several may be in flight at once."""
     output_tokens: int = 0
     first_turn_s: float | None = None
     last_turn_end_s: float | None = None
     scoring_from_s: float | None = None
-    """When the agent loop returned and reward and hand-over began."""
+    """When the agent loop returned, and scoring and hand-over began."""
     prompt_tokens: int | None = None
     reward: float | None = None
     text: str | None = None
-    """The prompt in words, for the predictor; not part of the record."""
+    """Prompt text for the predictor; not part of the record."""
     truncated: bool = False
-    """Ended by a limit on tokens or turns."""
+    """Cut by a limit on tokens or turns."""
     listener: Callable[[str], None] | None = None
-    """Told the name of each tool as it begins."""
+    """Called with the name of each tool as it starts."""
     counter: Callable[[int], None] | None = None
-    """Told after each turn, and when an engine says how far a turn has got, how many tokens have been generated in all."""
+    """Called with the total tokens generated, after each turn and whenever an engine reports progress within one."""
     counted: int = 0
-    """What it was told last."""
+    """The last total passed to `counter`."""
     booked: bool = False
-    """Its end has been told to everybody; nothing that happens afterwards is part of the record."""
+    """The end of the trajectory has been reported; later events are not part of the record."""
     tool_s: float = 0.0
-    """Seconds in tools so far, the sum over its calls."""
+    """Tool seconds so far, summed over calls."""
     _tools: list[tuple[str, float, float]] = field(default_factory=list)
-    """Calls since the last gap was closed; below, those of the gap that was closed last."""
+    """Tool calls (name, start, end) since the last gap between turns was closed."""
     _gap_tools: list[tuple[str, float, float]] = field(default_factory=list)
+    """Tool calls of the gap that was closed last."""
     _in_gap: bool = False
-    """No turn has been asked for since the last one ended."""
+    """The last turn has ended and no other has been requested since."""
 
     def turn_asked(self, now_s: float, again: bool = False) -> float | None:
-        """The trajectory wants to generate, `again` after it lost its replica: what lies between this and the end of the turn before
-        belongs to tools and parsing. Returns the tools' seconds if they are news."""
+        """The trajectory requests a turn, `again` after losing its replica. The time since the end of the previous turn counts as tools
+        and parsing. Returns the tool seconds the first time they are known."""
         fresh = self._in_gap
         tool_s = self._close_gap(now_s) if fresh or again else None
         if self.first_turn_s is None:
@@ -164,7 +167,7 @@ class Recorder:
         held_paused_s: float = 0.0,
         legs: Legs | None = None,
     ) -> None:
-        """The turn is over: its last request as `Legs.ended` takes it. `legs`: those before."""
+        """The turn is over. The arguments describe its last request, as in `Legs.ended`; `legs` holds the earlier ones."""
         legs = legs if legs is not None else Legs()
         legs.ended(context_tokens, output_tokens, asked_s, sent_s, now_s, times, held_s, held_paused_s)
         previous = self.turns[-1] if self.turns else None
@@ -201,7 +204,7 @@ class Recorder:
         self.count(self.output_tokens)
 
     def count(self, tokens: int) -> None:
-        """At least so many tokens have been generated in all, those of turns under way included."""
+        """At least `tokens` have been generated in total, including turns in flight."""
         self.counted = max(self.counted, tokens)
         if self.counter is not None:
             self.counter(self.counted)
@@ -209,8 +212,8 @@ class Recorder:
     def turn_cut(
         self, context_tokens: int, decision: Decision | None, asked_s: float, sent_s: float, now_s: float, legs: Legs | None = None
     ) -> None:
-        """The turn was cancelled in the engine, or after `legs` before the next: how long it was there is known, and nothing of its last
-        tokens or their queueing."""
+        """The turn was cancelled in the engine, or between two legs. The time in the engine is known; the tokens of the last leg and its
+        queueing are not."""
         before = legs if legs is not None and legs.number else None
         self.turns.append(
             Turn(
@@ -233,17 +236,17 @@ class Recorder:
         self.last_turn_end_s, self._in_gap = now_s, True
 
     def tool_began(self, name: str) -> None:
-        """A tool starts to work for the trajectory."""
+        """A tool call of the trajectory has started."""
         if self.listener is not None:
             self.listener(name)
 
     def tool_ran(self, name: str, start_s: float, end_s: float) -> None:
-        """A tool worked for the trajectory; parallel and nested calls may overlap."""
+        """A tool call of the trajectory has ended; parallel and nested calls may overlap."""
         self._tools.append((name, start_s, end_s))
         self.tool_s += end_s - start_s
 
     def finish(self, outcome: Outcome, end_s: float, end_unix_s: float, source: str, workload: str, model: str | None) -> Trajectory:
-        """Close the record at `end_s`. `end_unix_s` is that moment read from the wall clock, so that the two clocks check each other."""
+        """Close the record at `end_s`. `end_unix_s` is the same moment read from the wall clock, so the two clocks can be cross-checked."""
         gap_end = end_s if self.scoring_from_s is None else self.scoring_from_s
         self._close_gap(gap_end)
         setup_end = self.first_turn_s if self.first_turn_s is not None else gap_end
@@ -262,8 +265,8 @@ class Recorder:
         return Trajectory(source, workload, self.id.prompt, self.id.sample, self.prompt_tokens, tuple(self.turns), self.reward, model, meta)
 
     def _close_gap(self, until_s: float) -> float | None:
-        """Book the time since the last turn's end: tools (their union, as they may run side by side) and what is between. A gap that was
-        closed already becomes longer. Returns the tools' seconds, None if there were none."""
+        """Add the time since the last turn's end to that turn: tools (their union, since they may run in parallel) and the time between.
+        A gap that is already closed is extended. Returns the tool seconds, None if no tool ran."""
         tools = self._tools if self._in_gap else self._gap_tools + self._tools
         self._gap_tools, self._tools, self._in_gap = tools, [], False
         if not self.turns or self.last_turn_end_s is None:
@@ -284,11 +287,11 @@ class Recorder:
 
 
 def append(path: str | os.PathLike[str], trajectories: Iterable[Trajectory]) -> None:
-    """Add trajectories to a trace file of plain JSON Lines, all or, if one does not fit the schema, none; makes the folder.
+    """Append trajectories to a plain JSON Lines trace file; if one does not fit the schema, none is written. Creates the folder.
 
     Raises:
         TraceError: a trajectory does not fit the schema.
-        OSError: the disk refuses.
+        OSError: the file cannot be written.
     """
     lines = b"".join(encode(trajectory, file=str(path)) for trajectory in trajectories)
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)

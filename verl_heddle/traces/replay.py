@@ -1,8 +1,8 @@
-"""From what happened to what can be run again: recorded or public trajectories as input of a simulator.
+"""Prepare recorded or public trajectories as simulator input.
 
-A recorded trajectory tells tokens, tool times and the times of one particular cluster. A simulator needs the first two, complete,
-and must not inherit the third. `replayable` does that; `episodes` first cuts a person's long conversation into what an RL episode
-is closer to.
+A recorded trajectory holds token counts, tool times, and the timings of one particular cluster. A simulator needs the first two to be
+complete and must not inherit the third: `replayable` ensures both. `episodes` first cuts a long conversation with a person into pieces
+that resemble RL episodes.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from verl_heddle.traces.schema import PSEUDO_TOOLS, TraceError
 from verl_heddle.trajectory import Trajectory, Turn
 
 ASSUMED_PROMPT_TOKENS = 1024
-"""Prompt length where a source does not tell one: between the terminal (724) and the bare-agent (2,155) medians of the public traces."""
+"""Prompt length for sources without one: between the terminal (724) and the bare-agent (2,155) medians of the public traces."""
 
 MAX_TOOL_S = 600.0
-"""Cap on one tool call. Longer gaps of the public traces are people who went away, not tools."""
+"""Cap on one tool call. Longer gaps in the public traces are absent people, not tools."""
 
 
 def replayable(
@@ -28,26 +28,26 @@ def replayable(
     tool_time: Callable[[str], float] | None = None,
     max_tool_s: float = MAX_TOOL_S,
 ) -> Trajectory:
-    """`trajectory` with every number a simulator needs, and none of the times of the cluster it ran on.
+    """Return `trajectory` with every number a simulator needs, and without the timings of the cluster it ran on.
 
     In the result `prompt_tokens` and each turn's `input_tokens`, `output_tokens` (at least 1), `ctx_tokens` and `tool_latency_s` are
-    known; all other numbers of a turn are gone, `gen_s` too (a cost model's business). Rules, in this order:
+    known. All other numbers of a turn are removed, including `gen_s`, which the cost model supplies. Rules, in this order:
 
-    1. Pseudo-tools (`PSEUDO_TOOLS`) become no tool and 0 s: a person's pause costs the cluster nothing that a tool does.
-    2. Tool time: as recorded, at most `max_tool_s`; not known: `tool_time(tool)`, or 0 without that function (mock tools); no tool: as
-       recorded, or 0.
-    3. Output: not known: the median of the trajectory's known turns. A turn of 0 tokens generates 1: an engine emits at least the
-       token that ends it.
-    4. Prompt: not known: the first turn's context; not known either: the argument `prompt_tokens`. At least 1, and so is a context.
-    5. Context: as recorded, since reasoning may have been dropped from it; not known: context, output and new input of the turn before
-       added up, from the prompt on.
-    6. New input: not known: what the context grew by beyond the last output, at least 0; with no context either: 0.
+    1. Pseudo-tools (`PSEUDO_TOOLS`) become no tool and 0 s: a person's pause costs the cluster nothing, unlike a tool.
+    2. Tool time: as recorded, at most `max_tool_s`. If unknown: `tool_time(tool)`, or 0 without that function (mock tools). Without a
+       tool: as recorded, or 0.
+    3. Output, if unknown: the median of the trajectory's known turns. A turn of 0 tokens generates 1: an engine emits at least the
+       end token.
+    4. Prompt, if unknown: the first turn's context, else the argument `prompt_tokens`. Prompt and contexts are at least 1.
+    5. Context: as recorded, since reasoning may have been dropped from it. If unknown: the previous turn's context and output plus the
+       new input, starting from the prompt.
+    6. New input, if unknown: the growth of the context beyond the last output, at least 0; 0 if the context is unknown too.
 
-    `meta.assumed` lists the rules that had to guess: `prompt_tokens`, `output_tokens`, `input_tokens`, `tool_latency_s`. What was recorded
-    counts as whole: leave out trajectories whose `meta.outcome` is `cancelled` if their real length matters.
+    `meta.assumed` lists the guessed fields: `prompt_tokens`, `output_tokens`, `input_tokens`, `tool_latency_s`. The recorded part counts
+    as complete: exclude trajectories whose `meta.outcome` is `cancelled` if their real length matters.
 
     Raises:
-        TraceError: if there are turns and none has a known number of output tokens.
+        TraceError: there are turns, but none has a known number of output tokens.
     """
     known = [turn.output_tokens for turn in trajectory.steps if turn.output_tokens is not None]
     if trajectory.steps and not known:
@@ -64,7 +64,7 @@ def replayable(
     prompt = max(1, prompt)
 
     turns: list[Turn] = []
-    before = prompt  # context plus output of the turn before: the next context less its new input
+    before = prompt  # context plus output of the previous turn: the next context minus its new input
     for index, turn in enumerate(trajectory.steps):
         output, fresh, context = turn.output_tokens, turn.input_tokens, turn.ctx_tokens
         if output is None:
@@ -91,10 +91,10 @@ def replayable(
 
 
 def episodes(trajectory: Trajectory, tool: str = "human") -> list[Trajectory]:
-    """`trajectory` cut after every turn that led to `tool`: what an agent does between two words of a person.
+    """Cut `trajectory` after every turn that led to `tool`: an episode is the agent's work between two messages of a person.
 
     Episode k has `prompt_id` `<prompt_id>#<k>`, its first turn's context as prompt (None if not recorded) and no new input in its first
-    turn; the call of `tool` itself is gone. A trajectory without such a turn is its only episode, numbered 0.
+    turn; the call of `tool` itself is removed. A trajectory without such a turn becomes a single episode, numbered 0.
     """
     runs: list[list[Turn]] = [[]]
     for turn in trajectory.steps:

@@ -1,11 +1,11 @@
-"""The trace schema: one `Trajectory` is one JSON line. Checks, encoder, decoder and the one error of this room.
+"""Validate, encode and decode traces: one `Trajectory` per JSON line.
 
-Lines hold exactly the fields of `Trajectory` and `Turn`, in that order. All fields of a trajectory and the first four of a turn
-are required; the rest of a turn is left out where it is None or False. Unknown fields are allowed inside `meta` only: a
-misspelt field would otherwise silently read as "not known". What a live run writes into `meta` is checked as well (`_META`), so that
-nobody who reads a trace has to; each of these may be missing, and null is read as missing.
+A line holds exactly the fields of `Trajectory` and `Turn`, in that order. All fields of a trajectory and the first four of a turn
+are required; the other turn fields are omitted when None or False. Unknown fields are allowed only inside `meta`: anywhere else a
+misspelt field would silently read as "unknown". The `meta` fields that a live run writes are validated too (`_META`), so readers of a
+trace need not check them; each may be missing, and null is read as missing.
 
-Source of the schema: the public traces it was made for (see `describe`), extended by what a live run knows about a turn.
+Source of the schema: the public traces it was designed for (see `describe`), plus what a live run records about a turn.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from verl_heddle.trajectory import Outcome, Trajectory, Turn
 
 MAX_LINE_BYTES = 4 * 2**20
 """Longest line read or written. A live turn takes about 450 bytes, so this is 9,000 turns, 70 times the longest line of the public
-traces; and a file without newlines costs this much memory, not its own size."""
+traces. It also bounds the memory spent on a file without newlines."""
 
 MAX_TOKENS = 2**40
 """Largest token count: far above any context, and sums over a trace stay exact in a float64 (2**53)."""
 
 MAX_SECONDS = 1e9
-"""Longest duration, 30 years: below today's Unix time, so a time stamp put where a duration belongs is caught."""
+"""Longest duration, 30 years: below today's Unix time, so a timestamp in a duration field is rejected."""
 
 MAX_UNIX_S = 1e11
-"""Latest time of day, the year 5138: a time in milliseconds is caught. Simulated steps start at 0."""
+"""Latest timestamp, the year 5138: a time in milliseconds is rejected. Simulated steps start at 0."""
 
 MAX_SLOTS, MAX_DEGREE, MAX_REPLICAS = 2**20, 2**10, 2**12
-"""What an engine can be said to have been: far above any, and small enough to be simulated."""
+"""Largest recorded engine settings: far above any real engine, and small enough to simulate."""
 
 MAX_DEPTH = 100
-"""Deepest nesting inside `meta`: less than JSON parsers stand, and an object that contains itself is found at once."""
+"""Deepest nesting inside `meta`: below the limit of JSON parsers, and low enough to reject a self-referencing object quickly."""
 
 PSEUDO_TOOLS = frozenset({"human", "next_user_turn", "user"})
-"""Names that stand for a person, real, scripted or simulated, not for a tool; left out of every tool-time statistic."""
+"""Tool names that stand for a person (real, scripted or simulated). Excluded from all tool-time statistics."""
 
-_SHOWN = 60  # characters of a value quoted in an error: enough to recognise it, and the text stays one line
+_SHOWN = 60  # characters of a value quoted in an error: recognisable, and the message stays on one line
 
 
 class TraceError(ValueError):
-    """A trace that cannot be read or written, as one line: file, line number, field, what is wrong, what is allowed."""
+    """A trace cannot be read or written. One-line message: file, line number, field, problem, allowed values."""
 
     def __init__(self, problem: str, *, allowed: str = "", field: str = "", file: str | None = None, line: int | None = None) -> None:
         place = ":".join(str(part) for part in (file, line) if part is not None)
@@ -55,11 +55,11 @@ class TraceError(ValueError):
 
 
 class UnreadableError(TraceError):
-    """A line that is no JSON at all: torn while it was written, most likely, where others of the file are good."""
+    """A line is not JSON; if other lines of the file are valid, it was most likely torn by an interrupted write."""
 
 
 def plain(text: object) -> str:
-    """A name out of a trace as a terminal may show it: control characters, line breaks and lone surrogates escaped."""
+    """Text from a trace made safe for a terminal: control characters, line breaks and lone surrogates are escaped."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(text))
 
 
@@ -87,7 +87,7 @@ def _is_name(value: Any) -> bool:
 
 
 def _is_rule(value: Any) -> bool:
-    """Settings that `schedule.preempt.Rule` takes."""
+    """Whether `schedule.preempt.Rule` accepts these settings."""
     try:
         return isinstance(value, dict) and bool(PreemptRule.of(value))
     except (ValueError, OverflowError):
@@ -106,7 +106,7 @@ def _up_to(most: int) -> _Rule:
     return _Rule(lambda value: type(value) is int and 1 <= value <= most, f"a whole number from 1 to {most}")
 
 
-_NAME = _Rule(_is_name, "text that is not empty")
+_NAME = _Rule(_is_name, "non-empty text")
 _TRIAL = _Rule(lambda value: _is_count(value) or _is_name(value), "a whole number from 0, or a name")
 _COUNT = _or_null(_Rule(_is_count, "a whole number from 0 to 2**40"))
 _SECONDS = _or_null(_Rule(lambda value: _is_number(value, 0, MAX_SECONDS), "seconds from 0 to 1e9"))
@@ -114,7 +114,7 @@ _TOKENS = _or_null(_Rule(lambda value: _is_number(value, 0, MAX_TOKENS), "tokens
 _REWARD = _or_null(_Rule(lambda value: _is_number(value, -1e300, 1e300), "a finite number"))
 _PRIORITY = _or_null(_Rule(lambda value: type(value) is int and abs(value) < 2**63, "a whole number of 64 bits"))
 _TEXT = _or_null(_NAME)
-_TOOL = _or_null(_Rule(lambda value: isinstance(value, str), "text"))  # empty: a public source that could not tell the name
+_TOOL = _or_null(_Rule(lambda value: isinstance(value, str), "text"))  # empty: a public source without the tool name
 _FLAG = _Rule(lambda value: type(value) is bool, "true or false")
 
 _TOP: Mapping[str, _Rule] = {
@@ -175,18 +175,18 @@ _META: Mapping[str, _Rule] = {
     "order": _or_null(_one_of("fcfs", "priority")),
     "utilization": _or_null(_Rule(lambda value: _is_number(value, 0, 1) and value > 0, "above 0, at most 1")),
     "kv_tokens": _or_null(_up_to(MAX_TOKENS)),
-    "residents": _or_null(_Rule(lambda value: value is False or value in RESIDENT_ORDERS, "false, or their order")),
+    "residents": _or_null(_Rule(lambda value: value is False or value in RESIDENT_ORDERS, "false, or a residency order")),
     "per_slot": _or_null(_Rule(lambda value: _is_number(value, 0, MAX_SLOTS), "turns per slot from 0")),
-    "preempt": _or_null(_Rule(lambda value: value is False or _is_rule(value), "false, or the settings of preemption on arrival")),
+    "preempt": _or_null(_Rule(lambda value: value is False or _is_rule(value), "false, or settings for preemption on arrival")),
 }
 _REPEATED = ("tool", "replica", "reason", "weights")
-"""Texts that are the same in most turns: kept once, which with the names in `meta` saves a third of the memory of a long trace."""
+"""Text fields that repeat across turns. Interning them and the names in `meta` saves a third of the memory of a long trace."""
 _STEP_REQUIRED = tuple(_STEP)[:4]
 _STEP_OPTIONAL = tuple(_STEP)[4:]
 
 
 def from_dict(record: object, *, file: str | None = None, line: int | None = None) -> Trajectory:
-    """The trajectory that one line's JSON object tells. `file` and `line` only name the place in the error.
+    """Convert the JSON object of one line to a trajectory. `file` and `line` are used only in errors.
 
     Raises:
         TraceError: at the first field that is missing, unknown, of the wrong type, negative, NaN or infinite.
@@ -201,14 +201,14 @@ def from_dict(record: object, *, file: str | None = None, line: int | None = Non
 
 
 def to_dict(trajectory: Trajectory, *, file: str | None = None, line: int | None = None) -> dict[str, Any]:
-    """The JSON object of a trajectory, checked as `from_dict` checks: what is written can be read."""
+    """The JSON object of a trajectory, validated by the rules of `from_dict`, so that everything written can be read."""
     record = {name: getattr(trajectory, name) for name in _TOP}
     record["steps"] = [_step_to_dict(turn) for turn in trajectory.steps]
     return _checked(record, file, line)
 
 
 def encode(trajectory: Trajectory, *, file: str | None = None, line: int | None = None) -> bytes:
-    """One whole line, newline included: ASCII, so any number of them can be appended to one file by single writes.
+    """Encode one line, newline included, as ASCII; any number of lines can be appended to a file in one write.
 
     Raises:
         TraceError: for a value that does not fit the schema, `meta` that is not JSON, or a line over `MAX_LINE_BYTES`.
@@ -224,11 +224,11 @@ def encode(trajectory: Trajectory, *, file: str | None = None, line: int | None 
 
 
 def decode(text: bytes, *, file: str | None = None, line: int | None = None) -> Trajectory:
-    """The trajectory of one line, with or without its newline.
+    """Decode one line, with or without its newline.
 
     Raises:
-        UnreadableError: if the bytes are not UTF-8 or not JSON.
-        TraceError: if they are not one JSON object, or not a trajectory.
+        UnreadableError: the bytes are not UTF-8 or not JSON.
+        TraceError: the JSON is not one object, or not a trajectory.
     """
     try:
         record = _JSON.decode(text.decode("utf-8"))
@@ -237,7 +237,7 @@ def decode(text: bytes, *, file: str | None = None, line: int | None = None) -> 
     except json.JSONDecodeError as error:
         bom = "UTF-8 byte-order mark" if text.startswith(b"\xef\xbb\xbf") else error.msg
         problem = f"not JSON ({bom} at column {error.colno})"
-    except ValueError as error:  # a key given twice, or a number of thousands of digits
+    except ValueError as error:  # a duplicate key, or a number with thousands of digits
         problem = f"not JSON ({_clip(str(error))})"
     except RecursionError:
         problem = "not a trajectory (JSON nested too deeply)"
@@ -247,7 +247,7 @@ def decode(text: bytes, *, file: str | None = None, line: int | None = None) -> 
 
 
 def _encodable(value: Any) -> Any:
-    """The same JSON with lone surrogates replaced in every text but those of free fields: no page or table could be written with them."""
+    """Replace lone surrogates, which no page or table can encode, in all text outside `meta`."""
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode("utf-8")
     if isinstance(value, list):
@@ -260,7 +260,7 @@ def _encodable(value: Any) -> Any:
 def too_long(file: str | None, line: int | None) -> TraceError:
     """The error for a line over `MAX_LINE_BYTES`."""
     limit = f"lines of at most {MAX_LINE_BYTES} bytes"
-    return TraceError("line too long, is this a trace file?", allowed=limit, file=file, line=line)
+    return TraceError("line too long; is this a trace file?", allowed=limit, file=file, line=line)
 
 
 def _step_to_dict(turn: Turn) -> dict[str, Any]:
@@ -273,15 +273,15 @@ def _step_to_dict(turn: Turn) -> dict[str, Any]:
 
 
 def _checked(record: object, file: str | None, line: int | None) -> dict[str, Any]:
-    """`record` itself once every rule holds."""
+    """Return `record` unchanged if every rule holds; raise for the first that fails."""
     for field, problem, allowed in _faults(record):
         raise TraceError(problem, allowed=allowed, field=field, file=file, line=line)
-    fields: dict[str, Any] = record  # type: ignore[assignment]  # an object, or there had been a fault
+    fields: dict[str, Any] = record  # type: ignore[assignment]  # an object, or a fault would have been raised
     return fields
 
 
 def _faults(record: Any) -> Iterator[_Fault]:
-    """The broken rules, each only looked for when none came before it."""
+    """Broken rules, evaluated lazily: later checks rely on earlier ones having passed."""
     if fault := _fault(record, _TOP, tuple(_TOP), ""):
         yield fault
     for index, step in enumerate(record["steps"]):
@@ -301,7 +301,7 @@ def _fault(record: object, rules: Mapping[str, _Rule], required: tuple[str, ...]
     for name, value in record.items():
         rule = rules.get(name)
         if rule is None:
-            return _Fault(prefix + _clip(str(name)), "unknown field", ", ".join(rules) + ("" if place else " (free fields go into meta)"))
+            return _Fault(prefix + _clip(str(name)), "unknown field", ", ".join(rules) + ("" if place else " (put other fields into meta)"))
         if not rule.holds(value):
             return _Fault(prefix + name, f"got {_shown(value)}", rule.allowed)
     for name in required:
@@ -311,7 +311,7 @@ def _fault(record: object, rules: Mapping[str, _Rule], required: tuple[str, ...]
 
 
 def _meta_fault(meta: dict[str, Any]) -> _Fault | None:
-    """Any JSON is allowed in `meta` except the non-finite numbers that Python's JSON lets through, and keys that are not text."""
+    """Check `meta`: any JSON except non-finite numbers (which Python's JSON accepts) and non-text keys."""
     todo: list[tuple[str, int, Any]] = [("meta", 0, meta)]
     while todo:
         place, depth, value = todo.pop()
@@ -321,7 +321,7 @@ def _meta_fault(meta: dict[str, Any]) -> _Fault | None:
             return _Fault(_clip(place), f"got {_shown(value)}", "a finite number")
         if isinstance(value, dict):
             if not all(isinstance(key, str) for key in value):
-                return _Fault(_clip(place), "got a key that is not text", "text keys")
+                return _Fault(_clip(place), "got a non-text key", "text keys")
             todo += ((f"{_clip(place)}.{_clip(key)}", depth + 1, item) for key, item in value.items())
         elif isinstance(value, list | tuple):
             todo += ((f"{_clip(place)}[]", depth + 1, item) for item in value)
@@ -332,7 +332,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     record: dict[str, Any] = {}
     for name, value in pairs:
         if name in record:
-            raise ValueError(f"key {_shown(name)} given twice")
+            raise ValueError(f"duplicate key {_shown(name)}")
         record[name] = value
     return record
 
@@ -341,11 +341,11 @@ _JSON = json.JSONDecoder(object_pairs_hook=_unique)
 
 
 def _shown(value: object) -> str:
-    """A short name for a bad value, in JSON's words."""
+    """Short description of a bad value, in JSON terms."""
     if isinstance(value, dict | list | tuple):
         return "an object" if isinstance(value, dict) else "a list"
     if isinstance(value, int) and abs(value) >= 10**_SHOWN:
-        return "a number of more than 60 digits"
+        return "a number with more than 60 digits"
     if isinstance(value, str):
         return repr(_clip(value))
     return {"None": "null", "True": "true", "False": "false"}.get(text := repr(value), _clip(text))

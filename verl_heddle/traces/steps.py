@@ -1,8 +1,8 @@
-"""The training steps of a recorded run, each as its latest run recorded it and each trajectory once.
+"""Extract the training steps of a recorded run: each step from its latest recording, each trajectory once.
 
-A run that was killed and resumed records the steps after its last checkpoint again: with the same `meta.step`, a later `meta.run`, and
-verl's `uid` drawn anew. A trace may hold validation as well, lines copied twice, and trajectories that are no live run's. What does not
-count is left out and told, one line for each kind.
+A run that was killed and resumed records the steps after its last checkpoint again, with the same `meta.step`, a later `meta.run`, and
+new verl `uid`s. A trace may also hold validation, duplicate lines, and trajectories that no live run recorded. Those are left out, and
+each kind is reported in one line.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 T = TypeVar("T", "Trajectory", "Entry")
 
 LIVE = ("step", "start_s", "end_s")
-"""What `meta` must say of a trajectory whose step is to be explained."""
+"""Fields that `meta` must have for a trajectory's step to be explained."""
 
 
 def training_steps(path: str | os.PathLike[str], note: Note = lambda text: None) -> dict[int, list[Trajectory]]:
     """The training trajectories of a live run by step, ascending.
 
     Args:
-        note: told in one line each what was left out, and what was assumed.
+        note: receives one line for each kind of data left out or assumed.
 
     Raises:
-        TraceError: there is no such trace, it is damaged, or it holds no training trajectory of a live run; names the first line at fault.
+        TraceError: the trace is missing, damaged, or without training trajectories of a live run; names the first faulty line.
     """
     steps: dict[int, list[Trajectory]] = defaultdict(list)
     fault: TraceError | None = None
@@ -45,8 +45,8 @@ def training_steps(path: str | os.PathLike[str], note: Note = lambda text: None)
             continue
         if (mode := item.meta.get("trainer_mode")) is not None:
             raise TraceError(
-                f"it was recorded under trainer_mode={mode}, whose trajectories outlive steps: there is no step to tell of",
-                allowed="a synchronous run's; what such a run does is on W&B, heddle/*: docs/async.md",
+                f"recorded with trainer_mode={mode}, where trajectories span several steps, so no single step can be analysed",
+                allowed="a trace of a synchronous run; for asynchronous runs see heddle/* on W&B and docs/async.md",
                 file=file,
                 line=line,
             )
@@ -57,9 +57,9 @@ def training_steps(path: str | os.PathLike[str], note: Note = lambda text: None)
     if not steps:
         raise fault or TraceError("no training trajectories", allowed="at least one", file=str(path))
     if unfit:
-        note(f"{unfit:,} trajectories left out, no live run recorded them: the first is {fault}")
+        note(f"{unfit:,} trajectories left out, not recorded by a live run; the first: {fault}")
     if endings:
-        note(f"{endings:,} trajectories do not say how they ended (meta.outcome); taken as finished.")
+        note(f"{endings:,} trajectories have no meta.outcome; assumed finished.")
     left: Counter[str] = Counter()
     result = {step: latest(items, left) for step, items in sorted(steps.items())}
     for text in told(left):
@@ -70,13 +70,14 @@ def training_steps(path: str | os.PathLike[str], note: Note = lambda text: None)
 def by_step(
     items: Iterable[T], facts: Callable[[T], tuple[bool, int | None, bool]], left: Counter[str], path: str, step: int | None = None
 ) -> dict[int | None, list[T]]:
-    """The training trajectories of a trace by step, ascending, those of no step first; or of one `step`. `left` counts the rest.
+    """Group the training trajectories of a trace by step, ascending, those without a step first; only `step` if given.
 
     Args:
-        facts: of an item, whether it is of validation, its training step, and whether its lengths are known.
+        facts: returns whether an item is from validation, its training step, and whether its lengths are known.
+        left: counts the items left out, by reason.
 
     Raises:
-        TraceError: there is no such step, or nothing of known length.
+        TraceError: there is no such step, or no trajectory of known length.
     """
     found: dict[int | None, list[T]] = defaultdict(list)
     seen: set[int] = set()
@@ -102,7 +103,7 @@ def by_step(
 
 
 def first_groups(items: list[T], prompts: int | None, samples: int | None) -> list[T]:
-    """Of a step the first so many prompts, and of each the first so many samples; None: all."""
+    """The first `prompts` prompts of a step and the first `samples` samples of each; None: all."""
     if prompts is None and samples is None:
         return items
     names = set(list(dict.fromkeys(item.prompt_id for item in items))[:prompts])
@@ -116,7 +117,7 @@ def first_groups(items: list[T], prompts: int | None, samples: int | None) -> li
 
 
 def latest(items: list[T], left: Counter[str]) -> list[T]:
-    """One step's trajectories as its latest run recorded them, each once: the last line that tells of it. `left` counts the rest."""
+    """One step's trajectories from its latest run, each once: its last line counts. `left` counts the rest by reason."""
     last = max(_run(item) for item in items)
     kept: dict[object, T] = {}
     for number, item in enumerate(items):
@@ -125,12 +126,12 @@ def latest(items: list[T], left: Counter[str]) -> list[T]:
             kept[number if uid is None else (str(uid), item.prompt_id, str(item.trial))] = item
     same = sum(_run(item) == last for item in items)
     left["of earlier runs of the same step"] += len(items) - same
-    left["told twice, the later line counts"] += same - len(kept)
+    left["recorded twice, the later line counts"] += same - len(kept)
     return list(kept.values())
 
 
 def told(left: Counter[str]) -> list[str]:
-    """The counts as sentences."""
+    """Format the counts as one sentence per reason."""
     return [f"{number:,} trajectories left out: {what}." for what, number in left.items() if number]
 
 
@@ -141,7 +142,7 @@ def _run(item: Trajectory | Entry) -> str:
 def _not_live(item: Trajectory, file: str, line: int) -> TraceError | None:
     for name in LIVE:
         if name not in item.meta:
-            allowed = "a number, as a live run records it (+plugin=heddle or +plugin=observe)"
+            allowed = "a number, as recorded by a live run (+plugin=heddle or +plugin=observe)"
             return TraceError("missing", allowed=allowed, field=f"meta.{name}", file=file, line=line)
     if item.meta["end_s"] < item.meta["start_s"]:
         return TraceError(f"got {item.meta['end_s']}", allowed="not before meta.start_s", field="meta.end_s", file=file, line=line)

@@ -1,9 +1,9 @@
-"""Parameters of generated agentic workloads, and the three of the Heddle paper: coding, search, math.
+"""Define the parameters of generated agentic workloads, with the three of the Heddle paper: coding, search, math.
 
-Where a number comes from is said beside it. "Heddle" is arXiv 2603.28101, which prints tool means, group size and output cap but no
-length distribution; the rest is fitted to public traces ("tbench_mini": Terminal-Bench runs; "bfcl_vllm": tool calling of an open model
-on vLLM; "balrog_cot": long reasoning; "DAPO log": 3,072 groups of 16 math samples) or marked *assumed*. A workload is therefore a
-combination of sources and must be called synthetic wherever its results are shown.
+The source of each number is given next to it. "Heddle" is arXiv 2603.28101, which reports tool means, group size and output cap but no
+length distribution. The rest is fitted to public traces ("tbench_mini": Terminal-Bench runs; "bfcl_vllm": tool calling of an open model
+on vLLM; "balrog_cot": long reasoning; "DAPO log": 3,072 groups of 16 math samples) or marked *assumed*. A workload therefore combines
+sources and must be labelled synthetic wherever its results are shown.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ BETWEEN_SHARE = 0.7
 """Default share of the variance of log length that lies between prompts: 62 to 83 % in seven public traces, 72 % in the DAPO log."""
 
 TOOL_TIMEOUT_S = 30.0
-"""Longest tool call: the agents of tbench_mini give up after 30 s."""
+"""Longest tool call: agents in tbench_mini time out after 30 s."""
 
-_SIGMA = (0.0, 5.0)  # a factor of 150 per standard deviation: more is a mistake, and would leave the range of floats
-_RANGES: Mapping[str, tuple[float, float]] = {  # whole numbers where the bounds are
+_SIGMA = (0.0, 5.0)  # a factor of 150 per standard deviation: more is a mistake and would overflow floats
+_RANGES: Mapping[str, tuple[float, float]] = {  # integer bounds mark integer parameters
     "median_tokens": (1.0, 1e9),
     "prompt_sigma": _SIGMA,
     "sample_sigma": _SIGMA,
@@ -53,19 +53,19 @@ class Tool:
     share: float
     """Share of the workload's calls; shares add up to 1."""
     median_s: float
-    """Median seconds before the workload scales all tools to its `tool_mean_s`."""
+    """Median seconds, before the workload scales all tools to its `tool_mean_s`."""
     sigma: float
     """Standard deviation of log seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """How trajectories of one kind are drawn. Logarithms are natural; a `sigma` is the standard deviation of a logarithm.
+    """Distribution of one kind of trajectory. Logarithms are natural; a `sigma` is the standard deviation of a logarithm.
 
-    The length a trajectory wants is log-normal: `log(median_tokens) + prompt_sigma * z_prompt + sample_sigma * s_prompt * z_sample`, all z
-    standard normal, s_prompt log-normal with mean square 1 and sigma `spread_sigma`. The number of turns is the rounded
+    The uncapped length of a trajectory is log-normal: `log(median_tokens) + prompt_sigma * z_prompt + sample_sigma * s_prompt * z_sample`,
+    all z standard normal, s_prompt log-normal with mean square 1 and sigma `spread_sigma`. The number of turns is the rounded
     `median_turns * (length / median_tokens) ** turns_per_length * exp(turns_sigma * z)`, the length is split over the turns by log-normal
-    weights (rising over the turns by `late_growth`), and the trajectory is cut where its output reaches `cap_tokens`. Every turn but the
+    weights (growing over the turns by `late_growth`), and the trajectory is cut when its output reaches `cap_tokens`. Every turn but the
     last calls a tool.
     """
 
@@ -77,36 +77,36 @@ class Workload:
     sample_sigma: float
     """Spread of log length between samples of one prompt (root mean square over prompts)."""
     spread_sigma: float
-    """How unequal prompts are in that spread; 0 = all alike."""
+    """How much `sample_sigma` varies between prompts; 0 = not at all."""
     median_turns: float
     """Turns of a trajectory of median length."""
     turns_per_length: float
-    """Elasticity of the number of turns in the length: 0 = unrelated, 1 = turns of constant size."""
+    """Elasticity of the number of turns with respect to length: 0 = unrelated, 1 = turns of constant size."""
     turns_sigma: float
     """Spread of the number of turns at a given length."""
     turn_token_sigma: float
-    """Spread of the tokens of the turns of one trajectory."""
+    """Spread of tokens per turn within one trajectory."""
     late_growth: float
-    """Which turns are the longer ones in a trajectory that is long for its turns: 0 = all alike, so early turns betray the length; 2 = late
-    ones only. Public traces: early turns say little, except of long reasoning."""
+    """Which turns are longer in a trajectory that is long for its number of turns: 0 = all equally, so early turns predict the length;
+    2 = only late ones. In public traces early turns predict little, except for long reasoning."""
     prompt_tokens: float
     """Median tokens before the first generation."""
     prompt_tokens_sigma: float
     input_tokens: float
-    """Median tokens a tool's answer adds to the context."""
+    """Median tokens that a tool result adds to the context."""
     input_tokens_sigma: float
     tool_mean_s: float
-    """Mean seconds of a tool call; all tools are scaled alike to meet it."""
+    """Mean seconds of a tool call; all tools are scaled by one factor to match it."""
     tools: tuple[Tool, ...]
     tool_prompt_share: float = 0.14
-    """Share of the variance of log tool time, the tool's name given, that lies between prompts (tbench_mini)."""
+    """Share of the variance of log tool time, given the tool, that lies between prompts (tbench_mini)."""
     tool_timeout_s: float = TOOL_TIMEOUT_S
     cap_tokens: int = 40_960
     """Output cap of a trajectory (Heddle: "40K")."""
     max_turns: int = 100
     """Turn limit (*assumed*; the 90 % quantile of balrog_cot)."""
     max_input_tokens: int = 4096
-    """Longest answer of a tool, cut beyond (*assumed*; the 99 % quantile of tbench_mini)."""
+    """Tool results are truncated to this length (*assumed*; the 99 % quantile of tbench_mini)."""
 
     def __post_init__(self) -> None:
         for name, (low, high) in _RANGES.items():
@@ -115,10 +115,14 @@ class Workload:
                 kind = "a number" if isinstance(low, float) else "a whole number"
                 raise TraceError(f"got {value!r}", allowed=f"{kind} from {low:g} to {high:g}", field=f"{self.name}.{name}")
         if not self.tools or any(tool.share < 0 or tool.median_s <= 0 or tool.sigma < 0 for tool in self.tools):
-            raise TraceError("a tool with a negative share or sigma, or no median", allowed="at least one tool", field=f"{self.name}.tools")
+            raise TraceError(
+                "no tools, or one with a negative share or sigma or a median of 0 or less",
+                allowed="at least one valid tool",
+                field=f"{self.name}.tools",
+            )
         if abs(sum(tool.share for tool in self.tools) - 1) > 1e-6:
             raise TraceError(f"shares add up to {sum(tool.share for tool in self.tools):g}", allowed="1", field=f"{self.name}.tools")
-        if self.tool_mean_s > 0.5 * self.tool_timeout_s:  # nearer to the time-out, the scale would have to grow without bound
+        if self.tool_mean_s > 0.5 * self.tool_timeout_s:  # closer to the timeout, the scale would grow without bound
             raise TraceError(f"got {self.tool_mean_s:g}", allowed="at most half of tool_timeout_s", field=f"{self.name}.tool_mean_s")
 
     @property
@@ -129,9 +133,9 @@ class Workload:
 
     @property
     def tool_scale(self) -> float:
-        """What every tool's median is multiplied by so that the mean over all calls, time-outs included, is `tool_mean_s`."""
+        """Factor on every tool's median that makes the mean over all calls, timeouts included, equal `tool_mean_s`."""
         low, high = log(1e-9), log(1e9)
-        for _ in range(80):  # bisection: the mean rises with the scale; 80 halvings of 41 are far below a float's resolution
+        for _ in range(80):  # bisection: the mean grows with the scale; a range of 41 halved 80 times is far below float resolution
             middle = (low + high) / 2
             mean = sum(t.share * _capped_mean(log(t.median_s) + middle, t.sigma, self.tool_timeout_s) for t in self.tools)
             low, high = (middle, high) if mean < self.tool_mean_s else (low, middle)
@@ -146,10 +150,10 @@ class LengthSpread(TypedDict):
 
 
 def split_variance(sigma: float, between_share: float) -> LengthSpread:
-    """`prompt_sigma` and `sample_sigma` for a total spread `sigma` of log length: the knob of a sensitivity check.
+    """Split a total spread `sigma` of log length into `prompt_sigma` and `sample_sigma`, for sensitivity checks.
 
     Raises:
-        TraceError: for a negative sigma or a share outside 0 to 1.
+        TraceError: a negative sigma, or a share outside 0 to 1.
     """
     if not sigma >= 0 or not 0 <= between_share <= 1:
         raise TraceError(f"got sigma {sigma:g}, between_share {between_share:g}", allowed="sigma from 0, between_share from 0 to 1")
@@ -173,18 +177,18 @@ CODING = Workload(
     name="coding",
     median_tokens=7000,  # 3,463 Terminal-Bench attempts: p50 6,999, p90 20,979, p99 47,960; their sigma: log(20979 / 6999) / 1.28
     **split_variance(0.86, BETWEEN_SHARE),
-    spread_sigma=0.4,  # DAPO log: the coefficient of variation of a group is 0.19 at p50 and 0.35 at p90, noise of 16 samples taken off
-    median_turns=8,  # assumed: between a person's episodes with a coding agent (1 at p50, 15 at p90) and tbench_mini (18)
+    spread_sigma=0.4,  # DAPO log: the coefficient of variation of a group is 0.19 at p50 and 0.35 at p90, sampling noise of 16 removed
+    median_turns=8,  # assumed: between episodes of interactive coding sessions (1 at p50, 15 at p90) and tbench_mini (18)
     turns_per_length=0.55,  # tbench_mini and sweagent
     turns_sigma=0.32,  # tbench_mini
     turn_token_sigma=0.86,  # tbench_mini
-    late_growth=1.75,  # gives 0.1 between the tokens of the first 3 turns and the rest: -0.18 in tbench_mini, 0.26 in sweagent
+    late_growth=1.75,  # rank correlation 0.1 between tokens of the first 3 turns and the rest; -0.18 in tbench_mini, 0.26 in sweagent
     prompt_tokens=724,  # tbench_mini
     prompt_tokens_sigma=0.18,  # tbench_mini: p90 / p50
     input_tokens=62,  # tbench_mini
     input_tokens_sigma=1.6,  # tbench_mini: p90 / p50
     tool_mean_s=0.46,  # Heddle, Table 1, 8B
-    # The tools are Heddle's (format check, run, test suites). Their shares and times are assumed; two modes far apart as in tbench_mini.
+    # The tools are Heddle's (format check, run, test suites). Their shares and times are assumed: two distant modes, as in tbench_mini.
     tools=(Tool("format_check", 0.35, 0.02, 0.6), Tool("run_code", 0.35, 0.5, 0.8), Tool("run_tests", 0.3, 1.0, 0.9)),
 )
 
@@ -197,10 +201,10 @@ SEARCH = Workload(
     turns_per_length=0.39,  # bfcl_vllm
     turns_sigma=0.29,  # bfcl_vllm
     turn_token_sigma=0.67,  # bfcl_vllm
-    late_growth=1.6,  # gives 0.1 between the tokens of the first 3 turns and the rest, as in bfcl_vllm
+    late_growth=1.6,  # rank correlation 0.1 between tokens of the first 3 turns and the rest, as in bfcl_vllm
     prompt_tokens=2765,  # bfcl_vllm: tool schemas included
     prompt_tokens_sigma=0.15,  # bfcl_vllm: p90 / p50
-    input_tokens=451,  # assumed: answers of search results as long as those of tau2_retail_cc
+    input_tokens=451,  # assumed: search results as long as the tool results of tau2_retail_cc
     input_tokens_sigma=0.72,  # tau2_retail_cc: p99 / p50
     tool_mean_s=1.42,  # Heddle, Table 1, 8B
     tools=(Tool("web_search", 0.65, 0.4, 0.35), Tool("open_page", 0.35, 3.0, 0.6)),  # assumed
@@ -212,10 +216,10 @@ MATH = Workload(
     **split_variance(0.83, BETWEEN_SHARE),  # balrog_cot: p90 / p50
     spread_sigma=0.4,
     median_turns=4,  # assumed
-    turns_per_length=0.4,  # assumed: the smaller of the fitted ones, since long reasoning makes turns longer
-    turns_sigma=0.3,  # all fitted ones
+    turns_per_length=0.4,  # assumed: near the smallest fitted value, since long reasoning makes turns longer
+    turns_sigma=0.3,  # all fitted values
     turn_token_sigma=0.58,  # balrog_cot
-    late_growth=0,  # balrog_cot: 0.46 and 0.57 between early tokens and the rest
+    late_growth=0,  # balrog_cot: rank correlation 0.46 and 0.57 between early tokens and the rest
     prompt_tokens=56,  # math8
     prompt_tokens_sigma=0.53,  # math8: p90 / p50
     input_tokens=20,  # assumed: a number or a short expression

@@ -1,12 +1,12 @@
-"""Writes a run's trace beside the run: a thread that appends, closes segments and compresses them.
+"""Write a run's trace in a background thread that appends, closes segments and compresses them.
 
-Law: `put` never waits, whatever the disk does. Batches are written in order, each line whole; a record that does not fit the schema costs
-itself only. When the live file (`trace.jsonl`) holds `segment_bytes`, the next batch starts a new one: the full one is renamed to the next
-`trace.0001.jsonl.gz` and then compressed in place by a rename, so that at every moment every line is in exactly one file, under a name
-that `traces.io` reads (it tells gzip from plain text by the content; one left plain by a crash is compressed when the next run starts).
+Law: `put` never blocks, even on a stalled disk. Batches are written in order, in whole lines; a record that does not fit the schema is
+dropped alone. When the live file (`trace.jsonl`) reaches `segment_bytes`, the next batch starts a new one: the full file is renamed to
+the next `trace.0001.jsonl.gz` and then replaced by its compressed version. So every line is always in exactly one file, under a name
+that `traces.io` reads (it detects gzip by content; a segment left plain by a crash is compressed when the next run starts).
 
-`flush` waits until all is written: before the last step of a run is over, with every checkpoint, and when the process exits. More than
-`MOST_PENDING` batches that wait for a hanging disk are lost rather than kept in memory, and reported as failures.
+`flush` waits until everything is written: before the last step of a run ends, at every checkpoint, and when the process exits. Once
+`MOST_PENDING` batches wait for a stalled disk, further ones are dropped rather than kept in memory, and reported as failures.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from verl_heddle.traces.io import segment, segments
 from verl_heddle.traces.schema import encode
 
 MOST_PENDING = 8
-"""Batches, one a step or validation: a disk that is this far behind has stopped."""
+"""Limit on pending batches (one per step or validation): a disk this far behind has stalled."""
 
 FLUSH_S = 120.0
-"""A batch of 10,000 trajectories of 20 turns takes about 5 s to write."""
+"""Default timeout of `flush`. A batch of 10,000 trajectories with 20 turns each takes about 5 s to write."""
 
 CHUNK_BYTES = 2**20
-"""Lines are handed to the system in pieces of this size: memory stays small, and few calls."""
+"""Size of one write: large enough for few calls, small enough in memory."""
 
 _GZIP_MAGIC = b"\x1f\x8b"
 
@@ -41,12 +41,12 @@ _writers: weakref.WeakSet[TraceWriter] = weakref.WeakSet()
 
 
 class TraceWriter:
-    """One per trace file.
+    """Writer of one trace file.
 
     Args:
-        path: the live file; its folder is made.
-        segment_bytes: size from which it is closed and compressed; 0: never.
-        failed: told of what went wrong, in the writer's thread.
+        path: the live file; its folder is created.
+        segment_bytes: size at which the live file is closed and compressed; 0: never.
+        failed: called with each error: from `put` if the batch is dropped, otherwise in the writer's thread.
     """
 
     def __init__(self, path: str | os.PathLike[str], segment_bytes: int, failed: Callable[[Exception], None]) -> None:
@@ -58,10 +58,10 @@ class TraceWriter:
         _writers.add(self)
 
     def put(self, records: Columns, meta: dict[str, Any]) -> None:
-        """Have these written, soon; `meta` goes into each one's."""
+        """Queue records for writing; `meta` is merged into the `meta` of each."""
         with self._done:
             if self._pending >= MOST_PENDING:
-                return self._failed(OSError(f"{self._path}: {self._pending} batches wait to be written"))
+                return self._failed(OSError(f"{self._path}: {self._pending} batches are waiting to be written; this one is dropped"))
             self._pending += 1
         self._batches.put((records, meta))
         if self._thread is None:
@@ -69,12 +69,12 @@ class TraceWriter:
             self._thread.start()
 
     def flush(self, timeout_s: float = FLUSH_S) -> bool:
-        """Wait until all is written; False if it is not after so many seconds."""
+        """Wait until everything is written; False on timeout."""
         with self._done:
             return self._done.wait_for(lambda: not self._pending, timeout_s)
 
     def _run(self) -> None:
-        self._guarded(self._compress_left)
+        self._guarded(self._compress_leftovers)
         while True:
             records, meta = self._batches.get()
             try:
@@ -118,7 +118,7 @@ class TraceWriter:
         os.rename(self._path, name)
         _compress(name)
 
-    def _compress_left(self) -> None:
+    def _compress_leftovers(self) -> None:
         for file in segments(self._path):
             with open(file, "rb") as content:
                 plain = content.read(2) != _GZIP_MAGIC
@@ -137,7 +137,7 @@ def _compress(file: Path) -> None:
 
 
 def flush_all(timeout_s: float = FLUSH_S) -> bool:
-    """`flush` of every writer of this process."""
+    """Flush every writer of this process; False if any times out."""
     return all([writer.flush(timeout_s) for writer in list(_writers)])
 
 

@@ -117,7 +117,7 @@ def test_a_session(tmp_path):
     assert [turn.ctx_tokens for turn in item.steps] == [4004, 4205, 4254, 1500]
     assert [turn.input_tokens for turn in item.steps] == [0, 51, 19, 0]
     assert [turn.ctx_reset for turn in item.steps] == [False, False, False, True], "it was compacted"
-    assert tally.left_out == {"of a type that is no message": 1, "assistant messages that no model wrote": 2}
+    assert tally.left_out == {"unknown message type": 1, "assistant messages not from a model": 2}
 
 
 def test_a_sub_agent(tmp_path):

@@ -144,7 +144,7 @@ def test_a_sample(tmp_path):
     assert (second.ctx_tokens, second.input_tokens, second.output_tokens, second.gen_s) == (40, 18, 9, 0.75)
     assert (second.tool, second.tool_latency_s) == ("user", 2.0)
     assert (third.ctx_tokens, third.ctx_reset, third.output_tokens, third.tool, third.gen_s) == (25, True, 1, None, 0.25)
-    assert tally.told == {"context": 6, "output tokens": 6, "tool seconds": 4} and not tally.estimated and not tally.missing
+    assert tally.known == {"context": 6, "output tokens": 6, "tool seconds": 4} and not tally.estimated and not tally.missing
 
 
 def test_answers_without_an_id_are_matched_in_order(tmp_path):

@@ -108,7 +108,7 @@ def test_a_run(tmp_path):
         (161, False),
         (175, False),
     ]
-    assert tally.missing == {"tool seconds": 2} and tally.told["context"] == 2
+    assert tally.missing == {"tool seconds": 2} and tally.known["context"] == 2
 
 
 def test_an_old_run(tmp_path):

@@ -74,12 +74,12 @@ def test_a_response_that_was_logged(tmp_path):
         (lines(EPISODE) + "{torn", ":2: not JSON"),
         (lines(EPISODE, {"messages": 3}), ":2: messages: got int; allowed: a list of messages"),
         (lines(EPISODE, {"messages": [{"role": "alien"}]}), ":2: messages[0].role: got 'alien'; allowed: system"),
-        (lines({"messages": EPISODE["messages"][:2]}), "no trajectory in it"),
-        (lines({"a": 1}), "not a format that is known; allowed: "),
+        (lines({"messages": EPISODE["messages"][:2]}), "no trajectories"),
+        (lines({"a": 1}), "unknown format; allowed: "),
         (gzip.compress(lines(EPISODE).encode(), mtime=0)[:-9], "cut off or damaged"),
         ("[" * 100_000, "not JSON"),
         ("a,b\n1\n", ":2: 1 values; allowed: 2, as in the header"),
-        ("a,b\n1,2\n", "not a format that is known"),
+        ("a,b\n1,2\n", "unknown format"),
     ],
     ids=range(15),
 )
@@ -137,7 +137,7 @@ def test_a_file_that_is_nested_without_end_ends_in_a_line_or_is_read(tmp_path, k
 
 
 def test_a_header_without_rows(tmp_path):
-    assert "a header and no rows" in fault(tmp_path, "TIMESTAMP,ContextTokens,GeneratedTokens\n", name="code.csv")
+    assert "a header without rows" in fault(tmp_path, "TIMESTAMP,ContextTokens,GeneratedTokens\n", name="code.csv")
 
 
 def test_the_order_of_formats_does_not_matter_but_for_chat(tmp_path):

@@ -72,7 +72,7 @@ def test_mooncake(tmp_path):
     ]
     (turn,) = items[0].steps
     assert (turn.input_tokens, turn.ctx_tokens, turn.output_est, turn.tool, turn.gen_s) == (0, 6955, False, None, None)
-    assert tally.left_out == {"without output": 1} and tally.told == {"context": 2, "output tokens": 2}
+    assert tally.left_out == {"without output": 1} and tally.known == {"context": 2, "output tokens": 2}
 
 
 def test_azure(tmp_path):
@@ -144,17 +144,17 @@ def test_a_million_rows_are_read_one_at_a_time():
         (lines(MOONCAKE[0], {**MOONCAKE[0], "output_length": 2.5}), ":2: output_length: got 2.5"),
         (lines(MOONCAKE[0], {**MOONCAKE[0], "output_length": [1]}), ":2: output_length: got list"),
         (lines(MOONCAKE[0]) + "3\n", ":2: input_length: got NoneType"),
-        (lines({"timestamp": 1}), ":1: no number of tokens read; allowed: input_length or ContextTokens or Request tokens"),
+        (lines({"timestamp": 1}), ":1: no input token count; allowed: input_length or ContextTokens or Request tokens"),
         (AZURE + "2023-11-16 18:15:51,many,1\n", ":4: ContextTokens: got 'many'"),
         (AZURE + "2023-11-16 18:15:51,1\n", ":4: 2 values; allowed: 3, as in the header"),
         (AZURE + "2023-11-16 18:15:51,1,\n", ":4: GeneratedTokens: got ''"),
         (json.dumps({**VLLM, "output_lens": [1]}), "output_lens: 1 values; allowed: 4, as in input_lens"),
         (json.dumps({**VLLM, "input_lens": [1, 2, 3, "x"]}), "input_lens[3]: got 'x'"),
-        (json.dumps({**VLLM, "output_lens": "abcd"}), "no number of tokens read"),
+        (json.dumps({**VLLM, "output_lens": "abcd"}), "no input token count"),
         (json.dumps({**VLLM, "ttfts": 3, "itls": "fast", "start_times": None, "model_id": 3}), None),
         (json.dumps({**VLLM, "ttfts": [None, -1, "x", 1e300], "itls": [None, [None], ["x"], [float("nan")]]}), None),
         (json.dumps({**VLLM, "input_lens": [], "output_lens": []}), None),
-        (json.dumps([MOONCAKE[0]]), "no number of tokens read"),
+        (json.dumps([MOONCAKE[0]]), "no input token count"),
     ],
     ids=range(18),
 )

@@ -91,8 +91,8 @@ def test_a_run(tmp_path):
     assert [turn.input_tokens for turn in item.steps] == [0, 20, 0, 10, 7]
     assert [turn.ctx_tokens for turn in item.steps] == [170, 215, 240, 275, 307]
     assert not any(turn.ctx_reset for turn in item.steps)
-    assert tally.told == {"output tokens in all": 1, "tool seconds": 3} and tally.missing == {"tool seconds": 1}
-    assert tally.left_out == {"steps that no model made": 1}
+    assert tally.known == {"total output tokens": 1, "tool seconds": 3} and tally.missing == {"tool seconds": 1}
+    assert tally.left_out == {"steps not from a model": 1}
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def test_a_simulation(tmp_path):
     assert (second.tool, second.tool_latency_s, second.gen_s) == ("user", 3.0, None), "with the tool that the user tried"
     assert (second.input_tokens, second.output_tokens, second.ctx_tokens) == (60, 20, 3100)
     assert (third.input_tokens, third.ctx_tokens, third.ctx_reset, third.tool, third.tool_latency_s) == (0, 3050, True, "user", 2.0)
-    assert tally.told == {"context": 6, "output tokens": 6, "tool seconds": 6} and not tally.estimated and not tally.missing
+    assert tally.known == {"context": 6, "output tokens": 6, "tool seconds": 6} and not tally.estimated and not tally.missing
 
 
 def test_without_usage_the_policy_and_what_is_said_are_estimated(tmp_path):

@@ -100,8 +100,8 @@ def test_the_calls_of_a_trace_are_its_turns(tmp_path):
     assert (second.ctx_tokens, second.input_tokens, second.output_tokens, second.tool) == (150, 20, 9, "user")
     assert (second.tool_latency_s, second.gen_s) == (1.0, 2.0)
     assert (third.ctx_tokens, third.ctx_reset, third.output_tokens, third.tool, third.gen_s) == (90, True, 5, None, 0.5)
-    assert tally.left_out == {"calls that are not of a model": 2}
-    assert tally.told == {"context": 4, "output tokens": 4, "tool seconds": 2} and not tally.estimated and not tally.missing
+    assert tally.left_out == {"non-model calls": 2}
+    assert tally.known == {"context": 4, "output tokens": 4, "tool seconds": 2} and not tally.estimated and not tally.missing
 
 
 def test_a_list_is_the_same(tmp_path):
@@ -126,7 +126,7 @@ def test_what_is_not_told_is_estimated(tmp_path):
     first, second = item.steps
     assert (item.prompt_tokens, first.output_tokens, first.output_est, first.gen_s, first.tool_latency_s) == (30, 10, True, None, None)
     assert (second.ctx_tokens, second.input_tokens, second.output_tokens, second.output_est) == (40, 0, 10, True)
-    assert tally.estimated == {"context": 2, "output tokens": 2} and tally.missing == {"tool seconds": 1} and not tally.told
+    assert tally.estimated == {"context": 2, "output tokens": 2} and tally.missing == {"tool seconds": 1} and not tally.known
 
 
 def test_a_sum_over_models_is_no_call_s(tmp_path):
@@ -142,7 +142,7 @@ def test_a_call_that_two_layers_saw_counts_once(tmp_path):
         openai("inner", 1.2, 2.8, [ASKED], usage=spent(20, 5), content="a", parent="between"),
     ]
     (item,), tally = known_and_read(weave, tmp_path, lines(*twice))
-    assert len(item.steps) == 1 and tally.left_out == {"calls that are not of a model": 1, "calls inside a call of a model": 1}
+    assert len(item.steps) == 1 and tally.left_out == {"non-model calls": 1, "calls nested in a model call": 1}
 
 
 def test_parents_that_go_round_in_a_circle(tmp_path):
@@ -163,7 +163,7 @@ def test_calls_at_the_same_time_have_no_tool_time(tmp_path):
 
 def test_a_trace_without_a_model_is_nothing(tmp_path):
     items, tally = known_and_read(weave, tmp_path, lines(CALLS[0], CALLS[3]))
-    assert items == [] and tally.left_out == {"calls that are not of a model": 2}
+    assert items == [] and tally.left_out == {"non-model calls": 2}
 
 
 def test_the_texts_are_not_kept(tmp_path):

@@ -180,7 +180,7 @@ def test_a_huge_line_fails_in_bounded_memory(tmp_path: Path, make: Callable[[Pat
     make(path)
     tracemalloc.start()
     try:
-        assert f":1: line too long, is this a trace file?; allowed: lines of at most {MAX_LINE_BYTES} bytes" in fails(path)
+        assert f":1: line too long; is this a trace file?; allowed: lines of at most {MAX_LINE_BYTES} bytes" in fails(path)
         assert tracemalloc.get_traced_memory()[1] < 4 * MAX_LINE_BYTES
     finally:
         tracemalloc.stop()

@@ -1,8 +1,8 @@
-"""Traces out of files that people have: one module a format, told apart by what is in the file.
+"""Import traces from other tools' files: one module per format, detected from the content of the file.
 
-A format says whether it knows a file (`knows`, from its first document) and turns its documents into trajectories (`read`). Most are
-conversations, and go through `conversation.trajectory`. What is not told is estimated and counted, so that the user is told; what cannot
-be is a `TraceError` with file, line and field. No text is kept: a trace holds counts, names and times.
+Each format recognises a file from its first document (`knows`) and converts its documents to trajectories (`read`). Most formats are
+conversations and use `conversation.trajectory`. Missing values are estimated, and the estimates are counted and reported to the user;
+a value that cannot be estimated raises a `TraceError` with file, line and field. No text is kept: a trace holds counts, names and times.
 """
 
 from verl_heddle.traces.importers.formats import FORMATS, Imported, imported

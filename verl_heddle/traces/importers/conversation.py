@@ -1,9 +1,8 @@
-"""From a conversation to a trajectory: what each generation read, made and led to.
+"""Convert a conversation to a trajectory: the input, output and tool calls of each generation.
 
-Law: a turn is an assistant message. Its input are the messages since the one before (before the first: the prompt); what it led to are the
-results that follow, or `user` where a person answers. Token counts are those that the file tells; else texts are counted (`Tally`). A
-context that is smaller than what was there before (compaction, dropped reasoning) is a `ctx_reset`. Parallel calls are joined by `+`, and
-take as long as the longest.
+Law: a turn is an assistant message. Its input is the messages since the previous one (before the first: the prompt). Its tool is
+its calls, or `user` if a person answers. Token counts come from the file; otherwise texts are counted (`Tally`). A context smaller than
+the previous one (compaction, dropped reasoning) is a `ctx_reset`. Parallel calls are joined by `+` and take as long as the longest.
 """
 
 from __future__ import annotations
@@ -18,16 +17,16 @@ from verl_heddle.traces.schema import MAX_TOKENS
 from verl_heddle.trajectory import Trajectory, Turn
 
 LONGEST_S = 1e9
-"""Longer, negative or not a number: no duration."""
+"""Values at or above this, negative values and NaN are not durations."""
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message; None where the file does not say.
+    """One message; None for values that the file does not record.
 
-    `text`: everything that was said, reasoning and arguments of calls included. `tokens`: of it, for an assistant those generated.
-    `context_tokens`: everything the model read for this message. `started_s`, `ended_s`: on one clock; a result ends when it is there.
-    `calls`: names of the tools that it calls. `gen_s`, `tool_s`: seconds the generation, or the tool that gave this result, took.
+    `text`: all its text, including reasoning and call arguments. `tokens`: its tokens; for an assistant, those generated.
+    `context_tokens`: everything the model read for this message. `started_s`, `ended_s`: on one clock; a tool result ends when it arrives.
+    `calls`: names of the called tools. `gen_s`, `tool_s`: seconds taken by the generation, or by the tool that returned this result.
     """
 
     role: Literal["system", "user", "assistant", "tool"]
@@ -54,39 +53,39 @@ def trajectory(
     preamble: str = "",
     meta: dict[str, Any] | None = None,
 ) -> Trajectory | None:
-    """The trajectory of a conversation; None where no assistant speaks, which is tallied.
+    """Build the trajectory of a conversation; None (and tallied) if it has no assistant message.
 
     Args:
-        prompt_id: None: a digest of what stands before the first assistant message.
-        preamble: more that the model reads first (tool schemas).
+        prompt_id: None: a digest of the messages before the first assistant message.
+        preamble: further text the model reads first (tool schemas).
     """
-    spoken = [index for index, message in enumerate(messages) if message.role == "assistant"]
-    if not spoken:
+    answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
+    if not answers:
         tally.left_out["without an assistant message"] += 1
         return None
-    opening = messages[: spoken[0]]
+    opening = messages[: answers[0]]
     turns: list[Turn] = []
     context: int | None = None
-    for order, index in enumerate(spoken):
+    for order, index in enumerate(answers):
         message = messages[index]
-        before = messages[(spoken[order - 1] + 1 if order else 0) : index]
-        after = messages[index + 1 : spoken[order + 1] if order + 1 < len(spoken) else len(messages)]
-        following = messages[spoken[order + 1]] if order + 1 < len(spoken) else None
-        heard = sum(_count(one, tally, "input tokens") for one in before) if message.context_tokens is None else 0
+        before = messages[(answers[order - 1] + 1 if order else 0) : index]
+        after = messages[index + 1 : answers[order + 1] if order + 1 < len(answers) else len(messages)]
+        following = messages[answers[order + 1]] if order + 1 < len(answers) else None
+        fresh = sum(_count(item, tally, "input tokens") for item in before) if message.context_tokens is None else 0
         output, estimated = _output(message, tally)
         reset = False
         if message.context_tokens is not None:
-            tally.told["context"] += 1
+            tally.known["context"] += 1
             grown = message.context_tokens - (context or 0)
-            heard, reset = max(0, grown), order > 0 and grown < 0
+            fresh, reset = max(0, grown), order > 0 and grown < 0
             context = message.context_tokens
         else:
-            heard += tally.tokens(preamble) if not order else 0
-            context = (context or 0) + heard
+            fresh += tally.tokens(preamble) if not order else 0
+            context = (context or 0) + fresh
         tool = "+".join(message.calls) or ("user" if after and after[0].role == "user" else None)
         turns.append(
             Turn(
-                input_tokens=heard if order else 0,
+                input_tokens=fresh if order else 0,
                 output_tokens=output,
                 tool=tool,
                 tool_latency_s=_tool_s(message, after, following, tally) if tool else None,
@@ -97,15 +96,15 @@ def trajectory(
             )
         )
         if not order:
-            prompt_tokens = heard
+            prompt_tokens = fresh
         context = min(context + output, MAX_TOKENS)
-    digest = prompt_id or blake2b("\0".join(one.text for one in opening).encode("utf-8", "replace"), digest_size=8).hexdigest()
+    digest = prompt_id or blake2b("\0".join(item.text for item in opening).encode("utf-8", "replace"), digest_size=8).hexdigest()
     return Trajectory(source, workload, digest, trial, prompt_tokens, tuple(turns), reward, model, dict(meta or {}))
 
 
 def _output(message: Message, tally: Tally) -> tuple[int, bool]:
     if message.tokens is not None:
-        tally.told["output tokens"] += 1
+        tally.known["output tokens"] += 1
         return message.tokens, False
     return _count(message, tally, "output tokens"), not tally.exact
 
@@ -113,19 +112,19 @@ def _output(message: Message, tally: Tally) -> tuple[int, bool]:
 def _count(message: Message, tally: Tally, what: str) -> int:
     if message.tokens is not None:
         return message.tokens
-    (tally.told if tally.exact else tally.estimated)[what] += 1
+    (tally.known if tally.exact else tally.estimated)[what] += 1
     return tally.tokens(message.text)
 
 
 def _tool_s(message: Message, after: Sequence[Message], following: Message | None, tally: Tally) -> float | None:
-    """Seconds until the model could go on."""
-    results = [one for one in after if one.role == "tool"] or list(after)
-    known = [seconds for one in results if (seconds := _seconds(one.tool_s)) is not None]
+    """Seconds until the model could continue."""
+    results = [item for item in after if item.role == "tool"] or list(after)
+    known = [seconds for item in results if (seconds := _seconds(item.tool_s)) is not None]
     if not known and message.ended_s is not None:
-        ends = [one.ended_s for one in results if one.ended_s is not None]
+        ends = [item.ended_s for item in results if item.ended_s is not None]
         until = max(ends) if ends else following.started_s if following is not None else None
         known = [seconds] if (seconds := _seconds(_between(message.ended_s, until))) is not None else []
-    (tally.told if known else tally.missing)["tool seconds"] += 1
+    (tally.known if known else tally.missing)["tool seconds"] += 1
     return max(known) if known else None
 
 

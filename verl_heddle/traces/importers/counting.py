@@ -1,4 +1,4 @@
-"""Tokens of texts, by a tokenizer where there is one, else estimated; and a tally of what was estimated or is missing."""
+"""Count the tokens of texts, with a tokenizer or by estimate, and tally exact, estimated and missing values."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections import Counter
 from functools import cache
 
 CHARACTERS_PER_TOKEN = 4.0
-"""English text and code of the public traces have 4.0 to 4.1 where both could be counted."""
+"""English text and code in the public traces have 4.0 to 4.1, measured where both counts were available."""
 
 
 class Tally:
-    """Counts tokens, and remembers what was told, estimated and missing.
+    """Token counter, and tally of exact, estimated and missing values.
 
     Args:
-        tokenizer: a folder or name that transformers knows; None: estimate.
+        tokenizer: a folder or name for transformers; None: estimate.
 
     Raises:
         ValueError: there is no such tokenizer, or transformers is not installed.
@@ -21,20 +21,20 @@ class Tally:
 
     def __init__(self, tokenizer: str | None = None) -> None:
         self._encode = None if tokenizer is None else _tokenizer(tokenizer)
-        self.told: Counter[str] = Counter()
-        """By field (`output tokens`, `tool seconds`, ...): how often the file said it."""
+        self.known: Counter[str] = Counter()
+        """By field (`output tokens`, `tool seconds`, ...): values the file recorded or a tokenizer counted."""
         self.estimated: Counter[str] = Counter()
         self.missing: Counter[str] = Counter()
         self.left_out: Counter[str] = Counter()
-        """Trajectories or records that do not count, by reason."""
+        """Trajectories or records left out, by reason."""
 
     @property
     def exact(self) -> bool:
-        """Whether texts are counted by a tokenizer."""
+        """Whether a tokenizer counts the texts."""
         return self._encode is not None
 
     def tokens(self, text: str) -> int:
-        """Of a text; at least 1 where there is one."""
+        """Tokens of a text; at least 1 unless it is empty."""
         if not text:
             return 0
         if self._encode is not None:

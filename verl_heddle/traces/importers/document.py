@@ -1,4 +1,4 @@
-"""The documents of a file: JSON Lines, one JSON value, or CSV; plain or gzip. Lines are read one at a time."""
+"""Read the documents of a JSON Lines, single-value JSON or CSV file, plain or gzip, one line at a time."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from typing import IO, Any, NoReturn
 from verl_heddle.traces.schema import TraceError
 
 MAX_LINE_BYTES = 64 * 2**20
-"""Of a line of JSON Lines: a whole conversation with its text."""
+"""Longest line of JSON Lines: a whole conversation with its text."""
 
 MAX_DOCUMENT_BYTES = 2**30
-"""Of a file that is one JSON value, which has to be in memory at once."""
+"""Largest single-value JSON file, which must fit in memory at once."""
 
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A JSON value, or a row of a CSV file as a dict of text, with where it stands. `line`: from 1; 0 for a file that is one value."""
+    """A JSON value, or a CSV row as a dict of text, with its position. `line`: from 1; 0 for a single-value file."""
 
     value: Any
     file: str
     line: int
 
     def list_of(self, value: Any, what: str, field: str) -> list[Any]:
-        """The value, which has to be a list of `what`.
+        """Return `value`, which must be a list of `what`.
 
         Raises:
-            TraceError: it is none.
+            TraceError: it is not a list.
         """
         if not isinstance(value, list):
             self.fault(f"got {type(value).__name__}", field=field, allowed=f"a list of {what}")
         return value
 
     def fault(self, problem: str, *, field: str = "", allowed: str = "") -> NoReturn:
-        """It cannot be read.
+        """Reject the document.
 
         Raises:
             TraceError: always.
@@ -51,10 +51,10 @@ class Document:
 
 
 def documents(path: Path) -> Iterator[Document]:
-    """In order; a file that is one JSON list or object is one document.
+    """Yield the documents in order; a file with one JSON list or object is one document.
 
     Raises:
-        TraceError: no such file, not readable, not text, torn, too long, or neither JSON nor CSV with a header.
+        TraceError: the file is missing, unreadable, not text, truncated, too long, or neither JSON nor CSV with a header.
     """
     file = str(path)
     try:
@@ -87,7 +87,7 @@ def _documents(stream: IO[bytes], file: str) -> Iterator[Document]:
         yield Document(value, file, 0)
         return
     if isinstance(value, list):
-        raise TraceError("a list where an object is expected", allowed="JSON Lines of objects, or one JSON value", file=file, line=number)
+        raise TraceError("got a list", allowed="JSON Lines of objects, or one JSON value", file=file, line=number)
     yield Document(value, file, number)
     while line := _line(stream, file, number := number + 1):
         if not line.isspace():
@@ -119,7 +119,7 @@ def _json(text: str, file: str, number: int) -> Any:
 
 
 def _whole(first: bytes, stream: IO[bytes], file: str) -> Any:
-    """A value over several lines."""
+    """Read one JSON value that spans several lines."""
     data = first + stream.read(MAX_DOCUMENT_BYTES)
     if len(data) > MAX_DOCUMENT_BYTES:
         raise TraceError(f"one JSON value of more than {MAX_DOCUMENT_BYTES // 2**20} MiB", allowed="JSON Lines", file=file)

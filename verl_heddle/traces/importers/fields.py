@@ -1,4 +1,4 @@
-"""Values out of other people's JSON, where anything may be missing or of another type."""
+"""Extract values from foreign JSON, where any value may be missing or have the wrong type."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from verl_heddle.traces.schema import MAX_DEPTH, MAX_TOKENS, MAX_UNIX_S
 
 LARGEST = 1e300
-"""The trace schema takes no larger number."""
+"""Largest number the trace schema accepts."""
 
 
 def get(value: Any, *path: str | int) -> Any:
-    """What lies below these keys and indices; None where there is nothing."""
+    """The value at this path of keys and indices; None if there is none."""
     for key in path:
         try:
             value = value[key]
@@ -23,12 +23,12 @@ def get(value: Any, *path: str | int) -> Any:
 
 
 def items(value: Any) -> list[Any]:
-    """What is in a list; nothing where it is none."""
+    """The list itself; empty if the value is not a list."""
     return value if isinstance(value, list) else []
 
 
 def count(value: Any) -> int | None:
-    """A number of tokens; None for what is none."""
+    """A token count; None if the value is not one."""
     if type(value) is int:  # nearly all are
         return value if 0 <= value <= MAX_TOKENS else None
     number = real(value)
@@ -36,7 +36,7 @@ def count(value: Any) -> int | None:
 
 
 def real(value: Any) -> float | None:
-    """A finite number, also as text; None for what is none."""
+    """A finite number, possibly given as text; None if the value is not one."""
     if type(value) is float:
         return value if abs(value) <= LARGEST else None  # NaN fails the comparison
     if isinstance(value, bool):
@@ -56,7 +56,7 @@ def real(value: Any) -> float | None:
 
 
 def text(value: Any, depth: int = 0) -> str:
-    """Everything that is said in a message's content: text, lists of parts, and JSON of what else there is; nothing below `MAX_DEPTH`."""
+    """All text of a message's content: strings, lists of parts, and JSON for anything else; empty beyond `MAX_DEPTH`."""
     if depth > MAX_DEPTH:
         return ""
     if value is None:
@@ -64,7 +64,7 @@ def text(value: Any, depth: int = 0) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, list):
-        return "\n".join(filter(None, (text(one, depth + 1) for one in value)))
+        return "\n".join(filter(None, (text(part, depth + 1) for part in value)))
     if isinstance(value, dict):
         for key in ("text", "content", "thinking", "reasoning", "output"):
             if isinstance(value.get(key), str | list):
@@ -76,12 +76,12 @@ def text(value: Any, depth: int = 0) -> str:
 
 
 def name(value: Any) -> str | None:
-    """A name, None for what is none."""
+    """Non-empty text; None for anything else."""
     return value if isinstance(value, str) and value else None
 
 
 def unix_s(value: Any) -> float | None:
-    """A time of day: unix seconds, milliseconds (what is later than the trace schema takes) or ISO 8601 (UTC where it names no zone)."""
+    """A timestamp in Unix seconds, from seconds, milliseconds (numbers above `MAX_UNIX_S`) or ISO 8601 (UTC if without a zone)."""
     number = real(value)
     if number is not None and not isinstance(value, bool):
         return number / 1000 if number > MAX_UNIX_S else number

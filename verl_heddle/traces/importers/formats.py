@@ -1,6 +1,6 @@
-"""Which formats there are, which one a file has, and its trajectories with a word on what was told, estimated and missing.
+"""Register the formats, detect the format of a file, and import it with a report of exact, estimated and missing values.
 
-A path that may be a trace of ours or a file of somebody else's.
+`trajectories` reads a path that may be either a heddle trace or another tool's file.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from verl_heddle.trajectory import Trajectory
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """`knows(value of the first document)`; `read(documents of one file, tally)` gives its trajectories. `one_of_a_kind`: no two of them
-    are of one prompt, so that a million of them need not be remembered."""
+    """One file format: `knows(value of the first document)`, `read(documents of one file, tally)`. `unique_prompts`: no two trajectories
+    share a prompt, so the prompts of a million requests need not be remembered."""
 
     name: str
     title: str
     knows: Callable[[Any], bool]
     read: Callable[[Iterable[Document], Tally], Iterator[Trajectory]]
-    one_of_a_kind: bool = False
+    unique_prompts: bool = False
 
 
 MODULES: Sequence[Any] = (
@@ -56,16 +56,17 @@ MODULES: Sequence[Any] = (
     request_traces,
     openai_chat,
 )
-"""In the order in which they are asked: the more particular first."""
+"""In detection order: the more specific formats first."""
 
 FORMATS: Mapping[str, Format] = {
-    module.NAME: Format(module.NAME, module.TITLE, module.knows, module.read, getattr(module, "ONE_OF_A_KIND", False)) for module in MODULES
+    module.NAME: Format(module.NAME, module.TITLE, module.knows, module.read, getattr(module, "UNIQUE_PROMPTS", False))
+    for module in MODULES
 }
 
 
 @dataclass
 class Imported:
-    """Trajectories as they come, and what can be said of them when they have all come."""
+    """A lazy import: the trajectories, and a report that is complete once they are exhausted."""
 
     format: Format
     trajectories: Iterator[Trajectory]
@@ -74,54 +75,54 @@ class Imported:
     count: int = 0
 
     def told(self) -> list[str]:
-        """One line each: what was understood, estimated, missing."""
+        """Report lines: what was read, estimated, missing and left out."""
         lines = [f"{self.format.title}: {self.count:,} trajectories, {self.turns:,} turns"]
-        if self.tally.told:
-            lines.append(f"told by the file: {_listed(self.tally.told)}")
+        if self.tally.known:
+            lines.append(f"exact: {_formatted(self.tally.known)}")
         if self.tally.estimated:
-            lines.append(f"estimated as characters / 4 (exact with --tokenizer): {_listed(self.tally.estimated)}")
+            lines.append(f"estimated as characters / 4 (exact with --tokenizer): {_formatted(self.tally.estimated)}")
         if self.tally.missing:
-            lines.append(f"not told, taken as unknown: {_listed(self.tally.missing)}")
+            lines.append(f"missing, left unknown: {_formatted(self.tally.missing)}")
         lines += [f"left out, {why}: {number:,}" for why, number in self.tally.left_out.items()]
         return lines
 
 
 class UnknownFormatError(TraceError):
-    """No format knows the file; `first`: the value of its first document."""
+    """No format recognises the file; `first`: the value of its first document."""
 
     def __init__(self, path: Path, first: Any) -> None:
-        super().__init__("not a format that is known", allowed=f"{', '.join(FORMATS)} (--format), or a trace", file=str(path))
+        super().__init__("unknown format", allowed=f"{', '.join(FORMATS)} (--format), or a trace", file=str(path))
         self.first = first
 
 
 def imported(path: Path, name: str | None = None, tally: Tally | None = None) -> Imported:
-    """Begin to import a file; trials of one prompt are numbered in the order of the file.
+    """Start importing a file; trials of a prompt are numbered in file order.
 
     Args:
-        name: of the format; None: found out.
+        name: the format; None: detected.
 
     Raises:
-        TraceError: unknown format; while iterating: what is wrong with a document.
+        TraceError: unknown format; while iterating: a faulty document.
     """
     if name is not None and name not in FORMATS:
         raise TraceError(f"unknown format {name!r}", allowed=", ".join(FORMATS))
-    every = documents(path)
-    first = next(every, None)
+    remaining = documents(path)
+    first = next(remaining, None)
     if first is None:
-        raise TraceError("a header and no rows", allowed="at least one", file=str(path))
-    kind = FORMATS[name] if name is not None else next((one for one in FORMATS.values() if one.knows(first.value)), None)
+        raise TraceError("a header without rows", allowed="at least one", file=str(path))
+    kind = FORMATS[name] if name is not None else next((known for known in FORMATS.values() if known.knows(first.value)), None)
     if kind is None:
         raise UnknownFormatError(path, first.value)
-    found = Imported(kind, iter(()), Tally() if tally is None else tally)
-    found.trajectories = _numbered(kind.read(chain([first], every), found.tally), found, str(path))
-    return found
+    result = Imported(kind, iter(()), Tally() if tally is None else tally)
+    result.trajectories = _numbered(kind.read(chain([first], remaining), result.tally), result, str(path))
+    return result
 
 
 def _numbered(items: Iterator[Trajectory], found: Imported, file: str) -> Iterator[Trajectory]:
     trials: Counter[tuple[str, str]] = Counter()
-    for item in _shallow(items, file):
+    for item in _depth_checked(items, file):
         again = 0
-        if not found.format.one_of_a_kind:
+        if not found.format.unique_prompts:
             key = (item.prompt_id, str(item.trial))
             again = trials[key]
             trials[key] += 1
@@ -129,32 +130,32 @@ def _numbered(items: Iterator[Trajectory], found: Imported, file: str) -> Iterat
         found.turns += len(item.steps)
         yield replace(item, trial=again if item.trial == 0 else f"{item.trial}.{again}") if again else item
     if not found.count:
-        raise TraceError("no trajectory in it", allowed="at least one assistant message", file=file)
+        raise TraceError("no trajectories", allowed="at least one assistant message", file=file)
 
 
-def _shallow(items: Iterator[Trajectory], file: str) -> Iterator[Trajectory]:
+def _depth_checked(items: Iterator[Trajectory], file: str) -> Iterator[Trajectory]:
     try:
         yield from items
     except RecursionError:
         raise TraceError("nested too deeply", file=file) from None
 
 
-def _listed(counts: Counter[str]) -> str:
+def _formatted(counts: Counter[str]) -> str:
     return ", ".join(f"{name} {number:,} times" for name, number in counts.most_common())
 
 
-OURS = {field.name for field in fields(Trajectory)} - {"model", "meta"}
+_TRACE_FIELDS = {field.name for field in fields(Trajectory)} - {"model", "meta"}
 
 
 def trajectories(
     path: str | os.PathLike[str], name: str | None = None, tally: Tally | None = None, note: Note | None = None
 ) -> tuple[Iterator[Trajectory], Imported | None]:
-    """The trajectories of either, and for a foreign file what its import has to say.
+    """Read a heddle trace or another tool's file; for the latter also return the `Imported` with its report.
 
-    What no format knows and is no other JSON object is left to `read`, which says what is wrong with it.
+    An unrecognised file goes to `read`, which reports its fault, unless its first object has no trace field: then this raises.
 
     Args:
-        name: of the foreign format; None: found out.
+        name: the foreign format; None: detected.
 
     Raises:
         TraceError: as `read` and `imported`.
@@ -164,7 +165,7 @@ def trajectories(
         try:
             found = imported(place, name, tally)
         except UnknownFormatError as error:
-            if isinstance(error.first, dict) and not OURS & error.first.keys():
+            if isinstance(error.first, dict) and not _TRACE_FIELDS & error.first.keys():
                 raise
         except TraceError:
             if name is not None:

@@ -1,7 +1,7 @@
-"""Logs of Inspect (UK AISI) in JSON: `eval`, `samples` with `messages`, and `events` that time and count them.
+"""Import Inspect (UK AISI) logs in JSON: `eval`, `samples` with `messages`, and `events` with times and token counts.
 
-An answer is matched with its model event by the message's id (logs from 2025 on), else in order where there are as many of one as of the
-other: there may be more, a scorer's for one. A `.eval` file is a zip: `inspect log convert --to json` makes JSON of it. Source:
+An answer is matched with its model event by message id (logs from 2025 on), else by order if there are equally many of both; there can be
+more events, for example from a scorer. A `.eval` file is a zip: `inspect log convert --to json` converts it to JSON. Source:
 `log/_log.py`, `event/_model.py`, `event/_tool.py` and `model/_model_output.py` of inspect_ai 0.3, and a log that it wrote.
 """
 
@@ -20,11 +20,11 @@ from verl_heddle.trajectory import Trajectory
 NAME, TITLE = "inspect", "Inspect eval log"
 ROLES = ("system", "user", "assistant", "tool")
 GRADES = {"C": 1.0, "P": 0.5, "I": 0.0, "N": 0.0}
-"""Inspect's letters for correct, partly, incorrect and no answer, as it averages them."""
+"""Inspect's letters for correct, partial, incorrect and no answer, with the values it averages."""
 
 
 def knows(value: object) -> bool:
-    """Whether the first document is of this format."""
+    """Whether the first document has this format."""
     return (
         isinstance(value, dict)
         and {"version", "status"} <= value.keys()
@@ -34,15 +34,15 @@ def knows(value: object) -> bool:
 
 
 def read(documents: Iterable[Document], tally: Tally) -> Iterator[Trajectory]:
-    """A trajectory for every sample in every epoch."""
+    """Yield a trajectory per sample and epoch."""
     for document in documents:
-        samples = document.list_of(get(document.value, "samples"), "samples: a header alone has none", "samples")
+        samples = document.list_of(get(document.value, "samples"), "samples (a header-only log has none)", "samples")
         for number, sample in enumerate(samples):
             field = f"samples[{number}].messages"
-            said = document.list_of(get(sample, "messages"), "messages", field)
+            messages = document.list_of(get(sample, "messages"), "messages", field)
             sample_id = get(sample, "id")
             item = trajectory(
-                _messages(document, sample, said, field),
+                _messages(document, sample, messages, field),
                 tally,
                 source=NAME,
                 workload=name(get(document.value, "eval", "task")) or NAME,
@@ -55,32 +55,32 @@ def read(documents: Iterable[Document], tally: Tally) -> Iterator[Trajectory]:
                 yield item
 
 
-def _messages(document: Document, sample: Any, said: list[Any], field: str) -> list[Message]:
-    answers, tools = _events(sample, [one for one in said if _generated(one)])
-    made: list[Message] = []
-    spoken = 0
+def _messages(document: Document, sample: Any, messages: list[Any], field: str) -> list[Message]:
+    answers, tools = _events(sample, [entry for entry in messages if _generated(entry)])
+    result: list[Message] = []
+    answered = 0
     ended: float | None = None
-    for index, one in enumerate(said):
-        role = get(one, "role")
+    for index, entry in enumerate(messages):
+        role = get(entry, "role")
         if role not in ROLES:
             document.fault(f"got {role!r}", field=f"{field}[{index}].role", allowed=", ".join(ROLES))
-        calls = items(get(one, "tool_calls"))
-        message = Message(role, text([get(one, "content"), *(get(call, "arguments") for call in calls)]))
-        if _generated(one):
+        calls = items(get(entry, "tool_calls"))
+        message = Message(role, text([get(entry, "content"), *(get(call, "arguments") for call in calls)]))
+        if _generated(entry):
             names = tuple(name(get(call, "function")) or name(get(call, "function", "name")) or "tool" for call in calls)
-            message = replace(_told(message, answers[spoken]), calls=names)
-            spoken += 1
+            message = replace(_measured(message, answers[answered]), calls=names)
+            answered += 1
             ended = message.ended_s
         elif role == "assistant":
             message = replace(message, role="system")  # an example in the prompt
         elif role == "tool":
-            event = tools.get(get(one, "tool_call_id")) if isinstance(get(one, "tool_call_id"), str) else None
+            event = tools.get(get(entry, "tool_call_id")) if isinstance(get(entry, "tool_call_id"), str) else None
             start, end = unix_s(get(event, "timestamp")), unix_s(get(event, "completed"))
-            # Parallel calls may run one after the other: their ends say how long all of them took, their own times do not.
+            # Parallel calls may run sequentially: their end times give the total time, their own durations do not.
             alone = end - start if ended is None and start is not None and end is not None else None
             message = replace(message, ended_s=end, tool_s=alone)
-        made.append(message)
-    return made
+        result.append(message)
+    return result
 
 
 def _generated(message: Any) -> bool:
@@ -88,22 +88,22 @@ def _generated(message: Any) -> bool:
 
 
 def _events(sample: Any, answers: list[Any]) -> tuple[list[Any], dict[str, Any]]:
-    """What is known of each answer: its model event or, of the last one, the sample's `output`; and the tool events by the call's id."""
+    """The model event of each answer (for the last one, else the sample's `output`), and the tool events by call id."""
     events = get(sample, "events")
     if not isinstance(events, list):
         events = get(sample, "transcript", "events")  # logs of 2024
     events = items(events)
-    models = [one for one in events if get(one, "event") == "model" and not get(one, "pending") and get(one, "error") is None]
-    known = {number: one for one in models if (number := name(get(one, "output", "choices", 0, "message", "id")))}
+    models = [event for event in events if get(event, "event") == "model" and not get(event, "pending") and get(event, "error") is None]
+    known = {number: event for event in models if (number := name(get(event, "output", "choices", 0, "message", "id")))}
     found = [known.get(name(get(answer, "id")) or "") for answer in answers]
     if len(models) == len(answers):
-        found = [one or models[index] for index, one in enumerate(found)]
+        found = [event or models[index] for index, event in enumerate(found)]
     if found and found[-1] is None:
         found[-1] = {"output": get(sample, "output")}
-    return found, {one["id"]: one for one in events if get(one, "event") == "tool" and isinstance(get(one, "id"), str)}
+    return found, {event["id"]: event for event in events if get(event, "event") == "tool" and isinstance(get(event, "id"), str)}
 
 
-def _told(message: Message, event: Any) -> Message:
+def _measured(message: Message, event: Any) -> Message:
     usage = get(event, "output", "usage")
     time = real(get(event, "output", "time"))
     return replace(
@@ -117,7 +117,7 @@ def _told(message: Message, event: Any) -> Message:
 
 
 def _context(usage: Any) -> int | None:
-    """Everything that was read: `input_tokens` is without what came out of the cache, but was with it in logs of OpenAI models to 2024."""
+    """Total tokens read. `input_tokens` excludes cached tokens, except in logs of OpenAI models up to 2024, where it includes them."""
     fresh = count(get(usage, "input_tokens"))
     if fresh is None:
         return None
@@ -127,7 +127,7 @@ def _context(usage: Any) -> int | None:
 
 
 def _score(sample: Any) -> float | None:
-    """Of the first scorer."""
+    """Score by the first scorer."""
     scores = get(sample, "scores")
     first = next(iter(scores.values()), None) if isinstance(scores, dict) else get(sample, "score")
     value = get(first, "value")

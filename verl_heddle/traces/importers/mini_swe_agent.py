@@ -1,7 +1,7 @@
-"""mini-swe-agent `.traj.json`: `messages`, `info` with exit_status, model_stats and config, `trajectory_format`.
+"""Import mini-swe-agent `.traj.json`: `messages`, `info` with exit_status, model_stats and config, `trajectory_format`.
 
-The one tool is bash, so a turn's tool is the command that it runs. What stands as a user's after the first answer is a result, but for what
-an interrupted session marks as a person's. `extra` has the usage and the time at which a message was there. Source: mini-swe-agent's
+The only tool is bash, so a turn's tool is the command it runs. A user message after the first answer is a tool result, unless an
+interrupted session marks it as a person's. `extra` holds the usage and the time at which a message arrived. Source: mini-swe-agent's
 documentation of its output files and `default.py`, formats 1 and 1.1, with chat, tool calls and the responses API.
 """
 
@@ -27,17 +27,17 @@ _BLOCK = re.compile(r"```(?:bash|mswea_bash_command|sh|shell)[ \t]*\r?\n(.*?)```
 
 
 def knows(value: Any) -> bool:
-    """Whether the first document is of this format."""
+    """Whether the first document has this format."""
     if not isinstance(value, dict):
         return False
     if (name(value.get("trajectory_format")) or "").startswith(_FORMAT):
         return True
-    told = any(get(value, "info", key) is not None for key in ("exit_status", "model_stats"))
-    return told and isinstance(value.get("messages"), list)
+    ran = any(get(value, "info", key) is not None for key in ("exit_status", "model_stats"))
+    return ran and isinstance(value.get("messages"), list)
 
 
 def read(documents: Iterable[Document], tally: Tally) -> Iterator[Trajectory]:
-    """A trajectory for every run."""
+    """Yield a trajectory per run."""
     for document in documents:
         value, info = document.value, get(document.value, "info")
         item = trajectory(
@@ -55,57 +55,57 @@ def read(documents: Iterable[Document], tally: Tally) -> Iterator[Trajectory]:
 
 
 def _messages(document: Document) -> list[Message]:
-    said = document.list_of(get(document.value, "messages"), "messages", "messages")
+    entries = document.list_of(get(document.value, "messages"), "messages", "messages")
     messages: list[Message] = []
     answered = False
-    for number, one in enumerate(said):
-        role = _role(one, answered)
+    for number, entry in enumerate(entries):
+        role = _role(entry, answered)
         if role is None:
-            document.fault(f"got {get(one, 'role')!r}", field=f"messages[{number}].role", allowed=", ".join(_ROLES))
-        if role == "exit":  # what was submitted, or why it ended: no model reads it
+            document.fault(f"got {get(entry, 'role')!r}", field=f"messages[{number}].role", allowed=", ".join(_ROLES))
+        if role == "exit":  # the submission, or why the run ended: no model reads it
             continue
-        ended = unix_s(get(one, "extra", "timestamp"))
-        ended = unix_s(get(one, "timestamp")) if ended is None else ended
+        ended = unix_s(get(entry, "extra", "timestamp"))
+        ended = unix_s(get(entry, "timestamp")) if ended is None else ended
         if role != "assistant":
-            content = get(one, "output") if get(one, "content") is None else get(one, "content")
+            content = get(entry, "output") if get(entry, "content") is None else get(entry, "content")
             messages.append(Message(role, text(content), ended_s=ended))
             continue
         answered = True
-        usage = get(one, "extra", "response", "usage") or get(one, "usage")
+        usage = get(entry, "extra", "response", "usage") or get(entry, "usage")
         messages.append(
             Message(
                 role,
-                _said(one),
-                tokens=_told(usage, "completion_tokens", "output_tokens"),
-                context_tokens=_told(usage, "prompt_tokens", "input_tokens"),
+                _answer_text(entry),
+                tokens=_usage_count(usage, "completion_tokens", "output_tokens"),
+                context_tokens=_usage_count(usage, "prompt_tokens", "input_tokens"),
                 ended_s=ended,
-                calls=tuple(command_name(command) or "bash" for command in _commands(one)),
+                calls=tuple(command_name(command) or "bash" for command in _commands(entry)),
             )
         )
     return messages
 
 
-def _role(one: Any, answered: bool) -> Literal["system", "user", "assistant", "tool", "exit"] | None:
-    if get(one, "object") == "response":
+def _role(entry: Any, answered: bool) -> Literal["system", "user", "assistant", "tool", "exit"] | None:
+    if get(entry, "object") == "response":
         return "assistant"
-    if get(one, "type") == "function_call_output":
+    if get(entry, "type") == "function_call_output":
         return "tool"
-    role = get(one, "role")
+    role = get(entry, "role")
     if role == "user" and answered:
-        person = text(get(one, "extra", "interrupt_type")).startswith("User")
+        person = text(get(entry, "extra", "interrupt_type")).startswith("User")
         return "user" if person else "tool"
     if role == "developer":
         return "system"
     return role if isinstance(role, str) and role in _ROLES else None  # type: ignore[return-value]
 
 
-def _commands(one: Any) -> list[str]:
-    """The commands of an assistant message; one that nobody knows where none can be found."""
-    if actions := items(get(one, "extra", "actions")):
+def _commands(entry: Any) -> list[str]:
+    """Commands of an assistant message; one empty command if none can be found."""
+    if actions := items(get(entry, "extra", "actions")):
         return [text(get(action, "command")) for action in actions]
-    if calls := items(get(one, "tool_calls")):
+    if calls := items(get(entry, "tool_calls")):
         return [_argument(get(call, "function", "arguments")) for call in calls]
-    blocks = _BLOCK.findall(text(get(one, "content")))
+    blocks = _BLOCK.findall(text(get(entry, "content")))
     return blocks[-1:] or [""]
 
 
@@ -116,13 +116,13 @@ def _argument(arguments: Any) -> str:
         return ""
 
 
-def _said(one: Any) -> str:
-    parts = [get(one, key) for key in ("reasoning_content", "content")]
-    parts += [get(call, "function", "arguments") for call in items(get(one, "tool_calls"))]
-    parts += [get(part, key) for part in items(get(one, "output")) for key in ("summary", "content", "arguments")]
+def _answer_text(entry: Any) -> str:
+    parts = [get(entry, key) for key in ("reasoning_content", "content")]
+    parts += [get(call, "function", "arguments") for call in items(get(entry, "tool_calls"))]
+    parts += [get(part, key) for part in items(get(entry, "output")) for key in ("summary", "content", "arguments")]
     return text(parts)
 
 
-def _told(usage: Any, *keys: str) -> int | None:
-    """0 is what providers write that do not count."""
+def _usage_count(usage: Any, *keys: str) -> int | None:
+    """The first positive count; providers that do not count write 0."""
     return next((number for key in keys if (number := count(get(usage, key)))), None)

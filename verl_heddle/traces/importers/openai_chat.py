@@ -1,7 +1,7 @@
-"""OpenAI-style chat: a line or an element has `messages`, with `tool_calls`; `usage` and `timestamp` where somebody kept them.
+"""Import OpenAI-style chats: each line or list element has `messages` with `tool_calls`, and optionally `usage` and `timestamp`.
 
-Also fine-tuning files and responses logged as `{"request": {"messages"}, "response": {"choices"}}`. A conversation ends with its last
-message. Source: the OpenAI API reference, chat completions.
+Also accepts fine-tuning files and responses logged as `{"request": {"messages"}, "response": {"choices"}}`. A conversation ends with
+its last message. Source: the OpenAI API reference, chat completions.
 """
 
 from __future__ import annotations
@@ -21,28 +21,29 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "assistant":
 
 
 def knows(value: Any) -> bool:
-    """Whether the first document is of this format."""
+    """Whether the first document has this format."""
     first = value[0] if isinstance(value, list) and value else value
     messages = get(first, "messages") if get(first, "messages") is not None else get(first, "request", "messages")
     return isinstance(messages, list) and bool(messages) and get(messages, 0, "role") in ROLES
 
 
 def read(documents: Iterable[Document], tally: Tally) -> Iterator[Trajectory]:
-    """A trajectory for every conversation."""
+    """Yield a trajectory per conversation."""
     for document in documents:
         rows = document.value if isinstance(document.value, list) else [document.value]
         for number, row in enumerate(rows):
             where = f"[{number}]" if isinstance(document.value, list) else ""
-            said = get(row, "messages") if get(row, "messages") is not None else get(row, "request", "messages")
-            said = document.list_of(said, "messages", f"{where}messages")
+            entries = get(row, "messages") if get(row, "messages") is not None else get(row, "request", "messages")
+            entries = document.list_of(entries, "messages", f"{where}messages")
             answer = get(row, "response", "choices", 0, "message")
             messages = [
-                message(one, document, f"{where}messages[{index}]") for index, one in enumerate([*said, *([answer] if answer else [])])
+                message(entry, document, f"{where}messages[{index}]")
+                for index, entry in enumerate([*entries, *([answer] if answer else [])])
             ]
             usage = get(row, "usage") or get(row, "response", "usage")
-            if usage and sum(one.role == "assistant" for one in messages) == 1:  # of several calls it would be a sum
-                last = next(index for index, one in enumerate(messages) if one.role == "assistant")
-                messages[last] = _told(messages[last], usage)
+            if usage and sum(entry.role == "assistant" for entry in messages) == 1:  # for several calls it would be a sum
+                last = next(index for index, entry in enumerate(messages) if entry.role == "assistant")
+                messages[last] = _with_usage(messages[last], usage)
             item = trajectory(
                 messages,
                 tally,
@@ -58,30 +59,30 @@ def read(documents: Iterable[Document], tally: Tally) -> Iterator[Trajectory]:
 
 
 def message(value: Any, document: Document, field: str) -> Message:
-    """One message of the API.
+    """Convert one API message.
 
     Raises:
-        TraceError: it has no role that is known.
+        TraceError: its role is missing or unknown.
     """
     role = ROLES.get(get(value, "role")) if isinstance(get(value, "role"), str) else None
     if role is None:
         document.fault(f"got {get(value, 'role')!r}", field=f"{field}.role", allowed=", ".join(ROLES))
     calls = get(value, "tool_calls") or ([value["function_call"]] if get(value, "function_call") else [])
-    asked = [get(call, "function") or call for call in items(calls)]
-    parts = [get(value, key) for key in ("reasoning_content", "reasoning", "content")] + [get(call, "arguments") for call in asked]
-    made = Message(
+    functions = [get(call, "function") or call for call in items(calls)]
+    parts = [get(value, key) for key in ("reasoning_content", "reasoning", "content")] + [get(call, "arguments") for call in functions]
+    converted = Message(
         role,  # type: ignore[arg-type]
         text(parts),
         started_s=unix_s(get(value, "started_at")),
         ended_s=unix_s(get(value, "timestamp")) or unix_s(get(value, "created_at")),
-        calls=tuple(name(get(call, "name")) or "tool" for call in asked),
+        calls=tuple(name(get(call, "name")) or "tool" for call in functions),
         tool_s=real(get(value, "duration_s")) if role == "tool" else None,
     )
     usage = get(value, "usage")
-    return _told(made, usage) if role == "assistant" and usage else made
+    return _with_usage(converted, usage) if role == "assistant" and usage else converted
 
 
-def _told(message: Message, usage: Any) -> Message:
+def _with_usage(message: Message, usage: Any) -> Message:
     tokens = count(get(usage, "completion_tokens"))
     context = count(get(usage, "prompt_tokens"))
     return replace(

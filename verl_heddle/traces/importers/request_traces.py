@@ -1,9 +1,9 @@
-"""Traces of requests, one turn each: Mooncake, Azure, BurstGPT, and detailed results of `vllm bench serve`.
+"""Import request traces, one turn per request: Mooncake, Azure, BurstGPT, and detailed results of `vllm bench serve`.
 
 Mooncake: JSON Lines of `timestamp` (ms), `input_length`, `output_length`. Azure LLM inference: CSV of `TIMESTAMP,ContextTokens,
 GeneratedTokens`. BurstGPT: CSV of `Timestamp` (s), `Request tokens`, `Response tokens`. vLLM, with `--save-result --save-detailed`: an
-object with lists `input_lens`, `output_lens`, `ttfts`, `itls`, `start_times`. The time of a vLLM request is as its client saw it, its
-waiting included. Sources: kvcache-ai/Mooncake, Azure/AzurePublicDataset and HPMLL/BurstGPT; `vllm/benchmarks/serve.py` of vLLM 0.27.
+object with lists `input_lens`, `output_lens`, `ttfts`, `itls`, `start_times`. The time of a vLLM request is measured at its client and
+includes queueing. Sources: kvcache-ai/Mooncake, Azure/AzurePublicDataset and HPMLL/BurstGPT; `vllm/benchmarks/serve.py` of vLLM 0.27.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from verl_heddle.traces.importers.document import Document
 from verl_heddle.traces.importers.fields import count, get, name, real, unix_s
 from verl_heddle.trajectory import Trajectory, Turn
 
-ONE_OF_A_KIND = True
-NAME, TITLE = "requests", "requests of single turns (Mooncake, Azure, BurstGPT, vLLM benchmark)"
+UNIQUE_PROMPTS = True
+NAME, TITLE = "requests", "single-turn requests (Mooncake, Azure, BurstGPT, vLLM benchmark)"
 
 
 def _milliseconds(value: object) -> float | None:
@@ -45,14 +45,14 @@ COLUMNS = (
 
 
 def knows(value: object) -> bool:
-    """Whether the first document is of this format."""
+    """Whether the first document has this format."""
     if not isinstance(value, dict):
         return False
     return _benchmark(value) or any({kind.when, kind.read, kind.made} <= value.keys() for kind in COLUMNS)
 
 
 def read(documents: Iterable[Document], tally: Tally) -> Iterator[Trajectory]:
-    """A trajectory for every request that was answered, numbered in the order of the file."""
+    """Yield a trajectory per answered request, numbered in file order."""
     number = 0
     kind: _Columns | None = None
     began: float | None = None
@@ -64,9 +64,9 @@ def read(documents: Iterable[Document], tally: Tally) -> Iterator[Trajectory]:
                 if item is not None:
                     yield item
             continue
-        kind = kind or next((one for one in COLUMNS if get(row, one.read) is not None), None)
+        kind = kind or next((columns for columns in COLUMNS if get(row, columns.read) is not None), None)
         if kind is None:
-            document.fault("no number of tokens read", allowed=" or ".join(one.read for one in COLUMNS))
+            document.fault("no input token count", allowed=" or ".join(columns.read for columns in COLUMNS))
         when = kind.seconds(get(row, kind.when))
         began = when if began is None else began
         prompt, output = (_size(document, get(row, key), key) for key in (kind.read, kind.made))
@@ -81,7 +81,7 @@ def _benchmark(value: Any) -> bool:
 
 
 def _results(document: Document, number: int, tally: Tally) -> Iterator[Trajectory | None]:
-    """Of vLLM; one after the other they stand in lists of equal length."""
+    """Requests of a vLLM result, which stores them as parallel lists."""
     result = document.value
     size = len(result["input_lens"])
     if len(result["output_lens"]) != size:
@@ -90,12 +90,12 @@ def _results(document: Document, number: int, tally: Tally) -> Iterator[Trajecto
     began = min((start for start in starts if start is not None), default=None)
     for index in range(size):
         prompt, output = (_size(document, result[key][index], f"{key}[{index}]") for key in ("input_lens", "output_lens"))
-        took = _took(get(result, "ttfts", index), get(result, "itls", index))
-        yield _request(number + index, prompt, output, "vllm-bench", tally, began, starts[index], took, name(get(result, "model_id")))
+        gen_s = _generation_s(get(result, "ttfts", index), get(result, "itls", index))
+        yield _request(number + index, prompt, output, "vllm-bench", tally, began, starts[index], gen_s, name(get(result, "model_id")))
 
 
-def _took(first: Any, rest: Any) -> float | None:
-    """Seconds to the first token and between the others; None where the answer was not streamed, which vLLM writes as 0."""
+def _generation_s(first: Any, rest: Any) -> float | None:
+    """Seconds to the first token plus those between tokens; None if the answer was not streamed (vLLM writes 0)."""
     times = [real(first), *map(real, rest)] if isinstance(rest, list) else [None]
     known = [time for time in times if time is not None and 0 <= time < LONGEST_S]
     return sum(known) if len(known) == len(times) and 0 < sum(known) < LONGEST_S else None
@@ -117,16 +117,16 @@ def _request(
     tally: Tally,
     began: float | None,
     when: float | None,
-    took: float | None = None,
+    gen_s: float | None = None,
     model: str | None = None,
 ) -> Trajectory | None:
-    """None where nothing was generated: it failed. Requests before the first one of the file have arrived at less than 0."""
+    """Build one trajectory; None for a failed request (no output). Arrivals before the file's first request are negative."""
     if not output:
         tally.left_out["without output"] += 1
         return None
-    tally.told["context"] += 1
-    tally.told["output tokens"] += 1
+    tally.known["context"] += 1
+    tally.known["output tokens"] += 1
     arrival = None if began is None or when is None else when - began
     meta = {} if arrival is None or not abs(arrival) < LONGEST_S else {"arrival_s": round(arrival, 6)}
-    turn = Turn(input_tokens=0, output_tokens=output, gen_s=took, ctx_tokens=prompt)
+    turn = Turn(input_tokens=0, output_tokens=output, gen_s=gen_s, ctx_tokens=prompt)
     return Trajectory(NAME, workload, f"request-{number}", 0, prompt, (turn,), None, model, meta)

@@ -1,8 +1,8 @@
-"""SWE-agent `.traj`: `trajectory` (steps of response, action, observation, execution_time), `history`, `info.model_stats`.
+"""Import SWE-agent `.traj`: `trajectory` (steps of response, action, observation, execution_time), `history`, `info.model_stats`.
 
-One object a run; a run of several attempts holds them in `attempts`, and each is a trajectory. What the model is told first is the history
-before its first message, demonstrations included, or else the first step's query. `tokens_received` is told for the run as a whole, and
-shared out over the steps by their length. Source: SWE-agent's `agents.py`, versions 0.6 to 1.1.
+One object per run; a run with several attempts holds them in `attempts`, and each is a trajectory. The prompt is the history before the
+model's first message, demonstrations included, or else the first step's query. `tokens_received` is recorded only for the whole run and
+is split over the steps by length. Source: SWE-agent's `agents.py`, versions 0.6 to 1.1.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LIMITS = ("exit_cost", "exit_context")
 
 
 def knows(value: Any) -> bool:
-    """Whether the first document is of this format."""
+    """Whether the first document has this format."""
     run = get(value, "attempts", 0) if get(value, "trajectory") is None else value
     steps, info = get(run, "trajectory"), get(run, "info")
     if not isinstance(run, dict) or not isinstance(steps, list):
@@ -36,12 +36,12 @@ def knows(value: Any) -> bool:
     if not steps:
         return isinstance(run.get("history"), list) and isinstance(info, dict)
     first = steps[0]
-    told = all(isinstance(get(first, key), str) for key in ("action", "observation"))
-    return told and any(isinstance(get(first, key), str) for key in ("response", "thought"))
+    complete = all(isinstance(get(first, key), str) for key in ("action", "observation"))
+    return complete and any(isinstance(get(first, key), str) for key in ("response", "thought"))
 
 
 def read(documents: Iterable[Document], tally: Tally) -> Iterator[Trajectory]:
-    """A trajectory for every run, or for each of its attempts."""
+    """Yield a trajectory per run, or per attempt of a run."""
     for document in documents:
         attempts = get(document.value, "attempts")
         several = isinstance(attempts, list) and bool(attempts)
@@ -52,14 +52,14 @@ def read(documents: Iterable[Document], tally: Tally) -> Iterator[Trajectory]:
 
 
 def command_name(action: str) -> str | None:
-    """The program that a command calls: its first word without the folder; None where that may be more than a name, such as a secret."""
+    """The program a command calls: its first word without the folder; None if that may be more than a name, such as a secret."""
     words = action.split(maxsplit=1)
     found = _COMMAND.fullmatch(words[0].rsplit("/", 1)[-1]) if words else None
     return found.group() if found else None
 
 
 def stem(file: str) -> str:
-    """Of a file of one instance: its name without what agents put behind the instance's id."""
+    """Instance id from the name of a single-instance file: the name without the suffixes that agents append."""
     base = Path(file).name
     for suffix in (".gz", ".jsonl", ".json", ".traj"):
         base = base.removesuffix(suffix)
@@ -87,33 +87,33 @@ def _run(run: Any, document: Document, where: str, tally: Tally) -> Trajectory |
     received = count(get(info, "model_stats", "tokens_received"))
     if item is None or not received or not item.output_tokens:
         return item
-    tally.told["output tokens in all"] += 1
+    tally.known["total output tokens"] += 1
     return replace(item, steps=_shared(item.steps, received))
 
 
 def _opening(run: Any) -> list[Message]:
-    """What the model reads before its first message. A demonstration's assistant is not the model."""
-    said = get(run, "history")
-    if not isinstance(said, list) or not said:
-        said = get(run, "trajectory", 0, "query") or get(run, "trajectory", 0, "messages")
+    """Messages before the model's first one. Assistant messages of a demonstration are not the model's."""
+    history = get(run, "history")
+    if not isinstance(history, list) or not history:
+        history = get(run, "trajectory", 0, "query") or get(run, "trajectory", 0, "messages")
     opening = []
-    for one in said if isinstance(said, list) else []:
-        if get(one, "role") == "assistant" and not get(one, "is_demo"):
+    for entry in history if isinstance(history, list) else []:
+        if get(entry, "role") == "assistant" and not get(entry, "is_demo"):
             break
-        opening.append(Message("system" if get(one, "role") == "system" else "user", text(get(one, "content"))))
+        opening.append(Message("system" if get(entry, "role") == "system" else "user", text(get(entry, "content"))))
     return opening
 
 
 def _step(step: dict[str, Any], tally: Tally) -> list[Message]:
-    action, said = text(step.get("action")).strip(), text(step.get("response")) or text(step.get("thought"))
-    if action.startswith("exit_") or (not action and _EXIT.match(said)):
-        tally.left_out["steps that no model made"] += 1  # SWE-agent's own words on why it ends
+    action, response = text(step.get("action")).strip(), text(step.get("response")) or text(step.get("thought"))
+    if action.startswith("exit_") or (not action and _EXIT.match(response)):
+        tally.left_out["steps not from a model"] += 1  # SWE-agent's own message on why it ends
         return []
-    if action not in said:  # function calls are not in the response
-        said = f"{said}\n{action}"
-    seconds = real(step.get("execution_time")) or None  # 0 is what an action has that never ran
+    if action not in response:  # the response does not contain function calls
+        response = f"{response}\n{action}"
+    seconds = real(step.get("execution_time")) or None  # an action that never ran has 0
     return [
-        Message("assistant", said, calls=(command_name(action) or "bash",) if action else ()),
+        Message("assistant", response, calls=(command_name(action) or "bash",) if action else ()),
         Message("tool", text(step.get("observation")), tool_s=seconds),
     ]
 
@@ -129,7 +129,7 @@ def _config(run: Any) -> Any:
 
 
 def _shared(turns: tuple[Turn, ...], total: int) -> tuple[Turn, ...]:
-    """The same turns with `total` tokens generated, in proportion to what was estimated; contexts grow with them."""
+    """Scale the estimated output tokens of the turns to sum to `total`, and shift contexts accordingly."""
     whole = sum(turn.output_tokens or 0 for turn in turns)
     estimated = given = 0
     shared = []

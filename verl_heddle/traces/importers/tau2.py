@@ -1,7 +1,7 @@
-"""tau2-bench: one object with `info`, `tasks` and `simulations`; and tau-bench: a list of tasks with their `traj`.
+"""Import tau2-bench results (one object with `info`, `tasks` and `simulations`) and tau-bench results (a list of tasks with `traj`).
 
-A turn is a generation of the agent. What the simulated user does with tools of its own the agent does not see: it is time that the user
-takes. The greeting that opens a tau2 conversation is no generation, it is fixed. Source: `data_model/simulation.py` and
+A turn is a generation of the agent. The agent does not see the simulated user's own tool calls; their time counts as user time.
+The greeting that opens a tau2 conversation is fixed text, not a generation. Source: `data_model/simulation.py` and
 `data_model/message.py` of sierra-research/tau2-bench; `agents/` and the historical trajectories of sierra-research/tau-bench.
 """
 
@@ -23,11 +23,11 @@ NAME, TITLE = "tau2", "tau2-bench or tau-bench results"
 ROLES = ("system", "user", "assistant", "tool")
 
 _REACT_RESULT = "API output: "
-"""What an agent without tool calls reads is the user's words or this."""
+"""Prefix of tool results for agents without tool calls; their other inputs are user messages."""
 
 
 def knows(value: object) -> bool:
-    """Whether the first document is of this format."""
+    """Whether the first document has this format."""
     if isinstance(value, list):
         return isinstance(get(value, 0, "traj"), list) and get(value, 0, "task_id") is not None
     return (
@@ -38,9 +38,9 @@ def knows(value: object) -> bool:
 
 
 def read(documents: Iterable[Document], tally: Tally) -> Iterator[Trajectory]:
-    """A trajectory for every simulation."""
+    """Yield a trajectory per simulation."""
     for document in documents:
-        for item in (_old if isinstance(document.value, list) else _simulations)(document, tally):
+        for item in (_tau_bench if isinstance(document.value, list) else _simulations)(document, tally):
             if item is not None:
                 yield item
 
@@ -49,7 +49,7 @@ def _simulations(document: Document, tally: Tally) -> Iterator[Trajectory | None
     about = get(document.value, "info")
     preamble = "\n".join(text(get(about, "environment_info", key)) for key in ("policy", "tool_defs"))
     for number, run in enumerate(document.list_of(get(document.value, "simulations"), "simulations", "simulations")):
-        if isinstance(run, dict) and run.get("messages") is None:  # a voice run has ticks of audio
+        if isinstance(run, dict) and run.get("messages") is None:  # a voice run has audio ticks instead
             tally.left_out["without messages"] += 1
             continue
         field = f"simulations[{number}].messages"
@@ -66,38 +66,38 @@ def _simulations(document: Document, tally: Tally) -> Iterator[Trajectory | None
         )
 
 
-def _messages(document: Document, said: list[Any], field: str) -> list[Message]:
-    """What the agent says and reads."""
-    made: list[Message] = []
-    for index, one in enumerate(said):
-        role = get(one, "role")
+def _messages(document: Document, entries: list[Any], field: str) -> list[Message]:
+    """The messages that the agent writes and reads."""
+    messages: list[Message] = []
+    for index, entry in enumerate(entries):
+        role = get(entry, "role")
         if role not in ROLES:
             document.fault(f"got {role!r}", field=f"{field}[{index}].role", allowed=", ".join(ROLES))
-        calls = items(get(one, "tool_calls"))
-        if (role == "tool" and get(one, "requestor") == "user") or (role == "user" and calls):
+        calls = items(get(entry, "tool_calls"))
+        if (role == "tool" and get(entry, "requestor") == "user") or (role == "user" and calls):
             continue
-        words = text([get(one, "content"), *(get(call, "arguments") for call in calls)])
-        if not made and role == "assistant" and not calls and get(one, "usage") is None:
+        words = text([get(entry, "content"), *(get(call, "arguments") for call in calls)])
+        if not messages and role == "assistant" and not calls and get(entry, "usage") is None:
             role = "system"  # the greeting
-        heard = Message(role, words, ended_s=unix_s(get(one, "timestamp")))
+        message = Message(role, words, ended_s=unix_s(get(entry, "timestamp")))
         if role == "assistant":
-            heard = replace(
-                heard,
-                tokens=count(get(one, "usage", "completion_tokens")),
-                context_tokens=count(get(one, "usage", "prompt_tokens")),
+            message = replace(
+                message,
+                tokens=count(get(entry, "usage", "completion_tokens")),
+                context_tokens=count(get(entry, "usage", "prompt_tokens")),
                 calls=tuple(name(get(call, "name")) or "tool" for call in calls),
-                gen_s=real(get(one, "generation_time_seconds")),
+                gen_s=real(get(entry, "generation_time_seconds")),
             )
-        made.append(heard)
-    return made
+        messages.append(message)
+    return messages
 
 
-def _old(document: Document, tally: Tally) -> Iterator[Trajectory | None]:
-    """Of tau-bench, whose messages are those of the OpenAI API."""
+def _tau_bench(document: Document, tally: Tally) -> Iterator[Trajectory | None]:
+    """Trajectories of tau-bench, which uses OpenAI API messages."""
     for number, run in enumerate(document.value):
         field = f"[{number}].traj"
-        said = document.list_of(get(run, "traj"), "messages", field)
-        messages = [openai_chat.message(one, document, f"{field}[{index}]") for index, one in enumerate(said)]
+        entries = document.list_of(get(run, "traj"), "messages", field)
+        messages = [openai_chat.message(entry, document, f"{field}[{index}]") for index, entry in enumerate(entries)]
         for index, message in enumerate(messages[1:], 1):
             before = messages[index - 1]
             if message.role == "user" and before.role == "assistant" and message.text.startswith(_REACT_RESULT):
@@ -115,7 +115,7 @@ def _old(document: Document, tally: Tally) -> Iterator[Trajectory | None]:
 
 
 def _action(words: str) -> str:
-    """The tool that an agent without tool calls names in its last lines."""
+    """The tool that an agent without tool calls names at the end of its message."""
     try:
         return name(get(json.loads(words.rpartition("Action:")[2]), "name")) or "tool"
     except (ValueError, RecursionError):

@@ -146,7 +146,7 @@ def test_a_foreign_folder_is_left_alone(tmp_path):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("--pairs", "0"), "needs a whole number from 1"),
+        (("--pairs", "0"), "must be a whole number of at least 1"),
         (("--arm", "nonsense"), '--arm needs "name: overrides"'),
         (("--arm", "heddle: a=1"), "two arms are called heddle"),
         (("--no-heddle",), "only one arm is left"),

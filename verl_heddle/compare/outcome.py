@@ -21,7 +21,6 @@ from verl_heddle.compare.launch import wandb_offline
 from verl_heddle.compare.ledger import Ledger
 from verl_heddle.compare.measure import SPLIT, measured
 from verl_heddle.compare.plan import Plan, write_json
-from verl_heddle.compare.progress import Say
 from verl_heddle.compare.result import ArmResult, Comparison, comparison
 from verl_heddle.compare.told import cautions, not_helped, told
 from verl_heddle.latency import LatencyModel
@@ -259,7 +258,7 @@ def write(plan: Plan, out: Path, warmup: int, table: LatencyModel | None, shell:
     return answer
 
 
-def publish(answer: Comparison, out: Path, say: Say) -> None:
+def publish(answer: Comparison, out: Path) -> None:
     """Print the table and where everything is; log the summary to W&B if runs are logged there and a pair is finished."""
     print(report(answer), flush=True)
     compared = any(arm.headline or arm.step_ratio for arm in answer.others)

@@ -132,7 +132,7 @@ def test_sentences_follow_the_numbers(finished, value):
 
 def test_tools_that_set_the_pace_are_named():
     from verl_heddle.compare.bootstrap import Ratio
-    from verl_heddle.compare.told import not_helped
+    from verl_heddle.compare.findings import not_helped
 
     def made(name, tool_s):
         split = {"queue_s": 0.1, "generate_s": 2.0, "tool_s": tool_s, "other_s": 0.9, "late_start_s": 0.0}

@@ -143,7 +143,7 @@ def _run(args: argparse.Namespace) -> int:
             except KeyboardInterrupt:
                 _log(f"interrupted; finished runs are kept. Resume with: verl-heddle compare --out {shlex.quote(str(out))}")
                 return 130
-            _log(f"{len(made.finished)} runs made, {len(made.kept)} kept, {len(made.failed)} failed, {len(made.skipped)} skipped")
+            _log(f"{len(made.finished)} runs executed, {len(made.kept)} kept, {len(made.failed)} failed, {len(made.skipped)} skipped")
             if len(made.kept) == len(list(plan.runs())):
                 _log(f"every run was already finished: ask for more with --pairs {plan.pairs + 1}, or start anew with a different --out")
         answer = write(plan, out, args.warmup, table, shell_line())

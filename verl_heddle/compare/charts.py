@@ -8,11 +8,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from verl_heddle.compare.findings import interval
 from verl_heddle.compare.ledger import Ledger
 from verl_heddle.compare.measure import Step, traced_steps
 from verl_heddle.compare.plan import Key
 from verl_heddle.compare.result import ArmResult, Comparison
-from verl_heddle.compare.told import interval
 from verl_heddle.report.html import ticks
 from verl_heddle.report.page import SCENE_NOTE
 from verl_heddle.report.raster import DARK, LIGHT, data_uri, palette, png, raster, recorded

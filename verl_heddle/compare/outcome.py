@@ -17,12 +17,12 @@ from typing import Any
 
 from verl_heddle.compare.bootstrap import Ratio
 from verl_heddle.compare.document import document
+from verl_heddle.compare.findings import cautions, findings, not_helped
 from verl_heddle.compare.launch import wandb_offline
 from verl_heddle.compare.ledger import Ledger
 from verl_heddle.compare.measure import SPLIT, measured
 from verl_heddle.compare.plan import Plan, write_json
 from verl_heddle.compare.result import ArmResult, Comparison, comparison
-from verl_heddle.compare.told import cautions, not_helped, told
 from verl_heddle.latency import LatencyModel
 from verl_heddle.report.words import number
 
@@ -109,7 +109,7 @@ def report(answer: Comparison) -> str:
             f"means over the windows between batches ({warm}); ratio: tokens trained on per second, {over};\n"
             "generate to paused: of all time of the trajectories that ended; read again: of what engines read; age: of what is trained on"
         )
-    parts = [table(answer), legend, "\n".join(f"- {line}" for line in told(answer))]
+    parts = [table(answer), legend, "\n".join(f"- {line}" for line in findings(answer))]
     for heading, lines in (("did not help", not_helped(answer)), ("to know", cautions(answer))):
         if lines:
             parts.append(f"{heading}:\n" + "\n".join(f"- {line}" for line in lines))

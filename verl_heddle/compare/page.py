@@ -12,10 +12,10 @@ from typing import Any
 import verl_heddle
 from verl_heddle.compare import charts
 from verl_heddle.compare.bootstrap import Ratio
+from verl_heddle.compare.findings import SPLIT_WORDS, cautions, findings, interval, not_helped
 from verl_heddle.compare.measure import SPLIT, WINDOW
 from verl_heddle.compare.progress import duration
 from verl_heddle.compare.result import ArmResult, Comparison
-from verl_heddle.compare.told import SPLIT_WORDS, cautions, interval, not_helped, told
 from verl_heddle.report.html import render
 from verl_heddle.report.words import count, number, percent, ratio, seconds
 
@@ -56,7 +56,7 @@ def page(answer: Comparison, out: Path, shell: str = "") -> str:
         title=f"{plan.name}: {', '.join(arm.arm.name for arm in answer.others)} against {answer.base.arm.name}",
         subtitle=_subtitle(answer),
         tiles=_tiles(answer),
-        sentences=told(answer),
+        sentences=findings(answer),
         not_helped=not_helped(answer),
         cautions=cautions(answer),
         rows=[_row(arm, answer) for arm in answer.arms.values()],

@@ -32,7 +32,7 @@ SPLIT_WORDS = {
 }
 
 
-def told(answer: Comparison) -> list[str]:
+def findings(answer: Comparison) -> list[str]:
     """What came out, most important first."""
     base = answer.base
     lines = []

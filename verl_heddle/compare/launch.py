@@ -85,11 +85,11 @@ def override(key: str, value: str, text: bool = False) -> str:
         ValueError: verl's configuration cannot represent the value; one line.
     """
     if "${" in value or value == "???":  # verl resolves its configuration twice, so no escape survives
-        raise ValueError(f"{value!r} cannot be a value of {key.lstrip('+')}: Hydra interprets ${{ and ???; use another --out or --name")
+        raise ValueError(f"{value!r} cannot be a value of {key.lstrip('+')}: Hydra interprets ${{ and ???; use a different --out or --name")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{value!r} cannot be a value of {key.lstrip('+')}: it is not UTF-8; use another --out or --name") from None
+        raise ValueError(f"{value!r} cannot be a value of {key.lstrip('+')}: it is not UTF-8; use a different --out or --name") from None
     if not text and _PLAIN.fullmatch(value) and value.lower() not in ("null", "none", "true", "false", "nan", "inf", "-inf"):
         return f"{key}={value}"
     escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", value).replace("'", r"\'")

@@ -69,7 +69,7 @@ class Ledger:
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             if not (folder / FILE).exists() and any(not item.name.startswith(".") for item in folder.iterdir()):
-                raise ValueError(f"{folder} exists and is not a run of a comparison: move it away or use another --out")
+                raise ValueError(f"{folder} exists and is not a run of a comparison: move it away or use a different --out")
             folder.rename(old)
             shutil.rmtree(old, ignore_errors=True)
         folder.mkdir(parents=True)

@@ -78,7 +78,7 @@ def test_the_twins_number_stands_beside_the_measured_one(finished, value):
     assert arm(value, "stock_bare")["twin"] is None
     line = next(line for line in value["explanation"] if "twin" in line)
     measured = arm(value, "heddle")["speedup"]["value"]
-    assert "1.25x inside stock (4 steps, 2 % error on the steps as run) and 1.25x inside heddle" in line
+    assert "1.25x inside stock (4 steps, 2 % error on real steps) and 1.25x inside heddle" in line
     assert f"measured between arms: {measured:.2f}x (heddle)" in line and line in finished[1].out
 
 

@@ -132,7 +132,7 @@ def test_two_calls_exclude_each_other(tmp_path):
     with open(out / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         done = compare("--out", str(out), "--no-wandb")
-    assert done.code == 2 and "another verl-heddle compare is at work" in done.err and not (out / "runs").exists()
+    assert done.code == 2 and "another verl-heddle compare is running" in done.err and not (out / "runs").exists()
 
 
 def test_a_foreign_folder_is_left_alone(tmp_path):

@@ -47,19 +47,19 @@ def add_parser(subparsers: Any) -> None:
         ("merge", "join several traces into one", True),
         ("head", "keep the first trajectories of a trace", False),
     ):
-        one = what.add_parser(name, help=help_text, description=help_text, formatter_class=argparse.RawDescriptionHelpFormatter)
-        one.error = one_line(one.prog)  # type: ignore[method-assign]
-        one.add_argument("files", nargs="+" if several else 1, metavar="FILE", help="a file; for heddle traces also a folder")
+        command = what.add_parser(name, help=help_text, description=help_text, formatter_class=argparse.RawDescriptionHelpFormatter)
+        command.error = one_line(command.prog)  # type: ignore[method-assign]
+        command.add_argument("files", nargs="+" if several else 1, metavar="FILE", help="a file; for heddle traces also a folder")
         if name == "merge":
-            one.set_defaults(format=None, tokenizer=None)
+            command.set_defaults(format=None, tokenizer=None)
         else:
-            one.add_argument("--format", help="format of a file of another tool (default: detected from its content)")
-            one.add_argument("--tokenizer", metavar="NAME", help="folder or name of a Hugging Face tokenizer (default: characters / 4)")
+            command.add_argument("--format", help="format of a file of another tool (default: detected from its content)")
+            command.add_argument("--tokenizer", metavar="NAME", help="folder or name of a Hugging Face tokenizer (default: characters / 4)")
         if name == "head":
-            one.add_argument("-n", type=_positive, default=100, metavar="N", help="number of trajectories (default 100)")
+            command.add_argument("-n", type=_positive, default=100, metavar="N", help="number of trajectories (default 100)")
         if name != "describe":
-            one.add_argument("--out", required=True, metavar="FILE", help="the trace to write; compressed if it ends in .gz")
-            one.add_argument("--force", action="store_true", help="replace FILE if it exists")
+            command.add_argument("--out", required=True, metavar="FILE", help="the trace to write; compressed if it ends in .gz")
+            command.add_argument("--force", action="store_true", help="replace FILE if it exists")
 
 
 def run(args: argparse.Namespace) -> int:

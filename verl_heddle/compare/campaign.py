@@ -212,7 +212,7 @@ def locked(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ValueError(f"another verl-heddle compare is at work in {out}") from None
+            raise ValueError(f"another verl-heddle compare is running in {out}") from None
         yield
 
 

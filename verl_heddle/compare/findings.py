@@ -181,7 +181,7 @@ def _twins(answer: Comparison) -> list[str]:
     """The speedup of heddle's rule over verl's that the twin in each run estimates, next to the measured one."""
     judged = [(name, arm.twin) for name, arm in answer.arms.items() if arm.twin is not None]
     estimates = [
-        f"{ratio(twin.speedup)} inside {name} ({count(twin.steps)} step{'s' * (twin.steps > 1)}, {percent(twin.error)} error on the steps as run)"
+        f"{ratio(twin.speedup)} inside {name} ({count(twin.steps)} step{'s' * (twin.steps > 1)}, {percent(twin.error)} error on real steps)"
         for name, twin in judged
     ]
     if not estimates:

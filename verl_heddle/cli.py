@@ -1,4 +1,4 @@
-"""`verl-heddle`: the command line. One module a command in `commands`; their imports are lazy, so `--help` is instant."""
+"""`verl-heddle`: the command-line entry point. Each command is a module in `commands`; imports are lazy, so `--help` is instant."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ EPILOG = """\
 The plugin itself needs no command: add +plugin=heddle to a stock verl command line.
 
     python -m verl.trainer.main_ppo ... +plugin=heddle                  switch it on
-    python -m verl.trainer.main_ppo ... +plugin=observe                 stock decisions, heddle's instruments
+    python -m verl.trainer.main_ppo ... +plugin=observe                 stock decisions, heddle's metrics and traces
     python -m verl.trainer.main_ppo ... +plugin=heddle +machine=cpu     without a GPU
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code."""
+    """Parse the command line, run the command, and return its exit code."""
     parser = argparse.ArgumentParser(
         prog="verl-heddle", description=verl_heddle.__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )

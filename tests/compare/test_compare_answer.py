@@ -78,8 +78,8 @@ def test_the_twins_number_stands_beside_the_measured_one(finished, value):
     assert arm(value, "stock_bare")["twin"] is None
     line = next(line for line in value["explanation"] if "twin" in line)
     measured = arm(value, "heddle")["speedup"]["value"]
-    assert "1.25x inside stock (4 steps, 2 % off on what ran) and 1.25x inside heddle" in line
-    assert f"measured, arm against arm: {measured:.2f}x (heddle)" in line and line in finished[1].out
+    assert "1.25x inside stock (4 steps, 2 % error on real steps) and 1.25x inside heddle" in line
+    assert f"measured between arms: {measured:.2f}x (heddle)" in line and line in finished[1].out
 
 
 def test_numbers_hang_together(value):
@@ -132,7 +132,7 @@ def test_sentences_follow_the_numbers(finished, value):
 
 def test_tools_that_set_the_pace_are_named():
     from verl_heddle.compare.bootstrap import Ratio
-    from verl_heddle.compare.told import not_helped
+    from verl_heddle.compare.findings import not_helped
 
     def made(name, tool_s):
         split = {"queue_s": 0.1, "generate_s": 2.0, "tool_s": tool_s, "other_s": 0.9, "late_start_s": 0.0}
@@ -142,7 +142,7 @@ def test_tools_that_set_the_pace_are_named():
     for tool_s, dominate in ((27.0, True), (1.0, False)):
         arms = {name: made(name, tool_s) for name in ("stock", "heddle")}
         said = not_helped(SimpleNamespace(arms=arms, base=arms["stock"], others=[arms["heddle"]]))
-        assert ("In stock the last trajectory to end is in tools 90 % of its time: no order helps there." in said) == dominate
+        assert ("In stock the last trajectory to end spends 90 % of its time in tools: no order helps there." in said) == dominate
         assert ("Faster tools" in said[-1]) == dominate and ("Tensor parallelism" in said[-1]) != dominate
 
 
@@ -164,4 +164,4 @@ def test_what_did_not_help_is_said(tmp_path):
     assert done.code == 0, done.err
     value = json.loads((out / "compare.json").read_text())
     assert arm(value, "same")["speedup"]["value"] == pytest.approx(1.0) and arm(value, "same")["speedup"]["verdict"] == "unclear"
-    assert value["did_not_help"][0].startswith("same made no difference beyond chance to stock: 1.00x")
+    assert value["did_not_help"][0].startswith("same showed no difference beyond chance from stock: 1.00x")

@@ -87,7 +87,7 @@ ANY_NAME = st.one_of(
 @given(ANY_NAME, st.booleans())
 def test_a_run_reads_any_name_as_it_is_or_it_is_refused(text, quoted):
     if "${" in text or text == "???":
-        with pytest.raises(ValueError, match="use another --out or --name"):
+        with pytest.raises(ValueError, match="use a different --out or --name"):
             override("++a.b", text, quoted)
     else:
         assert as_a_run_reads_it(override("++a.b", text, quoted)) == text
@@ -112,7 +112,7 @@ def test_a_name_that_no_configuration_can_hold_is_one_line(name, tmp_path, capsy
 
     assert main(["compare", "--dry-run", "--pairs", "1", "--out", str(tmp_path / name), "--", "python", "train.py"]) == 2
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and "use another --out or --name" in said[0]
+    assert len(said) == 1 and "use a different --out or --name" in said[0]
 
 
 def test_wandb_is_offline_unless_somebody_can_log_in(tmp_path):
@@ -132,7 +132,7 @@ def test_a_plan_survives_its_file_and_can_only_grow(tmp_path):
     keep(tmp_path, more)
     assert wanted(tmp_path, PLAN)[0] == more, "asking for less does not forget runs"
     for changed in ({"command": ("other",)}, {"seed": 8}, {"steps": None}, {"recipe": "math"}, {"wandb": False}):
-        with pytest.raises(ValueError, match="holds another comparison"):
+        with pytest.raises(ValueError, match="holds a different comparison"):
             wanted(tmp_path, replace(PLAN, **changed))
     with pytest.raises(ValueError, match="its arm heddle has"):
         wanted(tmp_path, replace(PLAN, arms=(STOCK, Arm("heddle", ("+plugin=heddle", "b=2")))))

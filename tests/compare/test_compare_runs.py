@@ -47,7 +47,7 @@ def test_everything_is_made_and_told(finished):
     assert "step 4 of 4: rollout" in done.err and "runs to go, about" in done.err
     assert "heddle's rollouts run at" in done.out and str(out / "report.html") in done.out
     again = compare("--out", str(out), command=())
-    assert again.code == 0 and "0 runs made, 6 kept" in again.err and "ask for more with --pairs 3" in again.err
+    assert again.code == 0 and "0 runs executed, 6 kept" in again.err and "ask for more with --pairs 3" in again.err
 
 
 @pytest.mark.parametrize("moment", ["first run", "second run"])
@@ -110,7 +110,7 @@ def test_a_failing_arm_costs_only_itself_and_is_tried_again_next_time(tmp_path):
     value = json.loads((out / "compare.json").read_text())
     assert [run["state"] for run in value["runs"] if run["arm"] == "extra"].count("failed") == 2
     mended = compare("--out", str(out), command=(), FAKE_STEP_S="0")
-    assert mended.code == 0 and "3 runs made, 6 kept" in mended.err
+    assert mended.code == 0 and "3 runs executed, 6 kept" in mended.err
 
 
 def test_a_silent_run_is_stopped(tmp_path):
@@ -132,7 +132,7 @@ def test_two_calls_exclude_each_other(tmp_path):
     with open(out / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         done = compare("--out", str(out), "--no-wandb")
-    assert done.code == 2 and "another verl-heddle compare is at work" in done.err and not (out / "runs").exists()
+    assert done.code == 2 and "another verl-heddle compare is running" in done.err and not (out / "runs").exists()
 
 
 def test_a_foreign_folder_is_left_alone(tmp_path):
@@ -146,7 +146,7 @@ def test_a_foreign_folder_is_left_alone(tmp_path):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("--pairs", "0"), "needs a whole number from 1"),
+        (("--pairs", "0"), "must be a whole number of at least 1"),
         (("--arm", "nonsense"), '--arm needs "name: overrides"'),
         (("--arm", "heddle: a=1"), "two arms are called heddle"),
         (("--no-heddle",), "only one arm is left"),

@@ -79,7 +79,7 @@ def compare(command: Command, shell: Shell) -> None:
     goes_on = "--recipe" not in command.words and "--" not in command.words
     if goes_on and "--pairs" not in command.words:
         done = shell.heddle(command, shell.place)
-        assert good(done) and "0 runs made, 4 kept" in done.stderr
+        assert good(done) and "0 runs executed, 4 kept" in done.stderr
     else:  # real runs of a recipe are tests/e2e's
         assert good(shell.heddle(command, shell.place if goes_on else shell.tmp, "--dry-run")).count("# pair ") >= 2
 

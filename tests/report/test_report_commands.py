@@ -65,7 +65,7 @@ def test_plan_prints_overrides(capsys, tmp_path):
     [
         ((), "one of the arguments --trace --workload is required"),
         (("--workload", "chess"), "invalid choice"),
-        (("--workload", "math", "--gpus", "0"), "needs a whole number from 1"),
+        (("--workload", "math", "--gpus", "0"), "must be a whole number of at least 1"),
         (("--workload", "math", "--model", "gpt-5"), "unknown model 'gpt-5'"),
         (("--workload", "math", "--tp", "3"), "--tp 3 does not divide the model's 32 heads"),
         (("--workload", "math", "--step", "1"), "--step chooses a step of a trace"),

@@ -115,7 +115,7 @@ def test_three_lines_and_what_was_sampled(capsys, tmp_path):
     assert value["config"]["fleet_gpus"] == 16 and value["config"]["sample"] == lines[-1] and value["config"]["seeds"] == [0]
 
 
-@pytest.mark.parametrize(("words", "says"), [(("--arms", "heddle"), "--quick asks about"), (("--step", "3"), "--step chooses a step")])
+@pytest.mark.parametrize(("words", "says"), [(("--arms", "heddle"), "--quick simulates"), (("--step", "3"), "--step chooses a step")])
 def test_what_does_not_go_with_it_is_one_line(words, says, capsys):
     assert command("simulate", "--quick", "--workload", "math", "--model", "qwen3-8b", *words) == 2
     out, err = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""One module per command of `verl-heddle`: `add_parser(subparsers)` declares it, `run(args)` answers with an exit code.
+"""One module per `verl-heddle` command: `add_parser(subparsers)` declares it, `run(args)` executes it and returns the exit code.
 
-Declaring imports nothing but argparse, so that `--help` is instant; `run` imports the room that knows.
+Declaring a command imports nothing but argparse, so `--help` is instant; `run` imports the code that does the work.
 """

@@ -1,4 +1,4 @@
-"""What `simulate` and `plan` have in common: their arguments, what is made of them, progress, and one clear line for what goes wrong."""
+"""Code shared by the commands: the arguments of `simulate` and `plan` and what they build, progress, and one-line errors."""
 
 from __future__ import annotations
 
@@ -21,96 +21,101 @@ if TYPE_CHECKING:
 WORKLOADS = ("coding", "search", "math")
 
 BAD_INPUT = 2
-"""Exit code for what the user can mend, argparse's own."""
+"""Exit code for errors the user can fix, the same as argparse's."""
 
 PROMPTS_PER_GPU, SAMPLES = 2, 16
-"""A generated step: 32 trajectories a GPU, in groups of 16 as in the Heddle paper."""
+"""Default size of a generated step: 32 trajectories per GPU, in groups of 16 as in the Heddle paper."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The question: what is run, on what, how often."""
+    """Add the arguments that define a simulation: workload, hardware, costs and number of draws."""
     parser.error = one_line(parser.prog)  # type: ignore[assignment, method-assign]
-    parser.usage = "%(prog)s (--trace FILE | --workload NAME) --model MODEL [more, see below]"
-    work = parser.add_argument_group("what is run (one of the two)")
+    parser.usage = "%(prog)s (--trace FILE | --workload NAME) --model MODEL [options]"
+    work = parser.add_argument_group("workload (choose one)")
     which = work.add_mutually_exclusive_group(required=True)
     which.add_argument(
         "--trace",
         metavar="FILE",
-        help="a trace or a folder of them (+plugin=heddle and observe write one), or logs of other tools (docs/import.md)",
+        help="a trace or a folder of traces (+plugin=heddle and +plugin=observe write them), or logs of other tools (docs/import.md)",
     )
-    which.add_argument("--workload", choices=WORKLOADS, help="an invented workload, for a first look without a trace")
-    work.add_argument("--step", type=int, metavar="N", help="of a trace: this training step; default: every step, one after the other")
-    work.add_argument("--prompts", type=_positive, metavar="N", help=f"prompts of a step; default: {PROMPTS_PER_GPU} a GPU, of a trace all")
-    work.add_argument("--samples", type=_positive, metavar="N", help=f"trajectories of a prompt; default: {SAMPLES}, of a trace all")
+    which.add_argument("--workload", choices=WORKLOADS, help="a synthetic workload, for a first look without a trace")
+    work.add_argument("--step", type=int, metavar="N", help="with --trace: this training step only (default: every step in turn)")
+    work.add_argument(
+        "--prompts", type=_positive, metavar="N", help=f"prompts per step (default: {PROMPTS_PER_GPU} per GPU, or all of a trace)"
+    )
+    work.add_argument("--samples", type=_positive, metavar="N", help=f"trajectories per prompt (default: {SAMPLES}, or all of a trace)")
     work.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="of a workload: another parameter, e.g. --set tool_mean_s=2 (repeatable)",
+        help="with --workload: set one of its parameters, e.g. --set tool_mean_s=2 (repeatable)",
     )
     work.add_argument(
         "--cold",
         action="store_true",
-        help="heddle starts without history, as in a first epoch; default: it has seen one epoch (docs/simulate.md)",
+        help="start heddle without history, as in a first epoch (default: with one epoch of history; docs/simulate.md)",
     )
-    place = parser.add_argument_group("on what")
+    place = parser.add_argument_group("hardware and engines")
     place.add_argument(
         "--model", required=True, help="a known name (qwen3-14b, llama-3.1-70b, ...: docs/models.md), a config.json, or a folder with one"
     )
     place.add_argument(
         "--gpu",
         default="h200",
-        help="a100, h20, h100, h200 (default), l40s, b200, or another one as name:mem=..GiB,bw=..TB/s,tflops=.. (dense bf16)",
+        help="a100, h20, h100, h200 (default), l40s, b200, or a custom one as name:mem=..GiB,bw=..TB/s,tflops=.. (dense bf16)",
     )
-    place.add_argument("--weights", choices=("bf16", "fp8"), help="precision of the weights (default: as the model's config says)")
-    place.add_argument("--kv", choices=("bf16", "fp8"), help="precision of the KV cache (default: as the model's config says)")
+    place.add_argument("--weights", choices=("bf16", "fp8"), help="precision of the weights (default: from the model's config)")
+    place.add_argument("--kv", choices=("bf16", "fp8"), help="precision of the KV cache (default: from the model's config)")
     place.add_argument(
         "--calibrate",
         metavar="RUN",
-        help="step times of your own engines: a trace of theirs, or a folder with one; other degrees of tensor parallelism are scaled",
+        help="calibrate step times on your own engines: a trace, or a folder with one; other tensor-parallel degrees are scaled from it",
     )
     place.add_argument("--gpus", type=_positive, default=8, metavar="N", help="GPUs for rollout (default 8)")
     place.add_argument(
         "--tp",
         type=_positive,
         metavar="N",
-        help="your tensor_model_parallel_size; default: the smallest with room for 100,000 KV tokens, from 2 for a dense 32B",
+        help="your tensor_model_parallel_size (default: the smallest with room for 100,000 KV tokens, at least 2 from a dense 32B up)",
     )
     place.add_argument("--slots", type=_positive, default=256, metavar="N", help="your max_num_seqs (default 256, verl's)")
     place.add_argument(
-        "--gpu-memory-utilization", type=float, default=0.5, metavar="X", help="your setting of that name (default 0.5, verl's)"
+        "--gpu-memory-utilization", type=float, default=0.5, metavar="X", help="your gpu_memory_utilization (default 0.5, verl's)"
     )
-    beside = parser.add_argument_group("what a step costs beside kernels and tools (defaults are assumptions, and told as such)")
-    beside.add_argument(
+    costs = parser.add_argument_group("step costs besides kernels and tools (defaults are assumptions and are reported as such)")
+    costs.add_argument(
         "--host-s",
         type=float,
         metavar="S",
-        help="seconds the host adds to every engine step (default 0.001; verl-heddle explain RUN --model ... --gpu ... measures it)",
+        help="seconds the host adds to every engine step (default 0.001; to measure it: verl-heddle explain RUN --model ... --gpu ...)",
     )
-    beside.add_argument(
-        "--overhead-s", type=float, metavar="S", help="seconds of every turn outside engine and tools (default 0.015; explain measures it)"
+    costs.add_argument(
+        "--overhead-s", type=float, metavar="S", help="seconds per turn outside engine and tools (default 0.015; explain measures it)"
     )
-    beside.add_argument(
-        "--sync-s", type=float, metavar="S", help="seconds of weight sync before a step (default: the weights at the speed of PCIe)"
+    costs.add_argument(
+        "--sync-s",
+        type=float,
+        metavar="S",
+        help="seconds of weight sync before a step (default: the time to copy the weights at PCIe speed)",
     )
-    beside.add_argument(
-        "--tools-at-once", type=_positive, metavar="N", help="tools that run at the same time (default: no limit, as in verl)"
+    costs.add_argument("--tools-at-once", type=_positive, metavar="N", help="most tools running at once (default: no limit, as in verl)")
+    costs.add_argument(
+        "--offload-gb-s", type=float, metavar="X", help="for stock_tier: GB/s at which each GPU reads KV cache back (default 25)"
     )
-    beside.add_argument(
-        "--offload-gb-s", type=float, metavar="X", help="of stock_tier: GB/s at which each GPU reads KV cache back (default 25)"
+    costs.add_argument("--offload-gib", type=float, metavar="X", help="for stock_tier: GiB of KV cache kept per host (default: no limit)")
+    draws = parser.add_argument_group("draws")
+    draws.add_argument(
+        "--seeds", type=_positive, default=3, metavar="N", help="independent draws, reported as median and range (default 3)"
     )
-    beside.add_argument("--offload-gib", type=float, metavar="X", help="of stock_tier: GiB of KV cache a host keeps (default: no limit)")
-    often = parser.add_argument_group("how often")
-    often.add_argument("--seeds", type=_positive, default=3, metavar="N", help="independent draws; median and range are told (default 3)")
-    often.add_argument("--jobs", type=_positive, metavar="N", help="processes (default: one a CPU, at most 8)")
+    draws.add_argument("--jobs", type=_positive, metavar="N", help="processes (default: one per CPU, at most 8)")
 
 
 def setting_of(args: argparse.Namespace) -> Setting:
-    """The setting asked about.
+    """The setting that the arguments describe.
 
     Raises:
-        ValueError: one line about what cannot be.
+        ValueError: an argument is invalid; one line.
     """
     from verl_heddle.report.setting import setting
 
@@ -133,10 +138,10 @@ def setting_of(args: argparse.Namespace) -> Setting:
 
 
 def _live(run: str) -> list[Trajectory]:
-    """Training trajectories to calibrate on, of whole steps after the first: of a trace, or of the one in a run's folder.
+    """Training trajectories to calibrate on, from whole steps after the warm-up. `run` is a trace or a run's folder that holds one.
 
     Raises:
-        ValueError: no such trace, or none of a live run.
+        ValueError: there is no such trace, or it is not of a live run.
     """
     from verl_heddle.report.attribution import WARM_UP_STEPS
     from verl_heddle.report.recorded import enough
@@ -147,7 +152,7 @@ def _live(run: str) -> list[Trajectory]:
 
 
 def _tier(args: argparse.Namespace) -> HostTier | None:
-    """What the user said of KV offload; None: nothing."""
+    """The KV offload settings given by the user, None if there are none."""
     from verl_heddle.simulate import HostTier
 
     if args.offload_gb_s is None and args.offload_gib is None:
@@ -155,16 +160,16 @@ def _tier(args: argparse.Namespace) -> HostTier | None:
     for option, value in (("--offload-gb-s", args.offload_gb_s), ("--offload-gib", args.offload_gib)):
         if value is not None and not value > 0:
             raise ValueError(f"{option} must be positive, got {value:g}")
-    speed = {} if args.offload_gb_s is None else {"bytes_per_s": args.offload_gb_s * 1e9}
-    room = {} if args.offload_gib is None else {"host_bytes": args.offload_gib * 2**30}
-    return HostTier(**speed, **room)
+    bandwidth = {} if args.offload_gb_s is None else {"bytes_per_s": args.offload_gb_s * 1e9}
+    capacity = {} if args.offload_gib is None else {"host_bytes": args.offload_gib * 2**30}
+    return HostTier(**bandwidth, **capacity)
 
 
 def source_of(args: argparse.Namespace) -> Source:
-    """The draws asked for.
+    """The draws that the arguments describe.
 
     Raises:
-        ValueError: one line about what cannot be, or be read.
+        ValueError: an argument is invalid or a file cannot be read; one line.
     """
     from verl_heddle.report.draws import generated, recorded
 
@@ -172,16 +177,16 @@ def source_of(args: argparse.Namespace) -> Source:
     if args.trace is not None:
         if args.set:
             raise ValueError("--set changes a generated workload, not a trace")
-        with _ours(args.trace) as path:
+        with _imported(args.trace) as path:
             return recorded(path, seeds, args.step, args.prompts, args.samples, args.cold)
     if args.step is not None:
-        raise ValueError("--step chooses a step of a trace, a workload has only one")
+        raise ValueError("--step chooses a step of a trace; a workload has only one")
     prompts = args.prompts or max(8, PROMPTS_PER_GPU * args.gpus)
     return generated(args.workload, prompts, args.samples or SAMPLES, seeds, args.cold, **dict(map(_parameter, args.set)))
 
 
 def quick_of(args: argparse.Namespace) -> tuple[Setting, Source]:
-    """What is asked for, small enough for an answer in seconds.
+    """The requested setting and draws, reduced so that the answer takes seconds.
 
     Raises:
         ValueError: as `setting_of` and `source_of`.
@@ -194,14 +199,14 @@ def quick_of(args: argparse.Namespace) -> tuple[Setting, Source]:
             raise ValueError("--set changes a generated workload, not a trace")
         return quick_trace(setting, args.trace, args.step, args.prompts, args.samples, args.cold)
     if args.step is not None:
-        raise ValueError("--step chooses a step of a trace, a workload has only one")
+        raise ValueError("--step chooses a step of a trace; a workload has only one")
     prompts = args.prompts or max(8, PROMPTS_PER_GPU * args.gpus)
     return quick_workload(setting, args.workload, prompts, args.samples or SAMPLES, args.cold, **dict(map(_parameter, args.set)))
 
 
 @contextmanager
-def _ours(path: str) -> Iterator[str]:
-    """The path of a trace; a file of another format is imported into one that lives as long as the context, and told of on stderr."""
+def _imported(path: str) -> Iterator[str]:
+    """Yield the path of a trace. A file in another format is imported into a temporary trace, with a summary on stderr."""
     from verl_heddle.traces import write
     from verl_heddle.traces.importers.formats import trajectories
 
@@ -218,7 +223,7 @@ def _ours(path: str) -> Iterator[str]:
 
 
 def answered(args: argparse.Namespace, work: Callable[[argparse.Namespace], int]) -> int:
-    """Run `work`; whatever the user can mend ends in one line on stderr and `BAD_INPUT`."""
+    """Run `work`. For an error the user can fix, print one line on stderr and return `BAD_INPUT`."""
     try:
         return work(args)
     except (ValueError, OSError) as error:
@@ -230,7 +235,7 @@ def answered(args: argparse.Namespace, work: Callable[[argparse.Namespace], int]
 
 
 def one_line(prog: str) -> Callable[[str], NoReturn]:
-    """argparse's `error` without the usage text: a long usage hides the one line that matters."""
+    """A replacement for argparse's `error` that omits the usage text, which would hide the one line that matters."""
 
     def error(message: str) -> NoReturn:
         print(f"{prog}: {message} (see {prog} --help)", file=sys.stderr)
@@ -240,10 +245,10 @@ def one_line(prog: str) -> Callable[[str], NoReturn]:
 
 
 def check_writable(*paths: str | None) -> None:
-    """Find out before the simulation that a file cannot be written after it.
+    """Check the output paths before the simulation starts.
 
     Raises:
-        OSError: a folder does not exist or cannot be written to, or a path is a folder.
+        OSError: a folder does not exist or is not writable, or a path is a folder.
     """
     for path in paths:
         if path is None or path == "-":
@@ -258,12 +263,12 @@ def check_writable(*paths: str | None) -> None:
 
 
 def shell_line(argv: list[str] | None = None) -> str:
-    """The command as typed, for the page."""
+    """The command as typed, to show on the page."""
     return shlex.join(["verl-heddle", *(sys.argv[1:] if argv is None else argv)])
 
 
 class Meter:
-    """Progress on stderr: one line that changes on a terminal, a line now and then elsewhere, nothing for what is quick."""
+    """Progress on stderr: one line updated in place on a terminal, a line every `EVERY_S` elsewhere, nothing in the first `QUIET_S`."""
 
     QUIET_S = 2.0
     EVERY_S = 15.0
@@ -276,7 +281,7 @@ class Meter:
         self._shown = 0
 
     def __call__(self, done: int, total: int, what: str) -> None:
-        """Told after each simulation."""
+        """Report progress; called after each simulation."""
         now = self._clock()
         took = now - self._start
         if took < self.QUIET_S or (not self._live and (now - self._last < self.EVERY_S or done == total)):
@@ -290,7 +295,7 @@ class Meter:
             print(text, file=self._out, flush=True)
 
     def close(self) -> None:
-        """Clear the changing line."""
+        """Clear the progress line."""
         if self._live and self._shown:
             print("\r" + " " * self._shown + "\r", end="", file=self._out, flush=True)
             self._shown = 0
@@ -299,7 +304,7 @@ class Meter:
 def _positive(text: str) -> int:
     number = int(text) if text.lstrip("-").isdigit() else 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"needs a whole number from 1, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return number
 
 
@@ -309,7 +314,7 @@ def _share(text: str) -> float:
     except ValueError:
         number = 0.0
     if not 0 < number <= 1:
-        raise argparse.ArgumentTypeError(f"needs a number above 0, at most 1, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text!r}")
     return number
 
 

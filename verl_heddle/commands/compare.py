@@ -1,4 +1,4 @@
-"""`verl-heddle compare`: stock verl and heddle on your own job, with error bars and reasons."""
+"""`verl-heddle compare`: measure heddle against stock verl on your own job, with confidence intervals and reasons."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ if TYPE_CHECKING:
     from verl_heddle.compare.plan import Plan
 
 INCOMPLETE = 1
-"""Exit code where runs failed or are missing; the report tells of those that are there."""
+"""Exit code if runs failed or are missing; the report covers the finished ones."""
 
 RECIPE_STEPS = 4
-"""Steps of a recipe's run where nobody says: one to warm up, three that count."""
+"""Default steps of a recipe's run: one to warm up, three that count."""
 
 _DATA = ("DATA", "TRAIN_ROWS", "VAL_ROWS", "MAX_DIFFICULTY")
 RECIPE_SETTINGS = ("MODEL", "MODEL_STEPS", "GPUS", "NODES", *_DATA, "HEDDLE_TOOL_DELAY_S", "HEDDLE_SANDBOX")
-"""Environment variables of a recipe that become part of its command, so that a later call cannot go on with others."""
+"""Environment variables that become part of a recipe's command, so that a later call cannot continue with different values."""
 
 EXAMPLES = """\
 examples:
-  your own job, stock decisions against heddle, three pairs of runs, ten steps each
+  your own job: stock decisions against heddle, three pairs of runs, ten steps each
       verl-heddle compare --out cmp --steps 10 -- python -m verl.trainer.main_ppo <your overrides>
 
-  a recipe; without a GPU it runs on the CPU with a tiny model (about 2 minutes a run on two cores)
+  a recipe; without a GPU it runs on the CPU with a tiny model (about 2 minutes per run on two cores)
       verl-heddle compare --recipe math --pairs 3 --out cmp
 
-  more arms: a part switched off, another setting
+  an extra arm: a part switched off, or a different setting
       verl-heddle compare --recipe math --arm "no_residents: heddle.residents.enable=false"
 
-  go on after an interruption, a crash, a failed arm; or with more pairs
+  resume after an interruption, a crash or a failed arm; or add pairs
       verl-heddle compare --out cmp
       verl-heddle compare --out cmp --pairs 6
 
-  see what would be run
+  print the commands without running them
       verl-heddle compare --recipe math --dry-run
 
-The arm stock is your command with +plugin=observe: verl's own decisions, heddle's instruments. All arms of a pair have the same seeds;
-their order alternates. Checkpoints are not saved. Everything lands in --out: report.html, compare.json, and a folder per run with its
-log and trace. W&B: one group, offline where there is no key (upload later: wandb sync). What the numbers mean: docs/compare.md.
+The arm stock is your command with +plugin=observe: verl's own decisions, heddle's metrics and traces. All arms of a pair have the same
+seeds; their order alternates. Checkpoints are not saved. All output goes to --out: report.html, compare.json, and a folder per run with
+its log and trace. W&B: one group, offline if there is no key (upload later: wandb sync). What the numbers mean: docs/compare.md.
 """
 
 
@@ -54,53 +54,53 @@ def add_parser(subparsers: Any) -> None:
     """Declare the command."""
     parser = subparsers.add_parser(
         "compare",
-        help="stock verl against heddle on your own job: paired runs, a page, W&B",
-        description="Run a verl command under several arms, in pairs with the same seeds; tell how much faster, and why.",
+        help="compare stock verl and heddle on your own job: paired runs, an HTML report, W&B",
+        description="Run a verl command under several arms, in pairs with the same seeds; report how much faster each arm is, and why.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.error = one_line(parser.prog)
     parser.usage = "%(prog)s [--out DIR] [options] (--recipe NAME | -- VERL COMMAND)"
-    what = parser.add_argument_group("what is run")
+    what = parser.add_argument_group("runs")
     what.add_argument("--recipe", metavar="NAME", help="a recipe of this repository, e.g. math; words after -- are added to its command")
     what.add_argument(
         "--arm",
         action="append",
         default=[],
         metavar='"NAME: OVERRIDES"',
-        help="another arm: heddle with these overrides, or with a +plugin= of your own among them (repeatable)",
+        help="add an arm: heddle with these overrides; include a +plugin= to choose a different plugin (repeatable)",
     )
-    what.add_argument("--no-heddle", action="store_true", help="leave the arm heddle out")
-    what.add_argument("--stock-bare", action="store_true", help="add verl without any plugin: only its own clocks are known")
+    what.add_argument("--no-heddle", action="store_true", help="leave out the arm heddle")
+    what.add_argument("--stock-bare", action="store_true", help="add an arm without any plugin; only verl's own timings are known for it")
     what.add_argument("verl_command", nargs="*", metavar="-- VERL COMMAND", help="e.g. -- python -m verl.trainer.main_ppo ...")
-    often = parser.add_argument_group("how often")
-    often.add_argument("--pairs", type=_positive, metavar="N", help="runs of every arm (default 3)")
-    often.add_argument(
-        "--steps", type=_positive, metavar="N", help=f"training steps of a run; default: as the command says, of a recipe {RECIPE_STEPS}"
+    length = parser.add_argument_group("pairs and steps")
+    length.add_argument("--pairs", type=_positive, metavar="N", help="runs of every arm (default 3)")
+    length.add_argument(
+        "--steps", type=_positive, metavar="N", help=f"training steps per run (default: as in the command; {RECIPE_STEPS} for a recipe)"
     )
-    often.add_argument("--seed", type=int, default=1, metavar="N", help="seed of the first pair; the next pairs count up (default 1)")
-    often.add_argument("--warmup", type=int, default=1, metavar="N", help="steps of each run that do not count (default 1)")
-    often.add_argument(
-        "--silence-s", type=float, default=1800.0, metavar="S", help="stop a run that prints nothing for so long (default 1800)"
+    length.add_argument("--seed", type=int, default=1, metavar="N", help="seed of the first pair; later pairs count up from it (default 1)")
+    length.add_argument("--warmup", type=int, default=1, metavar="N", help="first steps of each run that do not count (default 1)")
+    length.add_argument(
+        "--silence-s", type=float, default=1800.0, metavar="S", help="stop a run that prints nothing for this long (default 1800)"
     )
-    where = parser.add_argument_group("what comes out")
-    where.add_argument("--out", metavar="DIR", help="folder of the comparison (default outputs/compare, outputs/compare-RECIPE)")
-    where.add_argument("--name", metavar="NAME", help="W&B group and start of the runs' names (default: the folder's name)")
+    where = parser.add_argument_group("output")
+    where.add_argument("--out", metavar="DIR", help="folder of the comparison (default outputs/compare, or outputs/compare-RECIPE)")
+    where.add_argument("--name", metavar="NAME", help="W&B group and prefix of the run names (default: the folder's name)")
     where.add_argument("--no-wandb", action="store_true", help="do not log to W&B")
     where.add_argument(
-        "--model", metavar="MODEL", help="with --gpu: step times for the lower bound, as verl-heddle simulate takes it, e.g. qwen3-8b"
+        "--model", metavar="MODEL", help="with --gpu: step times for the lower bound; named as in verl-heddle simulate, e.g. qwen3-8b"
     )
     where.add_argument(
         "--gpu",
         metavar="GPU",
-        help="as verl-heddle simulate takes it, e.g. h200; without these two, step times are calibrated from the runs",
+        help="named as in verl-heddle simulate, e.g. h200; without --model and --gpu, step times are calibrated from the runs",
     )
-    where.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
-    where.add_argument("--report-only", action="store_true", help="run nothing, write the report anew")
+    where.add_argument("--dry-run", action="store_true", help="print the commands without running them")
+    where.add_argument("--report-only", action="store_true", help="run nothing, only rewrite the report")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compare; the exit code is 0, 1 where runs are missing, 2 for what the user can mend, 130 after an interruption."""
+    """Compare; the exit code is 0, 1 if runs are missing, 2 for an error the user can fix, 130 after an interruption."""
     return answered(args, _run)
 
 
@@ -118,7 +118,7 @@ def _run(args: argparse.Namespace) -> int:
     out = Path(args.out or f"outputs/compare{f'-{args.recipe}' if args.recipe else ''}").resolve()
     asked = _asked(args, out)
     plan, again = wanted(out, asked, args.pairs, _extra(args))
-    launch(plan, next(plan.runs()), out, os.environ)  # a name that Hydra cannot hold is refused before anything is made
+    launch(plan, next(plan.runs()), out, os.environ)  # rejects a name that Hydra cannot represent before any file is written
     if args.dry_run:
         return _show(plan, out)
     if not args.report_only:
@@ -129,30 +129,30 @@ def _run(args: argparse.Namespace) -> int:
         keep(out, plan)
         if not args.report_only:
             pairs = f"{plan.pairs} pair{'s' if plan.pairs > 1 else ''}"
-            _say(f"{'going on with' if again else 'comparing'} {', '.join(arm.name for arm in plan.arms)}: {pairs} in {out}")
+            _log(f"{'resuming' if again else 'comparing'} {', '.join(arm.name for arm in plan.arms)}: {pairs} in {out}")
             signal.signal(signal.SIGTERM, _interrupt)
 
             def pair_done(pair: int) -> None:
                 try:
                     write(plan, out, args.warmup, table, shell_line())
-                except ValueError as error:  # a trace is damaged: no reason to lose the runs that are still to come
-                    _say(f"no report after pair {pair}: {' '.join(str(error).split())}")
+                except ValueError as error:  # a damaged trace must not cost the remaining runs
+                    _log(f"no report after pair {pair}: {' '.join(str(error).split())}")
 
             try:
-                made = make(plan, out, _say, pair_done, args.silence_s)
+                made = make(plan, out, _log, pair_done, args.silence_s)
             except KeyboardInterrupt:
-                _say(f"interrupted; finished runs are kept. Go on with: verl-heddle compare --out {shlex.quote(str(out))}")
+                _log(f"interrupted; finished runs are kept. Resume with: verl-heddle compare --out {shlex.quote(str(out))}")
                 return 130
-            _say(f"{len(made.finished)} runs made, {len(made.kept)} kept, {len(made.failed)} failed, {len(made.skipped)} left out")
+            _log(f"{len(made.finished)} runs executed, {len(made.kept)} kept, {len(made.failed)} failed, {len(made.skipped)} skipped")
             if len(made.kept) == len(list(plan.runs())):
-                _say(f"every run was there already: ask for more with --pairs {plan.pairs + 1}, or start anew with another --out")
+                _log(f"every run was already finished: ask for more with --pairs {plan.pairs + 1}, or start anew with a different --out")
         answer = write(plan, out, args.warmup, table, shell_line())
-        publish(answer, out, _say)
+        publish(answer, out)
     return INCOMPLETE if answer.missing else 0
 
 
 def _asked(args: argparse.Namespace, out: Path) -> Plan | None:
-    """What the command line asks for; None to go on with what is in `out`."""
+    """The plan that the command line describes; None to resume the comparison in `out`."""
     from verl_heddle.compare.plan import BARE, HEDDLE, STOCK, Plan, is_flag
 
     words = list(args.verl_command)
@@ -162,7 +162,7 @@ def _asked(args: argparse.Namespace, out: Path) -> Plan | None:
         words = [*_recipe(args.recipe), *words]
     dropped = [word for word in words if is_flag(word)]
     if dropped:
-        _say(f"{' '.join(dropped)} left out of the command: each arm brings its own")
+        _log(f"removed {' '.join(dropped)} from the command: each arm sets its own plugin")
     command = tuple(word for word in words if not is_flag(word))
     if command and shutil.which(command[0]) is None:
         raise ValueError(
@@ -186,10 +186,10 @@ def _extra(args: argparse.Namespace) -> tuple[Any, ...]:
 
 
 def _recipe(name: str) -> list[str]:
-    """The command of a recipe: its script, and the CPU profile where there is no GPU.
+    """The command of a recipe: its script, plus the CPU profile if there is no GPU.
 
     Raises:
-        ValueError: there is no such recipe; there is a GPU, and nobody says which model to train on it.
+        ValueError: there is no such recipe, or there is a GPU but MODEL is not set.
     """
     import os
 
@@ -200,14 +200,16 @@ def _recipe(name: str) -> list[str]:
     if found is None:
         there = sorted({script.parent.name for root in roots for script in root.glob("recipes/*/run.sh")})
         raise ValueError(
-            f"there is no recipe {name!r}" + (f"; there is {', '.join(there)}" if there else ": recipes come with the repository")
+            f"there is no recipe {name!r}" + (f"; available: {', '.join(there)}" if there else ": recipes come with the repository")
         )
     settings = [f"{variable}={value}" for variable in RECIPE_SETTINGS if (value := os.environ.get(variable))]
     command = [*(("env", *settings) if settings else ()), "bash", str(found)]
     if shutil.which("nvidia-smi") is None:
         return [*command, "+machine=cpu"]
     if not os.environ.get("MODEL"):
-        raise ValueError(f"there is a GPU here: say which model to train, e.g. MODEL=Qwen/Qwen3-0.6B, and its size after --: see {found}")
+        raise ValueError(
+            f"this machine has a GPU: say which model to train, e.g. MODEL=Qwen/Qwen3-0.6B, and its size after --: see {found}"
+        )
     return command
 
 
@@ -238,15 +240,15 @@ def _show(plan: Plan, out: Path) -> int:
 
 
 def _quoted(word: str) -> str:
-    """For a shell: as `shlex.quote`, but Hydra's own quotes in double quotes, which a reader can read."""
+    """Quote for a shell as `shlex.quote` does, but put words with Hydra's own quotes in double quotes, which stay readable."""
     return f'"{word}"' if "'" in word and not re.search(r'["\\$`!]', word) else shlex.quote(word)
 
 
 def _check(plan: Plan, out: Path) -> None:
-    """Compose and check every arm's configuration before anything runs, where the command is a verl command and verl is here.
+    """Compose and check every arm's configuration before anything runs, if the command is a verl command and verl is installed.
 
     Raises:
-        ValueError: what is wrong, in one line.
+        ValueError: an arm's configuration is invalid; one line.
     """
     import os
     from importlib.util import find_spec
@@ -273,7 +275,7 @@ def _check(plan: Plan, out: Path) -> None:
             raise ValueError(f"arm {arm.name}: {faults[0].text}")
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 

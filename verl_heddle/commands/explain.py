@@ -1,4 +1,4 @@
-"""`verl-heddle explain`: why was a recorded step slow, and what would have helped?"""
+"""`verl-heddle explain`: why a recorded step was slow, and what would have made it faster."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ examples:
   the slowest step of a run
       verl-heddle explain checkpoints/p/e/heddle/trace.jsonl
 
-  step 12, of a comparison's second pair, under heddle
+  step 12 of the heddle run in a comparison's second pair
       verl-heddle explain cmp --arm heddle --pair 2 --step 12
 
-  what another tensor parallelism would have given: needs step times of a model and a GPU
+  the effect of a different tensor parallelism: needs step times of a model on a GPU
       verl-heddle explain checkpoints/p/e/heddle --model qwen3-14b --gpu h200
 
-Nothing is run and no GPU is needed. What-ifs are simulated with the latency measured in the run itself, or with the table of --model and
---gpu; how well the simulator reproduces the step as it was is said first. What it all means: docs/explain.md.
+Nothing is trained and no GPU is needed. What-ifs are simulated with the latency measured in the run itself, or with the table of --model
+and --gpu. The output first states how well the simulator reproduces the recorded step. How to read it: docs/explain.md.
 """
 
 
@@ -28,34 +28,36 @@ def add_parser(subparsers: Any) -> None:
     """Declare the command."""
     parser = subparsers.add_parser(
         "explain",
-        help="why was a recorded step slow, what would have helped, which settings to try",
-        description="Tell the life of the trajectory that a step waited for, turn by turn, and simulate what would have helped.",
+        help="why a recorded step was slow, what would have helped, which settings to try",
+        description="Show the trajectory that a step waited for, turn by turn, and simulate what would have helped.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.error = one_line(parser.prog)
-    parser.usage = "%(prog)s RUN [--step K] [more, see below]"
-    parser.add_argument("run", metavar="RUN", help="a trace file, the folder it is in, or the folder of a verl-heddle compare")
-    parser.add_argument("--step", type=int, metavar="K", help="which training step (default: the slowest)")
-    parser.add_argument("--arm", metavar="NAME", help="of a comparison: this arm's runs only")
-    parser.add_argument("--pair", type=_positive, metavar="N", help="of a comparison: this pair's runs only")
-    parser.add_argument("--tp", type=_positive, metavar="N", help="tensor_model_parallel_size of the run, if its trace does not say")
-    parser.add_argument("--slots", type=_positive, metavar="N", help="max_num_seqs of the run, if its trace does not say")
+    parser.usage = "%(prog)s RUN [--step K] [options]"
+    parser.add_argument("run", metavar="RUN", help="a trace file, the folder it is in, or the output folder of verl-heddle compare")
+    parser.add_argument("--step", type=int, metavar="K", help="training step to explain (default: the slowest)")
+    parser.add_argument("--arm", metavar="NAME", help="in a comparison: this arm's runs only")
+    parser.add_argument("--pair", type=_positive, metavar="N", help="in a comparison: this pair's runs only")
+    parser.add_argument("--tp", type=_positive, metavar="N", help="tensor_model_parallel_size of the run, if its trace does not record it")
+    parser.add_argument("--slots", type=_positive, metavar="N", help="max_num_seqs of the run, if its trace does not record it")
     parser.add_argument(
-        "--model", metavar="MODEL", help="with --gpu: step times of that model there, as verl-heddle simulate takes it, e.g. qwen3-8b"
+        "--model",
+        metavar="MODEL",
+        help="with --gpu: use step times of this model on that GPU; named as in verl-heddle simulate, e.g. qwen3-8b",
     )
-    parser.add_argument("--gpu", metavar="GPU", help="as verl-heddle simulate takes it, e.g. h200")
+    parser.add_argument("--gpu", metavar="GPU", help="named as in verl-heddle simulate, e.g. h200")
     parser.add_argument(
         "--gpu-memory-utilization",
         type=_share,
         metavar="X",
-        help="of the run, if its trace does not say; with --model (default 0.5, verl's)",
+        help="gpu_memory_utilization of the run, if its trace does not record it; with --model (default 0.5, verl's)",
     )
-    parser.add_argument("--json", metavar="FILE", help="everything as JSON; - prints it instead of the text")
+    parser.add_argument("--json", metavar="FILE", help="all results as JSON; - prints it instead of the text")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Explain; the exit code is 0, or 2 for what the user can mend."""
+    """Explain; the exit code is 0, or 2 for an error the user can fix."""
     return answered(args, _run)
 
 
@@ -78,9 +80,9 @@ def _run(args: argparse.Namespace) -> int:
     if args.json != "-":
         print(text(answer), end="")
     if args.json is not None:
-        told = json.dumps(document(answer), indent=1) + "\n"
+        result = json.dumps(document(answer), indent=1) + "\n"
         if args.json == "-":
-            print(told, end="")
+            print(result, end="")
         else:
-            Path(args.json).write_text(told)
+            Path(args.json).write_text(result)
     return 0

@@ -1,4 +1,4 @@
-"""`verl-heddle overrides`: every key the flag sets, and every option."""
+"""`verl-heddle overrides`: print every verl key the plugin sets and every heddle option."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ def add_parser(subparsers: Any) -> None:
     """Declare the command."""
     parser = subparsers.add_parser(
         "overrides",
-        help="every key the flag sets, and every heddle.* option, with its default and why",
+        help="list every verl key +plugin=heddle sets and every heddle.* option, with defaults and reasons",
         description="Print every verl key a config group sets (value, verl's own value, why) and every heddle.* option.",
     )
-    parser.add_argument("--markdown", action="store_true", help="as the docs page docs/configuration.md")
+    parser.add_argument("--markdown", action="store_true", help="print the docs page docs/configuration.md")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print; always 0."""
+    """Print the list; always returns 0."""
     from verl_heddle.verl_plugin.overrides import markdown, text
 
     print(markdown() if args.markdown else text(), end="")

@@ -11,14 +11,14 @@ from verl_heddle.commands.asking import Meter, add_arguments, answered, check_wr
 
 EXAMPLES = """\
 examples:
-  which tensor parallelism for a coding agent on two nodes
+  choose the tensor parallelism for a coding agent on two nodes
       verl-heddle plan --workload coding --model qwen3-32b --gpus 16
 
-  for your own run, recorded by +plugin=observe, against the tp you use now
+  your own run, recorded by +plugin=observe, compared with the tp you use now
       verl-heddle plan --trace checkpoints/p/e/heddle/trace.jsonl --model qwen3-14b --gpus 64 --tp 2 --slots 256
 
-Every fixed degree that holds the model is simulated under stock verl and under heddle, and heddle on mixed degrees as well, where a
-mix is forecast to be better than one degree for all. A change is advised only where it is faster in every draw.
+Every fixed degree that fits the model is simulated under stock verl and under heddle. Heddle is also simulated on mixed degrees if a
+mix is forecast to beat one degree for all replicas. A change is recommended only if it is faster in every draw.
 """
 
 
@@ -27,19 +27,19 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "plan",
         help="which tensor parallelism and settings to use, with the overrides to paste",
-        description="Rank tensor-parallel degrees, fixed under stock verl and heddle, and mixed under heddle; print what to add to your "
-        "verl command.",
+        description="Rank tensor-parallel degrees, fixed under stock verl and heddle, and mixed under heddle; print the overrides to add "
+        "to your verl command.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(parser)
-    files = parser.add_argument_group("what is written besides the ranking")
-    files.add_argument("--json", metavar="FILE", help="everything as JSON, keys as in simulate; - prints it instead of the ranking")
-    files.add_argument("--html", metavar="FILE", help="one page with all of it, stands alone")
+    files = parser.add_argument_group("output besides the ranking")
+    files.add_argument("--json", metavar="FILE", help="all results as JSON, with the keys of simulate; - prints it instead of the ranking")
+    files.add_argument("--html", metavar="FILE", help="one self-contained page with all results")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Answer; the exit code is 0, or 2 for what the user can mend."""
+    """Rank and recommend; the exit code is 0, or 2 for an error the user can fix."""
     return answered(args, _run)
 
 

@@ -1,4 +1,4 @@
-"""`verl-heddle simulate`: how long a step would take under stock verl, its peers' rules and heddle, and what holds it up."""
+"""`verl-heddle simulate`: how long a step would take under stock verl, peers' rules and heddle, and what limits it."""
 
 from __future__ import annotations
 
@@ -34,33 +34,33 @@ OTHER_ARMS = (
 )
 
 FILES = {"json": "simulate.json", "png": "timeline.png", "perfetto": "perfetto.json.gz", "html": "report.html"}
-"""What `--out DIR` writes."""
+"""The files that `--out DIR` writes."""
 
 EXAMPLES = """\
 examples:
   a first look: a coding agent on one node of H200
       verl-heddle simulate --workload coding --model qwen3-14b
 
-  the answer alone, of any size, in seconds
+  only the answer, for a step of any size, in seconds
       verl-heddle simulate --workload coding --model qwen3-14b --gpus 1024 --quick
 
-  your own run, recorded by +plugin=observe or +plugin=heddle, as it would be on 64 GPUs
+  your own run, recorded by +plugin=observe or +plugin=heddle, simulated on 64 GPUs
       verl-heddle simulate --trace checkpoints/p/e/heddle/trace.jsonl --model qwen3-14b --gpu h200 --gpus 64 --tp 2
 
-  one step of it, with everything to look at: a page, a picture, a trace for ui.perfetto.dev, JSON
+  one step of it, with all outputs: a page, a timeline image, a trace for ui.perfetto.dev, JSON
       verl-heddle simulate --trace trace.jsonl --step 12 --model qwen3-8b --out step12
 
   slow tools and few slots
       verl-heddle simulate --workload search --set tool_mean_s=5 --model qwen3-8b --slots 32
 
-  a policy of your own beside them
+  your own policy next to the others
       verl-heddle simulate --workload coding --model qwen3-14b --policy my_policy.py
 
   every peer's rule, five draws
       verl-heddle simulate --workload math --model qwen3-32b --gpus 16 --arms all --seeds 5
 
-Nothing is run and no GPU is needed: step times come from a table, a roofline or a run of your own, and which is told: docs/models.md.
-What the columns, the arms and the JSON keys mean: docs/simulate.md. Which settings to use: verl-heddle plan.
+Nothing is trained and no GPU is needed. Step times come from a table, a roofline or your own run; the output names the source
+(docs/models.md). Columns, arms and JSON keys: docs/simulate.md. To choose settings: verl-heddle plan.
 """
 
 
@@ -69,7 +69,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "simulate",
         help="how long a step would take under stock verl, peers' rules and heddle, without a GPU",
-        description="Simulate steps of rollouts under several rules, and tell what holds them up and what to do.",
+        description="Simulate rollout steps under several rules; report what limits them and what to do.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -77,32 +77,34 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="the answer alone, in seconds: one draw of stock at every degree and of the plugin, of a large step a sample on fewer GPUs",
+        help="only the answer, in seconds: one draw of stock at every degree and of the plugin; a large step is sampled onto fewer GPUs",
     )
     parser.add_argument(
         "--arms",
         metavar="A,B,...",
-        help=f"which rules (stock is always one): {', '.join(DEFAULT_ARMS)} are the default; also {', '.join(OTHER_ARMS)}; 'all' for all",
+        help=f"rules to simulate (stock is always included; default: {', '.join(DEFAULT_ARMS)}); also {', '.join(OTHER_ARMS)}; or 'all'",
     )
     parser.add_argument(
         "--policy",
         metavar="FILE",
         action="append",
         default=[],
-        help="a policy of your own, as one more rule: a Python file with one class (repeatable); how to write one: CONTRIBUTING.md",
+        help="add your own policy as a rule: a Python file with one class (repeatable); how to write one: CONTRIBUTING.md",
     )
-    files = parser.add_argument_group("what is written besides the table")
-    files.add_argument("--json", metavar="FILE", help="everything as JSON; - prints it instead of the table")
+    files = parser.add_argument_group("output besides the table")
+    files.add_argument("--json", metavar="FILE", help="all results as JSON; - prints it instead of the table")
     files.add_argument("--png", metavar="FILE", help="timeline: replicas over time, coloured by trajectory length (needs matplotlib)")
     files.add_argument(
-        "--perfetto", metavar="FILE", help="every turn, for https://ui.perfetto.dev; .gz compresses (the arms of --arms, or of the picture)"
+        "--perfetto",
+        metavar="FILE",
+        help="every turn, for https://ui.perfetto.dev; .gz compresses (arms: those of --arms, or of the timeline)",
     )
-    files.add_argument("--html", metavar="FILE", help="one page with all of it, stands alone")
-    files.add_argument("--out", metavar="DIR", help=f"all four, in this folder: {', '.join(FILES.values())}")
+    files.add_argument("--html", metavar="FILE", help="one self-contained page with all results")
+    files.add_argument("--out", metavar="DIR", help=f"write all four to this folder: {', '.join(FILES.values())}")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Answer; the exit code is 0, or 2 for what the user can mend."""
+    """Simulate; the exit code is 0, or 2 for an error the user can fix."""
     return answered(args, _run)
 
 
@@ -141,7 +143,7 @@ def _quick(args: argparse.Namespace) -> int:
     from verl_heddle.report.text import headline
 
     if args.arms is not None or args.policy:
-        raise ValueError("--quick asks about stock and the plugin only: leave out --arms and --policy, or --quick")
+        raise ValueError("--quick simulates stock and the plugin only: leave out --arms and --policy, or --quick")
     paths = _paths(args)
     setting, source = quick_of(args)
     meter = Meter()
@@ -156,22 +158,22 @@ def _quick(args: argparse.Namespace) -> int:
 
 
 def _blamed(error: Exception, policies: list[str]) -> Exception:
-    """A policy's own error as one line with its place; another error as it is."""
-    told = "".join(traceback.format_exception(error))  # with what another process told of its own
+    """An error raised in a policy as one line with its location; any other error unchanged."""
+    trace = "".join(traceback.format_exception(error))  # includes the traceback of a worker process
     for file in policies:
-        places = re.findall(rf'File "{re.escape(os.path.realpath(file))}", line (\d+), in (\w+)', told)
+        places = re.findall(rf'File "{re.escape(os.path.realpath(file))}", line (\d+), in (\w+)', trace)
         if places:
             line, where = places[-1]
             return ValueError(f"{file}, line {line}, {where}: {type(error).__name__}: {error}")
     if policies and not isinstance(error, ValueError | OSError):
         return ValueError(
-            f"a policy of --policy {', '.join(policies)} answers what the simulator cannot use: {type(error).__name__}: {error}"
+            f"a policy of --policy {', '.join(policies)} returned something the simulator cannot use: {type(error).__name__}: {error}"
         )
     return error
 
 
 def _paths(args: argparse.Namespace) -> dict[str, str]:
-    """Where the files go, checked before any work."""
+    """The output path of each requested file, checked before any work."""
     from verl_heddle.report.figure import need_matplotlib
 
     paths = {kind: getattr(args, kind) for kind in FILES if getattr(args, kind) is not None}

@@ -1,4 +1,4 @@
-"""`verl-heddle trace`: traces out of other people's files; what a trace is like; parts and sums of traces."""
+"""`verl-heddle trace`: import other tools' logs as traces; describe, merge and cut traces."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
 examples:
-  logs of an agent, as something to simulate; the format is found out
+  import an agent's logs to simulate; the format is detected
       verl-heddle trace import logs/*.traj --out agent.jsonl.gz
       verl-heddle simulate --trace agent.jsonl.gz --model qwen3-14b
 
-  what is in it: lengths, spread, tools, contexts
+  describe it: lengths, spread, tools, contexts
       verl-heddle trace describe agent.jsonl.gz
 
-  token counts by a tokenizer instead of characters / 4
+  count tokens with a tokenizer instead of characters / 4
       verl-heddle trace import chats.jsonl --tokenizer Qwen/Qwen3-8B --out chats.trace.jsonl
 
-simulate, plan and describe take foreign files as well, and import them on the way. No text is kept. Formats: docs/import.md.
+simulate, plan and describe also accept such files and import them first. No text is kept. Formats: docs/import.md.
 """
 
 
@@ -35,35 +35,35 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "trace",
         help="import other tools' logs, describe traces, merge and cut them",
-        description="Make traces of the files you have, and see what is in them.",
+        description="Make traces from files of other tools, and describe, merge and cut traces.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.error = one_line(parser.prog)
     what = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     for name, help_text, several in (
-        ("import", "make one trace of files in other formats", True),
-        ("describe", "a trace, or another file, in words and one picture", False),
-        ("merge", "several traces as one", True),
-        ("head", "the first trajectories of a trace", False),
+        ("import", "make one trace from files in other formats", True),
+        ("describe", "describe a trace, or a file in another format, in words and one chart", False),
+        ("merge", "join several traces into one", True),
+        ("head", "keep the first trajectories of a trace", False),
     ):
-        one = what.add_parser(name, help=help_text, description=help_text, formatter_class=argparse.RawDescriptionHelpFormatter)
-        one.error = one_line(one.prog)  # type: ignore[method-assign]
-        one.add_argument("files", nargs="+" if several else 1, metavar="FILE", help="a file; of our own traces also a folder")
+        command = what.add_parser(name, help=help_text, description=help_text, formatter_class=argparse.RawDescriptionHelpFormatter)
+        command.error = one_line(command.prog)  # type: ignore[method-assign]
+        command.add_argument("files", nargs="+" if several else 1, metavar="FILE", help="a file; for heddle traces also a folder")
         if name == "merge":
-            one.set_defaults(format=None, tokenizer=None)
+            command.set_defaults(format=None, tokenizer=None)
         else:
-            one.add_argument("--format", help="of a foreign file; default: found out from what is in it")
-            one.add_argument("--tokenizer", metavar="NAME", help="folder or name of a Hugging Face tokenizer; default: characters / 4")
+            command.add_argument("--format", help="format of a file of another tool (default: detected from its content)")
+            command.add_argument("--tokenizer", metavar="NAME", help="folder or name of a Hugging Face tokenizer (default: characters / 4)")
         if name == "head":
-            one.add_argument("-n", type=_positive, default=100, metavar="N", help="how many (default 100)")
+            command.add_argument("-n", type=_positive, default=100, metavar="N", help="number of trajectories (default 100)")
         if name != "describe":
-            one.add_argument("--out", required=True, metavar="FILE", help="the trace to write; compressed if it ends in .gz")
-            one.add_argument("--force", action="store_true", help="replace FILE if it is there")
+            command.add_argument("--out", required=True, metavar="FILE", help="the trace to write; compressed if it ends in .gz")
+            command.add_argument("--force", action="store_true", help="replace FILE if it exists")
 
 
 def run(args: argparse.Namespace) -> int:
-    """The exit code is 0, or 2 for what the user can mend."""
+    """Run the subcommand; the exit code is 0, or 2 for an error the user can fix."""
     return answered(args, _run)
 
 
@@ -75,9 +75,9 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     check_writable(args.out)
     if Path(args.out).exists() and not args.force:
-        raise ValueError(f"{args.out} is there already; --force replaces it")
+        raise ValueError(f"{args.out} already exists; --force replaces it")
     if Path(args.out).resolve() in {Path(file).resolve() for file in args.files}:
-        raise ValueError(f"{args.out} is one of the files that are read")
+        raise ValueError(f"{args.out} is one of the input files")
     from verl_heddle.traces import write
 
     every = chain.from_iterable(_items(args, file) for file in args.files)
@@ -87,14 +87,14 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _items(args: argparse.Namespace, file: str) -> Iterator[Trajectory]:
-    """Of one file; what its import has to say is told when it is through."""
+    """Yield the trajectories of one file; print the import's summary on stderr after the last one."""
     from verl_heddle.traces.importers.counting import Tally
     from verl_heddle.traces.importers.formats import trajectories
 
-    def tell(text: str) -> None:
+    def note(text: str) -> None:
         print(f"{file}: {text}", file=sys.stderr)
 
-    items, found = trajectories(file, args.format, Tally(args.tokenizer), tell)
+    items, found = trajectories(file, args.format, Tally(args.tokenizer), note)
     yield from items
     for line in found.told() if found is not None else ():
-        tell(line)
+        note(line)

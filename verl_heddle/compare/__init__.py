@@ -1,5 +1,5 @@
-"""Real runs against each other: `verl-heddle compare` starts them, keeps what is finished, and reads what they recorded.
+"""Paired comparison of real training runs: `verl-heddle compare` starts them, keeps the finished ones, and reads their traces and metrics.
 
-This room starts processes and reads clocks, like `verl_plugin` and `report`; it imports neither verl, Ray, vLLM nor torch. The runs are
-ordinary verl commands: nothing here is inside them.
+Like `verl_plugin` and `report`, this package may start processes and read clocks. It imports neither verl, Ray, vLLM nor torch. The runs
+are ordinary verl commands; no code of this package runs inside them.
 """

@@ -1,8 +1,8 @@
-"""A ratio of seconds with its interval: paired bootstrap, pairs first, steps within them.
+"""Confidence interval of a ratio of seconds by paired hierarchical bootstrap: resample pairs, then steps within each pair.
 
-Law: the ratio is total seconds of the baseline over total seconds of the arm, over all steps that both arms of a pair have. Its interval
-comes from resampling pairs with replacement and, within each drawn pair, steps with replacement; a step is drawn for both arms together,
-so what a step has in common (its prompts) cancels. Percentiles of the resampled ratios are the interval.
+Law: the ratio is total seconds of the baseline over total seconds of the arm, over all steps that both arms of a pair have. Pairs are
+resampled with replacement and, within each drawn pair, steps with replacement. A step is drawn for both arms together, so what the arms
+share in a step (its prompts) cancels. The interval consists of percentiles of the resampled ratios.
 Limits: steps of a run are treated as independent given the run. Percentiles over few pairs are too narrow: with 3 pairs whose ratios truly
 differ by 3 %, a 95 % interval covers the truth about `COVERAGE_OF_3` of the time (a test measures it), so more pairs beat more steps.
 Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13 (percentile interval); Davison and Hinkley, Bootstrap
@@ -18,41 +18,41 @@ from dataclasses import dataclass
 import numpy as np
 
 DRAWS = 4000
-"""The ends of a 95 % interval then repeat within about 3 % of its width over seeds."""
+"""With this many draws, the ends of a 95 % interval vary over seeds by about 3 % of its width."""
 
 LEVEL = 0.95
 
 FEW_PAIRS = 4
-"""Below it the interval is said to rest on few pairs."""
+"""With fewer pairs, the report warns that the interval is too narrow."""
 
 COVERAGE_OF_3 = 0.85
-"""Of an interval at 95 %, with 3 pairs of 10 steps, 3 % between pairs and 5 % between steps."""
+"""Measured coverage of a 95 % interval over 3 pairs of 10 steps that vary by 3 % between pairs and 5 % between steps."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """`low` and `high` are the interval's ends, None where there is one step of one pair; `by_pair` each pair's own ratio."""
+    """A ratio with its interval `low` to `high` (None if there is only one step of one pair); `by_pair` holds each pair's own ratio."""
 
     value: float
     low: float | None
     high: float | None
     by_pair: tuple[tuple[int, float], ...]
     steps: int
-    """Steps compared, over all pairs."""
+    """Number of steps compared, over all pairs."""
 
     @property
     def verdict(self) -> str:
-        """`faster`, `slower`, or `unclear`: the interval holds 1 or is not known, or one pair does not show how much pairs differ."""
+        """`faster`, `slower`, or `unclear`: the interval contains 1 or is unknown, or there is only one pair, which hides pair variance."""
         if self.low is None or self.high is None or len(self.by_pair) < 2:
             return "unclear"
         return "faster" if self.low > 1 else "slower" if self.high < 1 else "unclear"
 
 
 def paired_ratio(pairs: Sequence[tuple[int, Sequence[float], Sequence[float]]], seed: int = 0, draws: int = DRAWS) -> Ratio | None:
-    """The ratio over some pairs; None where there is nothing to compare.
+    """The ratio over all pairs with its interval; None if no pair has steps to compare.
 
     Args:
-        pairs: (number, seconds of the baseline by step, seconds of the arm by the same steps); all positive.
+        pairs: (number, seconds of the baseline by step, seconds of the arm for the same steps); all positive.
     """
     used = [(number, np.asarray(base, dtype=float), np.asarray(arm, dtype=float)) for number, base, arm in pairs if len(base)]
     if not used:
@@ -71,5 +71,7 @@ def paired_ratio(pairs: Sequence[tuple[int, Sequence[float], Sequence[float]]], 
             taken = rng.integers(len(base), size=(len(here), len(base)))
             above[here] += base[taken].sum(axis=1)
             below[here] += arm[taken].sum(axis=1)
-    low, high = np.exp(np.quantile(np.log(above / below), [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))  # logarithms: swapped arms give reciprocals
+    low, high = np.exp(
+        np.quantile(np.log(above / below), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    )  # in log space, swapping the arms gives exact reciprocals
     return Ratio(float(value), float(low), float(high), by_pair, steps)

@@ -1,12 +1,12 @@
-"""Makes the runs of a plan one after the other, keeps what is finished, and lets no failing arm cost the others.
+"""Executes the runs of a plan one after the other, keeps the finished ones, and continues with the other arms when one fails.
 
-Killed at any moment and called again, it goes on: finished runs are kept; an interrupted one is stopped, if it still runs, and made again;
-a failed one is tried again. Two calls on one folder exclude each other by a file lock, which the kernel releases with the process.
+Resumption: this process can be killed at any moment and called again. Finished runs are kept; an interrupted run is stopped, if it is
+still alive, and started over; a failed run is retried. A file lock, which the kernel releases with the process, prevents two calls from
+working in one folder.
 
-One run as a process: started so that it can be found and stopped whatever happens to us, watched through its log.
-
-The log is written by the run itself, not through a pipe, so it is complete even where this process is killed. Every process of a run
-carries an environment variable naming its folder (`launch.MARK`); Ray's daemons start sessions of their own, but inherit it.
+Processes: every process of a run carries an environment variable naming the run's folder (`launch.MARK`), so a run can be found and stopped
+even after this process has died. Ray's daemons start their own sessions but inherit the variable. The run writes its log file directly, not
+through a pipe, so the log is complete even if this process is killed.
 """
 
 from __future__ import annotations
@@ -25,21 +25,20 @@ from pathlib import Path
 from verl_heddle.compare.launch import LOG, MARK, METRICS, TRACE, launch
 from verl_heddle.compare.ledger import Entry, Ledger
 from verl_heddle.compare.plan import Key, Plan
-from verl_heddle.compare.progress import Progress, Say, decoded, duration
+from verl_heddle.compare.progress import Log, Progress, decoded, duration
 from verl_heddle.traces import segments
 
 POLL_S = 0.5
 
 GRACE_S = 20.0
-"""From asking a process to end until it is killed: Ray stops its workers one by one."""
-
+"""Time from SIGTERM to SIGKILL: Ray stops its workers one by one."""
 
 SETTLE_S = 15.0
-"""Ray's daemons notice within seconds that their driver has gone."""
+"""How long processes may outlive their run: Ray's daemons notice within seconds that their driver has exited."""
 
 
 class Run:
-    """A running command. `code` is its exit status once it has ended.
+    """One run as a process, started in its own session and watched through its log.
 
     Raises:
         OSError: the command cannot be started.
@@ -63,11 +62,11 @@ class Run:
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds since its start."""
+        """Seconds since the start."""
         return time.monotonic() - self.started
 
     def wait(self, silence_s: float, seen: Callable[[], None]) -> int | None:
-        """Its exit status, or None where it printed nothing for `silence_s` and was stopped. Calls `seen` twice a second."""
+        """Wait for the exit status; None if the run printed nothing for `silence_s` and was stopped. Calls `seen` twice a second."""
         while (code := self._process.poll()) is None:
             seen()
             size = self._log.stat().st_size if self._log.exists() else self._size
@@ -82,38 +81,38 @@ class Run:
         return code
 
     def stop(self) -> None:
-        """End it and everything it started; returns when nothing is left."""
+        """End the run and every process it started; returns when none is left."""
         stop(self._mark, [self.pid])
         self._process.wait()
 
 
 def stop(mark: str, also: Sequence[int] = ()) -> int:
-    """End every process that carries `mark`, those below them, and `also`; returns how many there were.
+    """End every process that carries `mark`, their descendants, and `also`; returns how many there were.
 
-    Asked politely at first, killed after `GRACE_S`.
+    Sends SIGTERM first, and SIGKILL after `GRACE_S`.
     """
     found: set[int] = set()
     deadline = time.monotonic() + GRACE_S
     kind = signal.SIGTERM
-    told: set[int] = set()
+    signalled: set[int] = set()
     while left := marked(mark) | {pid for pid in also if _alive(pid)}:
         found |= left
         if time.monotonic() > deadline:
             if kind is signal.SIGKILL:
-                break  # not even killing helps: a process stuck in the kernel
-            kind, deadline, told = signal.SIGKILL, time.monotonic() + GRACE_S, set()
-        for pid in left - told:
+                break  # SIGKILL has no effect: the process is stuck in the kernel
+            kind, deadline, signalled = signal.SIGKILL, time.monotonic() + GRACE_S, set()
+        for pid in left - signalled:
             try:
                 os.kill(pid, kind)
             except (ProcessLookupError, PermissionError):
                 continue
-            told.add(pid)
+            signalled.add(pid)
         time.sleep(0.1)
     return len(found)
 
 
 def outlived(mark: str, wait_s: float = SETTLE_S) -> int:
-    """How many processes of a run that has ended are still there after `wait_s`; they are ended."""
+    """End the processes that are still alive `wait_s` after their run ended; returns how many there were."""
     deadline = time.monotonic() + wait_s
     while marked(mark):
         if time.monotonic() > deadline:
@@ -123,7 +122,7 @@ def outlived(mark: str, wait_s: float = SETTLE_S) -> int:
 
 
 def marked(mark: str) -> set[int]:
-    """Processes of this user that carry the mark, and all their descendants; never this one or one above it. None without /proc."""
+    """Processes of this user that carry the mark, and all their descendants, except this process and its ancestors. Empty without /proc."""
     wanted = f"{MARK}={mark}".encode()
     parents: dict[int, int] = {}
     holders = set()
@@ -175,26 +174,26 @@ def _alive(pid: int) -> bool:
 
 
 SILENCE_S = 1800.0
-"""A run that prints nothing for so long is hung. Loading a large model and a long step of verl are silent for many minutes."""
+"""A run that prints nothing for this long is considered hung. Loading a large model and a long verl step are silent for many minutes."""
 
 GIVE_UP = 2
-"""Failures of an arm, with no success, after which its other runs are not tried in this call: it is the arm, not bad luck."""
+"""After this many failures and no success, the other runs of an arm are skipped in this call: the arm is broken, not unlucky."""
 
 HUGE = 10**300
-"""No metric is so large; what is cannot be reckoned with. NaN and infinity are left out by the same comparison."""
+"""No real metric is this large, and larger values cannot be computed with. The same comparison drops NaN and infinity."""
 
 PORT_TAKEN = b"EADDRINUSE"
-"""verl picks a port in one process and binds it in another; now and then somebody else is faster. Worth one more try."""
+"""verl picks a port in one process and binds it in another; sometimes a different process takes it in between. Worth one retry."""
 
 
 def traced(trace: Path) -> bool:
-    """Whether a run has left a trace: its live file, or segments of it."""
+    """Whether a run has left a trace: its live file or its segments."""
     return trace.exists() or bool(segments(trace))
 
 
 @dataclass
 class Made:
-    """What a call did: runs by what became of them."""
+    """The runs of one call, by outcome."""
 
     finished: list[Key] = field(default_factory=list)
     kept: list[Key] = field(default_factory=list)
@@ -204,29 +203,29 @@ class Made:
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Hold the comparison's folder.
+    """Lock the comparison's folder.
 
     Raises:
-        ValueError: another call is at work in it.
+        ValueError: another call holds the lock.
     """
     with open(out / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ValueError(f"another verl-heddle compare is at work in {out}") from None
+            raise ValueError(f"another verl-heddle compare is running in {out}") from None
         yield
 
 
-def make(plan: Plan, out: Path, say: Say, pair_done: Callable[[int], None], silence_s: float = SILENCE_S) -> Made:
-    """Make every run that is not finished; needs the lock.
+def make(plan: Plan, out: Path, log: Log, pair_done: Callable[[int], None], silence_s: float = SILENCE_S) -> Made:
+    """Execute every run that is not finished. The caller must hold the lock.
 
     Args:
-        say: prints a line.
+        log: prints a line.
         pair_done: called with a pair's number when the last of its runs has been tried and at least one was new.
 
     Raises:
-        ValueError: a run's folder holds something else.
-        OSError: a run cannot be started, or the disk refuses.
+        ValueError: a run's folder holds files that are not a run.
+        OSError: a run cannot be started, or a file cannot be written.
     """
     ledger, made, keys = Ledger(out), Made(), list(plan.runs())
     failures: Counter[str] = Counter()
@@ -238,27 +237,27 @@ def make(plan: Plan, out: Path, say: Say, pair_done: Callable[[int], None], sile
             made.skipped.append(key)
         else:
             title = f"[{number}/{len(keys)}] pair {key.pair}, {key.arm}"
-            if _attempt(plan, key, out, ledger, title, say, silence_s):
+            if _attempt(plan, key, out, ledger, title, log, silence_s):
                 made.finished.append(key)
                 succeeded.add(key.arm)
             else:
                 made.failed.append(key)
                 failures[key.arm] += 1
                 if failures[key.arm] == GIVE_UP and key.arm not in succeeded:
-                    say(f"{key.arm} failed {GIVE_UP} times and never worked: its other runs are left out of this call")
+                    log(f"{key.arm} failed {GIVE_UP} times without a success: skipping its other runs in this call")
         left = [other for other in keys[number:] if not ledger.finished(other)]
         if left and key in made.finished:
-            took = [entry.seconds for one in keys if (entry := ledger.entry(one)) and entry.seconds and entry.state == "finished"]
-            say(f"{len(left)} run{'s' if len(left) > 1 else ''} to go, about {duration(len(left) * sum(took) / len(took))}")
+            took = [entry.seconds for other in keys if (entry := ledger.entry(other)) and entry.seconds and entry.state == "finished"]
+            log(f"{len(left)} run{'s' if len(left) > 1 else ''} to go, about {duration(len(left) * sum(took) / len(took))}")
         if number == len(keys) or keys[number].pair != key.pair:
-            news = {*made.finished, *made.failed}
-            if any(one.pair == key.pair for one in news):
+            attempted = {*made.finished, *made.failed}
+            if any(other.pair == key.pair for other in attempted):
                 pair_done(key.pair)
     return made
 
 
 def numbers(metrics: Path) -> dict[int, dict[str, float]]:
-    """What verl logged of each training step of a run; empty where there is no such file."""
+    """verl's metrics by training step, from a run's metrics file; empty if the file does not exist."""
     steps: dict[int, dict[str, float]] = {}
     try:
         lines = metrics.read_bytes().split(b"\n")
@@ -272,56 +271,56 @@ def numbers(metrics: Path) -> dict[int, dict[str, float]]:
     return {step: found for step, found in sorted(steps.items()) if "timing_s/step" in found}
 
 
-def _attempt(plan: Plan, key: Key, out: Path, ledger: Ledger, title: str, say: Say, silence_s: float) -> bool:
-    """One run, with a second try for a port that was taken; whether it finished."""
+def _attempt(plan: Plan, key: Key, out: Path, ledger: Ledger, title: str, log: Log, silence_s: float) -> bool:
+    """Execute one run, with one retry if a port was taken; returns whether it finished."""
     mark = str(ledger.folder(key))
     if (left := stop(mark)) > 0:
-        say(f"{title}: stopped {left} processes of the interrupted run")
+        log(f"{title}: stopped {left} processes of the interrupted run")
     for attempt in (1, 2):
         started = launch(plan, key, out, os.environ)
         folder = ledger.fresh(key)
-        log = folder / LOG
-        say(f"{title}: {' '.join(plan.arm(key.arm).overrides) or 'no plugin'}, seed {plan.seed_of(key.pair)} (log: {log})")
+        log_file = folder / LOG
+        log(f"{title}: {' '.join(plan.arm(key.arm).overrides) or 'no plugin'}, seed {plan.seed_of(key.pair)} (log: {log_file})")
         begun = Entry("running", time.time(), attempts=attempt, command=started.command)
         ledger.write(key, begun)
-        run = Run(started.command, {**os.environ, **started.environment}, log)
+        run = Run(started.command, {**os.environ, **started.environment}, log_file)
         try:
             ledger.write(key, replace(begun, pid=run.pid))
-            progress = Progress(lambda text: say(f"{title}: {text}"), plan.steps, log, folder / METRICS)
+            progress = Progress(lambda text: log(f"{title}: {text}"), plan.steps, log_file, folder / METRICS)
             code = run.wait(silence_s, progress)
         except BaseException:
             run.stop()
             raise
         seconds = run.elapsed_s
         if (rest := outlived(mark)) > 0:
-            say(f"{title}: {rest} processes outlived the run and were stopped")
+            log(f"{title}: {rest} processes outlived the run and were stopped")
         why = _trouble(plan, key, folder, code, silence_s)
         ended = replace(begun, state="failed" if why else "finished", seconds=seconds, code=code, why=why, pid=run.pid)
         ledger.write(key, ended)
         if not why:
-            say(f"{title}: finished in {duration(seconds)}")
+            log(f"{title}: finished in {duration(seconds)}")
             return True
-        if attempt == 1 and PORT_TAKEN in log.read_bytes():
-            say(f"{title}: a port was taken by another process; trying once more")
+        if attempt == 1 and PORT_TAKEN in log_file.read_bytes():
+            log(f"{title}: a port was taken by another process; retrying once")
             continue
         break
-    for line in tail(log):
-        say(f"    | {line}")
-    say(f"{title}: FAILED after {duration(seconds)}: {why}; the whole log is {log}")
+    for line in tail(log_file):
+        log(f"    | {line}")
+    log(f"{title}: FAILED after {duration(seconds)}: {why}; full log: {log_file}")
     return False
 
 
 def _trouble(plan: Plan, key: Key, folder: Path, code: int | None, silence_s: float) -> str:
-    """Why a run cannot be used, in one line; empty if it can."""
+    """Why a run is unusable, in one line; empty if it is usable."""
     if code is None:
         return f"it printed nothing for {duration(silence_s)} and was stopped (--silence-s)"
     if code:
         return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
     if not numbers(folder / METRICS):
-        return f"it ended well but logged no training step to {METRICS}: is this a verl trainer?"
+        return f"it exited with 0 but logged no training step to {METRICS}: is this a verl trainer?"
     if not plan.arm(key.arm).bare and not traced(folder / TRACE / "trace.jsonl"):
-        said = [line for line in tail(folder / LOG, 10**6) if "heddle:" in line]
-        return "it ended well but wrote no trace" + (
-            f": {said[-1].split('heddle:', 1)[1].strip()}" if said else ": is verl-heddle installed there?"
+        messages = [line for line in tail(folder / LOG, 10**6) if "heddle:" in line]
+        return "it exited with 0 but wrote no trace" + (
+            f": {messages[-1].split('heddle:', 1)[1].strip()}" if messages else ": is verl-heddle installed there?"
         )
     return ""

@@ -1,4 +1,4 @@
-"""What the page's charts show, as numbers in percent of their frames: the template only places them."""
+"""Computes the data of the page's charts, with positions in percent of each chart's frame, so that the template only places them."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from verl_heddle.compare.findings import interval
 from verl_heddle.compare.ledger import Ledger
 from verl_heddle.compare.measure import Step, traced_steps
 from verl_heddle.compare.plan import Key
 from verl_heddle.compare.result import ArmResult, Comparison
-from verl_heddle.compare.told import interval
 from verl_heddle.report.html import ticks
 from verl_heddle.report.page import SCENE_NOTE
 from verl_heddle.report.raster import DARK, LIGHT, data_uri, palette, png, raster, recorded
 from verl_heddle.report.words import count, percent, seconds
 
 STACKED = ("generate_s", "queue_s", "tool_s", "other_s", "late_start_s")
-"""From the bottom up: what is unavoidable lowest."""
+"""Order of a stacked column from the bottom up: unavoidable time is lowest."""
 
 MOST_COLUMNS = 48
-"""Columns of a stacked chart; more steps are averaged into so many: narrower ones cannot be told apart on a phone."""
+"""Most columns of a stacked chart; more steps are averaged into this many, because narrower columns blur on a phone."""
 
 MOST_DOTS = 400
-"""Dots of a prediction chart: beyond, they only hide each other, and the page grows."""
+"""Most dots of a prediction chart; more would only overlap and enlarge the page."""
 
 Chart = dict[str, Any]
 
 
 def forest(answer: Comparison, colors: Mapping[str, int]) -> Chart:
-    """Each arm's ratio with its interval and pairs, on one axis that has 1 on it."""
+    """Each arm's ratio with its interval and its pairs, on one axis that includes 1."""
     found = {arm.arm.name: ratio for arm in answer.others if (ratio := arm.headline or arm.step_ratio) is not None}
     if not found:
         return {"forest": []}
@@ -66,7 +66,7 @@ def forest(answer: Comparison, colors: Mapping[str, int]) -> Chart:
 
 
 def stacks(answer: Comparison) -> Chart:
-    """A column per step and arm with a trace, on one scale."""
+    """One column per step of each traced arm, all on the same scale."""
     rows = {name: _mean_splits(arm) for name, arm in answer.arms.items()}
     rows = {name: found for name, found in rows.items() if found}
     top = max((sum(split.values()) for found in rows.values() for _, split in found), default=1.0) * 1.04
@@ -93,13 +93,13 @@ def stacks(answer: Comparison) -> Chart:
 
 
 def curves(answer: Comparison, colors: Mapping[str, int]) -> list[Chart]:
-    """How fast, reward, validation, length and the whole step over the steps."""
+    """Line charts over the training steps: makespan, throughput, reward, validation, response length and step time."""
     wanted = (
         ("makespan of a rollout", "makespan_s", " s"),
         ("tokens trained on per second", "trained/tokens_per_s", ""),
         ("reward", "reward", ""),
         ("validation", "validation", ""),
-        ("tokens of a response", "response_tokens", ""),
+        ("tokens per response", "response_tokens", ""),
         ("whole training step", "step_s", " s"),
     )
     charts = []
@@ -136,7 +136,7 @@ def curves(answer: Comparison, colors: Mapping[str, int]) -> list[Chart]:
 
 
 def timeline(answer: Comparison, out: Path) -> Chart:
-    """The replicas in the step whose ratio is the median, each arm in the same pair and step."""
+    """The replicas over time in the step with the median ratio; all arms show the same pair and step."""
     chosen = _typical(answer)
     if chosen is None:
         return {"scenes": []}
@@ -156,7 +156,7 @@ def timeline(answer: Comparison, out: Path) -> Chart:
         end, idle = step.metrics["makespan_s"], step.get("idle_share/mean")
         scenes.append(
             {
-                "title": f"{name}: {seconds(end)}" + (f", replicas decode nothing {percent(idle)} of the time" if idle is not None else ""),
+                "title": f"{name}: {seconds(end)}" + (f", replicas not decoding {percent(idle)} of the time" if idle is not None else ""),
                 "alt": f"{name}: replicas over {seconds(end)}",
                 "light": data_uri(png(picture.pixels, light)),
                 "dark": data_uri(png(picture.pixels, dark)),
@@ -167,14 +167,14 @@ def timeline(answer: Comparison, out: Path) -> Chart:
     return {
         "scenes": scenes,
         "scene_ticks": ticks(span, " s"),
-        "scene_which": f"Step {number} of pair {pair}: of all steps, its ratio is the median. As recorded; dashed: its lower bound.",
+        "scene_which": f"Step {number} of pair {pair}, the step with the median ratio. As recorded; dashed: its lower bound.",
         "scene_note": SCENE_NOTE,
         "longest": f"{longest:,}",
     }
 
 
 def predictions(answer: Comparison, colors: Mapping[str, int]) -> list[Chart]:
-    """True against predicted tokens still to come, of some turns."""
+    """True against predicted remaining tokens, for a sample of turns."""
     charts = []
     for name, arm in answer.arms.items():
         guess = arm.prediction
@@ -195,7 +195,7 @@ def predictions(answer: Comparison, colors: Mapping[str, int]) -> list[Chart]:
             for power in range(int(decades) + 1)
         ]
         text = (
-            f"{count(guess.turns)} turns: {rank}half within a factor of {guess.factor:.2f}, in sum {guess.bias:.2f} of the truth{covered}."
+            f"{count(guess.turns)} turns: {rank}half within a factor of {guess.factor:.2f}, sum {guess.bias:.2f} of the true sum{covered}."
         )
         charts.append(
             {
@@ -211,7 +211,7 @@ def predictions(answer: Comparison, colors: Mapping[str, int]) -> list[Chart]:
 
 
 def _typical(answer: Comparison) -> tuple[int, int, list[str]] | None:
-    """Pair, step and traced arms: the median of the ratios of the first arm that shares steps with the base."""
+    """Pair, step and traced arms of the median ratio, taken over the first arm that shares steps with the base."""
     base = answer.base
     for arm in answer.others:
         if arm.split is None:
@@ -231,7 +231,7 @@ def _typical(answer: Comparison) -> tuple[int, int, list[str]] | None:
 
 
 def _mean_splits(arm: ArmResult) -> list[tuple[int, dict[str, float]]]:
-    """By step, the mean over the runs."""
+    """(step, mean split over the runs) for every traced step."""
     by_step: dict[int, list[dict[str, float]]] = {}
     for run in arm.runs.values():
         for step in run.steps:
@@ -260,7 +260,7 @@ def _range(values: Sequence[float], from_zero: bool) -> tuple[float, float]:
 
 
 def _levels(low: float, high: float, unit: str) -> list[Chart]:
-    """Marks of a vertical axis, at their height in percent."""
+    """Marks of a vertical axis, positioned by height in percent."""
     marks = [mark for mark in ticks(high, "", low) if mark["at"] <= 98]
     kept = marks[:: 1 + len(marks) // 5]
     return [
@@ -274,7 +274,7 @@ def _levels(low: float, high: float, unit: str) -> list[Chart]:
 
 
 def _step_ticks(numbers: Sequence[int], columns: bool = False) -> list[Chart]:
-    """Up to six step numbers below a chart; in the middle of their column, or at their point."""
+    """Up to six step numbers below a chart, centred on their column or placed at their point."""
     some = numbers[:: -(-len(numbers) // 6)]
     first, wide = numbers[0], max(1, numbers[-1] - numbers[0])
     marks = []

@@ -1,6 +1,7 @@
-"""The comparison as JSON with stable keys: `docs/compare.md` says what each means, `compare.schema.json` beside this file what it may hold.
+"""The comparison as a JSON document with stable keys.
 
-Keys are only ever added; a change of meaning changes `schema`.
+`docs/compare.md` explains each key; `compare.schema.json` in this folder is the JSON Schema. Keys are only ever added; a change of meaning
+changes `schema`.
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ from typing import Any
 
 import verl_heddle
 from verl_heddle.compare.bootstrap import Ratio
+from verl_heddle.compare.findings import cautions, findings, not_helped
 from verl_heddle.compare.measure import WINDOW, RunResult, Step
 from verl_heddle.compare.result import ArmResult, Comparison
-from verl_heddle.compare.told import cautions, not_helped, told
 
 SCHEMA = "verl-heddle/compare/1"
 
 
 def document(answer: Comparison) -> dict[str, Any]:
-    """JSON values only."""
+    """The whole comparison, as JSON values only."""
     plan = answer.plan
     return {
         "schema": SCHEMA,
@@ -40,7 +41,7 @@ def document(answer: Comparison) -> dict[str, Any]:
         "arms": [_arm(arm) for arm in answer.arms.values()],
         "runs": [_run(answer, key) for key in answer.entries],
         "config_diff": [{"key": key, "values": _plain(values)} for key, values in answer.config_diff().items()],
-        "explanation": told(answer),
+        "explanation": findings(answer),
         "did_not_help": not_helped(answer),
         "notes": cautions(answer),
     }
@@ -53,7 +54,7 @@ def schema() -> dict[str, Any]:
 
 
 def ratio(found: Ratio | None) -> dict[str, Any] | None:
-    """A ratio with its interval."""
+    """A ratio with its interval, as JSON values."""
     if found is None:
         return None
     return {
@@ -115,7 +116,7 @@ def _arm(arm: ArmResult) -> dict[str, Any]:
 
 
 def _windows(arm: ArmResult) -> dict[str, float | None] | None:
-    """What an asynchronous trainer is known by."""
+    """Measurements of an asynchronous trainer's windows; None for a synchronous trainer."""
     if arm.shares is None:
         return None
     return {
@@ -176,7 +177,7 @@ def _step(step: Step, counts: bool) -> dict[str, Any]:
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON values: what YAML can hold beyond them as text."""
+    """Convert YAML values to JSON values; types that JSON lacks become text."""
     simple = str | int | bool | None
     return {
         name: value if isinstance(value, simple) or (isinstance(value, float) and isfinite(value)) else json.dumps(value, default=str)

@@ -1,8 +1,8 @@
-"""The command line and environment of one run: the user's command, the arm's overrides, and what keeps runs apart.
+"""Builds the command line and environment of one run: the user's command, the arm's overrides, and settings that isolate runs.
 
-Added to every run, after everything else, so that it wins: where its files go, its name, its seeds, W&B group and tags, and verl's `file`
-logger, from which a run's own numbers are read. Checkpoints are not saved (`trainer.save_freq=-1`). Environment variables go through
-Ray's runtime_env as well, because on a cluster the process that logs does not inherit this one's.
+The isolating settings come last, so they take precedence: output paths, run name, seeds, W&B group and tags, and verl's `file` logger, from
+which the run's metrics are read. Checkpoints are not saved (`trainer.save_freq=-1`). Environment variables are also passed through Ray's
+runtime_env, because on a cluster the process that logs does not inherit this process's environment.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ TRACE = "heddle"
 LOG = "train.log"
 
 MARK = "VERL_HEDDLE_RUN"
-"""Environment variable that every process of a run carries: its folder. Left-over processes are found by it."""
+"""Environment variable that every process of a run carries; its value is the run's folder. It identifies leftover processes."""
 
 OUTPUTS = {"trainer.rollout_data_dir": "rollouts", "trainer.validation_data_dir": "validation"}
-"""Folders that verl fills if told to; where the command names one, each run gets its own."""
+"""Optional output folders of verl, and their names in a run's folder; if the command sets one, each run gets its own."""
 
 _PLAIN = re.compile(r"[A-Za-z_/][A-Za-z0-9_./-]*")
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """`environment` comes on top of the caller's."""
+    """How to start a run: `environment` is added to the caller's."""
 
     command: tuple[str, ...]
     environment: Mapping[str, str]
 
 
 def launch(plan: Plan, key: Key, out: Path, environment: Mapping[str, str]) -> Launch:
-    """How to start a run; `environment` is the caller's, asked only for W&B's settings."""
+    """The launch of one run. `environment` is the caller's; only W&B's settings are read from it."""
     arm, run = plan.arm(key.arm), out / "runs" / key.folder
     seed = plan.seed_of(key.pair)
     variables = {
@@ -79,19 +79,17 @@ def launch(plan: Plan, key: Key, out: Path, environment: Mapping[str, str]) -> L
 
 
 def override(key: str, value: str, text: bool = False) -> str:
-    """A Hydra override whose value is text, quoted where Hydra would read something else in it; `text`: always quoted.
+    """A Hydra override with a text value, quoted if Hydra would parse it as something else, or always if `text` is set.
 
     Raises:
-        ValueError: no configuration of verl's can hold the text; one line.
+        ValueError: verl's configuration cannot represent the value; one line.
     """
-    if "${" in value or value == "???":  # verl resolves its configuration twice, so that no escape survives
-        raise ValueError(
-            f"{value!r} cannot be a value of {key.lstrip('+')}: Hydra reads ${{ and ??? as its own; use another --out or --name"
-        )
+    if "${" in value or value == "???":  # verl resolves its configuration twice, so no escape survives
+        raise ValueError(f"{value!r} cannot be a value of {key.lstrip('+')}: Hydra interprets ${{ and ???; use a different --out or --name")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{value!r} cannot be a value of {key.lstrip('+')}: it is not UTF-8; use another --out or --name") from None
+        raise ValueError(f"{value!r} cannot be a value of {key.lstrip('+')}: it is not UTF-8; use a different --out or --name") from None
     if not text and _PLAIN.fullmatch(value) and value.lower() not in ("null", "none", "true", "false", "nan", "inf", "-inf"):
         return f"{key}={value}"
     escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", value).replace("'", r"\'")
@@ -99,7 +97,7 @@ def override(key: str, value: str, text: bool = False) -> str:
 
 
 def wandb_offline(environment: Mapping[str, str]) -> bool:
-    """Whether runs must log offline: the user said nothing and there is no key to log in with (an upload can follow: `wandb sync`)."""
+    """Whether runs must log to W&B offline: the user set no mode and there is no API key. `wandb sync` can upload them later."""
     if environment.get("WANDB_MODE") or environment.get("WANDB_API_KEY"):
         return False
     netrc = Path(environment.get("NETRC") or os.path.expanduser("~/.netrc"))

@@ -1,6 +1,7 @@
-"""What became of each run, in its own folder as `run.json`. Written in one stroke, so a crash leaves `running` or the truth.
+"""Records the state of each run as `run.json` in the run's folder.
 
-States: `running` (begun; without a live process it was interrupted), `finished` (exit 0 and the numbers are there), `failed`.
+The file is replaced atomically, so after a crash it says `running` or the true outcome. States: `running` (started; without a live process
+it was interrupted), `finished` (exit code 0 and metrics present), `failed`.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from verl_heddle.compare.plan import Key, write_json
 FILE = "run.json"
 STATES = ("running", "finished", "failed")
 MOST_S = 1e11
-"""Unix time in the year 5138."""
+"""Upper limit of a valid time in seconds: unix time in the year 5138."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """`began` is unix time. `why`: of a failed run, in one line."""
+    """The state of one run. `began` is unix time; `why` is the cause of a failure, in one line."""
 
     state: str
     began: float
@@ -40,11 +41,11 @@ class Ledger:
         self._out = out
 
     def folder(self, key: Key) -> Path:
-        """Where a run's files are."""
+        """The folder of a run's files."""
         return self._out / "runs" / key.folder
 
     def entry(self, key: Key) -> Entry | None:
-        """What is known of a run; None if it was never begun, or its file cannot be read."""
+        """The recorded state of a run; None if it was never started or its file is unreadable."""
         try:
             value: dict[str, Any] = json.loads((self.folder(key) / FILE).read_text(encoding="utf-8"))
             entry = Entry(**{**value, "command": tuple(value["command"])})
@@ -53,34 +54,34 @@ class Ledger:
         return entry if _sound(entry) else None
 
     def finished(self, key: Key) -> bool:
-        """Whether the run need not be made again."""
+        """Whether the run has finished and need not be repeated."""
         entry = self.entry(key)
         return entry is not None and entry.state == "finished"
 
     def fresh(self, key: Key) -> Path:
-        """An empty folder for a run; what an interrupted or failed one left is removed.
+        """Create an empty folder for a run; files of an interrupted or failed attempt are removed.
 
         Raises:
-            ValueError: something is there that we did not make.
+            ValueError: the folder holds files that are not a run's.
         """
         folder = self.folder(key)
-        old = folder.with_name(f".{folder.name}.old")  # renamed before it is emptied: a crash must not leave half a run under its name
+        old = folder.with_name(f".{folder.name}.old")  # renamed before deletion: a crash must not leave half a run under this name
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             if not (folder / FILE).exists() and any(not item.name.startswith(".") for item in folder.iterdir()):
-                raise ValueError(f"{folder} exists and is not a run of a comparison: move it away or use another --out")
+                raise ValueError(f"{folder} exists and is not a run of a comparison: move it away or use a different --out")
             folder.rename(old)
             shutil.rmtree(old, ignore_errors=True)
         folder.mkdir(parents=True)
         return folder
 
     def write(self, key: Key, entry: Entry) -> None:
-        """Record a state."""
+        """Record the state of a run."""
         write_json(self.folder(key) / FILE, asdict(entry))
 
 
 def _sound(entry: Entry) -> bool:
-    """Whether each field is of its type, as nobody who reads an entry looks again."""
+    """Whether each field has its declared type; readers of an entry do not check again."""
 
     def seconds(value: object) -> bool:
         return isinstance(value, int | float) and type(value) is not bool and 0 <= value < MOST_S

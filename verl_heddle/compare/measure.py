@@ -1,8 +1,8 @@
-"""From finished runs to numbers: each run's steps, and what one step of one run took.
+"""Measures finished runs: the metrics of every step of every run, from traces and verl's log.
 
-The makespan is measured from the trajectories (first start to last end, as the trace tells them), never from `timing_s/gen`, which contains
-how often verl looks. Under an asynchronous trainer trajectories outlive steps, so there is no makespan: of such a run the numbers are those
-that it logged of the window between two batches (`attribution.window_metrics`). A bare run has no trace: only verl's own clocks are known.
+The makespan is computed from the trajectories in the trace (first start to last end), never from `timing_s/gen`, which includes verl's
+polling interval. Under an asynchronous trainer trajectories outlive steps, so there is no makespan; such a run is measured by what it
+logged for the window between two batches (`attribution.window_metrics`). A bare run has no trace, so only verl's own timings are known.
 """
 
 from __future__ import annotations
@@ -27,55 +27,55 @@ from verl_heddle.traces.steps import training_steps
 from verl_heddle.trajectory import Trajectory
 
 SPLIT = ("queue_s", "generate_s", "tool_s", "other_s", "late_start_s")
-"""Seconds of the trajectory that ended last, by what it was doing; they add up to the makespan."""
+"""Seconds of the trajectory that ended last, by activity; they add up to the makespan."""
 
 VERLS = {"step_s": "timing_s/step", "reward": "critic/score/mean", "response_tokens": "response_length/mean"}
-"""Our name, verl's metric: what a run without a trace is known by."""
+"""Our name of a metric, and verl's; the only metrics of a run without a trace."""
 
 VALIDATION = "val-core/"
-"""Start of verl's names for what validation gave, logged at steps that validate."""
+"""Prefix of verl's validation metrics, logged at steps that validate."""
 
 OURS = "heddle/"
-"""Start of our names in verl's metrics."""
+"""Prefix of heddle's metrics in verl's log."""
 
 WINDOW = "window_s"
-"""Logged by asynchronous runs only."""
+"""Length of the window between two batches; only asynchronous runs log it."""
 
 TWIN = "twin/"
-"""Start of what the twin says of the step `twin/step`, logged with a later one."""
+"""Prefix of the twin's results; they refer to the step `twin/step` and are logged with a later step."""
 
 SHARES = ("generate_share", "queue_share", "tool_share", "paused_share")
-"""Of all time of the trajectories that ended in a window, by what they were doing."""
+"""Shares of the total time of the trajectories that ended in a window, by activity."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One training step of one run. `metrics`: names of `step_metrics` or `window_metrics`, `reward`, `validation`, and those of `VERLS`.
-    `bound_s`: None where not known."""
+    """One training step of one run. `metrics` has the names of `step_metrics` or `window_metrics`, `reward`, `validation` and those of
+    `VERLS`. `bound_s` is the lower bound of the makespan, None if unknown."""
 
     number: int
     metrics: Mapping[str, float]
     bound_s: float | None = None
 
     def get(self, name: str) -> float | None:
-        """A metric, None where it is missing or not a number."""
+        """A metric; None if it is missing or not finite."""
         value = self.metrics.get(name)
         return value if value is not None and isfinite(value) else None
 
     @property
     def split(self) -> dict[str, float] | None:
-        """`SPLIT`, None without a trace."""
+        """The seconds of `SPLIT`; None without a trace."""
         return {name: self.metrics[f"last/{name}"] for name in SPLIT} if "makespan_s" in self.metrics else None
 
     @property
     def shares(self) -> dict[str, float] | None:
-        """`SHARES`, None without a window."""
+        """The shares of `SHARES`; None without a window."""
         return {name: self.metrics.get(name, 0.0) for name in SHARES} if WINDOW in self.metrics else None
 
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """A run that finished. `warm` are the steps that count, the first ones left out. `predicted`: rows of `recorded.prediction`."""
+    """A finished run. `warm` holds the steps that count, after the warm-up; `predicted` holds rows of `recorded.prediction`."""
 
     key: Key
     entry: Entry
@@ -85,7 +85,7 @@ class RunResult:
     config: Mapping[str, Any]
 
     def step(self, number: int) -> Step | None:
-        """The step of that number among `warm`."""
+        """The step with this number in `warm`; None if there is none."""
         return next((step for step in self.warm if step.number == number), None)
 
 
@@ -96,12 +96,12 @@ def measured(
     table: LatencyModel | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> tuple[dict[Key, RunResult], Machine | None]:
-    """Every finished run's numbers, and the machine that bounds were taken with (None where nothing could be calibrated).
+    """The results of every finished run, and the machine model behind the lower bounds (None if calibration failed).
 
     Args:
-        warmup: steps left out at the start of each run, as long as one remains.
-        table: shipped step times instead of a calibration.
-        note: told what is missing, one line each.
+        warmup: steps dropped at the start of each run, as long as one remains.
+        table: step times to use instead of a calibration.
+        note: called with one line for each thing that is missing.
     """
     ledger = Ledger(out)
     done = [key for key in plan.runs() if ledger.finished(key)]
@@ -142,26 +142,26 @@ def measured(
 
 
 def _judged(logged: Mapping[int, Mapping[str, float]]) -> dict[int, dict[str, float]]:
-    """What the twin said, by the step that it is of."""
-    found = {}
+    """The twin's results by the step they refer to."""
+    by_step = {}
     for row in logged.values():
-        said = {name.removeprefix(OURS): value for name, value in row.items() if name.startswith(OURS + TWIN)}
-        if (number := said.get(TWIN + "step")) is not None:
-            found[int(number)] = said
-    return found
+        results = {name.removeprefix(OURS): value for name, value in row.items() if name.startswith(OURS + TWIN)}
+        if (number := results.get(TWIN + "step")) is not None:
+            by_step[int(number)] = results
+    return by_step
 
 
 def traced_steps(folder: Path, note: Callable[[str], None] = lambda text: None) -> dict[int, list[Trajectory]]:
-    """The training steps in a run's trace; `note` is told what of it was left out.
+    """The training steps in a run's trace; `note` is called with a line about each omission.
 
     Raises:
-        ValueError: no trace, or a damaged one.
+        ValueError: the trace is missing or damaged.
     """
     return training_steps(folder / TRACE / "trace.jsonl", lambda text: note(f"{folder.name}: {text}"))
 
 
 def config_of(folder: Path) -> dict[str, Any]:
-    """The composed verl configuration of a run, flat, as Hydra wrote it; empty where it did not."""
+    """The composed verl configuration of a run as Hydra saved it, with flat dotted keys; empty if there is none."""
     try:
         tree = yaml.safe_load((folder / "hydra" / ".hydra" / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):
@@ -178,7 +178,7 @@ def _flat(node: Any, prefix: str) -> list[tuple[str, Any]]:
 def _machine(
     plan: Plan, out: Path, keys: Sequence[Key], warmup: int, table: LatencyModel | None, note: Callable[[str], None]
 ) -> Machine | None:
-    """Calibrated on all arms of the first pair that has any: one model for all, so that fractions of the bound can be compared."""
+    """Calibrate one machine model on all arms of the first pair that has traces; sharing it makes bound fractions comparable."""
     if not keys:
         return None
     ledger = Ledger(out)

@@ -1,10 +1,8 @@
-"""What a comparison leaves behind: `compare.json` and `report.html`, after every pair; then the table and W&B's summary.
+"""Writes the results of a comparison: JSON and HTML files, the text report, and the W&B summary run.
 
-A comparison as text: one table, the sentences, what to know.
-
-The summary run on W&B: the comparison's table, curves, page and config diff, in the group of its runs. Works offline.
-
-The run keeps its id over all calls of one comparison, so an upload replaces the older summary. Needs `wandb` (`verl-heddle[wandb]`).
+`write` produces `compare.json` and `report.html` after every pair. `publish` prints the text report (one table, findings, caveats) at the
+end and logs the summary run (table, curves, page and config diff) to the W&B group of the comparison's runs. The summary works offline and
+needs `wandb` (`verl-heddle[wandb]`). Its id is the same in all calls of one comparison, so an upload replaces the older summary.
 """
 
 from __future__ import annotations
@@ -17,13 +15,12 @@ from typing import Any
 
 from verl_heddle.compare.bootstrap import Ratio
 from verl_heddle.compare.document import document
+from verl_heddle.compare.findings import cautions, findings, not_helped
 from verl_heddle.compare.launch import wandb_offline
 from verl_heddle.compare.ledger import Ledger
 from verl_heddle.compare.measure import SPLIT, measured
 from verl_heddle.compare.plan import Plan, write_json
-from verl_heddle.compare.progress import Say
 from verl_heddle.compare.result import ArmResult, Comparison, comparison
-from verl_heddle.compare.told import cautions, not_helped, told
 from verl_heddle.latency import LatencyModel
 from verl_heddle.report.words import number
 
@@ -59,7 +56,7 @@ COLUMNS: tuple[Column, ...] = (
     ("tool", lambda arm: _number(arm.split["tool_s"] if arm.split else None)),
     ("other", lambda arm: _number(arm.split["other_s"] + arm.split["late_start_s"] if arm.split else None)),
 )
-"""Heading and cell. The last four split the makespan by what the trajectory that ended last was doing, seconds."""
+"""Heading and cell text. The last four columns split the makespan by what the trajectory that ended last was doing, in seconds."""
 
 
 def _share(name: str) -> Callable[[ArmResult], str]:
@@ -78,15 +75,15 @@ WINDOW_COLUMNS: tuple[Column, ...] = (
     ("queue", _share("queue_share")),
     ("tool", _share("tool_share")),
     ("paused", _share("paused_share")),
-    ("read again", lambda arm: _percent(arm.read_again_share)),
+    ("recomputed", lambda arm: _percent(arm.read_again_share)),
     ("age steps", lambda arm: _number(arm.mean("trained/age_steps/mean"), ".1f")),
     ("dropped", lambda arm: _percent(arm.dropped_share)),
 )
-"""The same under an asynchronous trainer."""
+"""The columns under an asynchronous trainer."""
 
 
 def table(answer: Comparison) -> str:
-    """One row an arm."""
+    """The comparison as a text table with one row per arm."""
     columns = WINDOW_COLUMNS if answer.in_windows else COLUMNS
     cells = [[heading for heading, _ in columns], *([cell(arm) for _, cell in columns] for arm in answer.arms.values())]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -97,9 +94,9 @@ def table(answer: Comparison) -> str:
 
 
 def report(answer: Comparison) -> str:
-    """Everything the terminal shows at the end."""
+    """The text report shown on the terminal at the end."""
     first = f"the first {answer.warmup} steps" if answer.warmup > 1 else "the first step"
-    warm = f"{first} of a run left out" if answer.warmup else "all steps"
+    warm = f"without {first} of each run" if answer.warmup else "all steps"
     over = f"over {answer.base.arm.name} in the same pairs, 95 % interval"
     legend = (
         f"means over steps ({warm}); speedup: {over}; makespan: first\n"
@@ -108,9 +105,9 @@ def report(answer: Comparison) -> str:
     if answer.in_windows:
         legend = (
             f"means over the windows between batches ({warm}); ratio: tokens trained on per second, {over};\n"
-            "generate to paused: of all time of the trajectories that ended; read again: of what engines read; age: of what is trained on"
+            "generate to paused: share of the time of trajectories that ended; recomputed: share of prefilled tokens; age: of training data"
         )
-    parts = [table(answer), legend, "\n".join(f"- {line}" for line in told(answer))]
+    parts = [table(answer), legend, "\n".join(f"- {line}" for line in findings(answer))]
     for heading, lines in (("did not help", not_helped(answer)), ("to know", cautions(answer))):
         if lines:
             parts.append(f"{heading}:\n" + "\n".join(f"- {line}" for line in lines))
@@ -122,13 +119,13 @@ CURVES = {
     "trained/tokens_per_s": "tokens trained on per second",
     "reward": "reward",
     "validation": "validation",
-    "response_tokens": "tokens of a response",
+    "response_tokens": "tokens per response",
     "step_s": "training step, s",
 }
 
 
 def summarise(answer: Comparison, out: Path) -> str:
-    """Log it; says where it went. Fails softly: a comparison is not lost for W&B's sake."""
+    """Log the summary run; returns a message with its location, or with the reason for a failure. Never raises because of W&B."""
     try:
         import wandb
     except ImportError:
@@ -136,7 +133,7 @@ def summarise(answer: Comparison, out: Path) -> str:
     offline = wandb_offline(os.environ) or os.environ.get("WANDB_MODE") == "offline"
     plan = answer.plan
     if offline:
-        for old in out.glob(f"wandb/offline-run-*-{plan.summary_id}"):  # of an earlier call, and not uploaded
+        for old in out.glob(f"wandb/offline-run-*-{plan.summary_id}"):  # left by an earlier call and never uploaded
             if not list(old.glob("*.synced")):
                 shutil.rmtree(old, ignore_errors=True)
     try:
@@ -157,13 +154,13 @@ def summarise(answer: Comparison, out: Path) -> str:
         _log(wandb, run, answer, out)
         where = run.dir
         run.finish()
-    except Exception as error:  # W&B's own errors have no common base, and none of them may cost the comparison
+    except Exception as error:  # W&B's errors have no common base class, and none may cost the comparison
         return f"no summary ({type(error).__name__}: {' '.join(str(error).split())})"
     return f"summary run {plan.name}-summary in {Path(where).parent}" if offline else f"summary run {plan.name}-summary"
 
 
 def offline_runs(out: Path) -> list[Path]:
-    """W&B's offline folders of all runs and of the summary, not uploaded yet."""
+    """W&B's offline folders of all runs and of the summary that are not uploaded yet."""
     found = [*sorted(out.glob("runs/*/wandb/offline-run-*")), *sorted(out.glob("wandb/offline-run-*"))]
     return [run for run in found if run.is_dir() and not list(run.glob("*.synced"))]
 
@@ -192,7 +189,7 @@ def _log(wandb: Any, run: Any, answer: Comparison, out: Path) -> None:
 
 
 def _cells(arm: ArmResult) -> dict[str, Any]:
-    """The columns of the table; the speedup is `headline`."""
+    """The values of one arm's row in the W&B table; the speedup is `headline`."""
     found, split = arm.headline, arm.split or dict.fromkeys(SPLIT)
     return {
         "runs": len(arm.runs),
@@ -222,13 +219,13 @@ def _diff(wandb: Any, answer: Comparison) -> Any:
 def _sentences(answer: Comparison) -> str:
     from html import escape
 
-    told = document(answer)
-    parts = (("What came out", told["explanation"]), ("What did not help", told["did_not_help"]), ("To know", told["notes"]))
+    value = document(answer)
+    parts = (("What came out", value["explanation"]), ("What did not help", value["did_not_help"]), ("To know", value["notes"]))
     return "".join(f"<h3>{title}</h3><ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>" for title, lines in parts if lines)
 
 
 def _project(answer: Comparison) -> str:
-    """The project verl logged the runs to."""
+    """The W&B project that verl logged the runs to."""
     for arm in answer.arms.values():
         for run in arm.runs.values():
             if isinstance(name := run.config.get("trainer.project_name"), str):
@@ -240,11 +237,11 @@ JSON, PAGE = "compare.json", "report.html"
 
 
 def write(plan: Plan, out: Path, warmup: int, table: LatencyModel | None, shell: str) -> Comparison:
-    """Read the finished runs and write the two files; `shell` is the command as typed, for the page.
+    """Measure the finished runs and write both files; `shell` is the command as typed, shown on the page.
 
     Raises:
         ValueError: a trace is damaged.
-        OSError: the disk refuses.
+        OSError: a file cannot be written.
     """
     from verl_heddle.compare.page import page
 
@@ -259,18 +256,16 @@ def write(plan: Plan, out: Path, warmup: int, table: LatencyModel | None, shell:
     return answer
 
 
-def publish(answer: Comparison, out: Path, say: Say) -> None:
-    """Print the table and where everything is; log the summary to W&B if runs are logged there and a pair is finished."""
+def publish(answer: Comparison, out: Path) -> None:
+    """Print the report and the output paths; log the summary to W&B if the runs are logged there and a pair has finished."""
     print(report(answer), flush=True)
     compared = any(arm.headline or arm.step_ratio for arm in answer.others)
     if answer.plan.wandb and compared:
-        from verl_heddle.compare.outcome import offline_runs, summarise
-
         where = summarise(answer, out)
         print(f"W&B: group {answer.plan.name}, {where}")
         if runs := offline_runs(out):
-            print(f"  {len(runs)} W&B runs are offline; one of them: wandb sync {runs[-1]}")
-            print(f"  all of them: wandb sync {out}/runs/*/wandb/offline-run-* {out}/wandb/offline-run-*")
+            print(f"  {len(runs)} W&B runs are offline; upload one: wandb sync {runs[-1]}")
+            print(f"  upload all: wandb sync {out}/runs/*/wandb/offline-run-* {out}/wandb/offline-run-*")
     print(f"page: {out / PAGE}\nJSON: {out / JSON}")
     if not answer.in_windows:
-        print(f"why was a step slow: verl-heddle explain {out}")
+        print(f"why a step was slow: verl-heddle explain {out}")

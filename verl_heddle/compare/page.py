@@ -1,6 +1,6 @@
-"""The comparison as one HTML page. Stands alone, loads nothing, runs no script.
+"""Renders the comparison as one self-contained HTML page that loads nothing and runs no script.
 
-The look is `report/look.css.j2` and `report/compare.html.j2`; what the charts show is computed in `charts.py`.
+The templates are `report/look.css.j2` and `report/compare.html.j2`; `charts.py` computes the chart data.
 """
 
 from __future__ import annotations
@@ -12,40 +12,44 @@ from typing import Any
 import verl_heddle
 from verl_heddle.compare import charts
 from verl_heddle.compare.bootstrap import Ratio
+from verl_heddle.compare.findings import SPLIT_WORDS, cautions, findings, interval, not_helped
 from verl_heddle.compare.measure import SPLIT, WINDOW
 from verl_heddle.compare.progress import duration
 from verl_heddle.compare.result import ArmResult, Comparison
-from verl_heddle.compare.told import SPLIT_WORDS, cautions, interval, not_helped, told
 from verl_heddle.report.html import render
 from verl_heddle.report.words import count, number, percent, ratio, seconds
 
 COLORS = 6
-"""Arms have so many colours; then they repeat."""
+"""Number of arm colours; further arms repeat them."""
 
 SHARE_WORDS = [
     ("generate", "generating"),
     ("queue", "waiting"),
     ("tool", "in tools"),
     ("paused", "paused for weight updates"),
-    ("other", "else"),
+    ("other", "other"),
 ]
-"""What trajectories of an asynchronous trainer do with their time."""
+"""How trajectories of an asynchronous trainer spend their time: key and label."""
 
 COUNTED = ("decisions/", "outcomes/", "fallbacks/")
+"""Prefixes of the metrics shown as counts."""
 
 
-STEP_ROWS = (("of trajectory time, waiting for a slot", "queue_share"), ("of the makespan, a replica decodes nothing", "idle_share/mean"))
-WINDOW_ROWS = (
-    ("of trajectory time, waiting", "queue_share"),
-    ("of trajectory time, paused for weight updates", "paused_share"),
-    ("of turns, interrupted by weight updates", "interrupted_share"),
-    ("of the window, an engine has requests", "engines/busy_share"),
+STEP_ROWS = (
+    ("share of trajectory time waiting for a slot", "queue_share"),
+    ("share of the makespan a replica is not decoding", "idle_share/mean"),
 )
-"""Means of shares shown beside the counts."""
+WINDOW_ROWS = (
+    ("share of trajectory time waiting", "queue_share"),
+    ("share of trajectory time paused for weight updates", "paused_share"),
+    ("share of turns interrupted by weight updates", "interrupted_share"),
+    ("share of the window an engine has requests", "engines/busy_share"),
+)
+"""Mean shares shown below the counts: label and metric."""
 
 
 def page(answer: Comparison, out: Path, shell: str = "") -> str:
-    """The page; `out` is the comparison's folder, where the traces of the timeline are, `shell` the command that made it."""
+    """The HTML text. `out` is the comparison's folder, which holds the timeline's traces; `shell` is the command that made the page."""
     plan = answer.plan
     colors = {name: index % COLORS for index, name in enumerate(answer.arms)}
     bounded = any(arm.bound_fraction is not None for arm in answer.arms.values())
@@ -56,7 +60,7 @@ def page(answer: Comparison, out: Path, shell: str = "") -> str:
         title=f"{plan.name}: {', '.join(arm.arm.name for arm in answer.others)} against {answer.base.arm.name}",
         subtitle=_subtitle(answer),
         tiles=_tiles(answer),
-        sentences=told(answer),
+        sentences=findings(answer),
         not_helped=not_helped(answer),
         cautions=cautions(answer),
         rows=[_row(arm, answer) for arm in answer.arms.values()],
@@ -89,8 +93,8 @@ def _subtitle(answer: Comparison) -> str:
     what = f"recipe {plan.recipe}" if plan.recipe else "a verl command"
     warm = f", the first {answer.warmup if answer.warmup > 1 else ''}".rstrip() + " left out" if answer.warmup else ""
     steps = sorted({len(run.steps) for arm in answer.arms.values() for run in arm.runs.values()})
-    told_steps = " to ".join(map(str, dict.fromkeys((steps[0], steps[-1])))) if steps else "no"
-    return f"{what}; {pairs} of {plan.pairs} pair{'s' if plan.pairs > 1 else ''} of real runs finished, {told_steps} steps each{warm}."
+    number_of_steps = " to ".join(map(str, dict.fromkeys((steps[0], steps[-1])))) if steps else "no"
+    return f"{what}; {pairs} of {plan.pairs} pair{'s' if plan.pairs > 1 else ''} of real runs finished, {number_of_steps} steps each{warm}."
 
 
 def _tiles(answer: Comparison) -> list[dict[str, str]]:
@@ -142,7 +146,7 @@ def _row(arm: ArmResult, answer: Comparison) -> dict[str, Any]:
 
 
 def _parts(arm: ArmResult) -> dict[str, float]:
-    """What a bar is made of, by kind: seconds of the last trajectory, or shares of the time of all."""
+    """The parts of an arm's bar by kind: seconds of the last trajectory, or shares of the time of all trajectories."""
     if (split := arm.split) is not None:
         return {key.removesuffix("_s"): split[key] for key in charts.STACKED}
     shares = {key.removesuffix("_share"): value for key, value in (arm.shares or {}).items()}
@@ -156,14 +160,14 @@ def _range(found: Ratio, short: bool = False) -> str:
 
 
 def _counts(answer: Comparison) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Decisions by reason, outcomes, fallbacks, and what else is counted."""
+    """Table rows: decisions by reason, outcomes, fallbacks, moves, preemptions and mean shares."""
     rows = []
     for prefix in COUNTED:
         totals = {name: arm.total(prefix) for name, arm in answer.arms.items()}
         for what in sorted({what for total in totals.values() for what in total}):
-            title = {"decisions/": "decided: ", "outcomes/": "trajectories ", "fallbacks/": "fallback: "}[prefix] + what
+            title = {"decisions/": "decision: ", "outcomes/": "trajectories ", "fallbacks/": "fallback: "}[prefix] + what
             rows.append((title, [(name, _count(arm, totals[name].get(what, 0.0))) for name, arm in answer.arms.items()]))
-    for title, name in (("turns on another replica than before", "moves"), ("slots lost in the engine", "preemptions")):
+    for title, name in (("turns on a different replica than before", "moves"), ("preemptions in the engine", "preemptions")):
         rows.append((title, [(arm.arm.name, _count(arm, sum(arm.values(name)))) for arm in answer.arms.values()]))
     for title, name in WINDOW_ROWS if answer.in_windows else STEP_ROWS:
         cells = [(arm.arm.name, percent(value) if (value := arm.mean(name)) is not None else "–") for arm in answer.arms.values()]  # noqa: RUF001
@@ -176,14 +180,14 @@ def _count(arm: ArmResult, value: float) -> str:
 
 
 def _cell(value: Any) -> str:
-    return "(not there)" if value is None else str(value)
+    return "(not set)" if value is None else str(value)
 
 
 def _runs(answer: Comparison) -> list[dict[str, Any]]:
     rows = []
     for key, entry in answer.entries.items():
         result = answer.arms[key.arm].runs.get(key.pair)
-        state = "not made yet" if entry is None else entry.state + (f": {entry.why}" if entry.why else "")
+        state = "not run yet" if entry is None else entry.state + (f": {entry.why}" if entry.why else "")
         rows.append(
             {
                 "folder": f"runs/{key.folder}",
@@ -215,10 +219,10 @@ def _facts(answer: Comparison) -> list[tuple[str, str]]:
             facts.append((f"{arm.arm.name}, per token", interval(arm.throughput_ratio)))
     sums = {name: sum(split.values()) for name, arm in answer.arms.items() if (split := arm.split)}
     if sums and len(SPLIT):
-        facts.append(("measured share", ", ".join(f"{name} {_accounted(answer.arms[name])}" for name in sums)))
+        facts.append(("accounted time", ", ".join(f"{name} {_accounted(answer.arms[name])}" for name in sums)))
     return facts
 
 
 def _accounted(arm: ArmResult) -> str:
     worst = arm.values("accounted_share_worst")
-    return f"{number(100 * min(worst))} % of the worst trajectory's time" if worst else "not known"
+    return f"{number(100 * min(worst))} % of the worst trajectory's time" if worst else "unknown"

@@ -1,4 +1,4 @@
-"""A comparison's answer: each arm against the first one, over the pairs both have finished."""
+"""Aggregates measured runs by arm and compares each arm with the first, over the pairs that both have finished."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ OURS = (
     "hydra.",
     "heddle.trace.dir",
 )
-"""Keys (or, ending in a dot, nodes) that differ from run to run because we set them; seeds do as well."""
+"""Configuration keys that `launch` sets differently in every run; a trailing dot means a whole node. Seeds differ too."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """How good predictions of a trajectory's remaining tokens were, over all predicted turns.
+    """Accuracy of predictions of a trajectory's remaining tokens, over all predicted turns.
 
-    `rank`: Spearman correlation with the truth. `factor`: typical error as a factor, e.g. 1.5 (half of the predictions are within it).
+    `rank`: Spearman correlation with the truth. `factor`: median error as a factor, e.g. 1.5 (half of the predictions are within it).
     `bias`: sum predicted over sum true. `covered`: share of turns whose true value is below the predicted upper quantile.
     """
 
@@ -48,8 +48,8 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Twin:
-    """What the twin inside an arm's runs said of `steps` steps that count: `speedup`, verl's seconds over heddle's (geometric mean),
-    and `error`, the median of how far it was off on the steps as they ran (share of the makespan)."""
+    """Estimates of the twin inside an arm's runs, over `steps` steps that count. `speedup`: verl's seconds over heddle's (geometric mean).
+    `error`: median absolute error on the steps as they ran (share of the makespan)."""
 
     steps: int
     speedup: float
@@ -58,7 +58,7 @@ class Twin:
 
 @dataclass(frozen=True)
 class ArmResult:
-    """One arm over its finished runs, by pair. Ratios are over `base` (None for the base itself, or where no pair is shared)."""
+    """One arm over its finished runs, by pair. Ratios are relative to `base` (None for the base itself, or if no pair is shared)."""
 
     arm: Arm
     runs: Mapping[int, RunResult]
@@ -66,50 +66,50 @@ class ArmResult:
 
     @cached_property
     def speedup(self) -> Ratio | None:
-        """Makespan of the base over this one's, by the trajectories."""
+        """Makespan of the base over this arm's, measured from the trajectories."""
         return self._ratio("makespan_s")
 
     @cached_property
     def trained_ratio(self) -> Ratio | None:
-        """Tokens trained on per second, this one's over the base's; None for synchronous trainers, which log no windows."""
+        """Tokens trained on per second, this arm's over the base's; None for synchronous trainers, which log no windows."""
         return self._ratio(WINDOW, "trained/tokens")
 
     @property
     def headline(self) -> Ratio | None:
-        """What the arm is judged by: `speedup`, under an asynchronous trainer `trained_ratio`."""
+        """The ratio that decides the verdict: `trained_ratio` under an asynchronous trainer, else `speedup`."""
         return self.trained_ratio or self.speedup
 
     @cached_property
     def step_ratio(self) -> Ratio | None:
-        """Seconds of the whole training step of the base over this one's, by verl's clock."""
+        """Seconds of the base's whole training step over this arm's, by verl's clock."""
         return self._ratio("step_s")
 
     @cached_property
     def throughput_ratio(self) -> Ratio | None:
-        """Generated tokens per second of makespan, this one's over the base's: immune to one arm having drawn longer answers."""
+        """Generated tokens per second of makespan, this arm's over the base's; unaffected if one arm sampled longer answers."""
         return self._ratio("makespan_s", "tokens")
 
     @property
     def steps(self) -> list[Step]:
-        """Steps that count, of all runs."""
+        """The steps that count, over all runs."""
         return [step for run in self.runs.values() for step in run.warm]
 
     def values(self, name: str) -> list[float]:
-        """A metric of the steps that count, where it is known."""
+        """The known values of a metric over the steps that count."""
         return [value for step in self.steps if (value := step.get(name)) is not None]
 
     def median(self, name: str) -> float | None:
-        """Median over the steps that count."""
+        """Median of a metric over the steps that count; None if unknown."""
         found = self.values(name)
         return median(found) if found else None
 
     def mean(self, name: str) -> float | None:
-        """Mean over the steps that count."""
+        """Mean of a metric over the steps that count; None if unknown."""
         found = self.values(name)
         return mean(found) if found else None
 
     def total(self, prefix: str) -> dict[str, float]:
-        """Sums over the steps that count of all metrics that begin so, by the rest of their name."""
+        """Sums over the steps that count of all metrics with this prefix, keyed by the rest of the name."""
         found: Counter[str] = Counter()
         for step in self.steps:
             for name, value in step.metrics.items():
@@ -119,60 +119,60 @@ class ArmResult:
 
     @property
     def split(self) -> dict[str, float] | None:
-        """Mean seconds of `SPLIT`; they add up to the mean makespan. None without a trace."""
+        """Mean seconds of each part in `SPLIT`, which add up to the mean makespan; None without a trace."""
         splits = [step.split for step in self.steps if step.split is not None]
         return {name: mean(split[name] for split in splits) for name in SPLIT} if splits else None
 
     @property
     def shares(self) -> dict[str, float] | None:
-        """Means of `SHARES`; None for synchronous trainers."""
+        """Mean of each share in `SHARES`; None for synchronous trainers."""
         found = [step.shares for step in self.steps if step.shares is not None]
         return {name: mean(shares[name] for shares in found) for name in SHARES} if found else None
 
     @property
     def trained_tokens_per_s(self) -> float | None:
-        """Over the windows that count; None for synchronous trainers."""
+        """Tokens trained on per second over the windows that count; None for synchronous trainers."""
         seconds, tokens = sum(self.values(WINDOW)), sum(self.values("trained/tokens"))
         return tokens / seconds if seconds else None
 
     @property
     def read_again_share(self) -> float | None:
-        """Of what engines read, what the turn before had left there; None where engines do not say."""
+        """Share of prefilled tokens that the previous turn had left in the engine; None if engines do not report it."""
         read = sum(self.values("prefill_tokens"))
         return sum(self.values("read_again_tokens")) / read if read else None
 
     @property
     def dropped_share(self) -> float | None:
-        """Of the tokens of windows, those that were too stale to be trained on; None for synchronous trainers."""
+        """Share of the windows' tokens that were dropped as too stale to train on; None for synchronous trainers."""
         dropped, trained = sum(self.values("dropped/tokens")), sum(self.values("trained/tokens"))
         return dropped / (dropped + trained) if dropped + trained else None
 
     @property
     def bound_fraction(self) -> float | None:
-        """Sum of the bounds over sum of the makespans: 1 cannot be beaten, if the model of step times is right."""
+        """Sum of the lower bounds over sum of the makespans; at most 1 if the model of step times is right."""
         known = [(step.bound_s, step.metrics["makespan_s"]) for step in self.steps if step.bound_s is not None]
         return sum(low for low, _ in known) / sum(took for _, took in known) if known else None
 
     @cached_property
     def prediction(self) -> Prediction | None:
-        """None where nothing was predicted."""
+        """Prediction accuracy over all runs; None if nothing was predicted."""
         rows = [row for run in self.runs.values() for row in run.predicted]
         if not rows:
             return None
-        told, true = np.array([row[1] for row in rows]), np.array([row[2] for row in rows])
-        errors = np.abs(np.log(np.maximum(told, 1.0)) - np.log(np.maximum(true, 1.0)))
+        predicted, true = np.array([row[1] for row in rows]), np.array([row[2] for row in rows])
+        errors = np.abs(np.log(np.maximum(predicted, 1.0)) - np.log(np.maximum(true, 1.0)))
         upper = [(row[2], row[3]) for row in rows if row[3] is not None]
         return Prediction(
             turns=len(rows),
-            rank=spearman(told, true),
+            rank=spearman(predicted, true),
             factor=exp(float(np.median(errors))),
-            bias=float(told.sum() / true.sum()),
+            bias=float(predicted.sum() / true.sum()),
             covered=mean(value <= high for value, high in upper) if upper else None,
         )
 
     @property
     def twin(self) -> Twin | None:
-        """None where it judged no step."""
+        """The twin's estimates; None if it judged no step that counts."""
         judged = [step for step in self.steps if step.get("twin/speedup")]
         if not judged:
             return None
@@ -180,7 +180,7 @@ class ArmResult:
         return Twin(len(judged), speedup, median(abs(step.metrics["twin/error"]) for step in judged))
 
     def curve(self, name: str) -> list[tuple[int, float]]:
-        """(step, mean over the runs) of a metric, all steps."""
+        """(step, mean over the runs) of a metric, over all steps including the warm-up."""
         by_step: dict[int, list[float]] = {}
         for run in self.runs.values():
             for step in run.steps:
@@ -203,14 +203,14 @@ class ArmResult:
 
 
 def _cost(step: Step, seconds: str, tokens: str | None) -> float | None:
-    """Seconds, or seconds per token."""
+    """Seconds, or seconds per token if `tokens` names a metric; None if unknown or zero."""
     took, made = step.get(seconds), 1.0 if tokens is None else step.get(tokens)
     return took / made if took and made else None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """`arms` in the order of the plan, the first one what the others are compared with. `entries`: every run that was begun."""
+    """All arms in the plan's order; the first is the base of the others. `entries` has every run of the plan, None if not started."""
 
     plan: Plan
     arms: Mapping[str, ArmResult]
@@ -221,12 +221,12 @@ class Comparison:
 
     @property
     def base(self) -> ArmResult:
-        """What the others are compared with."""
+        """The arm that the others are compared with."""
         return next(iter(self.arms.values()))
 
     @property
     def in_windows(self) -> bool:
-        """Whether an asynchronous trainer was measured: windows between batches, no makespans."""
+        """Whether the trainer is asynchronous, so that the runs have windows between batches instead of makespans."""
         return any(arm.shares is not None for arm in self.arms.values())
 
     @property
@@ -240,7 +240,7 @@ class Comparison:
         return {key: entry for key, entry in self.entries.items() if entry is None or entry.state != "finished"}
 
     def config_diff(self) -> dict[str, dict[str, Any]]:
-        """verl keys whose values differ between arms in the first pair, by arm; seeds and what keeps runs apart are left out."""
+        """verl keys whose values differ between arms in the first pair, by arm, without seeds and the keys in `OURS`."""
         configs = {name: next(iter(arm.runs.values())).config for name, arm in self.arms.items() if arm.runs}
         configs = {name: config for name, config in configs.items() if config}
         keys = sorted({key for config in configs.values() for key in config})
@@ -256,7 +256,7 @@ def comparison(
     warmup: int,
     notes: Sequence[str] = (),
 ) -> Comparison:
-    """Put runs together by arm."""
+    """Group the runs by arm and link each arm to the base."""
     base: ArmResult | None = None
     arms: dict[str, ArmResult] = {}
     for arm in plan.arms:

@@ -1,4 +1,4 @@
-"""A comparison in plain sentences: how fast, why, at what price, what did not help. None says more than the intervals support."""
+"""Sentences about a comparison: how fast, why, at what cost, and what did not help. No sentence claims more than the intervals support."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from verl_heddle.report.explain import WAITED
 from verl_heddle.report.words import count, listed, number, percent, ratio
 
 ALIKE = 0.03
-"""Arms whose mean tokens per trajectory differ by less generated the same amount: three standard errors of a few hundred trajectories."""
+"""Arms whose mean tokens per trajectory differ by less count as equal: three standard errors of a few hundred trajectories."""
 
 ROUGH = 0.15
-"""Median error of calibrated step times from which on bounds are called rough; on engines of their own it is a few per cent."""
+"""Above this median error of calibrated step times, bounds are called rough; on dedicated engines it is a few per cent."""
 
 WEAK_RANK = 0.3
-"""Rank correlation below which a prediction orders trajectories little better than chance."""
+"""Below this rank correlation, a prediction ranks trajectories little better than chance."""
 
-ONE_PAIR = "more pairs must tell whether that is chance"
-"""Of a difference among the steps of one pair."""
+ONE_PAIR = "more pairs are needed to rule out chance"
+"""Qualifies a difference that the steps of a single pair show."""
 
 MOSTLY = 0.5
-"""Share of the last trajectory's time in tools from which on tools, not engines, set the pace."""
+"""Above this share of the last trajectory's time in tools, tools and not engines set the pace."""
 
 SPLIT_WORDS = {
     "queue_s": "waiting for a slot",
@@ -32,8 +32,8 @@ SPLIT_WORDS = {
 }
 
 
-def told(answer: Comparison) -> list[str]:
-    """What came out, most important first."""
+def findings(answer: Comparison) -> list[str]:
+    """The findings, most important first."""
     base = answer.base
     lines = []
     for arm in answer.others:
@@ -45,7 +45,7 @@ def told(answer: Comparison) -> list[str]:
 
 
 def not_helped(answer: Comparison) -> list[str]:
-    """What did not help, and why as far as the runs show it."""
+    """What did not help, and why, as far as the runs show."""
     lines = []
     base = answer.base
     for arm in answer.others:
@@ -56,66 +56,68 @@ def not_helped(answer: Comparison) -> list[str]:
             if found.value < 1:
                 lines.append(f"{name} took longer than {base.arm.name}: {interval(found)}; {ONE_PAIR}.")
         else:
-            verdict = "was slower than" if found.verdict == "slower" else "made no difference beyond chance to"
+            verdict = "was slower than" if found.verdict == "slower" else "showed no difference beyond chance from"
             lines.append(f"{name} {verdict} {base.arm.name}: {interval(found)}.")
         waited, tools = base.median("queue_share"), _tool_share(base)
-        lever = "Tensor parallelism may be the larger lever: verl-heddle plan."
+        lever = "Tensor parallelism may matter more: run verl-heddle plan."
         if tools > MOSTLY:
-            lever = "Faster tools, or more of them at a time, are the larger lever."
-            lines.append(f"In {base.arm.name} the last trajectory to end is in tools {percent(tools)} of its time: no order helps there.")
+            lever = "Faster tools, or more of them at once, would help more."
+            lines.append(
+                f"In {base.arm.name} the last trajectory to end spends {percent(tools)} of its time in tools: no order helps there."
+            )
         if waited is not None and waited < WAITED and not arm.arm.bare:
             lines.append(
-                f"In {base.arm.name} turns waited only {100 * waited:.1f} % of the time for a slot: where nobody waits, an order "
-                f"of the queue changes nothing. {lever}"
+                f"In {base.arm.name} turns waited for a slot only {100 * waited:.1f} % of the time, so the order of the queue "
+                f"hardly matters. {lever}"
             )
     for arm in answer.arms.values():
         guess = arm.prediction
         if guess is not None and guess.rank is not None and guess.rank < WEAK_RANK and arm is not base:
             lines.append(
-                f"{arm.arm.name}'s predictions hardly order trajectories (rank correlation {guess.rank:.2f}, {count(guess.turns)} turns): "
-                "prompts came round too seldom, or lengths differ within a prompt more than between prompts."
+                f"{arm.arm.name}'s predictions hardly rank trajectories (rank correlation {guess.rank:.2f}, {count(guess.turns)} turns): "
+                "prompts repeated too rarely, or lengths vary more within a prompt than between prompts."
             )
         if fallen := arm.total("fallbacks/").get("total"):
-            lines.append(f"In {arm.arm.name} verl's own rule had to step in {count(fallen)} times.")
+            lines.append(f"In {arm.arm.name} heddle fell back to verl's own rule {count(fallen)} times.")
     return lines
 
 
 def cautions(answer: Comparison) -> list[str]:
-    """What the reader must know to trust the numbers as far as they go."""
+    """Caveats that limit how far the numbers can be trusted."""
     lines = list(answer.notes)
     if answer.machine is not None:
         fit = answer.machine.latency.engines[answer.machine.engines.tp].fit
         if fit is not None and fit.median_error > ROUGH:
             lines.append(
-                f"Lower bounds are rough: the calibrated step times miss half of the turns by more than {percent(fit.median_error)} "
-                "(engines that share cores, or other work on the machine)."
+                f"Lower bounds are rough: the calibrated step times are off by more than {percent(fit.median_error)} for half of the turns "
+                "(possible causes: engines that share cores, other work on the machine)."
             )
     for key, entry in answer.missing.items():
-        state = "not made yet" if entry is None else entry.why or ("interrupted" if entry.state == "running" else entry.state)
+        state = "not run yet" if entry is None else entry.why or ("interrupted" if entry.state == "running" else entry.state)
         lines.append(f"Pair {key.pair}, {key.arm} is missing: {state}.")
     pairs = max((len(arm.headline.by_pair) for arm in answer.others if arm.headline), default=0)
     if 0 < pairs < FEW_PAIRS:
         lines.append(
-            f"The intervals rest on {pairs} pair{'s' if pairs > 1 else ''} and are too narrow for that: "
-            f"--pairs {2 * pairs + (pairs == 1) * 2} goes on from here."
+            f"The intervals rest on {pairs} pair{'s' if pairs > 1 else ''}, so they are too narrow; "
+            f"--pairs {2 * pairs + (pairs == 1) * 2} adds more."
         )
-    unknown = [arm.arm.name for arm in answer.arms.values() if any(run.steps == run.warm for run in arm.runs.values())]
-    if unknown and answer.warmup:
-        lines.append(f"Runs of one step pay for compilation and cold caches in it ({listed(sorted(set(unknown)))}); use more --steps.")
+    single = [arm.arm.name for arm in answer.arms.values() if any(run.steps == run.warm for run in arm.runs.values())]
+    if single and answer.warmup:
+        lines.append(f"The only step of a run includes compilation and cold caches ({listed(sorted(set(single)))}); use more --steps.")
     return lines
 
 
 def interval(found: Ratio) -> str:
-    """For example "1.12x (95 % interval 1.05 to 1.20; 3 pairs, 12 steps)"."""
+    """A ratio as text, for example "1.12x (95 % interval 1.05 to 1.20; 3 pairs, 12 steps)"."""
     pairs, steps = len(found.by_pair), found.steps
     size = f"{pairs} pair{'s' if pairs > 1 else ''}, {count(steps)} step{'s' if steps > 1 else ''}"
     if found.low is None or found.high is None:
-        return f"{ratio(found.value)} (one step of one pair: chance is not visible)"
+        return f"{ratio(found.value)} (one step of one pair: no interval)"
     return f"{ratio(found.value)} (95 % interval {found.low:.2f} to {found.high:.2f}; {size})"
 
 
 def _apart(found: Ratio) -> bool:
-    """Whether the steps alone would tell the arms apart."""
+    """Whether the interval excludes 1, so that the steps alone distinguish the arms."""
     return found.low is not None and found.high is not None and not found.low <= 1 <= found.high
 
 
@@ -149,25 +151,25 @@ def _speed(arm: ArmResult, base: ArmResult) -> list[str]:
 
 
 def _windows(arm: ArmResult, found: Ratio, base: ArmResult) -> list[str]:
-    """Under an asynchronous trainer: how fast, where the time of trajectories went, how stale what is trained on."""
+    """Under an asynchronous trainer: how fast, where trajectories spend their time, how stale the training data is."""
     name, other = arm.arm.name, base.arm.name
     lines = [f"{name} trains on {interval(found)} as many tokens per second as {other}: {_verdict(found)}."]
     both = [(one.arm.name, one) for one in (arm, base)]
     spent = [
-        f"{percent(shares['paused_share'])} standing still for weight updates and {percent(shares['queue_share'])} waiting ({whose})"
+        f"{percent(shares['paused_share'])} of their time paused for weight updates and {percent(shares['queue_share'])} waiting ({whose})"
         for whose, one in both
         if (shares := one.shares) is not None
     ]
-    lines.append(f"Trajectories spend of their time {listed(spent)}.")
-    if again := [f"{percent(share)} ({whose})" for whose, one in both if (share := one.read_again_share) is not None]:
-        lines.append(f"Of what engines read, they had read before and thrown away: {listed(again)}.")
+    lines.append(f"Trajectories spend {listed(spent)}.")
+    if recomputed := [f"{percent(share)} ({whose})" for whose, one in both if (share := one.read_again_share) is not None]:
+        lines.append(f"Share of prefilled tokens that were recomputed after eviction: {listed(recomputed)}.")
     ages = [
-        f"{age:.1f} steps old with {percent(one.dropped_share or 0.0)} of tokens dropped ({whose})"
+        f"{age:.1f} steps old with {percent(one.dropped_share or 0.0)} of tokens dropped as stale ({whose})"
         for whose, one in both
         if (age := one.mean("trained/age_steps/mean")) is not None
     ]
     if ages:
-        lines.append(f"What is trained on is on average {listed(ages)}.")
+        lines.append(f"The training data is on average {listed(ages)}.")
     return lines
 
 
@@ -176,17 +178,18 @@ def _verdict(found: Ratio) -> str:
 
 
 def _twins(answer: Comparison) -> list[str]:
-    """What the twin inside each run says of verl's rule against heddle's, beside what was measured."""
+    """The speedup of heddle's rule over verl's that the twin in each run estimates, next to the measured one."""
     judged = [(name, arm.twin) for name, arm in answer.arms.items() if arm.twin is not None]
-    said = [
-        f"{ratio(twin.speedup)} inside {name} ({count(twin.steps)} step{'s' * (twin.steps > 1)}, {percent(twin.error)} off on what ran)"
+    estimates = [
+        f"{ratio(twin.speedup)} inside {name} ({count(twin.steps)} step{'s' * (twin.steps > 1)}, {percent(twin.error)} error on real steps)"
         for name, twin in judged
     ]
-    if not said:
+    if not estimates:
         return []
     found = [f"{ratio(arm.speedup.value)} ({name})" for name, arm in answer.arms.items() if arm.twin and arm.speedup is not None]
-    beside = f"; measured, arm against arm: {listed(found)}" if found else ""
-    return [f"The twin, which replays each step under verl's rule and under heddle's, makes the plugin {listed(said)}{beside}."]
+    measured = f"; measured between arms: {listed(found)}" if found else ""
+    text = "The twin, which replays each step under verl's rule and under heddle's, estimates heddle's speedup at"
+    return [f"{text} {listed(estimates)}{measured}."]
 
 
 def _lengths_and_rewards(answer: Comparison) -> list[str]:
@@ -194,10 +197,10 @@ def _lengths_and_rewards(answer: Comparison) -> list[str]:
     lengths = {name: value for name, arm in answer.arms.items() if (value := _length(arm)) is not None}
     lines = []
     if rewards:
-        told = listed([f"{value:.3f} ({name})" for name, value in rewards.items()])
+        each = listed([f"{value:.3f} ({name})" for name, value in rewards.items()])
         lines.append(
-            f"Mean reward: {told}."
-            + (f" Tokens a trajectory: {listed([f'{v:,.0f} ({n})' for n, v in lengths.items()])}." if lengths else "")
+            f"Mean reward: {each}."
+            + (f" Tokens per trajectory: {listed([f'{v:,.0f} ({n})' for n, v in lengths.items()])}." if lengths else "")
         )
     if scores := {name: value for name, arm in answer.arms.items() if (value := arm.mean("validation")) is not None}:
         lines.append(f"Validation: {listed([f'{value:.3f} ({name})' for name, value in scores.items()])}.")
@@ -205,17 +208,17 @@ def _lengths_and_rewards(answer: Comparison) -> list[str]:
     for arm in answer.others:
         own, per_token = lengths.get(arm.arm.name), arm.throughput_ratio
         if base and own and per_token is not None and abs(own / base - 1) > ALIKE:
-            less = "less" if own < base else "more"
+            less = "fewer" if own < base else "more"
             per = f"per token it is {interval(per_token)}"
             if max(_tool_share(arm), _tool_share(answer.base)) > MOSTLY:
-                per += ", which says little where most of the time is tools'"
-            other = f"{percent(abs(own / base - 1))} {less} than {answer.base.arm.name}"
-            lines.append(f"{arm.arm.name} generated {other}, by the chance of sampling; {per}.")
+                per += ", which says little because tools take most of the time"
+            other = f"{percent(abs(own / base - 1))} {less} tokens than {answer.base.arm.name}"
+            lines.append(f"{arm.arm.name} generated {other}, by chance in sampling; {per}.")
     return lines
 
 
 def _tool_share(arm: ArmResult) -> float:
-    """Of the time of the trajectories that ended last; 0 where it is not known."""
+    """Share of the last trajectories' time spent in tools; 0 if unknown."""
     split = arm.split
     total = sum(split.values()) if split else 0.0
     return split["tool_s"] / total if split and total > 0 else 0.0
@@ -231,10 +234,10 @@ def _bound(answer: Comparison) -> list[str]:
     if not reached or answer.machine is None:
         return []
     each = listed([f"{name} reaches {percent(value)}" for name, value in reached.items()])
-    text = f"Of what no schedule on these engines could beat, {each}."
+    text = f"Of the speed that no schedule on these engines could exceed, {each}."
     over = [name for name, value in reached.items() if value > 1]
     if over:
-        text += f" More than 100 % ({listed(over)}) means that the step times assumed ({answer.machine.source}) are too slow."
+        text += f" More than 100 % ({listed(over)}) means that the assumed step times ({answer.machine.source}) are too slow."
     elif (best := max(reached.values())) > 0.9:
-        text += f" Little is left to win: {percent(1 - best)}."
+        text += f" Little is left to gain: {percent(1 - best)}."
     return [text]

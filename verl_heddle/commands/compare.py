@@ -45,8 +45,9 @@ examples:
       verl-heddle compare --recipe math --dry-run
 
 The arm stock is your command with +plugin=observe: verl's own decisions, heddle's metrics and traces. All arms of a pair have the same
-seeds; their order alternates. Checkpoints are not saved. All output goes to --out: report.html, compare.json, and a folder per run with
-its log and trace. W&B: one group, offline if there is no key (upload later: wandb sync). What the numbers mean: docs/compare.md.
+seeds; their order is balanced over the pairs. Checkpoints are not saved. All output goes to --out: report.html, compare.json, and a
+folder per run with its log and trace. W&B: one group, offline if there is no key (upload later: wandb sync). What the numbers mean:
+docs/compare.md.
 """
 
 

@@ -13,7 +13,7 @@ import verl_heddle
 from verl_heddle.compare import charts
 from verl_heddle.compare.bootstrap import Ratio
 from verl_heddle.compare.findings import SPLIT_WORDS, cautions, findings, interval, not_helped
-from verl_heddle.compare.measure import SPLIT, WINDOW
+from verl_heddle.compare.measure import WINDOW
 from verl_heddle.compare.progress import duration
 from verl_heddle.compare.result import ArmResult, Comparison
 from verl_heddle.report.html import render
@@ -94,7 +94,8 @@ def _subtitle(answer: Comparison) -> str:
     warm = f", the first {answer.warmup if answer.warmup > 1 else ''}".rstrip() + " left out" if answer.warmup else ""
     steps = sorted({len(run.steps) for arm in answer.arms.values() for run in arm.runs.values()})
     number_of_steps = " to ".join(map(str, dict.fromkeys((steps[0], steps[-1])))) if steps else "no"
-    return f"{what}; {pairs} of {plan.pairs} pair{'s' if plan.pairs > 1 else ''} of real runs finished, {number_of_steps} steps each{warm}."
+    done = f"{pairs} of {plan.pairs} pair{'s' if plan.pairs > 1 else ''} of real runs finished"
+    return f"{what}; {done}, {number_of_steps} steps per run{warm}."
 
 
 def _tiles(answer: Comparison) -> list[dict[str, str]]:
@@ -211,14 +212,14 @@ def _facts(answer: Comparison) -> list[tuple[str, str]]:
         facts.append(("step times", answer.machine.source))
     facts += [
         ("seeds", f"{', '.join(str(plan.seed_of(pair)) for pair in range(1, plan.pairs + 1))}, the same for all arms of a pair"),
-        ("order of runs", "alternates from pair to pair"),
+        ("order of runs", "balanced over the pairs"),
         ("interval", "paired bootstrap: pairs, then steps within them, 4,000 draws, 95 %"),
     ]
     for arm in answer.others:
         if arm.throughput_ratio is not None:
             facts.append((f"{arm.arm.name}, per token", interval(arm.throughput_ratio)))
     sums = {name: sum(split.values()) for name, arm in answer.arms.items() if (split := arm.split)}
-    if sums and len(SPLIT):
+    if sums:
         facts.append(("accounted time", ", ".join(f"{name} {_accounted(answer.arms[name])}" for name in sums)))
     return facts
 

@@ -18,7 +18,7 @@ Times are arguments. Source of the hold time: Karlin et al. 1988 (ski rental); C
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from math import inf
@@ -197,9 +197,9 @@ class Growth:
         return self._tokens / self._turns if self._turns else 0.0
 
 
-def find_room(homes: Mapping[str, ReplicaState], admit: float, own: float, live: Live, closed: Container[str]) -> list[ReplicaState]:
+def find_room(homes: Mapping[str, ReplicaState], admit: float, own: float, live: Live, closed: Pauses) -> list[ReplicaState]:
     """Replicas with room for a trajectory with `own` tokens beside its prompt: its last replica alone if that has room, otherwise those
-    with the fewest turns. `admit`: share of a KV cache up to which there is room; `closed`: replicas to skip."""
+    with the fewest turns. `admit`: share of a KV cache up to which there is room; `closed`: replicas to skip, as their engines are paused."""
     fewest, found = inf, list[ReplicaState]()
     for name, home in homes.items():
         need = own + (0 if live.prompt in home.prompts else live.prompt_tokens)
@@ -248,7 +248,7 @@ class Rooms:
             if not sharers:
                 del self._sharers[prompt]
 
-    def find(self, own: float, live: Live, closed: Iterable[str]) -> list[ReplicaState]:
+    def find(self, own: float, live: Live, closed: Pauses) -> list[ReplicaState]:
         """As `find_room`."""
         used, running, residents = self._table
         need = np.full(len(used), float(own + live.prompt_tokens))

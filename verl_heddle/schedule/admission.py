@@ -36,8 +36,8 @@ LEAST_ROOM = 16
 
 
 def most_turns(slots: int, calls: int | None) -> float:
-    """Maximum turns in flight on a server actor that leave room for its control calls. `slots`: requests that decode at once; `calls`: calls
-    that the actor takes at a time (None: not limited)."""
+    """Maximum turns in flight on a server actor, leaving room for control calls. `slots`: requests that decode at once; `calls`: calls that
+    the actor takes at a time (None: not limited)."""
     return inf if calls is None else max(calls - ROOM, min(slots, calls - LEAST_ROOM), 1)
 
 
@@ -66,8 +66,8 @@ class _Gate:
 
 
 class Admission:
-    """Holds turns until their replica may take them. `hold_s`: seconds after which turns stop waiting for a silent replica. The caller names
-    requests, uniquely while they are open."""
+    """Holds turns until their replica may take them. `hold_s`: seconds after which turns stop waiting for a silent replica. Request names
+    must be unique while the request is open."""
 
     def __init__(self, hold_s: float) -> None:
         self._hold_s = hold_s

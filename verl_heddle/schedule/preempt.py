@@ -139,8 +139,8 @@ class Waiting(NamedTuple):
 
 
 class Running(NamedTuple):
-    """A turn in a slot. `steps`: since it (re)started; `preemptions`: by this rule so far; `tokens`: with KV; `blocks()`: freed if it leaves,
-    counted only when needed."""
+    """A turn in a slot. `steps`: since it (re)started; `preemptions`: by this rule so far; `tokens`: with KV; `blocks()`: freed if it
+    leaves, counted only when needed."""
 
     key: str
     priority: int

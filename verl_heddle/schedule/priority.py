@@ -13,7 +13,7 @@ For resident trajectories no better order without predictions was found (`bench/
 late begin late, and a step takes up to 5 % longer if slots are short and KV cache is not.
 
 Source: Heddle section 4, Algorithm 1 (priority = predicted length, longest first), for vLLM's `scheduling_policy=priority`, which orders
-the waiting queue and picks the victim when KV blocks run out. Counting tool time is ours: longest processing time first with delivery times.
+the waiting queue and picks the victim when KV blocks run out. Tool time is our addition: longest processing time first with delivery times.
 """
 
 from __future__ import annotations

@@ -199,7 +199,7 @@ class Growth:
 
 def find_room(homes: Mapping[str, ReplicaState], admit: float, own: float, live: Live, closed: Pauses) -> list[ReplicaState]:
     """Replicas with room for a trajectory with `own` tokens beside its prompt: its last replica alone if that has room, otherwise those
-    with the fewest turns. `admit`: share of a KV cache up to which there is room; `closed`: replicas to skip, as their engines are paused."""
+    with the fewest turns. `admit`: share of a KV cache up to which there is room; replicas that are `closed` are skipped."""
     fewest, found = inf, list[ReplicaState]()
     for name, home in homes.items():
         need = own + (0 if live.prompt in home.prompts else live.prompt_tokens)

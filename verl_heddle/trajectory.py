@@ -41,7 +41,7 @@ class Reason(StrEnum):
     with room for it."""
 
     PLANNED = "planned"
-    """First turn, or its replica left: the replica with which the step is expected to end clearly sooner, otherwise the one of verl's rule."""
+    """First turn, or its replica left: the replica with which the step is expected to end clearly sooner, else that of verl's rule."""
 
     MOVED = "moved"
     """Later turn: a replica that is expected to end sooner than its own by more than the move costs."""

@@ -199,7 +199,7 @@ class Orchestrator:
         return self.residents is not None and self.predictor is None and not self._tiered and self.residents.stays(key)
 
     def put_out(self) -> list[str]:
-        """Keys of trajectories that no longer `stays`. Call it after every event."""
+        """Keys of trajectories whose turns must ask again. Call it after every event."""
         return [] if self.residents is None else self.residents.put_out()
 
     def _start(self, turn: TurnStart, now: float, at: str | None = None) -> Decision:
@@ -213,7 +213,7 @@ class Orchestrator:
                 estimate = self.predictor.predict(key)
         priority = self._priority(turn, life, None if estimate is None else (estimate.median_tokens, estimate.tool_s))
         self._transfers.over(key)
-        replica, reason, held = self._where(turn, life, estimate, priority, now) if at is None else self._there(turn, life, at, now)
+        replica, reason, held = self._choose(turn, life, estimate, priority, now) if at is None else self._accept(turn, life, at, now)
         self.counts[reason] += 1
         self.turns.add(OpenTurn(turn, replica, priority, life))
         if life is not None:
@@ -223,7 +223,7 @@ class Orchestrator:
             return Decision(replica, priority, reason, held=held, stays=not held and life is not None and self.stays(key))
         return Decision(replica, priority, reason, estimate.median_tokens, estimate.upper_tokens, held)
 
-    def _where(self, turn: TurnStart, life: Life | None, estimate: Estimate | None, priority: int, now: float) -> tuple[str, Reason, bool]:
+    def _choose(self, turn: TurnStart, life: Life | None, estimate: Estimate | None, priority: int, now: float) -> tuple[str, Reason, bool]:
         """Replica, reason, and whether the turn is held."""
         if self.residents is not None and life is not None and self._replicas and not (self._tiered or life.plain):
             resident = self.residents.home_of(turn.trajectory.key) is not None
@@ -236,8 +236,8 @@ class Orchestrator:
         begun = turn.generated_tokens > 0
         return replica, reason, self.admission is not None and not self.admission.ask(turn.request, replica, priority, now, begun)
 
-    def _there(self, turn: TurnStart, life: Life | None, at: str, now: float) -> tuple[str, Reason, bool]:
-        """As `_where`, for a turn that is on its way to `at`."""
+    def _accept(self, turn: TurnStart, life: Life | None, at: str, now: float) -> tuple[str, Reason, bool]:
+        """As `_choose`, for a turn that is on its way to `at`."""
         if self.residents is not None and life is not None and not (self._tiered or life.plain):
             self.residents.turn_begun(turn, at, now)
         if at in self._replicas:
@@ -300,11 +300,11 @@ class Orchestrator:
 
     def step_ended(self, step: int, now: float) -> int:
         """A training step's batch is complete: forget trajectories of earlier steps that never ended, and their turns; returns how many."""
-        lost = {key for key, life in self._lives.items() if life.who.step < step}
+        lost = {key for key, life in self._lives.items() if life.identity.step < step}
         if self.predictor is not None:
             lost.update(self.predictor.abandon_before(step))  # includes expected trajectories that never began
         for opened in self.turns:
-            if opened.life is not None and opened.life.who.step < step:
+            if opened.life is not None and opened.life.identity.step < step:
                 self.turn_finished(opened.withdrawn(), now)
         for key in lost:
             self._forget(key, now)
@@ -393,7 +393,7 @@ class Orchestrator:
         if not self._orders or life is None:
             return 0
         if self._options.priority.order == "arrival":
-            return VALIDATION if life.who.validate else 0
+            return VALIDATION if life.identity.validate else 0
         if left is None:
             return 0
         length = turn.generated_tokens + work_tokens(left[0], life.tool_s + left[1], self._pace.s_per_token)

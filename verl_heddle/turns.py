@@ -19,7 +19,7 @@ from verl_heddle.trajectory import TrajectoryId, TurnEnd, TurnStart
 class Life:
     """A trajectory from its first turn's start to its end."""
 
-    who: TrajectoryId
+    identity: TrajectoryId
     turns: int = 0
     """Turns started; a restarted turn counts once."""
     tool_s: float = 0.0
@@ -163,6 +163,6 @@ class Refresh:
         turns: list[OpenTurn] = []
         while self._requests and len(turns) < most:
             turn = self._turns.get(self._requests.popleft())
-            if turn is not None and turn.life is not None and known(turn.life.who.key):
+            if turn is not None and turn.life is not None and known(turn.life.identity.key):
                 turns.append(turn)
         return turns

@@ -34,7 +34,7 @@ class Trainer:
     threshold: int | None = 8
     """`max_off_policy_threshold`: steps after which a group is too stale."""
     strategy: Literal["drop", "wait"] = "drop"
-    """`max_off_policy_strategy`: drop groups that are too stale, or wait so that none gets too stale."""
+    """`max_off_policy_strategy`: drop groups that are too stale, or wait for groups that are about to be."""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES or self.strategy not in ("drop", "wait"):
@@ -85,6 +85,7 @@ class Run:
 
     @property
     def counted(self) -> Sequence[Step]:
+        """The steps after the first `skip`."""
         return self.steps[self.skip :]
 
     @property

@@ -5,7 +5,7 @@ Law
 - Bias: the twin may favour a rule. A rule's bias is the mean of log(measured / simulated makespan) over the last `WINDOW` steps in which
   it ran; the difference of the two biases is added to the gain.
 - Margin: the standard error of that sum. A rule that has not run takes the bias of the other, and that bias is its error.
-- Resident sets run from the start: where nothing is known, no rule loses less (docs/regimes.md). They rest once gain + `SURE` margins is
+- Resident sets run from the start: no rule loses less while nothing is known (docs/regimes.md). They rest once gain + `SURE` margins is
   below -`WORTH`, and resume when the gain is above 0 or the twin cannot judge. Each return doubles the steps before they may rest again.
 
 A wrong twin thus costs what resident sets gain in two steps (the one that disproves it, and the one in which it is judged), at steps 4, 12

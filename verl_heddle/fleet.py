@@ -1,19 +1,19 @@
-"""The nouns of the serving side: what a rollout replica is to a policy."""
+"""`Replica`: what a policy knows of a rollout server."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 BATCH_TOKENS = 8192
-"""verl's default `rollout.max_num_batched_tokens`: tokens that an engine step computes at most."""
+"""verl's default `rollout.max_num_batched_tokens`: maximum tokens per engine step."""
 
 
 @dataclass(frozen=True, slots=True)
 class Replica:
     """One rollout server.
 
-    `name` is how verl's router knows it (its address), `tp` the tensor-parallel degree, `slots` how many requests it decodes at once
-    (vLLM `max_num_seqs`), `kv_tokens` how many tokens its KV cache holds (None: not limiting or not known).
+    `name`: its address, as in verl's router; `tp`: tensor-parallel degree; `slots`: requests it decodes at once (vLLM `max_num_seqs`);
+    `kv_tokens`: tokens its KV cache holds (None: not limiting or not known).
     """
 
     name: str
@@ -21,11 +21,11 @@ class Replica:
     slots: int = 256
     kv_tokens: int | None = None
     calls: int | None = None
-    """Calls that its server actor takes at a time (verl: `RolloutReplica.max_concurrency`); None: not limited."""
+    """Calls its server actor takes at a time (verl: `RolloutReplica.max_concurrency`); None: not limited."""
     caches: bool = True
-    """Whether a turn finds the context that the turn before it left (vLLM: `enable_prefix_caching`)."""
+    """Whether it has a prefix cache, in which a turn finds the context of the turn before (vLLM: `enable_prefix_caching`)."""
     tier: bool = False
-    """Whether what its KV cache evicts is kept in the host's memory, and read back from there (vLLM: `kv_offloading_size`)."""
+    """Whether it has a host tier: KV cache that it evicts is kept in host memory and read back (vLLM: `kv_offloading_size`)."""
 
     def __post_init__(self) -> None:
         if self.tp < 1 or self.slots < 1 or (self.kv_tokens is not None and self.kv_tokens < 1):

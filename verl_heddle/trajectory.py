@@ -1,8 +1,8 @@
-"""The nouns of a rollout: who a trajectory is, what happened in its turns, and the events that tell the orchestrator.
+"""Data types of a rollout: identities, events and decisions while it runs, and the record of it afterwards.
 
-Two families live here. `TrajectoryId`, `TurnStart`, `TurnEnd`, `TrajectoryEnd` and `Decision` are what the cluster and the
-simulator exchange with the `Orchestrator` while a step runs. `Turn` and `Trajectory` are the finished story, one JSON line each
-(`verl_heddle.traces` reads and writes them): what a real run recorded, what a public trace tells, what a generator invents.
+Two groups. `TrajectoryId`, `TurnStart`, `TurnEnd`, `ToolStart`, `TrajectoryEnd`, `Decision` and `Prewarm` are exchanged between the
+`Orchestrator` and the cluster or the simulator during a step. `Turn` and `Trajectory` are records, one JSON line per trajectory, from a
+live run, a public trace or a generator (`verl_heddle.traces` reads and writes them).
 
 Units: tokens are counts, durations are seconds, times are seconds on one caller-chosen clock.
 """
@@ -17,15 +17,15 @@ from typing import Any
 
 
 def travels(cls: Any) -> Any:
-    """A frozen dataclass with slots, of two fields or more, whose objects go from process to process by the thousand: pickled as a call of
-    the class, which takes half the time of what `dataclass` makes."""
-    told = attrgetter(*(one.name for one in fields(cls) if one.init))
-    cls.__reduce__ = lambda self: (type(self), told(self))
+    """Class decorator for a frozen dataclass with slots and at least two fields, sent between processes by the thousand: pickles an object
+    as a call of its class, in half the time of the default."""
+    values = attrgetter(*(item.name for item in fields(cls) if item.init))
+    cls.__reduce__ = lambda self: (type(self), values(self))
     return cls
 
 
 class Reason(StrEnum):
-    """Why a turn went where it went; counted as the metric `heddle/decisions/<reason>`."""
+    """Why a turn went to its replica; counted as the metric `heddle/decisions/<reason>`."""
 
     LEAST_INFLIGHT = "least_inflight"
     """First turn of a conversation: the replica with the fewest requests in flight (verl's own rule)."""
@@ -37,17 +37,17 @@ class Reason(StrEnum):
     """`rollout.full_determinism`: the replica the request id hashes to (verl's own rule)."""
 
     ADMITTED = "admitted"
-    """The trajectory was not resident anywhere: the replica with the fewest requests in flight of those with room for its context, or where
-    that lay last."""
+    """The trajectory was not resident: the replica that held its context last, or the one with the fewest requests in flight, among those
+    with room for it."""
 
     PLANNED = "planned"
-    """First turn, or its replica left: where the step is expected to end clearly sooner, or else where verl's rule puts it."""
+    """First turn, or its replica left: the replica with which the step is expected to end clearly sooner, else that of verl's rule."""
 
     MOVED = "moved"
-    """Later turn, on a replica that is expected to end sooner than its own, by more than the move costs."""
+    """Later turn: a replica that is expected to end sooner than its own by more than the move costs."""
 
     NOT_PAYING = "not_paying"
-    """First turn by verl's rule, because planning has not paid over the last steps."""
+    """First turn: the replica of verl's rule, because planning has not paid over the last steps."""
 
     FALLBACK_POLICY = "fallback_policy"
     """The orchestrator raised; the router applied verl's own rule."""
@@ -57,7 +57,7 @@ class Reason(StrEnum):
 
 
 class Outcome(StrEnum):
-    """How a trajectory's life ended."""
+    """How a trajectory ended."""
 
     FINISHED = "finished"
     FAILED = "failed"
@@ -67,10 +67,10 @@ class Outcome(StrEnum):
 @travels
 @dataclass(frozen=True, slots=True)
 class TrajectoryId:
-    """One sample's whole episode.
+    """Identity of one sample's whole episode.
 
-    `prompt` is stable over epochs (a digest of the prompt), `uid` is verl's id of this visit to the prompt, `sample` numbers the
-    group's trajectories (verl: `session_id`), `step` is the training step that asked for it.
+    `prompt` is a digest of the prompt, stable over epochs; `uid` is verl's id of this visit to the prompt; `sample` numbers the
+    trajectories of the group (verl: `session_id`); `step` is the training step that asked for it.
     """
 
     prompt: str
@@ -88,11 +88,11 @@ class TrajectoryId:
 @travels
 @dataclass(frozen=True, slots=True)
 class TurnStart:
-    """A trajectory wants to generate: `context_tokens` is everything the model will read.
+    """A trajectory wants to generate. `context_tokens` counts everything the model will read.
 
-    `turn` numbers the trajectory's generations from 0 in the order in which they begin; several may be under way at once. `conversation`
-    is verl's request id: what shares one shares a context. Most trajectories have one for life; an agent loop may talk in several, and
-    loops of several trajectories may share one.
+    `turn` numbers the trajectory's generations from 0 in the order in which they begin; several may be in flight at once. `conversation` is
+    verl's request id: turns that share it share a context. Most trajectories keep one; an agent loop may use several, and loops of several
+    trajectories may share one.
     """
 
     trajectory: TrajectoryId
@@ -100,15 +100,15 @@ class TurnStart:
     turn: int
     context_tokens: int
     generated_tokens: int
-    """Tokens this trajectory has generated, in earlier turns and earlier legs of this one."""
+    """Tokens this trajectory has generated in earlier turns and earlier legs of this one."""
     tool_s: float | None = None
-    """Seconds its tools took since its last turn; None: there was none before, or nobody measured."""
+    """Seconds of tool calls since its last turn; None: first turn, or not measured."""
     text: str | None = None
-    """The prompt's text, told with a trajectory's first turn where it is known."""
+    """The prompt's text, if known; in a trajectory's first turn only."""
     leg: int = 0
-    """How often this generation has been sent before: it starts again when its replica is lost, and goes on after a weight update."""
+    """How often this generation has been sent before: it restarts when its replica is lost, and continues after a weight update."""
     request: str = field(init=False, repr=False, compare=False)
-    """Name of the request, in the router and in the engine: unique in the run."""
+    """Name of the request in router and engine, unique in the run."""
 
     def __post_init__(self) -> None:
         _only_times(self, "tool_s")
@@ -118,7 +118,7 @@ class TurnStart:
 @travels
 @dataclass(frozen=True, slots=True)
 class TurnEnd:
-    """A request ended on `replica`, by itself (`completed`) or by failure, abort or cancellation."""
+    """A request ended on `replica`: normally (`completed`), or by failure, abort or cancellation."""
 
     trajectory: TrajectoryId
     conversation: str
@@ -127,12 +127,12 @@ class TurnEnd:
     output_tokens: int
     completed: bool = True
     engine_s: float | None = None
-    """Seconds it kept the engine busy, queueing not counted; None: not known."""
+    """Seconds in the engine without queueing; None: not known."""
     leg: int = 0
     before_tokens: int = 0
-    """Generated in earlier legs."""
+    """Tokens generated in earlier legs."""
     interrupted: bool = False
-    """A weight update ended the request, not the generation, which goes on in another leg."""
+    """A weight update ended the request; the generation continues in the next leg."""
     request: str = field(init=False, repr=False, compare=False)
     """As `TurnStart.request`."""
 
@@ -146,7 +146,7 @@ def _request(trajectory: TrajectoryId, turn: int, leg: int) -> str:
 
 
 def _only_times(event: object, name: str) -> None:
-    """What is no time, such as NaN, infinite or negative seconds, was not measured: one such number would stay in every running mean."""
+    """Set a duration that is NaN, infinite or negative to None: a single one would stay in every running mean."""
     seconds = getattr(event, name)
     if seconds is not None and not 0 <= seconds < inf:
         object.__setattr__(event, name, None)
@@ -155,7 +155,7 @@ def _only_times(event: object, name: str) -> None:
 @travels
 @dataclass(frozen=True, slots=True)
 class ToolStart:
-    """A tool that the last turn asked for begins to run (parallel calls come one by one): the gap in which planning costs nothing."""
+    """A tool that the last turn asked for starts (one event per parallel call). Planning during the call costs no time."""
 
     trajectory: TrajectoryId
     tool: str
@@ -164,40 +164,40 @@ class ToolStart:
 @travels
 @dataclass(frozen=True, slots=True)
 class TrajectoryEnd:
-    """The episode is over. `output_tokens` counts what the model generated over all turns."""
+    """The episode is over. `output_tokens` counts the tokens generated over all turns."""
 
     trajectory: TrajectoryId
     outcome: Outcome
     output_tokens: int
     turns: int
     truncated: bool = False
-    """Ended by a limit on tokens or turns: it would have been at least so long."""
+    """Ended by a limit on tokens or turns, so its length is censored: a lower bound."""
 
 
 @travels
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Answer to a `TurnStart`: where to run, how urgent (vLLM: lower runs first), why, and what was believed."""
+    """Answer to a `TurnStart`: replica, priority (vLLM: lower runs first), reason, and the prediction behind it."""
 
     replica: str
     priority: int
     reason: Reason
     predicted_remaining: float | None = None
-    """Tokens still to come, this turn included (median); None: nobody predicts."""
+    """Median of the remaining tokens, this turn included; None: lengths are not predicted."""
     predicted_upper: float | None = None
-    """The same, its 0.9 quantile."""
+    """Their 0.9 quantile."""
     held: bool = False
-    """The turn waits until the orchestrator admits it. `replica` may be empty then: it is chosen when there is room."""
+    """The turn waits until the orchestrator admits it. `replica` may be empty then; it is chosen at admission."""
     stays: bool = False
-    """The trajectory's next turns run there and as urgently without being asked for, until the orchestrator says otherwise."""
+    """The trajectory's next turns run there with the same priority, without asking, until the orchestrator revokes it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prewarm:
-    """Order to fill the prefix cache of `replica` with the trajectory's context while its tool runs: a one-token request there.
+    """Order to fill the prefix cache of `replica` with the trajectory's context while its tool runs, by a one-token request.
 
-    To be dropped when the trajectory's next turn starts, or it ends; what has been prefilled by then stays cached. `priority` is vLLM's:
-    it must disturb nobody.
+    To be dropped when the trajectory ends or its next turn starts; tokens prefilled by then stay cached. `priority` is vLLM's, and low
+    enough to delay no turn.
     """
 
     trajectory: str
@@ -207,31 +207,31 @@ class Prewarm:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One generation and the tool call it led to, as one entry of a trace line's `steps`.
+    """One generation and the tool call after it, as one entry of a trace line's `steps`.
 
-    None means that the source does not say. The second group of fields is written by a live run only.
+    None: the source does not have it. Only live runs write the second group of fields.
     """
 
     input_tokens: int | None
     """New context since the previous generation (tool output and the like); 0 in the first turn."""
     output_tokens: int | None
     tool: str | None = None
-    """Name of the tool, parallel calls joined by `+`; None where no tool was called."""
+    """Name of the tool, parallel calls joined by `+`; None: no tool was called."""
     tool_latency_s: float | None = None
     gen_s: float | None = None
-    """Time the engine worked on the request; waiting for a slot is not in it."""
+    """Time in the engine, without waiting for a slot."""
     ctx_tokens: int | None = None
     ctx_reset: bool = False
     output_est: bool = False
 
     route_s: float | None = None
-    """Asking the router where to go."""
+    """Time for the router's answer."""
     queue_s: float | None = None
     """Waiting for a slot in the engine, before the first token or after a preemption."""
     transport_s: float | None = None
-    """Call to the engine less queueing and generating: RPC, serialisation."""
+    """Call to the engine, without queueing and generating: RPC, serialisation."""
     between_s: float | None = None
-    """From this generation's end to the next one's start, less the tools: parsing, tokenising."""
+    """From this generation's end to the next one's start, without tools: parsing, tokenising."""
     replica: str | None = None
     priority: int | None = None
     reason: str | None = None
@@ -242,18 +242,18 @@ class Turn:
     start_s: float | None = None
     """Offset of the turn's start from the trajectory's start."""
     legs: int | None = None
-    """Requests it took, where a weight update interrupted it; its times are their sums."""
+    """Number of requests, if a weight update interrupted it; its times are sums over them."""
     paused_s: float | None = None
-    """Between its legs, and before an engine that was paused for a weight update."""
+    """Waiting between legs, and for an engine paused for a weight update."""
     reread_tokens: int | None = None
-    """Context that its later legs computed again."""
+    """Context that later legs recomputed."""
     weights: str | None = None
-    """Weights (training step) of its first and its last token, as `3-5`, where trainer and rollout run side by side."""
+    """Weights (training step) of its first and last token, such as `3-5`, if trainer and rollout run side by side."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """One trace line. A trajectory ends with its list of steps, not with a null tool.
+    """One trace line. A trajectory ends with its last step, not with a null tool.
 
     `meta` of a live run: `uid`, `run` (when it began), `step`, `validate`, `outcome`, `start_s` and `end_s` (unix time), `setup_s`
     (before the first turn), `score_s` (reward and hand-over after the last), `wait_s` (finished, waiting for the batch).
@@ -271,10 +271,10 @@ class Trajectory:
 
     @property
     def output_tokens(self) -> int:
-        """Tokens generated over all turns; turns of unknown length count 0."""
+        """Tokens generated over all turns; unknown counts as 0."""
         return sum(turn.output_tokens or 0 for turn in self.steps)
 
     @property
     def tool_s(self) -> float:
-        """Seconds in tools over all turns; unknown counts 0."""
+        """Seconds in tools over all turns; unknown counts as 0."""
         return sum(turn.tool_latency_s or 0.0 for turn in self.steps)

@@ -126,7 +126,7 @@ def test_an_interrupted_turn_goes_on_with_the_tokens_it_has():
 
 
 def test_too_few_prompts_are_refused():
-    with pytest.raises(ValueError, match="give more"):
+    with pytest.raises(ValueError, match="pass more groups"):
         train(groups_of([[[(5, 0.0)]]], 2), FLEET, LATENCY, Stock(0), Trainer("sync", 2, 1.0, steps=2))
 
 

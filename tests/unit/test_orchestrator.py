@@ -218,7 +218,7 @@ class Crowd:
         placed = Counter(replica for _, replica in self.open.values())
         assert self.mind.inflight == {name: placed[name] for name in self.mind.replicas}
         assert len(self.open) == len(self.mind.turns) and self.mind.holds == bool(self.held)
-        assert set(self.mind._changed) <= set(self.mind.turns.groups)
+        assert set(self.mind._refresh.changed) <= set(self.mind.turns.groups)
 
     def start(self, turn: TurnStart) -> None:
         key = turn.trajectory.key
@@ -266,7 +266,7 @@ def test_whatever_turns_share_and_whoever_dies_nothing_is_left(kind, trajectorie
     alive = {who for who in crowd.todo if crowd.begun[who]}
     assert mind.step_ended(2, crowd.now) == len(alive), "their workers have died"
     assert set(mind.inflight.values()) == {0}
-    assert not (mind.turns or mind.turns.groups or mind._lives or mind._changed or (mind.admitted(crowd.now) and not crowd.held))
+    assert not (mind.turns or mind.turns.groups or mind._lives or mind._refresh.changed or (mind.admitted(crowd.now) and not crowd.held))
     assert mind.admission is None or (not mind.admission and not any(mind.admission.inside(name) for name in mind.inflight))
     assert mind.residents is None or (not +mind.residents.now and not any(map(mind.residents.used, mind.residents.homes())))
     audit = mind._placement._audit

@@ -1,39 +1,41 @@
-"""When a waiting turn takes the place of a running one. vLLM asks in every step; `verl_plugin.vllm_scheduler` carries the answer out.
+"""Preemption on arrival: when a waiting turn takes the slot of a running one. `verl_plugin.vllm_scheduler` applies it in vLLM's steps.
 
-Law. vLLM starts waiting turns in the order of (aged priority, arrival), lower first. Walk the first `STARTS` of them in that order. A turn
-that finds a free slot and its KV blocks starts by itself. The first that does not is the *winner* of a pair if some running turn, the
-*victim*, has no objection, asked from the worst aged priority on; then the next waiting turn is asked. The first winner without a victim
-ends the walk, because vLLM would let nobody overtake it. So does one that finds a free slot and lacks KV blocks only (KV_SHORT): where KV
-is what is short, an exchange frees nothing and reads contexts again, 0.84x to 0.93x of stock's speed in three simulated steps that are
-1.02x to 1.09x without. A victim objects, in this order:
+Law. vLLM starts waiting turns in the order (aged priority, arrival), lower first. Take the first `STARTS` of them in that order.
+- A turn that finds a free slot and its KV blocks starts without the rule.
+- A turn that finds no slot is a *winner*, paired with the first running turn that has no objection to being its *victim*, tried from the
+  worst aged priority; then the next waiting turn is tried.
+- The first turn without a victim ends the walk, because vLLM would let no turn overtake it.
+- So does a turn that finds a slot and lacks only KV blocks (KV_SHORT). If KV cache is short, an exchange frees nothing and contexts are
+  recomputed: 0.84x to 0.93x of stock's speed in three simulated steps that run at 1.02x to 1.09x without it.
 
+Objections of a victim, in this order:
 1. MARGIN: its own priority, or its aged one, is not worse than the winner's by at least `margin`;
-2. CAPPED: it has lost its place to this rule `max_preemptions` times already;
+2. CAPPED: it has lost its slot to this rule `max_preemptions` times already;
 3. YOUNG: it has run fewer than `min_steps` steps since it (re)started;
-4. NO_ROOM: the free blocks and its own are fewer than the winner needs (one victim a winner, never two);
+4. NO_ROOM: the free blocks and its own are fewer than the winner needs (a winner gets one victim, never two);
 5. COST: (priority difference) * `tokens_per_unit` <= (tokens to recompute) / `tokens_per_step`.
 
-Cost, in decode steps, because a step spent on recomputing delays the whole batch. With the prefix cache a victim comes back to all its full
-blocks: it recomputes the tokens after the last full one, and the blocks that the winner evicts. Freed blocks are evicted last, so these are
-what the winner needs beyond the blocks that were free before. Without the cache it recomputes everything. Gain, in the same unit: the
-predicted difference of the remaining tokens, the most that starting the longer of two jobs first can take off the makespan.
+Cost is in decode steps, because a step spent on recomputing delays the whole batch. With the prefix cache a victim finds all its full
+blocks again: it recomputes the tokens after the last full one, and the blocks that the winner evicts. Freed blocks are evicted last, so the
+winner evicts what it needs beyond the blocks that were free before. Without the cache the victim recomputes everything. Gain is in the same
+unit: the predicted difference of the remaining tokens, the most that starting the longer of two jobs first can take off the makespan.
 
-Ageing. aged = priority + ageing_per_s * arrival: a turn improves by `ageing_per_s` for every second since it came, and as all do so at the
-same rate their order never changes while they wait (no re-sorting, no clock). It decides who starts next, and it shields who came long ago;
-it takes no place by itself, as MARGIN asks for the own priorities too. Bound: a turn that came D / ageing_per_s seconds later overtakes
-nobody whose priority is worse by D or less, so whoever waits, waits for a finite number of turns.
+Ageing. aged = priority + ageing_per_s * arrival. A turn improves by `ageing_per_s` for every second since its arrival; all improve at the
+same rate, so their order never changes while they wait (no re-sorting, no clock). Ageing decides which turn starts next and protects old
+turns; it cannot take a slot alone, because MARGIN also compares the priorities without it. Bound: a turn that arrives D / ageing_per_s
+seconds later overtakes no turn whose priority is worse by D or less, so every turn waits for a finite number of others.
 
 Invariants (tests/unit/test_preempt.py checks each by brute force)
 - a winner could not start without its pair: no slot is free;
 - a victim's own priority is strictly worse than its winner's: equal ones never preempt, and no pair is ever the reverse of an earlier one;
-- every turn is in at most one pair; a turn loses its place at most `max_preemptions` times, so the rule comes to rest;
-- the winners, together with those that start by themselves, are the first of the waiting order;
+- every turn is in at most one pair; a turn loses its slot at most `max_preemptions` times, so exchanges end;
+- the winners, and the turns that start without the rule, are the first of the waiting order;
 - after all pairs the block count is not negative.
 
 Source: Heddle section 4, Algorithm 1, preempts whenever the order says so; margin, cap, run length, ageing, cost and the bounds are ours.
-Cost of a decision: O(STARTS * running) comparisons at worst, and the blocks of `WEIGHED` victims a winner; nothing while nobody waits.
-A winner is asked of no victim whose aged priority is within the margin, so that the usual refusal looks at one. vLLM asks again only when
-something has changed, or after `REFUSAL_STEPS` (`verl_plugin.vllm_scheduler`).
+Cost of a decision: at worst O(STARTS * running) comparisons and the blocks of `WEIGHED` victims per winner; nothing while no turn waits.
+The walk over victims ends at the first one within the margin, so the usual refusal looks at one. vLLM asks again only when something has
+changed, or after `REFUSAL_STEPS` (`verl_plugin.vllm_scheduler`).
 """
 
 from __future__ import annotations
@@ -45,40 +47,40 @@ from itertools import chain, islice
 from typing import Any, NamedTuple
 
 MARGIN = 4
-"""Priority units. Rounding alone moves two equal predictions one unit apart, and four units of 64 tokens are inside the error of any
-predictor, so that an exchange for less buys noise."""
+"""Priority units. Rounding alone can put two equal predictions one unit apart, and four units of 64 tokens are within the error of any
+predictor, so an exchange for less acts on noise."""
 
 MAX_PREEMPTIONS = 3
-"""Per turn, by this rule. Each costs a return to the queue; a turn that was wrongly predicted to be short is safe after three."""
+"""Per turn, by this rule. Each sends the turn back to the queue; a turn wrongly predicted to be short is safe after three."""
 
 MIN_STEPS = 8
-"""Steps a turn keeps its place once it has it, so that it pays back its prefill before it can be asked to leave."""
+"""Steps for which a turn keeps its slot, so that it pays back its prefill before it can be preempted."""
 
 AGEING_PER_S = 0.1
-"""Units per second. A turn of 2000 predicted tokens less (31 units of 64) is overtaken by those that come within five minutes of it, and by
-none later: longer than a queue usually lasts, shorter than a starved step."""
+"""Units per second. A turn with 2000 predicted tokens fewer (31 units of 64) is overtaken by turns that arrive within five minutes of it,
+and by none later: longer than a queue usually lasts, shorter than a starved step."""
 
 TOKENS_PER_UNIT = 64
-"""Tokens of predicted difference that one priority unit stands for: `heddle.priority.quantum_tokens`."""
+"""Tokens per priority unit: `heddle.priority.quantum_tokens`."""
 
 TOKENS_PER_STEP = 100
-"""Tokens that are recomputed in the time of one decode step. The shipped H200 tables say 190 (32B, batch 8) to 4000 (8B, batch 256); half
-of the least, because an overestimated cost keeps a slot where it is."""
+"""Tokens recomputed in the time of one decode step. The shipped H200 tables give 190 (32B, batch 8) to 4000 (8B, batch 256). This is about
+half of the lowest, because an overestimated cost only leaves a slot where it is."""
 
 STARTS = 8
-"""Waiting turns looked at in one step, and so the most victims of one. Eight contexts of 1,000 tokens fill vLLM's token budget of a step
-(8,192 on GPUs): more winners could not start, and the slots of their victims would stand empty."""
+"""Waiting turns tried in one step, and so the maximum of victims. Eight contexts of 1,000 tokens fill vLLM's token budget of a step (8,192
+on GPUs): more winners could not start, and their victims' slots would stay empty."""
 
 WEIGHED = 64
-"""Victims of one winner whose blocks are counted, 5 us each. They come worst first, so that those behind them have less to offer."""
+"""Victims per winner whose blocks are counted, 5 us each. They come worst first, so later ones gain less."""
 
 REFUSAL_STEPS = 8
-"""Engine steps for which a refusal holds while nobody comes, goes or changes priority. Meanwhile only running turns grow older and longer;
-steps take 5 to 50 ms, so that a winner loses half a second at most."""
+"""Engine steps for which a refusal holds while no turn arrives, leaves or changes priority. Meanwhile running turns only get older and
+longer. Steps take 5 to 50 ms, so a winner loses half a second at most."""
 
 
 class Objection(StrEnum):
-    """Why the best waiting turn was not given a running turn's place."""
+    """Why the best waiting turn did not get a running turn's slot."""
 
     MARGIN = "margin"
     CAPPED = "capped"
@@ -90,7 +92,7 @@ class Objection(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """The rule's numbers; see the constants for units and reasons.
+    """Settings of the rule; see the constants for units and reasons.
 
     Raises:
         ValueError: a number is out of range.
@@ -113,22 +115,22 @@ class Rule:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Rule:
-        """The rule with some numbers set by name.
+        """The rule with some settings given by name.
 
         Raises:
-            ValueError: an unknown name, not a number, or out of range.
+            ValueError: a name is unknown, or a value is not a number or out of range.
         """
         known = {item.name: type(item.default) for item in fields(cls)}
         for name, value in settings.items():
             if name not in known:
-                raise ValueError(f"unknown setting {name!r}; there are {', '.join(known)}")
+                raise ValueError(f"unknown setting {name!r}; known settings: {', '.join(known)}")
             if isinstance(value, bool) or not isinstance(value, (int, float)) or (known[name] is int and value != int(value)):
                 raise ValueError(f"{name} must be {'a whole' if known[name] is int else 'a'} number, got {value!r}")
         return cls(**settings)
 
 
 class Waiting(NamedTuple):
-    """A turn that could start now. `blocks`: KV blocks it needs to start, cached ones included (they count as free)."""
+    """A turn that is ready to start. `blocks`: KV blocks it needs, cached ones included (they count as free)."""
 
     key: str
     priority: int
@@ -137,8 +139,8 @@ class Waiting(NamedTuple):
 
 
 class Running(NamedTuple):
-    """A turn in a slot. `steps` since it (re)started, `preemptions` by this rule so far, `tokens` with KV; `blocks()` are freed if it
-    leaves, counted only when they matter."""
+    """A turn in a slot. `steps`: since it (re)started; `preemptions`: by this rule so far; `tokens`: with KV; `blocks()`: freed if it
+    leaves, counted only when needed."""
 
     key: str
     priority: int
@@ -151,7 +153,7 @@ class Running(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """What the engine has left: free `slots`, free KV `blocks` of `block_tokens` each; `cached`: freed blocks can be found again."""
+    """Free `slots` of the engine, and free KV `blocks` of `block_tokens` each; `cached`: the prefix cache keeps freed blocks."""
 
     slots: int
     blocks: int
@@ -161,14 +163,14 @@ class Room:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`pairs` of (victim, winner) to exchange now; `refused`: the worst victim's objection to the next winner, None without either."""
+    """`pairs` of (victim, winner) to exchange now; `refused`: the worst victim's objection to the next winner, None if there is neither."""
 
     pairs: tuple[tuple[Running, Waiting], ...] = ()
     refused: Objection | None = None
 
 
 def aged(priority: float, arrival_s: float, per_s: float) -> float:
-    """Priority after ageing, up to a term common to all turns; lower runs first."""
+    """Priority after ageing, up to a term shared by all turns; lower runs first."""
     return priority + per_s * arrival_s
 
 
@@ -178,14 +180,14 @@ def order(turn: Waiting | Running, rule: Rule) -> tuple[float, float]:
 
 
 def recompute_tokens(victim: Running, winner: Waiting, spare_blocks: int, room: Room) -> int:
-    """Tokens that must be computed again because `winner` takes the place of `victim`, `spare_blocks` free ones holding nothing of use."""
+    """Tokens to recompute if `winner` takes the slot of `victim`; `spare_blocks`: free blocks without useful content."""
     if not room.cached:
         return victim.tokens
     return victim.tokens % room.block_tokens + room.block_tokens * max(0, winner.blocks - spare_blocks)
 
 
 def objection(victim: Running, winner: Waiting, free_blocks: int, spare_blocks: int, room: Room, rule: Rule) -> Objection | None:
-    """Why `victim` does not make way for `winner`; None: it does."""
+    """Why `victim` keeps its slot; None: `winner` gets it."""
     gain = victim.priority - winner.priority
     if gain < rule.margin or order(victim, rule)[0] - order(winner, rule)[0] < rule.margin:
         return Objection.MARGIN
@@ -200,15 +202,15 @@ def objection(victim: Running, winner: Waiting, free_blocks: int, spare_blocks: 
 
 
 def worst_first(running: Iterable[Running], rule: Rule) -> list[Running]:
-    """Running turns in the order in which they are asked to leave."""
+    """Running turns in the order in which they are tried as victims."""
     return sorted(running, key=lambda turn: order(turn, rule), reverse=True)
 
 
 def preemptions(running: Iterable[Running], waiting: Iterable[Waiting], room: Room, rule: Rule) -> Plan:
-    """Who makes way for whom in this step.
+    """The exchanges of this step.
 
     Args:
-        running: worst first (`worst_first`); read as far as needed, and only when somebody cannot start.
+        running: worst first (`worst_first`); read as far as needed, and only if a turn cannot start.
         waiting: in the engine's order, best first (`order`); read as far as needed.
     """
     slots, free, spare = room.slots, room.blocks, room.blocks
@@ -221,7 +223,7 @@ def preemptions(running: Iterable[Running], waiting: Iterable[Waiting], room: Ro
             continue
         if slots > 0:
             return Plan(tuple(pairs), Objection.KV_SHORT)
-        victim, refused = _ask(chain(tuple(stay), _kept(more, stay)), winner, free, spare, room, rule)
+        victim, refused = _find_victim(chain(tuple(stay), _kept(more, stay)), winner, free, spare, room, rule)
         if victim is None:
             return Plan(tuple(pairs), refused)
         stay.remove(victim)
@@ -231,16 +233,16 @@ def preemptions(running: Iterable[Running], waiting: Iterable[Waiting], room: Ro
 
 
 def _kept(turns: Iterator[Running], kept: list[Running]) -> Iterator[Running]:
-    """Read on, and keep what was read for the next winner."""
+    """Yield turns, and keep them in `kept` for the next winner."""
     for turn in turns:
         kept.append(turn)
         yield turn
 
 
-def _ask(
+def _find_victim(
     victims: Iterable[Running], winner: Waiting, free: int, spare: int, room: Room, rule: Rule
 ) -> tuple[Running | None, Objection | None]:
-    """The first victim, worst first, without an objection; or None and the objection of the very worst."""
+    """The first victim, worst first, without an objection; or None and the objection of the worst."""
     first, weighed, good = None, 0, order(winner, rule)[0] + rule.margin
     for victim in victims:
         why = objection(victim, winner, free, spare, room, rule)
@@ -248,6 +250,6 @@ def _ask(
             return victim, None
         first = first or why
         weighed += why in (Objection.NO_ROOM, Objection.COST)
-        if weighed == WEIGHED or order(victim, rule)[0] < good:  # those behind it are better still
+        if weighed == WEIGHED or order(victim, rule)[0] < good:  # later ones are better still
             break
     return None, first

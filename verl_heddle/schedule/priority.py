@@ -1,32 +1,32 @@
-"""Priority of a turn: that of its trajectory, the longest first.
+"""The priority of a turn in vLLM, which runs lower values first and breaks ties by arrival.
 
-`longest`: priority = -round((tokens + tool seconds / pace) / quantum), tokens and tool seconds those so far and those predicted to come,
-predicted anew at each turn; no prediction = 0. Time is what a makespan is made of, and tokens are its unit here: `Pace` says how many
-seconds a token takes, once turns have told. vLLM runs lower values first and breaks ties by arrival, so within one quantum the order is
-first come, first served: the quantum keeps noise in the estimate from reordering trajectories that are really alike.
+`longest`: priority = -round((tokens + tool seconds / pace) / quantum). Tokens and tool seconds are those so far plus those predicted, and
+predicted again at each turn; without a prediction the priority is 0. A makespan is made of time, here in units of tokens: `Pace` measures
+the seconds per token from finished turns. Within one quantum the order is first come, first served, so that noise in the estimate does not
+reorder trajectories of about the same length.
 
-The whole length, not what is left of it: by what is left, whoever runs falls behind whoever waits, all trajectories of a replica stay
-half-done together, and their contexts push each other out of the KV cache (`bench/schedule/simulated.py` measures both orders).
+The length is the whole one, not what remains. By remaining length a running trajectory falls behind a waiting one, all trajectories of a
+replica stay half done together, and their contexts evict each other from the KV cache (`bench/schedule/simulated.py` measures both orders).
 
-`arrival`: 0, so that vLLM's own order holds, first come, first served; validation `VALIDATION`, since the trainer waits for it. Among
-resident trajectories no order that predicts nothing was found better (`bench/residents`): by first turn, those whose turns queue late begin
-late, and a step lasts up to 5 % longer where slots are short and KV cache is not.
+`arrival`: priority 0, so vLLM's own order holds: first come, first served. Validation has `VALIDATION`, because the trainer waits for it.
+For resident trajectories no better order without predictions was found (`bench/residents`): by first turn, trajectories whose turns queue
+late begin late, and a step takes up to 5 % longer if slots are short and KV cache is not.
 
 Source: Heddle section 4, Algorithm 1 (priority = predicted length, longest first), for vLLM's `scheduling_policy=priority`, which orders
-the waiting queue and picks the victim when KV blocks run out. That tools count is ours: longest processing time first with delivery times.
+the waiting queue and picks the victim when KV blocks run out. Tool time is our addition: longest processing time first with delivery times.
 """
 
 from __future__ import annotations
 
 LIMIT = 2**31 - 1
-"""vLLM takes an int; 31 bits survive any serialisation on the way."""
+"""vLLM takes an int; 31 bits survive any serialisation."""
 
 MEMORY = 1000.0
-"""Turns until the pace forgets by a factor e: a step or less, so that it follows the load."""
+"""Turns after which the pace forgets by a factor e: a step or less, so that it follows the load."""
 
 
 class Pace:
-    """Seconds a request takes per token, as a running ratio over finished turns; None until one has told."""
+    """Seconds per token of a request, as a running ratio over finished turns."""
 
     def __init__(self) -> None:
         self._seconds = self._tokens = 0.0
@@ -40,7 +40,7 @@ class Pace:
 
     @property
     def s_per_token(self) -> float | None:
-        """The pace."""
+        """The ratio; None before the first measured turn."""
         return self._seconds / self._tokens if self._seconds > 0 else None
 
 
@@ -49,12 +49,12 @@ VALIDATION = -1
 
 
 def work_tokens(tokens: float, tool_s: float, s_per_token: float | None) -> float:
-    """Work in tokens: what is generated, and the tools' time at that pace (left out while it is not known)."""
+    """Work in tokens: generated tokens plus tool time at this pace (left out while the pace is not known)."""
     return tokens + (tool_s / s_per_token if s_per_token else 0.0)
 
 
 def longest_first(length: float | None, quantum_tokens: int) -> int:
-    """vLLM priority of a turn of a trajectory of that length, tokens, in [-LIMIT, 0]; lower runs first.
+    """vLLM priority in [-LIMIT, 0] of a trajectory of this length in tokens.
 
     Raises:
         ValueError: `quantum_tokens` is not positive.

@@ -1,109 +1,105 @@
-"""The resident set: which trajectories a replica keeps, rather than which turns it takes.
+"""The resident sets: which trajectories each replica keeps, so that their contexts are not prefilled again after every tool call.
 
-A trajectory is *resident* on a replica from its admission until it ends or is evicted; through its tool calls its context stays counted
-against the replica's KV cache, so that its next turn finds it there. Whoever is not resident belongs to no replica.
+A trajectory is *resident* on a replica from its admission until it ends or is evicted. Its context stays counted against the replica's KV
+cache through its tool calls, so that its next turn finds the context there. A trajectory that is not resident is assigned to no replica.
 
 Law
-- Footprint: the context of a trajectory, and while a turn of it runs what a turn adds in the mean; a prompt counts once per replica,
-  however many samples share it.
-- Admission: the first of the waiting, validation first, then by training step, then in the policy's order, is admitted to a replica with
-  room: footprints within `ADMIT` of its KV cache; slots are vLLM's business. First choice is the replica where its context lay last, then,
-  as verl chooses, one of those with the fewest turns in flight. A replica without residents takes anything, so nothing waits for ever.
-- A resident's turn goes in at once, so its worker need not ask for it (`put_out` says from when on it must). Of one that has begun so while
-  it was being evicted, the trajectory is resident there again, whatever the room.
-- Holding is renting (`rent`): an idle resident is held for t*, or not at all where tools have been too long for it, then evicted if
-  somebody waits.
-- Over `FULL` (contexts grow): idle residents are evicted, the last in the order first.
-- A weight update pauses an engine and wipes its contexts: its idle residents are evicted, a resident whose turn is interrupted, or ends
-  meanwhile, has no home any more, and nobody is admitted until it goes on, and the others with it. Then whoever is first in the order is:
-  nobody has a context that would be lost.
-- Where no turn completes for `silent_s`, whoever has waited so long is admitted whatever the room: nothing waits for a silent fleet.
+- Footprint: the context of a trajectory, plus the mean growth of a turn while one runs. A prompt counts once per replica, however many
+  samples share it.
+- Admission: waiting trajectories are admitted in order: validation, then by training step, then by the policy's order. The first is
+  admitted to a replica with room, that is, with footprints within `ADMIT` of its KV cache; slots are left to vLLM. Preferred is the
+  replica that held its context last, then, as in verl, one of those with the fewest turns in flight. A replica without residents accepts
+  any trajectory, so that none waits forever.
+- A resident's turn goes in at once, so its worker need not ask (`put_out` says when it must again). If such a turn begins while its
+  trajectory is being evicted, the trajectory becomes resident there again, whatever the room.
+- Holding is renting (`resident.Rent`): an idle resident is held for t*, or not at all if recent tool calls were too long for that; then it
+  is evicted if a trajectory waits.
+- Over `FULL` (contexts grow) idle residents are evicted, the last in the order first.
+- A weight update pauses an engine and wipes its contexts. Its idle residents are evicted, and so is a resident whose turn is interrupted
+  or ends during the pause. Nothing is admitted there until the engine resumes and the others have too (`resident.Pauses`); then admission
+  is in order, since no trajectory has a context to lose.
+- If no turn completes for `silent_s`, trajectories that have waited that long are admitted whatever the room: a silent fleet does not
+  keep them waiting.
 
 Invariants (tests/unit/test_residents.py): after every event no replica over `FULL` has an idle resident; every waiting turn is admitted
-exactly once or withdrawn; while somebody waits, every replica has residents and none of them outstays its rent. Time comes in by arguments
-only. Cost per event: O(log n) for n live trajectories, and O(replicas).
+exactly once or withdrawn; while a trajectory waits, every replica has residents and none is held beyond its t*. Times are arguments. Cost
+per event: O(log n) for n live trajectories, and O(replicas).
 Source: ThunderAgent (arXiv 2602.13692) for admitting programs rather than requests.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from heapq import heappop, heappush
 from itertools import count
 from math import inf
 from random import Random
 
 from verl_heddle.fleet import Replica
 from verl_heddle.schedule.admission import most_turns
-from verl_heddle.schedule.resident import Home, Live, Order, Pauses, Rent, Rooms, current, tidy
+from verl_heddle.schedule.resident import Growth, Live, Order, Pauses, Queue, Rent, ReplicaState, Rooms, find_room
 from verl_heddle.trajectory import TurnEnd, TurnStart
 
 ADMIT, FULL = 0.95, 1.0
-"""Shares of a replica's KV cache: up to the first newcomers are admitted, over the second idle residents are evicted. The gap keeps one
-turn's growth from evicting somebody for whom somebody else is admitted at once: with both at 1.0 five times as much is read again."""
+"""Shares of a replica's KV cache: trajectories are admitted up to the first, idle residents are evicted over the second. The gap keeps one
+turn's growth from evicting a trajectory in whose place another is admitted at once: with both at 1.0 five times as much is recomputed."""
 
 MANY = 32
-"""Replicas from which on arrays are quicker than going through them."""
-
-MEMORY = 1000.0
-"""Turns until the mean growth of a turn forgets by a factor e."""
+"""Replicas above which the search for room is faster on arrays."""
 
 
 class Residents:
     """The resident sets of all replicas.
 
     Args:
-        order: which of the waiting goes first, which of the idle is evicted last.
+        order: order of admission; idle residents are evicted in the reverse order.
         rng: for ties between replicas.
-        silent_s: seconds without a completed turn after which who has waited so long is admitted whatever the room.
+        silent_s: seconds without a completed turn after which trajectories that have waited that long are admitted whatever the room.
     """
 
     def __init__(self, order: Order, rng: Random, silent_s: float = inf) -> None:
         self._order, self._rng, self._silent_s = order, rng, silent_s
-        self._homes: dict[str, Home] = {}
+        self._homes: dict[str, ReplicaState] = {}
         self._rooms: Rooms | None = None
-        """Of these homes, if they are many and somebody has had to find room."""
-        self._rents: list[tuple[float, int, Live]] = []
-        """Heap of idle residents by the time their rent runs out."""
+        """Arrays for the search for room; None until a search needs them."""
         self._live: dict[str, Live] = {}
-        self._queue: list[tuple[float, float, int, int, Live]] = []
+        self._queue = Queue(order)
         self._number = count()
         self._entry = count(1)
-        self._growth = self._turns = 0.0
-        self._holding = Rent()
+        self._growth = Growth()
+        self._rents = Rent()
         self._completed_s = -inf
         """When a turn last completed."""
         self._pauses = Pauses()
         self._admitted: dict[str, str] = {}
         self._put_out: dict[str, None] = {}
         self.counts: Counter[str] = Counter()
-        """Evictions by reason, admissions."""
+        """Admissions, and evictions by reason."""
         self.now: Counter[str] = Counter()
-        """Trajectories that are resident, those of them that are idle, and those that wait."""
+        """Resident, idle and waiting trajectories; idle ones are resident."""
         self._most: Counter[str] = Counter()
 
     # --- the fleet --------------------------------------------------------------------------------------------------------
 
     def add(self, replica: Replica, hold_s: float) -> None:
-        """A replica joins, empty; `hold_s` is its t*."""
+        """A replica joins without residents; `hold_s` is its t*."""
         self.remove(replica.name)
         self._rooms, most = None, most_turns(replica.slots, replica.calls)
-        self._homes[replica.name] = Home(replica, inf if replica.kv_tokens is None else replica.kv_tokens, most, hold_s)
+        self._homes[replica.name] = ReplicaState(replica, inf if replica.kv_tokens is None else replica.kv_tokens, most, hold_s)
         self._fill()
 
     def hold(self, name: str, hold_s: float) -> None:
-        """A replica's t* is known, or known better; residents whose tool runs keep what they were given."""
+        """Update a replica's t*; residents in a tool call keep the hold time they have."""
         if name in self._homes:
             self._homes[name].hold_s = hold_s
 
     def remove(self, name: str) -> None:
-        """A replica leaves; its residents have no home any more. Their running turns end without it; those that have not been told that
-        they may go wait again."""
+        """A replica leaves, and its residents are assigned to none. Their running turns end without it; turns that were admitted but not
+        yet reported by `admitted` wait again."""
         home = self._homes.pop(name, None)
         if home is not None:
             self._rooms = None
             for live in home.residents.values():
-                self._busy(live)
+                self._not_idle(live)
                 live.waiting = [request for request in sorted(live.running) if self._admitted.pop(request, None) is not None]
                 live.home, live.running, live.own = None, set(), 0.0
                 self._put_out[live.key] = None
@@ -113,8 +109,7 @@ class Residents:
             self._fill()
 
     def forget(self) -> int:
-        """Nobody's context is to be counted on any more (the engines have dropped their caches): who is idle has no home; returns how many
-        there were."""
+        """The engines have dropped their caches: release idle residents; returns how many there were."""
         idle = [(home, live) for home in self._homes.values() for live in home.residents.values() if not live.running]
         for home, live in idle:
             self._leave(home, live)
@@ -123,7 +118,7 @@ class Residents:
         return len(idle)
 
     def pause(self, name: str, now: float) -> None:
-        """A replica's engine takes no requests and loses its contexts, until `resume`; it may be away meanwhile."""
+        """A replica's engine takes no requests and loses its contexts until `resume`; the replica may be outside the fleet."""
         self._pauses.begin(name, now)
         if name in self._homes:
             for live in self.idle(name):
@@ -132,38 +127,38 @@ class Residents:
             self._fill()
 
     def resume(self, name: str, now: float) -> None:
-        """A replica's engine goes on; without effect where it does already."""
+        """A replica's engine takes requests again; without effect if it is not paused."""
         if self._pauses.end(name, now):
-            self._goes_on(now)
+            self._resumed(now)
 
-    def _goes_on(self, now: float) -> None:
-        self._completed_s = max(self._completed_s, now)  # silence began with the pause
+    def _resumed(self, now: float) -> None:
+        self._completed_s = max(self._completed_s, now)  # the pause does not count as silence
         self._fill()
 
     # --- events -----------------------------------------------------------------------------------------------------------
 
     def turn_started(self, turn: TurnStart, now: float) -> str | None:
-        """Where the turn goes at once; None: it waits until `admitted` names it."""
-        live = self._begins(turn, now)
+        """The replica where the turn runs at once; None: it waits until `admitted` names it."""
+        live = self._update(turn, now)
         if live.home is not None:
-            return self._runs(live, turn)
-        self._wants(live, turn, now)
+            return self._run(live, turn)
+        self._enqueue(live, turn, now)
         self.tick(now)
         return self._admitted.pop(turn.request, None)
 
     def turn_begun(self, turn: TurnStart, name: str, now: float) -> None:
-        """The turn runs on this replica, of which its worker had not heard otherwise. Counted there, unless the replica has left, or the
-        trajectory has been admitted to another meanwhile."""
-        live = self._begins(turn, now)
+        """The turn already runs on this replica, because its worker had not learned of an eviction. It is counted there, unless the replica
+        has left or the trajectory has been admitted to a different one."""
+        live = self._update(turn, now)
         if live.home is None and name in self._homes:
-            self._wants(live, turn, now)
+            self._enqueue(live, turn, now)
             self._admit(self._homes[name], live)
             self._admitted.pop(turn.request)
         elif live.home == name:
-            self._runs(live, turn)
+            self._run(live, turn)
 
-    def _begins(self, turn: TurnStart, now: float) -> Live:
-        """Whose turn it is, as it begins."""
+    def _update(self, turn: TurnStart, now: float) -> Live:
+        """The turn's trajectory, updated by its start."""
         key = turn.trajectory.key
         live = self._live.get(key)
         if live is None:
@@ -172,23 +167,23 @@ class Residents:
             live = self._live[key] = Live(key, turn.trajectory.prompt, number, turn.context_tokens, turn.context_tokens, batch=batch)
         live.context, live.served = turn.context_tokens, max(live.served, turn.generated_tokens)
         if live.ended_s < inf:
-            self._holding.measured(now - live.ended_s)
+            self._rents.measured(now - live.ended_s)
             live.ended_s = inf
         return live
 
-    def _runs(self, live: Live, turn: TurnStart) -> str:
-        """A resident's turn goes in."""
+    def _run(self, live: Live, turn: TurnStart) -> str:
+        """Start a resident's turn."""
         assert live.home is not None
         home = self._homes[live.home]
         live.running.add(turn.request)
         home.running += 1
-        self._busy(live)
+        self._not_idle(live)
         self._count(home, live)
         self._shrink(home)
         return live.home
 
-    def _wants(self, live: Live, turn: TurnStart, now: float) -> None:
-        """A turn of one without a home."""
+    def _enqueue(self, live: Live, turn: TurnStart, now: float) -> None:
+        """Hold a turn whose trajectory is not resident."""
         live.waiting.append(turn.request)
         if len(live.waiting) == 1:
             live.since_s = now
@@ -208,10 +203,9 @@ class Residents:
         live.served += turn.output_tokens
         live.context += turn.output_tokens
         if turn.completed:
-            keep = 1 - 1 / MEMORY
-            self._growth, self._turns = self._growth * keep + turn.before_tokens + turn.output_tokens, self._turns * keep + 1
+            self._growth.turn(turn)
             self._completed_s = now
-        if live.home is None or turn.request not in live.running:  # its replica left meanwhile
+        if live.home is None or turn.request not in live.running:  # its replica has left
             return
         home = self._homes[live.home]
         live.running.discard(turn.request)
@@ -225,15 +219,13 @@ class Residents:
             live.idle, live.ended_s = True, now
             self._change("idle", 1)
             live.entry = next(self._entry)
-            heappush(home.idle, (-live.batch, -self._order(live), -live.number, live.entry, live))
-            tidy(home.idle, len(home.residents))
-            heappush(self._rents, (now + self._holding.hold_s(home.hold_s), live.entry, live))
-            tidy(self._rents, self.now["idle"])
+            home.push_idle(live, self._order)
+            self._rents.push(live, now, home.hold_s, self.now["idle"])
         self._shrink(home)
         self.tick(now)
 
     def trajectory_ended(self, key: str, now: float) -> None:
-        """The trajectory is over, whether its turns have been answered or not."""
+        """The trajectory is over, whether or not its turns have been answered."""
         live = self._live.pop(key, None)
         self._put_out.pop(key, None)
         if live is None:
@@ -250,54 +242,52 @@ class Residents:
         self.tick(now)
 
     def tick(self, now: float) -> None:
-        """Rents may have run out: evict whom it pays to evict, admit whom there is room for."""
+        """Time has passed: evict residents held for longer than t* if that helps a waiting trajectory, and admit what fits."""
         if self._pauses.tick(now):
-            self._goes_on(now)
+            self._resumed(now)
         self._fill()
-        while self._head() is not None and self._rent_s() <= now:
-            *_, live = heappop(self._rents)
+        while self._queue.head() is not None and self._rents.due_s() <= now:
+            live = self._rents.pop()
             assert live.home is not None
             self._evict(self._homes[live.home], live, "rent")
             self._fill()
-        while (head := self._head()) is not None and self._overdue_s(head) <= now:
-            heappop(self._queue)
-            self._admit(min(self._at_work(), key=lambda home: home.running), head)
+        while (head := self._queue.head()) is not None and self._overdue_s(head) <= now:
+            self._queue.pop()
+            at_work = [home for name, home in self._homes.items() if name not in self._pauses]
+            self._admit(min(at_work, key=lambda home: home.running), head)
             self.counts["overdue"] += 1
 
     def due_s(self) -> float:
-        """When `tick` should be called next if no event comes before; inf: no need."""
-        if (head := self._head()) is None:
+        """When to call `tick` next if no event comes before; inf: not needed."""
+        if (head := self._queue.head()) is None:
             return inf
-        return min(self._pauses.due_s(self._homes), self._overdue_s(head), self._rent_s())
+        return min(self._pauses.due_s(self._homes), self._overdue_s(head), self._rents.due_s())
 
     def _overdue_s(self, live: Live) -> float:
         if not self._homes or self._pauses.all(self._homes):
             return inf
         return max(live.since_s, self._completed_s) + self._silent_s
 
-    def _at_work(self) -> list[Home]:
-        return [home for name, home in self._homes.items() if name not in self._pauses]
-
     def admitted(self) -> list[tuple[str, str]]:
-        """(turn, replica) of those admitted since the last call."""
+        """(turn, replica) of the turns admitted since the last call."""
         result, self._admitted = list(self._admitted.items()), {}
         return result
 
     def put_out(self) -> list[str]:
-        """Trajectories that have lost their home since the last call; some may have another by now."""
+        """Trajectories evicted or released since the last call; some may be resident again."""
         result, self._put_out = list(self._put_out), {}
         return result
 
-    # --- what is known ----------------------------------------------------------------------------------------------------
+    # --- state ------------------------------------------------------------------------------------------------------------
 
     @property
     def waits(self) -> bool:
         """Whether a turn waits for admission."""
-        return self._head() is not None
+        return self._queue.head() is not None
 
     def metrics(self) -> dict[str, int]:
-        """Counts since the start: admissions, evictions by reason. And the most residents, idle ones and waiting trajectories at a time
-        since the last call."""
+        """Admissions and evictions by reason since the start; and the maxima of resident, idle and waiting trajectories since the last
+        call."""
         most, self._most = self._most, Counter(self.now)
         names = ("admitted", "full", "rent", "wiped", "interrupted")
         return {name: self.counts[name] for name in names} | {f"most_{name}": most[name] for name in ("resident", "idle", "waiting")}
@@ -307,47 +297,42 @@ class Residents:
         return list(self._homes)
 
     def home_of(self, key: str) -> str | None:
-        """Where a trajectory is resident."""
+        """The replica on which a trajectory is resident."""
         live = self._live.get(key)
         return None if live is None else live.home
 
     def stays(self, key: str) -> bool:
-        """Whether a trajectory's next turns run at its home, until `put_out` names it."""
+        """Whether a trajectory's next turns run on its replica until `put_out` names it."""
         return self.home_of(key) is not None
-
-    def number_of(self, key: str) -> int:
-        """Order of a live trajectory's first turn."""
-        return self._live[key].number
 
     def residents(self, name: str) -> list[Live]:
         """Residents of a replica."""
         return list(self._homes[name].residents.values())
 
     def idle(self, name: str) -> list[Live]:
-        """Its residents that have no turn."""
+        """Residents of a replica that have no turn."""
         return [live for live in self.residents(name) if not live.running]
 
     def used(self, name: str) -> float:
-        """Tokens counted against its KV cache."""
+        """Tokens counted against a replica's KV cache."""
         return self._homes[name].used
 
     def _change(self, name: str, by: int) -> None:
         self.now[name] += by
         self._most[name] = max(self._most[name], self.now[name])
 
-    # --- how --------------------------------------------------------------------------------------------------------------
+    # --- admission and eviction -------------------------------------------------------------------------------------------
 
-    def _count(self, home: Home, live: Live) -> None:
-        """Count a resident's footprint anew."""
-        growth = self._growth / self._turns if self._turns else 0.0
-        own = max(0, live.context - live.prompt_tokens) + growth * len(live.running)
+    def _count(self, home: ReplicaState, live: Live) -> None:
+        """Update a resident's footprint."""
+        own = max(0, live.context - live.prompt_tokens) + self._growth.tokens() * len(live.running)
         home.used += own - live.own
         live.own = own
         if self._rooms is not None:
             self._rooms.changed(home)
 
-    def _busy(self, live: Live) -> None:
-        """A resident has a turn, or is none any more."""
+    def _not_idle(self, live: Live) -> None:
+        """A resident starts a turn, or stops being one."""
         if live.idle:
             live.idle = False
             self._change("idle", -1)
@@ -355,67 +340,36 @@ class Residents:
     def _wait(self, live: Live) -> None:
         self._change("waiting", 1)
         live.entry = next(self._entry)
-        heappush(self._queue, (live.batch, self._order(live), live.number, live.entry, live))
-
-    def _head(self) -> Live | None:
-        queue = self._queue
-        while queue:
-            *_, entry, live = queue[0]
-            if live.entry == entry and live.waiting and live.home is None:
-                return live
-            heappop(queue)
-        return None
-
-    def _rent_s(self) -> float:
-        """When the next rent runs out."""
-        rents = self._rents
-        while rents and not current(rents[0]):
-            heappop(rents)
-        return rents[0][0] if rents else inf
+        self._queue.push(live)
 
     def _fill(self) -> None:
-        """Admit the waiting in order while there is room for the first."""
+        """Admit waiting trajectories in order until the first does not fit."""
         if self._pauses.settling(self._homes):
             return
-        while (live := self._head()) is not None:
+        while (live := self._queue.head()) is not None:
             home = self._room(live)
             if home is None:
                 return
-            heappop(self._queue)
+            self._queue.pop()
             self._admit(home, live)
 
-    def _room(self, live: Live) -> Home | None:
-        growth = self._growth / self._turns if self._turns else 0.0
-        own = max(0, live.context - live.prompt_tokens) + growth
-        fewest, found = inf, list[Home]()
+    def _room(self, live: Live) -> ReplicaState | None:
+        own = max(0, live.context - live.prompt_tokens) + self._growth.tokens()
         if len(self._homes) > MANY:
             self._rooms = self._rooms or Rooms(self._homes.values(), ADMIT)
-            found = self._rooms.find(own, live.prompt, live.prompt_tokens, self._pauses, live.last)
-            if found and found[0].replica.name == live.last:
-                return found[0]
-            return self._rng.choice(found) if found else None
-        for name, home in self._homes.items():
-            need = own + (0 if live.prompt in home.prompts else live.prompt_tokens)
-            if name in self._pauses:
-                continue
-            if home.residents and (home.used + need > home.capacity * ADMIT or len(home.residents) >= home.most):
-                continue
-            if name == live.last:
-                return home
-            if home.running <= fewest:
-                found = [home] if home.running < fewest else [*found, home]
-                fewest = home.running
+            found = self._rooms.find(own, live, self._pauses)
+        else:
+            found = find_room(self._homes, ADMIT, own, live, self._pauses)
+        if found and found[0].replica.name == live.last:
+            return found[0]
         return self._rng.choice(found) if found else None
 
-    def _admit(self, home: Home, live: Live) -> None:
+    def _admit(self, home: ReplicaState, live: Live) -> None:
         name = home.replica.name
         live.home, live.own = name, 0.0
         live.running = set(live.waiting)
         home.running += len(live.running)
-        sharing, tokens = home.prompts.get(live.prompt, (0, live.prompt_tokens))
-        home.prompts[live.prompt] = (sharing + 1, tokens)
-        home.used += 0 if sharing else tokens
-        home.residents[live.key] = live
+        home.add(live)
         if self._rooms is not None:
             self._rooms.changed(home, live.prompt)
         self._count(home, live)
@@ -426,31 +380,21 @@ class Residents:
         self.counts["admitted"] += 1
         self._shrink(home)
 
-    def _shrink(self, home: Home) -> None:
-        """Contexts have grown over the capacity: evict idle residents, the last in the order first."""
-        while home.used > home.capacity * FULL and home.idle:
-            item = heappop(home.idle)
-            if current(item):
-                self._evict(home, item[-1], "full")
+    def _shrink(self, home: ReplicaState) -> None:
+        """Evict idle residents, the last in the order first, while contexts exceed the capacity."""
+        while home.used > home.capacity * FULL and (live := home.pop_idle()) is not None:
+            self._evict(home, live, "full")
 
-    def _evict(self, home: Home, live: Live, why: str) -> None:
+    def _evict(self, home: ReplicaState, live: Live, why: str) -> None:
         self.counts[why] += 1
         self._leave(home, live)
         self._put_out[live.key] = None
 
-    def _leave(self, home: Home, live: Live) -> None:
+    def _leave(self, home: ReplicaState, live: Live) -> None:
         name = home.replica.name
-        del home.residents[live.key]
-        home.used -= live.own
-        sharing, tokens = home.prompts.pop(live.prompt)
-        if sharing > 1:
-            home.prompts[live.prompt] = (sharing - 1, tokens)
-        else:
-            home.used -= tokens
-        if not home.residents:
-            home.used = 0.0  # but for rounding, it is
+        home.remove(live)
         if self._rooms is not None:
             self._rooms.changed(home, live.prompt)
-        self._busy(live)
+        self._not_idle(live)
         self._change("resident", -1)
         live.home, live.last, live.own, live.running = None, name, 0.0, set()

@@ -1,11 +1,11 @@
-"""A trainer over the simulated cluster: groups are asked for, taken when complete, and interrupted by weight updates.
+"""Plays a trainer over the simulated cluster: it asks for groups, takes complete ones, and interrupts them with weight updates.
 
-Law. As `simulate.cluster` for what happens inside a rollout. A weight update pauses every engine, aborts its requests, and wipes its
-caches; an aborted turn asks again `RETRY_S` later, with the tokens it has, and is the same turn. Requests that reach a paused engine wait
-there. A group is complete when all its trajectories are; a batch is the oldest complete groups.
-Source: verl 0.9.1, `trainer/ppo/v1/trainer_{sync,colocate_async,separate_async}.py`, `replay_buffer.py`, `llm_server.py` (the second of
-`RETRY_S`). Left out: the poll interval, validation, replicas that a trainer lends (`enable_switch`), and groups that fail.
-Invariants: every group asked for is trained on once, dropped once, or under way at the end; no trajectory of a trained group was cut.
+Law. Inside a rollout, as `simulate.cluster`. A weight update pauses every engine, aborts its requests and wipes its caches. An aborted turn
+is sent again after `RETRY_S` with the tokens it has, as the same turn; requests that reach a paused engine wait there. A group is complete
+when all its trajectories are; a batch consists of the oldest complete groups.
+Invariants: every group asked for is trained on once, dropped once, or in flight at the end; no trajectory of a trained group was cut.
+Source: verl 0.9.1, `trainer/ppo/v1/trainer_{sync,colocate_async,separate_async}.py`, `replay_buffer.py`, `llm_server.py` (for `RETRY_S`).
+Left out: the poll interval, validation, replicas that a trainer lends (`enable_switch`), and groups that fail.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from verl_heddle.training.trainer import Run, Step, Trainer
 from verl_heddle.trajectory import Outcome, Trajectory, TurnEnd
 
 RETRY_S = 1.0
-"""How long verl's client waits before it goes on with an aborted request."""
+"""Seconds that verl's client waits before it sends an aborted request again."""
 
 Condition = Callable[[], bool]
 
@@ -42,11 +42,11 @@ def train(
 
     Args:
         groups: the trajectories of each prompt, with known lengths, in the order in which the trainer asks for them; enough for all steps
-            and for what is dropped.
-        skip: first steps that the numbers leave out.
+            and for dropped groups.
+        skip: number of first steps to leave out of the results.
 
     Raises:
-        ValueError: there are too few groups, or what `simulate` does not take.
+        ValueError: there are too few groups, or an input that `simulate` refuses.
     """
     return _Training(groups, fleet, latency, policy, trainer, engine or EngineOptions()).play(skip)
 
@@ -58,7 +58,7 @@ class _Group:
         self.samples = samples
         self.open = len(samples)
         self.step = 0
-        """That asked for it."""
+        """Training step that asked for it."""
 
     @property
     def tokens(self) -> int:
@@ -81,30 +81,30 @@ class _Training(Cluster):
         self._to_ask = iter([_Group([next(left) for _ in group]) for group in groups])
         self._group_of: dict[str, _Group] = {}
         self._finished: list[_Group] = []
-        self._under_way = 0
+        self._in_flight = 0
         self._trainer = trainer
         self._steps: list[Step] = []
         self._wanted: Condition | None = None
-        """What the trainer waits for."""
+        """The condition that the trainer waits for."""
         self._asked_tokens = self._asked = self._interrupted = self._dropped = 0
         self._over = False
         self._paused, self._resumed = getattr(policy, "paused", None), getattr(policy, "resumed", None)
 
     def play(self, skip: int) -> Run:
-        """Until the last step is trained."""
+        """Play until the last step is trained."""
         training = self._train()
         self._go = partial(self._advance, training)
         self._at(0.0, CHANGE, self._go)
         while self._events and not self._over:
             self._next()
         if not self._over:
-            raise RuntimeError(f"the run stopped in step {len(self._steps) + 1}, {self._under_way} groups under way")
+            raise RuntimeError(f"the run stopped in step {len(self._steps) + 1} with {self._in_flight} groups in flight")
         return Run(self._steps, self._asked_tokens / self._asked, skip)
 
     # --- the trainer ------------------------------------------------------------------------------------------------------
 
     def _advance(self, training: Iterator[float | Condition], now: float) -> None:
-        """Let the trainer go on until it waits for something: seconds, or a condition."""
+        """Run the trainer until it waits for some seconds or for a condition."""
         wish = next(training, None)
         if wish is None:
             self._over = True
@@ -115,7 +115,7 @@ class _Training(Cluster):
             self._at(now + wish, CHANGE, self._go)
 
     def _look(self) -> None:
-        """The trainer goes on if it has what it waits for."""
+        """Continue the trainer if its condition holds."""
         if self._wanted is not None and self._wanted():
             self._wanted = None
             self._at(self._now, CHANGE, self._go)
@@ -156,9 +156,9 @@ class _Training(Cluster):
         for _ in range(prompts):
             group = next(self._to_ask, None)
             if group is None:
-                raise ValueError(f"step {step} wants a prompt, and all groups have been asked for: give more")
+                raise ValueError(f"step {step} needs a prompt, but all groups have been used: pass more groups")
             group.step = step
-            self._under_way += 1
+            self._in_flight += 1
             for state in group.samples:
                 self._group_of[state.key] = group
                 self._asked += 1
@@ -168,7 +168,7 @@ class _Training(Cluster):
                 self._at(self._now + self._overhead_s, TURN, state)
 
     def _complete(self, prompts: int, step: int) -> bool:
-        """Whether a batch can be taken; drops what is too stale for it."""
+        """Whether a batch can be taken; drops groups that are too stale for it."""
         trainer = self._trainer
         if trainer.threshold is not None and not trainer.sync:
             if trainer.strategy == "drop":
@@ -217,15 +217,15 @@ class _Training(Cluster):
             return
         state, made = request.trajectory, request.asked - request.left
         name = self.engines[request.engine].replica.name
-        told = (state.id, state.key, name, state.turn, made - request.told, False, self._engine_s(request, now))
-        self._policy.turn_finished(TurnEnd(*told, before_tokens=request.told, interrupted=True), now)
+        facts = (state.id, state.key, name, state.turn, made - request.told, False, self._engine_s(request, now))
+        self._policy.turn_finished(TurnEnd(*facts, before_tokens=request.told, interrupted=True), now)
         request.told = made
         self._interrupted += 1
         self._let_in(now)
         self._at(now + RETRY_S, CHANGE, partial(self._go_on, request))
 
     def _go_on(self, before: Request, now: float) -> None:
-        """The next leg of a turn: a request of its own, since engines know requests as objects."""
+        """Start the next leg of a turn, as a new request, because engines identify requests by object."""
         request = before.trajectory.request = Request(before.trajectory, before.context, before.left, before.known)
         for name in ("asked", "told", "start_s", "queue_s", "prefill_s", "preemptions", "recomputed", "cached"):
             setattr(request, name, getattr(before, name))
@@ -236,6 +236,6 @@ class _Training(Cluster):
         group = self._group_of.pop(state.key)
         group.open -= 1
         if not group.open:
-            self._under_way -= 1
+            self._in_flight -= 1
             self._finished.append(group)
             self._look()

@@ -1,4 +1,4 @@
-"""What the simulation knows of a trainer, and what comes out of a run."""
+"""The settings of a simulated trainer, and the results of a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MODES = ("sync", "colocate_async", "separate_async")
 
 @dataclass(frozen=True, slots=True)
 class Trainer:
-    """One of verl's trainers, by its own keys.
+    """One of verl's trainers; fields are named after its own keys where there is one.
 
     Raises:
         ValueError: a number is out of range.
@@ -21,20 +21,20 @@ class Trainer:
 
     mode: Literal["sync", "colocate_async", "separate_async"]
     prompts: int
-    """Of a batch (`data.train_batch_size`)."""
+    """Prompts per batch (`data.train_batch_size`)."""
     update_s: float
-    """From a complete batch to new weights; rollout stands still for it, but in `separate_async`, where it goes on."""
+    """From a complete batch to new weights. Rollout stops for it, except in `separate_async`."""
     transfer_s: float = 0.0
-    """In `separate_async`, how long new weights take to the rollout engines, which stand still."""
+    """In `separate_async`: time to send new weights to the rollout engines, which stop for it."""
     steps: int = 12
     warmup_batches: float = 1.0
-    """`num_warmup_batches`: prompts that an asynchronous trainer is ahead."""
+    """`num_warmup_batches`: batches that an asynchronous trainer asks for in advance."""
     parameter_sync_step: int = 1
-    """Parts in which `separate_async` takes a batch, each an update; weights go out after the last."""
+    """Parts in which `separate_async` takes a batch, with an update each; weights are sent after the last."""
     threshold: int | None = 8
     """`max_off_policy_threshold`: steps after which a group is too stale."""
     strategy: Literal["drop", "wait"] = "drop"
-    """What becomes of those (`max_off_policy_strategy`)."""
+    """`max_off_policy_strategy`: drop groups that are too stale, or wait for groups that are about to be."""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES or self.strategy not in ("drop", "wait"):
@@ -46,12 +46,12 @@ class Trainer:
 
     @property
     def sync(self) -> bool:
-        """Whether rollout and update take turns."""
+        """Whether rollout and update alternate."""
         return self.mode == "sync"
 
     @property
     def ahead(self) -> int:
-        """Prompts that are asked for before the first step."""
+        """Prompts asked for before the first step."""
         return 0 if self.sync else int(self.warmup_batches * self.prompts)
 
 
@@ -61,30 +61,31 @@ class Step:
 
     seconds: float
     waited_s: float
-    """Of them, for rollout to complete the batch."""
+    """Part of `seconds` in which the trainer waited for a complete batch."""
     trained_tokens: int
     trained_lengths: tuple[int, ...]
-    """Of every trajectory in the batch."""
+    """Length of every trajectory in the batch."""
     ages: tuple[int, ...]
     """Steps between the request for a group and its training, for every group."""
     dropped_tokens: int
     recomputed_tokens: int
-    """Read that an engine had read before: after a weight update, or because the KV cache was short."""
+    """Context tokens prefilled again, after a weight update or because KV cache was short."""
     interrupted: int
-    """Turns that the weight update at its end interrupted."""
+    """Turns interrupted by the weight update at the end of the step."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a simulated run came to; `skip` first steps are left out of every number, since they start from empty engines."""
+    """Results of a simulated run. The first `skip` steps are left out of every number, because they start from empty engines."""
 
     steps: Sequence[Step]
     drawn_tokens: float
-    """Mean tokens of all trajectories that were asked for: what an unbiased batch would have."""
+    """Mean tokens of all trajectories asked for: the mean of an unbiased batch."""
     skip: int = 0
 
     @property
     def counted(self) -> Sequence[Step]:
+        """The steps after the first `skip`."""
         return self.steps[self.skip :]
 
     @property
@@ -94,28 +95,28 @@ class Run:
 
     @property
     def waited_share(self) -> float:
-        """Share of the time in which the trainer waited."""
+        """Share of the time that the trainer waited."""
         return sum(step.waited_s for step in self.counted) / sum(step.seconds for step in self.counted)
 
     @property
     def dropped_share(self) -> float:
-        """Tokens dropped as too stale, as a share of those and the trained."""
+        """Tokens dropped as too stale, as a share of dropped and trained tokens."""
         dropped = sum(step.dropped_tokens for step in self.counted)
         return dropped / max(1, dropped + sum(step.trained_tokens for step in self.counted))
 
     @property
     def length_bias(self) -> float:
-        """How much longer (above 0) or shorter than drawn the trained trajectories are in the mean, as a share."""
+        """Mean length of trained trajectories relative to drawn ones, less 1: above 0 they are longer."""
         lengths = [length for step in self.counted for length in step.trained_lengths]
         return float(np.mean(lengths)) / self.drawn_tokens - 1
 
     @property
     def ages(self) -> tuple[float, int]:
-        """Mean and most steps that a trained group is old."""
+        """Mean and maximum age of a trained group, in steps."""
         ages = [age for step in self.counted for age in step.ages]
         return float(np.mean(ages)), max(ages)
 
     @property
     def recomputed_per_trained(self) -> float:
-        """Tokens computed again for each token trained."""
+        """Tokens recomputed per token trained."""
         return sum(step.recomputed_tokens for step in self.counted) / max(1, sum(step.trained_tokens for step in self.counted))

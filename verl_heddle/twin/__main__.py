@@ -1,5 +1,4 @@
-"""The process that judges: a pickled `(Columns, meta)` on standard input, a line of JSON on standard output; seconds it may live as the
-only argument."""
+"""The twin's process: reads a pickled `(Columns, meta)` from standard input and prints a line of JSON. Argument: its time limit, s."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from verl_heddle.twin.judge import judge
 
 
 def give_way() -> None:
-    """Run where a core is free. Lower than `nice` 19: on Linux the update's threads need not wait for this process when they wake."""
+    """Run only on idle cores. On Linux this is a lower class than `nice` 19, so the update's threads need not wait for this process."""
     os.nice(19)
     if hasattr(os, "SCHED_IDLE"):
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
@@ -25,7 +24,7 @@ def give_way() -> None:
 def main() -> None:
     """Judge one step."""
     give_way()
-    signal.alarm(ceil(float(sys.argv[1])))  # who asked may be dead by then
+    signal.alarm(ceil(float(sys.argv[1])))  # the parent may be dead by then
     columns, meta = pickle.load(sys.stdin.buffer)
     records = list(columns.records())
     for item in records:

@@ -1,4 +1,4 @@
-"""One recorded step, played as it ran and under the other rule."""
+"""Judges one recorded step: plays it as it ran and under the other rule."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from verl_heddle.trajectory import Trajectory
 from verl_heddle.twin import MOST_ERROR
 
 PLAYS, LARGE = 5, 50_000
-"""Draws of the random ties that a rule is played with, the median counts; from so many turns on one, as ties then hardly matter."""
+"""Plays of a rule with different random ties, of which the median counts. From `LARGE` turns on there is one, as ties hardly matter."""
 
 MOST_TURNS = 100_000
-"""Turns that are played at most: of a larger step some of its prompts, on as many of its replicas (bench/auto shows the difference)."""
+"""Maximum turns to play. Of a larger step, a share of the prompts is played on that share of the replicas (bench/auto has the error)."""
 
 
 def judge(step: Sequence[Trajectory]) -> dict[str, float]:
-    """Numbers of one synchronous step; seconds.
+    """Makespans of one synchronous step under both rules, in seconds.
 
-    `error`: simulated over measured makespan of the step as it ran, less 1 (of what is played of it, `sampled`). Where that is at most
-    `MOST_ERROR`, also `stock_s` and `heddle_s`, of which the one that ran is as measured and the other is measured times the simulated
-    ratio; `speedup`, the first over the second; and `bound_s`, which no schedule on these engines could beat.
+    `error`: simulated over measured makespan of the step as it ran, less 1 (of the part that is played, `sampled`). If it is at most
+    `MOST_ERROR`, also: `stock_s` and `heddle_s`, one of them measured and the other the measured time multiplied by the simulated ratio;
+    `speedup`, the first over the second; and `bound_s`, a lower bound for every schedule on these engines.
 
     Args:
-        step: the training trajectories as recorded live, `meta` telling of the engines.
+        step: the training trajectories as recorded live, with the engines in `meta`.
 
     Raises:
-        ValueError: the step cannot be played: too few turns to calibrate from, no lengths, contexts that fit no replica.
+        ValueError: the step cannot be played: too few turns to calibrate from, no lengths, or contexts that fit no replica.
     """
     whole = [item for item in step if item.meta.get("outcome", "finished") == "finished"]
     if len(whole) < len(step):
-        raise ValueError("trajectories of it were cut short")
+        raise ValueError("some of its trajectories were cut short")
     engines = engines_of(whole)
     latency = calibrated([whole], engines.tp)
     bound_s = Machine(engines, latency, (engines.tp,)).bound(whole).makespan_s
@@ -69,13 +69,14 @@ def turns_of(step: Sequence[Trajectory]) -> int:
 
 
 def is_stocks(step: Sequence[Trajectory], engines: Engines) -> bool:
-    """Whether verl's own rule decided: stock, `+plugin=observe`, or resident sets that rested."""
+    """Whether verl's own rule decided: stock verl, `+plugin=observe`, or resting resident sets."""
     ordered = engines.order != "fcfs" and any(turn.priority for item in step for turn in item.steps)
     return not (engines.residents or engines.preempt or engines.per_slot or ordered)
 
 
 def sampled(step: Sequence[Trajectory], engines: Engines, most_turns: int = MOST_TURNS) -> tuple[list[Trajectory], Engines]:
-    """Of a step with more turns, every so many-th prompt, on that share of the replicas: what a replica has to do stays what it was."""
+    """The step, cut to `most_turns`: a share of its prompts at equal distances, on that share of the replicas, so the load of each stays
+    the same."""
     replicas = max(1, min(engines.replicas, engines.replicas * most_turns // max(1, turns_of(step))))
     prompts = list(dict.fromkeys(item.prompt_id for item in step))
     share = replicas / engines.replicas

@@ -1,4 +1,4 @@
-"""Asks the judging process, and never waits for it: an answer comes with a later step's metrics, or not at all."""
+"""Runs the twin's process without waiting for it: the answer comes with a later step's metrics, or never."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ from verl_heddle.traces.columns import Columns
 from verl_heddle.twin import MOST_ERROR
 
 GRACE_S = 10.0
-"""After the budget: a process that is not stopped from here, because this one is dead, ends by itself."""
+"""Seconds after the budget at which the process ends itself, in case this one is dead and cannot stop it."""
 
 CPU_SHARE = 0.01
-"""Of the host's CPU time since the first step, all its cores together: where the update needs every core, a step is longer by what the twin
-takes (bench/auto/cost.py). A host of GPUs has so many cores that every step is judged."""
+"""Share of the host's CPU time since the first step, over all cores: on a host whose every core is busy, a step takes longer by what the twin
+takes (bench/auto/cost.py). A GPU host has enough cores to judge every step."""
 
 FREE_CPU_S = 60.0
-"""CPU seconds beyond that share, once in a run: a short run on a small machine is judged at every step."""
+"""CPU seconds granted beyond that share, once per run, so that a short run on a small machine is judged at every step."""
 
 
 class Twin:
-    """One step at a time; one that ends while another is judged, or when the host's share of CPU time is used up, is left out. Nothing
-    here raises.
+    """Judges one step at a time; a step that ends meanwhile, or when the host's share of CPU time is used up, is skipped. Nothing here
+    raises.
 
     Args:
-        budget_s: seconds after which a process is stopped.
-        say: told in a line, once for each reason, why a step is not judged.
+        budget_s: seconds after which the process is stopped.
+        log: takes a line that says why a step is not judged.
     """
 
-    def __init__(self, budget_s: float, say: Callable[[str], None]) -> None:
-        self._budget_s, self._say = budget_s, say
+    def __init__(self, budget_s: float, log: Callable[[str], None]) -> None:
+        self._budget_s, self._log = budget_s, log
         self._thread: threading.Thread | None = None
         self._answer: dict[str, float] = {}
         self._since_s: float | None = None
         """When the first step ended, on the monotonic clock."""
         self.cpu_s = 0.0
-        """CPU time that judging has taken."""
+        """CPU seconds spent on judging so far."""
         self.failures = 0
         """Steps that could not be judged."""
 
     def ask(self, number: int, step: Columns, meta: Mapping[str, Any]) -> None:
-        """Begin to judge step `number`; `meta`: what the trace says of the engines."""
+        """Start to judge step `number`; `meta`: the engines, as in the trace."""
         now = time.monotonic()
         self._since_s = now if self._since_s is None else self._since_s
         allowed_s = FREE_CPU_S + CPU_SHARE * (os.cpu_count() or 1) * (now - self._since_s)
@@ -57,7 +57,7 @@ class Twin:
         self._thread.start()
 
     def told(self) -> dict[str, float]:
-        """The answer that came since the last call, its `step` with it; empty if none did."""
+        """The answer since the last call, with its `step`; empty if there is none."""
         answer, self._answer = self._answer, {}
         return answer
 
@@ -77,13 +77,13 @@ class Twin:
                 raise ValueError(answer["why"])
             self._answer = {"step": float(number), **answer}
             if "speedup" not in answer:
-                self._say(f"the twin cannot judge this run: its makespans are off by more than {MOST_ERROR:.0%} (heddle/twin/error)")
+                self._log(f"the twin cannot judge this run: its makespans are off by more than {MOST_ERROR:.0%} (heddle/twin/error)")
         except subprocess.TimeoutExpired:
             self.cpu_s += self._budget_s
-            self._failed(f"it takes more than {self._budget_s:g} s (heddle.twin.budget_s)")
+            self._failed(f"its simulation takes more than {self._budget_s:g} s (heddle.twin.budget_s)")
         except Exception as error:
             self._failed(f"{type(error).__name__}: {error}")
 
     def _failed(self, why: str) -> None:
         self.failures += 1
-        self._say(f"the twin does not judge a step: {why}")
+        self._log(f"the twin could not judge a step: {why}")

@@ -142,7 +142,7 @@ def test_a_trace_without_engine_times_is_still_explained(tmp_path):
     )
     answer = why(folder)
     assert (
-        answer.machine is None and "What would have helped is not known" in text(answer) and "That trajectory, turn by turn" in text(answer)
+        answer.machine is None and "What would have helped is unknown" in text(answer) and "That trajectory, turn by turn" in text(answer)
     )
 
 

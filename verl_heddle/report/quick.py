@@ -120,19 +120,21 @@ def quick_trace(
     notes: list[str] = []
     found = catalogue(path, notes.append)
     left: Counter[str] = Counter()
-    known = by_step(found.entries, lambda one: (one.validate, one.step, one.turns > 0 and one.tokens is not None), left, path, step)
+    known = by_step(
+        found.entries, lambda entry: (entry.validate, entry.step, entry.turns > 0 and entry.tokens is not None), left, path, step
+    )
     whole = {key: first_groups(latest(entries, left), prompts, samples) for key, entries in known.items()}
     usable = {key: some for key, entries in whole.items() if (some := found.candidates(entries))}
     steps = [usable[key] for key in _evenly(list(usable), READ_STEPS)]
-    groups = [_groups([(one.prompt_id, one.turns, one.tokens or 0) for one in entries]) for entries in steps]
-    share = min(1.0, READ_TURNS / sum(group.turns for one in groups for group in one))
+    groups = [_groups([(entry.prompt_id, entry.turns, entry.tokens or 0) for entry in entries]) for entries in steps]
+    share = min(1.0, READ_TURNS / sum(group.turns for in_step in groups for group in in_step))
     numbers = []
     for entries, those in zip(steps, groups, strict=True):
         names = _chosen(those, ceil(share * len(those)))
-        numbers += [one.number for one in entries if one.prompt_id in names]
+        numbers += [entry.number for entry in entries if entry.prompt_id in names]
     source = assembled(found.pick(numbers), notes, path, [0], step, cold=cold)
     source = replace(source, notes=(*found.told, *source.notes, *told(left)))
-    every = [_groups([(one.prompt_id, one.turns, one.tokens or 0) for one in entries]) for entries in whole.values()]
+    every = [_groups([(entry.prompt_id, entry.turns, entry.tokens or 0) for entry in entries]) for entries in whole.values()]
     return _sampled(setting, source, sum(map(len, every)) / len(every), len(every), _mean_tokens(every))
 
 

@@ -85,12 +85,12 @@ def rule_of(name: str) -> Rule:
     The engines of a user policy run turns by the priorities it assigns; equal priorities run in arrival order.
 
     Raises:
-        ValueError: there is no such rule or file, it does not load, or it does not hold exactly one policy; the message is one line.
+        ValueError: the rule or file does not exist, it does not load, or it does not hold exactly one policy; the message is one line.
     """
     if is_file(name):
         return _own(str(Path(name).resolve()))
     if name not in RULES:
-        raise ValueError(f"there is no rule {name!r}; there are {', '.join(RULES)}")
+        raise ValueError(f"unknown rule {name!r}; allowed: {', '.join(RULES)}")
     return RULES[name]
 
 

@@ -129,7 +129,7 @@ def assumptions(answer: Answer) -> list[str]:
         f"{setting.model}, {setting.gpus} GPUs, {setting.slots} slots a replica, gpu_memory_utilization {setting.utilization:g}"
         + (f" ({held:,} KV tokens a replica of tp={setting.tp})" if held is not None else ""),
         f"step times: {setting.step_times}",
-        *_beside(setting, "stock_tier" in answer.rows),
+        *_other_costs(setting, "stock_tier" in answer.rows),
         f"heddle's history: {about['history']}",
         f"simulated, nothing was run; {draws} draw"
         + ("s: median, and range in brackets" if draws > 1 else ": use --seeds to see the effect of chance"),
@@ -137,7 +137,7 @@ def assumptions(answer: Answer) -> list[str]:
     return lines + list(answer.source.notes)
 
 
-def _beside(setting: Setting, offloads: bool) -> list[str]:
+def _other_costs(setting: Setting, offloads: bool) -> list[str]:
     """Costs of a step other than kernels and tools, split into assumed and given ones. Host time is listed with the step times."""
     at_once, tier = setting.tools_at_once, setting.tier
     facts = {

@@ -135,7 +135,7 @@ class WhatIf:
 
     name: str
     kind: str
-    told: str
+    label: str
     makespan_s: float
     ratio: float
     value: int | None = None
@@ -148,11 +148,11 @@ def what_ifs(step: Sequence[Trajectory], machine: Machine, base: Result, last: T
     A degree whose replicas cannot hold the longest context is left out.
     """
     rows = []
-    for name, kind, told, value, result in _cases(step, machine, last):
-        rows.append(WhatIf(name, kind, told, result.makespan_s, base.makespan_s / result.makespan_s, value))
+    for name, kind, label, value, result in _cases(step, machine, last):
+        rows.append(WhatIf(name, kind, label, result.makespan_s, base.makespan_s / result.makespan_s, value))
     if (spare := spare_samples(step, machine)) is not None:
-        told = f"spare samples, the first n to finish are kept, lengths redrawn ({100 * spare.more_tokens:+.0f} % tokens)"
-        rows.append(WhatIf("spare_samples", "shape", told, base.makespan_s / spare.ratio, spare.ratio))
+        label = f"spare samples, the first n kept, lengths redrawn ({100 * spare.more_tokens:+.0f} % tokens)"
+        rows.append(WhatIf("spare_samples", "shape", label, base.makespan_s / spare.ratio, spare.ratio))
     return rows
 
 
@@ -163,22 +163,22 @@ def _cases(step: Sequence[Trajectory], machine: Machine, last: Trajectory) -> It
     prioritized = order == "priority" and not engines.residents
     bound, rule = (engines.per_slot, engines.preempt) if prioritized else (predicting.admission.per_slot, preempt_rule(predicting))
     known = AsRecorded(step, machine.fleet(), bound, known=True)
-    told = "lengths known: longest first, on the recorded replicas"
-    yield "known_order", "order", told, None, run(work, known, order="priority", overhead=overhead, preempt=rule)
-    told = "lengths known: longest first, replicas reassigned"
-    yield "known_all", "order", told, None, run(work, LptOracle(work), order="priority", overhead=overhead)
-    told = "the trajectory that started first runs first; no predictions"
-    yield "trajectory_fcfs", "order", told, None, run(work, TrajectoryFcfs(), order="priority", overhead=overhead)
+    label = "lengths known: longest first, on the recorded replicas"
+    yield "known_order", "order", label, None, run(work, known, order="priority", overhead=overhead, preempt=rule)
+    label = "lengths known: longest first, replicas reassigned"
+    yield "known_all", "order", label, None, run(work, LptOracle(work), order="priority", overhead=overhead)
+    label = "the trajectory that started first runs first; no predictions"
+    yield "trajectory_fcfs", "order", label, None, run(work, TrajectoryFcfs(), order="priority", overhead=overhead)
     yield "least_loaded", "place", "every turn to the least loaded replica", None, run(work, Slime(), order=order, overhead=overhead)
     if not engines.residents:
-        told = "resident sets: admitted when KV cache has room, kept during tool calls"
-        yield "residents", "order", told, None, run(work, machine.admitting(plugin.residents.order), order="priority", overhead=overhead)
+        label = "resident sets: admitted when KV cache has room, kept during tool calls"
+        yield "residents", "order", label, None, run(work, machine.admitting(plugin.residents.order), order="priority", overhead=overhead)
     if order == "priority":
         yield "stock", "order", "verl's own placement and order", None, run(work, Stock(), overhead=overhead)
     if machine.held(engines.tp) is not None and machine.latency.kv_bytes(engines.tp) is not None:
         tier = HostTier()
-        told = f"evicted KV cache kept in host memory, read back at {tier.bytes_per_s / 1e9:g} GB/s per GPU"
-        yield "kv_offload", "memory", told, None, again(step, work, overhead=overhead, tier=tier)
+        label = f"evicted KV cache kept in host memory, read back at {tier.bytes_per_s / 1e9:g} GB/s per GPU"
+        yield "kv_offload", "memory", label, None, again(step, work, overhead=overhead, tier=tier)
     if any(turn.tool_latency_s for item in work for turn in item.steps):
         quick = [replace(item, steps=tuple(replace(turn, tool_latency_s=0.0) for turn in item.steps)) for item in work]
         yield "no_tools", "tools", "tools take no time", None, again(step, quick, overhead=overhead)

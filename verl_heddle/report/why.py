@@ -116,7 +116,7 @@ def why(
             "what_ifs": tuple(what_ifs(items, model, base, last)),
         }
     except (ValueError, ArithmeticError) as error:  # too few turns to calibrate on, or impossible engine timings
-        simulated = {"notes": (*known.notes, f"What would have helped is not known: {error}")}
+        simulated = {"notes": (*known.notes, f"What would have helped is unknown: {error}")}
     return Why(**{**known.__dict__, **simulated})
 
 

@@ -53,7 +53,7 @@ def sentences(answer: Why) -> list[str]:
     return lines
 
 
-def life(answer: Why) -> list[dict[str, Any]]:
+def turn_rows(answer: Why) -> list[dict[str, Any]]:
     """The last trajectory's turns. `at_s` counts from the step's start; `left` includes this turn's tokens."""
     rows = []
     left = answer.last.output_tokens
@@ -146,11 +146,11 @@ def fidelity(answer: Why) -> str:
 
 def text(answer: Why) -> str:
     """Everything the terminal shows."""
-    parts = [answer.source, "\n".join(f"- {line}" for line in sentences(answer)), _life_table(answer)]
+    parts = [answer.source, "\n".join(f"- {line}" for line in sentences(answer)), _turn_table(answer)]
     if answer.what_ifs:
         rows = sorted(answer.what_ifs, key=lambda case: -case.ratio)
-        width = max(len(case.told) for case in rows)
-        cases = [f"  {case.told.ljust(width)}  {seconds(case.makespan_s):>8}  {ratio(case.ratio):>6}" for case in rows]
+        width = max(len(case.label) for case in rows)
+        cases = [f"  {case.label.ljust(width)}  {seconds(case.makespan_s):>8}  {ratio(case.ratio):>6}" for case in rows]
         parts.append("What would have helped, one change at a time:\n" + "\n".join(cases) + f"\n{fidelity(answer)}")
         tips = settings(answer)
         lines = [f"  {tip['try']}{_forecast(tip)}\n      {tip['why']}" for tip in tips if tip["try"]]
@@ -191,13 +191,13 @@ def document(answer: Why) -> dict[str, Any]:
             "sample": answer.last.trial,
             "tokens": answer.last.output_tokens,
             "parts": [{"what": what, "seconds": value} for value, what in _parts(answer)],
-            "turns": life(answer),
+            "turns": turn_rows(answer),
         },
         "bound": None if low is None else {"makespan_s": low.makespan_s, "longest_s": low.longest_s, "work_s": low.work_s},
         "step_times": answer.machine.source if answer.machine else None,
         "replayed_s": answer.replayed_s,
         "what_ifs": [
-            {"name": case.name, "kind": case.kind, "told": case.told, "makespan_s": case.makespan_s, "ratio": case.ratio}
+            {"name": case.name, "kind": case.kind, "told": case.label, "makespan_s": case.makespan_s, "ratio": case.ratio}
             for case in answer.what_ifs
         ],
         "settings": settings(answer),
@@ -225,8 +225,8 @@ def _forecast(tip: dict[str, Any]) -> str:
     return "" if tip["ratio"] is None else f"   ({ratio(tip['ratio'])} in simulation)"
 
 
-def _life_table(answer: Why) -> str:
-    rows = life(answer)
+def _turn_table(answer: Why) -> str:
+    rows = turn_rows(answer)
     shown = set(range(len(rows)))
     if len(rows) > MOST_TURNS:
         middle = sorted(

@@ -35,7 +35,7 @@ def test_every_part_is_there(html):
         "Where the seconds of each step went",
         "Curves",
         "Replicas over time",
-        "How good predictions were",
+        "Prediction quality",
         "Decisions and outcomes",
         "Configuration: what differs",
         "Runs",

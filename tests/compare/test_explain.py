@@ -141,7 +141,9 @@ def test_a_trace_without_engine_times_is_still_explained(tmp_path):
         [replace(one, steps=tuple(replace(t, ctx_tokens=None) for t in one.steps)) for one in read(folder / "trace.jsonl")],
     )
     answer = why(folder)
-    assert answer.machine is None and "What would have helped is not known" in text(answer) and "Its life, turn by turn" in text(answer)
+    assert (
+        answer.machine is None and "What would have helped is unknown" in text(answer) and "That trajectory, turn by turn" in text(answer)
+    )
 
 
 def test_json(crowded):
@@ -191,7 +193,7 @@ def test_the_command_on_a_file_a_folder_and_a_comparison(finished, tmp_path):
         (("/nowhere",), "no such file"),
         (("TRACE", "--step", "77"), "has no training step 77; it has 1, 2, 3"),
         (("TRACE", "--arm", "heddle"), "choose runs of a comparison"),
-        (("CMP", "--arm", "chess"), "no finished run with a trace fits; there is: pair 1 stock"),
+        (("CMP", "--arm", "chess"), "no finished run with a trace matches; available: pair 1 stock"),
         (("TRACE", "--model", "qwen3-8b"), "--model and --gpu go together"),
         (("TRACE", "--json", "/nowhere/x.json"), "there is no folder"),
     ],

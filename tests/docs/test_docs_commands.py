@@ -72,7 +72,7 @@ def plan(command: Command, shell: Shell) -> None:
 
 
 def explain(command: Command, shell: Shell) -> None:
-    assert "Its life, turn by turn" in good(shell.heddle(command, shell.place))
+    assert "That trajectory, turn by turn" in good(shell.heddle(command, shell.place))
 
 
 def compare(command: Command, shell: Shell) -> None:

@@ -118,7 +118,7 @@ def test_runs_and_summary_are_one_group_on_wandb(done, tmp_path):
 def test_explain_takes_the_comparison(done):
     call = command("explain", str(done[0]))
     assert call.returncode == 0, call.stderr
-    assert "- Step 2 took" in call.stdout and "Its life, turn by turn" in call.stdout and "What would have helped" in call.stdout
+    assert "- Step 2 took" in call.stdout and "That trajectory, turn by turn" in call.stdout and "What would have helped" in call.stdout
 
 
 def test_an_asynchronous_trainer_is_compared_by_tokens_trained_on(workspace, tmp_path):

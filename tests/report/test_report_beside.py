@@ -35,9 +35,9 @@ def test_one_line_for_what_cannot_be(bad):
 def test_the_output_says_what_was_assumed():
     for where, word in ((setting("qwen3-8b", "h200", 1), "assumed"), (setting("qwen3-8b", "h200", 1, None, 256, 0.5, 0.02), "as given")):
         lines = assumptions(study(where, SOURCE, ("stock", "stock_tier"), 1))
-        assert any(line.startswith(f"{word}: ") and "ms a turn outside engine and tool" in line for line in lines)
+        assert any(line.startswith(f"{word}: ") and "ms per turn outside engine and tool" in line for line in lines)
         assert any("1 ms of host time in every step (assumed)" in line for line in lines)
-        assert any("weight sync a step" in line for line in lines) and any(
+        assert any("weight sync per step" in line for line in lines) and any(
             "stock_tier keeps KV cache without limit" in line for line in lines
         )
 

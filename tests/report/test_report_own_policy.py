@@ -134,5 +134,5 @@ def test_a_base_class_beside_the_policy_is_no_second_one(tmp_path):
 
 def test_names_are_names():
     assert rule_of("stock") is RULES["stock"]
-    with pytest.raises(ValueError, match="there is no rule 'magic'"):
+    with pytest.raises(ValueError, match="unknown rule 'magic'"):
         rule_of("magic")

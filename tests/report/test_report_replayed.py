@@ -71,7 +71,7 @@ def test_what_is_assumed_is_said(tmp_path):
     bare = [replace(item, meta={k: v for k, v in item.meta.items() if k not in decided(Options())}) for item in made]
     write(tmp_path / "bare.jsonl", bare)
     notes = " ".join(why(tmp_path / "bare.jsonl", table=TABLE).notes)
-    assert "--gpu-memory-utilization 0.5" in notes and "resident sets, as released" in notes
+    assert "--gpu-memory-utilization 0.5" in notes and "the defaults, with resident sets" in notes
 
 
 def test_a_run_with_preemption_and_gate_is_replayed_with_them():

@@ -63,7 +63,7 @@ def test_sentences_say_what_the_numbers_say(answer):
 
 def test_sentence_where_nobody_waits():
     lines = explain(small(("heddle",), seeds=(0,), slots=256))
-    assert lines[-1].startswith("heddle changes nothing at tp=1: every turn finds room")
+    assert lines[-1].startswith("heddle changes nothing at tp=1: turns do not wait for a slot or KV cache")
 
 
 def test_sentence_where_slots_are_short_and_tp_is_right():

@@ -1,7 +1,7 @@
-"""Which tensor-parallel degree and settings to use, from a `study.ranking`: the answer of `verl-heddle plan`.
+"""Choose the tensor-parallel degree and settings from a `study.ranking`, for `verl-heddle plan`.
 
-The user's own degree stays unless another one is faster in every draw and by enough (`study.wins`); heddle is recommended on the same
-terms, and so are mixed degrees, against the fastest row of one degree. Where turns wait in the chosen arm, more slots or more KV memory
+The user's degree stays unless a different one wins (`study.wins`: faster in every draw, and by enough). Heddle is recommended on the same
+terms, and so are mixed degrees, against the fastest row with a single degree. If turns wait in the chosen arm, more slots or more KV memory
 are tried as well.
 """
 
@@ -17,17 +17,17 @@ from verl_heddle.report.study import MIXED, Answer, Row, loses, wins
 from verl_heddle.report.words import percent, ratio, seconds
 
 WAITS = 0.05
-"""Share of all trajectory time spent waiting from which on more slots or KV memory are worth a try."""
+"""Share of all trajectory time spent waiting from which more slots or KV memory are worth a trial."""
 
 MORE_MEMORY = 0.8
-"""gpu_memory_utilization that is tried: what many verl recipes take; whether the trainer leaves so much is the user's to know."""
+"""gpu_memory_utilization to try, as in many verl recipes; only the user knows whether the trainer leaves that much."""
 
 ROLLOUT = "actor_rollout_ref.rollout"
 
 
 @dataclass(frozen=True)
 class Trial:
-    """The chosen arm with one setting changed: steps of the chosen arm over those of the trial, by draw."""
+    """The chosen arm with one setting changed. `ratios`: step time of the chosen arm over that of the trial, by draw."""
 
     name: str
     value: str
@@ -38,7 +38,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Advice:
-    """`row` is the chosen arm, `heddle` whether its gain over stock is forecast."""
+    """The recommendation. `row`: the chosen arm; `heddle`: whether heddle is recommended."""
 
     row: Row
     heddle: bool
@@ -46,10 +46,10 @@ class Advice:
 
     @property
     def settings(self) -> dict[str, str]:
-        """verl's keys and values."""
+        """Keys and values to set, without the plugin's own override."""
         if self.row.layout:
             degrees = f"[{','.join(map(str, self.row.layout))}]"
-            chosen = {f"{ROLLOUT}.tensor_model_parallel_size": "1", "heddle.place.enable": "true"}  # what a layout needs
+            chosen = {f"{ROLLOUT}.tensor_model_parallel_size": "1", "heddle.place.enable": "true"}  # required by a layout
             chosen |= {"heddle.layout.enable": "true", "heddle.layout.fixed": degrees}
         else:
             chosen = {f"{ROLLOUT}.tensor_model_parallel_size": str(self.row.tp)}
@@ -57,12 +57,12 @@ class Advice:
 
     @property
     def overrides(self) -> list[str]:
-        """To paste behind a verl command."""
+        """Overrides to append to a verl command."""
         return [*(f"{key}={value}" for key, value in self.settings.items()), f"+plugin={'heddle' if self.heddle else 'observe'}"]
 
 
 def advise(answer: Answer, jobs: int | None = None) -> Advice:
-    """Choose from the rows of a `ranking`, and try more slots or memory where turns wait."""
+    """Choose from the rows of a `ranking`, and try more slots or memory if turns wait."""
     stocks = [row for row in answer.rows.values() if row.rule == "stock" and row.name != "stock"]
     heddles = {row.tp: row for row in answer.rows.values() if row.rule == "heddle"}
     stock = min(stocks, key=lambda row: (row.typical.makespan_s, row.tp))
@@ -77,13 +77,13 @@ def advise(answer: Answer, jobs: int | None = None) -> Advice:
 
 
 def _fastest(answer: Answer) -> Row:
-    """The best of the rows with one degree under stock or heddle."""
+    """The fastest row with a single degree under stock or heddle."""
     fixed = [row for row in answer.rows.values() if row.rule in ("stock", "heddle")]
     return min(fixed, key=lambda row: row.typical.makespan_s)
 
 
 def told(answer: Answer, advice: Advice) -> list[str]:
-    """The advice in plain sentences, reasons first."""
+    """The advice as sentences, reasons first."""
     row, tp = advice.row, answer.setting.tp
     lines = [situation(answer), cause(answer)]
     if row.layout:
@@ -92,9 +92,9 @@ def told(answer: Answer, advice: Advice) -> list[str]:
             f"Mix degrees, {row.degrees}: {gain(row.speedups)} as fast as stock at tp={tp}, {gain(row.ratios(best))} as fast as the best "
             f"fixed degree ({best.rule}, tp={best.tp}), {percent(row.bound_fraction)} of the bound. With "
             f"heddle.layout.times={answer.setting.model.replace(' on ', '/').lower()} instead of heddle.layout.fixed the plugin chooses "
-            "anew between steps."
+            "a layout between steps."
         )
-        return lines + [_trial_told(trial, answer.setting) for trial in advice.trials]
+        return lines + [_trial_sentence(trial, answer.setting) for trial in advice.trials]
     if row.tp != tp:
         lines.append(f"Use tp={row.tp}: {gain(row.speedups)} as fast as stock at tp={tp}, {percent(row.bound_fraction)} of the bound.")
     else:
@@ -104,25 +104,25 @@ def told(answer: Answer, advice: Advice) -> list[str]:
     if advice.heddle:
         lines.append(f"Switch heddle on: at tp={row.tp} it makes the step {gain(ratios)} as fast as stock.")
     else:
-        verdict = "loses against stock" if loses(ratios) else "makes no difference beyond chance"
+        verdict = "is slower than stock" if loses(ratios) else "makes no difference beyond chance"
         lines.append(f"heddle {verdict} at tp={row.tp}: {gain(ratios)}. +plugin=observe keeps verl's decisions and shows the step.")
-    lines += _mixed_told(answer)
-    return lines + [_trial_told(trial, answer.setting) for trial in advice.trials]
+    lines += _mixed_reason(answer)
+    return lines + [_trial_sentence(trial, answer.setting) for trial in advice.trials]
 
 
-def _mixed_told(answer: Answer) -> list[str]:
-    """Why degrees are not mixed."""
+def _mixed_reason(answer: Answer) -> list[str]:
+    """Why mixing degrees is not recommended; empty if there is only one degree."""
     mixed = answer.rows.get(MIXED)
     if mixed is None:
-        return ["Do not mix degrees: one for all is forecast to be as good."] if len(answer.setting.bound_tps) > 1 else []
+        return ["Do not mix degrees: a single degree is forecast to be as good."] if len(answer.setting.bound_tps) > 1 else []
     best = _fastest(answer)
     ratios = mixed.ratios(best)
-    verdict = "loses" if loses(ratios) else "makes no difference beyond chance"
-    return [f"Do not mix degrees: {mixed.degrees} {verdict} against the best fixed one ({best.rule}, tp={best.tp}): {gain(ratios)}."]
+    verdict = "is slower than" if loses(ratios) else "makes no difference beyond chance to"
+    return [f"Do not mix degrees: {mixed.degrees} {verdict} the best fixed degree ({best.rule}, tp={best.tp}): {gain(ratios)}."]
 
 
 def why(row: Row) -> str:
-    """What the trajectory that ended last mostly did, for a column of the ranking."""
+    """The two largest shares of the last trajectory's time, for a column of the ranking."""
     last = row.typical.last
     own = max(0.0, last.alone_s - last.tail["tool_s"] - last.tail["other_s"])
     parts = {
@@ -155,15 +155,15 @@ def _trials(answer: Answer, chosen: Row, jobs: int | None) -> list[Trial]:
     return trials
 
 
-def _trial_told(trial: Trial, setting: Setting) -> str:
+def _trial_sentence(trial: Trial, setting: Setting) -> str:
     old = setting.slots if trial.name == "max_num_seqs" else f"{setting.utilization:g}"
     if not wins(trial.ratios):
         return f"{trial.name}={trial.value} instead of {old} does not help beyond chance ({ratio(median_low(trial.ratios))})."
-    wish = "" if trial.safe else ", if the trainer's memory allows it"
-    return f"{trial.name}={trial.value} instead of {old} makes that {gain(trial.ratios)} as fast again{wish}."
+    condition = "" if trial.safe else ", if the trainer's memory allows it"
+    return f"With {trial.name}={trial.value} instead of {old} the step is a further {gain(trial.ratios)} as fast{condition}."
 
 
 def forecast(answer: Answer, advice: Advice) -> str:
-    """One line: now, then, weight sync included."""
+    """One line: step time now and with the recommendation, weight sync included."""
     now, then = answer.stock.typical.step_s, advice.row.typical.step_s
-    return f"forecast: {seconds(now)} now (stock, tp={answer.setting.tp}), {seconds(then)} then ({ratio(advice.row.speedup)})"
+    return f"forecast: {seconds(now)} now (stock, tp={answer.setting.tp}), {seconds(then)} as recommended ({ratio(advice.row.speedup)})"

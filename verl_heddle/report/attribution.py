@@ -1,9 +1,7 @@
-"""Where the seconds of a step went: pure arithmetic over recorded trajectories, shared by W&B, `explain` and `compare`.
+"""Attribute the seconds of a recorded training step: pure arithmetic over its trajectories, shared by W&B, `explain` and `compare`.
 
-The makespan of a step runs from its first trajectory's start to its last one's end. It is explained by the trajectory that ended
-last, because nothing else made the step longer.
-
-Metrics of a recorded training step: what `compare` and `explain` start from.
+The makespan of a step runs from the start of its first trajectory to the end of its last. The trajectory that ended last explains it,
+because nothing else made the step longer.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from verl_heddle.trajectory import Trajectory, Turn
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Seconds of one trajectory's life by what it was doing."""
+    """Seconds of one trajectory by activity."""
 
     queue_s: float
     generate_s: float
@@ -31,7 +29,7 @@ class Split:
     other_s: float
     """Set-up, routing, transport, parsing between turns, reward and hand-over."""
     paused_s: float = 0.0
-    """Waiting for weight updates that interrupted it."""
+    """Waiting for weight updates that interrupted the trajectory."""
 
     @property
     def total_s(self) -> float:
@@ -39,7 +37,7 @@ class Split:
 
 
 def split(trajectory: Trajectory) -> Split:
-    """The measured intervals of a recorded trajectory; what was not measured is not in it."""
+    """Sum the measured intervals of a recorded trajectory; intervals without a measurement count as 0."""
     turns, meta = trajectory.steps, trajectory.meta
     overhead = sum((t.route_s or 0.0) + (t.transport_s or 0.0) + (t.between_s or 0.0) for t in turns)
     return Split(
@@ -57,7 +55,7 @@ def wall_s(trajectory: Trajectory) -> float:
 
 
 def accounted(trajectory: Trajectory) -> float:
-    """Share of the trajectory's wall time that its measured intervals cover, in [0, about 1]."""
+    """Share of the trajectory's wall time covered by measured intervals, in [0, about 1]."""
     wall = wall_s(trajectory)
     return split(trajectory).total_s / wall if wall > 0 else 1.0
 
@@ -69,19 +67,19 @@ def busy_s(turns: Iterable[tuple[float, float]]) -> float:
 
 
 def engine_interval(trajectory: Trajectory, turn: Turn) -> tuple[float, float]:
-    """When the turn occupied its replica, unix seconds: from leaving the queue to the last token."""
+    """When the turn occupied its replica, from leaving the queue to the last token; Unix seconds."""
     begin = trajectory.meta["start_s"] + (turn.start_s or 0.0) + (turn.route_s or 0.0) + (turn.queue_s or 0.0)
     return begin, begin + (turn.gen_s or 0.0)
 
 
 def with_batch_wait(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
-    """Write into each trajectory's meta how long it waited, finished, for the last of its step (`wait_s`)."""
+    """Write to each trajectory's meta how long it waited, once finished, for the last trajectory of its step (`wait_s`)."""
     write_batch_wait([item.meta for item in trajectories])
     return list(trajectories)
 
 
 def write_batch_wait(metas: Sequence[dict[str, Any]]) -> None:
-    """`with_batch_wait`, given the metas alone."""
+    """`with_batch_wait` on the metas alone."""
     last: dict[tuple[int, bool], float] = defaultdict(float)
     for meta in metas:
         key = (meta["step"], meta["validate"])
@@ -91,11 +89,11 @@ def write_batch_wait(metas: Sequence[dict[str, Any]]) -> None:
 
 
 def step_metrics(trajectories: Columns | Sequence[Trajectory], replicas: Sequence[str] = ()) -> dict[str, float]:
-    """Numbers for one training step, W&B names without the `heddle/` prefix. Cost: about 1 microsecond a turn, since GPUs wait for it.
+    """Metrics of one training step under W&B names without the `heddle/` prefix. Cost: about 1 microsecond a turn; GPUs wait for it.
 
     Args:
         trajectories: recorded trajectories of the step, at least one.
-        replicas: names of all replicas, so that one that served nothing counts as idle all along.
+        replicas: names of all replicas, so that a replica that served nothing counts as idle throughout.
     """
     table = as_columns(trajectories)
     metas, spent = table.metas, _Spent.of(table)
@@ -112,7 +110,7 @@ def step_metrics(trajectories: Columns | Sequence[Trajectory], replicas: Sequenc
         "tokens_per_s": float(lengths.sum()) / makespan,
         "tail_ratio_time": float(spent.durations.max()) / max(1e-9, float(np.median(spent.durations))),
         "wait_share": sum(meta.get("wait_s", 0.0) for meta in metas) / (makespan * len(table)),
-        **_what_happened(table, spent, lengths),
+        **_common(table, spent, lengths),
     }
     names = table.turns["replica"]
     code = {name: number for number, name in enumerate(sorted({name for name in names if name is not None} | set(replicas)))}
@@ -128,13 +126,13 @@ def step_metrics(trajectories: Columns | Sequence[Trajectory], replicas: Sequenc
 
 
 def window_metrics(trajectories: Columns | Sequence[Trajectory], seconds: float, step: int) -> dict[str, float]:
-    """Numbers for the time between two batches of an asynchronous trainer, W&B names without the `heddle/` prefix: there is no makespan,
-    since trajectories outlive batches.
+    """Metrics of the window between two batches of an asynchronous trainer, W&B names without the `heddle/` prefix. There is no makespan,
+    because trajectories outlive batches.
 
     Args:
-        trajectories: those that ended in it, at least one.
-        seconds: how long it was.
-        step: the training step whose batch ends it.
+        trajectories: those that ended in the window, at least one.
+        seconds: length of the window.
+        step: the training step whose batch ends the window.
     """
     table = as_columns(trajectories)
     spent = _Spent.of(table)
@@ -152,13 +150,13 @@ def window_metrics(trajectories: Columns | Sequence[Trajectory], seconds: float,
         "interrupted_reread_tokens": float(np.nansum(table.numbers("reread_tokens"))),
         "age_steps/mean": float(ages.mean()),
         "age_steps/max": float(ages.max()),
-        **_what_happened(table, spent, lengths),
+        **_common(table, spent, lengths),
     }
 
 
 @dataclass(frozen=True, slots=True)
 class _Spent:
-    """Seconds by trajectory."""
+    """Seconds by activity, one value per trajectory."""
 
     starts: Floats
     ends: Floats
@@ -182,8 +180,8 @@ class _Spent:
         return self.ends - self.starts
 
 
-def _what_happened(table: Columns, spent: _Spent, lengths: Floats) -> dict[str, float]:
-    """What there is to say whichever way the trainer goes."""
+def _common(table: Columns, spent: _Spent, lengths: Floats) -> dict[str, float]:
+    """Metrics shared by synchronous and asynchronous trainers."""
     metas, durations = table.metas, spent.durations
     finished = np.array([meta["outcome"] == "finished" for meta in metas])
     known = spent.queue + spent.generate + spent.tool + spent.paused + spent.other
@@ -207,33 +205,33 @@ def _what_happened(table: Columns, spent: _Spent, lengths: Floats) -> dict[str, 
 
 
 def _reading(table: Columns) -> dict[str, float]:
-    """`prefill_tokens`, read and not found in a prefix cache; `read_again_tokens` and their share `read_again_share`: what of it the
-    trajectory's turn before had left there in whole blocks, and was not found any more. Empty where the engines do not say."""
+    """`prefill_tokens`: context tokens that missed the prefix cache. `read_again_tokens` and their share `read_again_share`: those of them
+    that the trajectory's previous turn had left in whole cache blocks, so recomputed. Empty if engines do not report cache hits."""
     context, cached, made = (table.numbers(name) for name in ("ctx_tokens", "cached_tokens", "output_tokens"))
     if not np.isfinite(cached + context).any():
         return {}
-    left = np.roll(context + made, 1)  # by the turn before
+    left = np.roll(context + made, 1)  # by the previous turn
     first = np.cumsum(table.counts) - table.counts
     left[first[first < len(left)]] = 0.0
-    block = max(1, int(np.gcd.reduce(cached[np.isfinite(cached)].astype(np.int64))))  # what is found is whole blocks
+    block = max(1, int(np.gcd.reduce(cached[np.isfinite(cached)].astype(np.int64))))  # hits are whole blocks
     read = float(np.nansum(np.maximum(0.0, context - cached)))
     again = float(np.nansum(np.maximum(0.0, np.minimum(left, context) // block * block - cached)))
     return {"prefill_tokens": read, "read_again_tokens": again, "read_again_share": again / max(1.0, read)}
 
 
 def _moves(table: Columns) -> int:
-    """Turns that ran on another replica than the turn before."""
+    """Turns that ran on a different replica than the previous turn."""
     count, first = 0, 0
     names = table.turns["replica"]
     for head in table.heads:
-        homes = names[first : first + head.turns]
+        replicas = names[first : first + head.turns]
         first += head.turns
-        count += sum(map(ne, homes, homes[1:]))
+        count += sum(map(ne, replicas, replicas[1:]))
     return count
 
 
 def _union_s(froms: Floats, untils: Floats) -> float:
-    """`busy_s` of arrays."""
+    """`busy_s` on arrays."""
     order = np.argsort(froms, kind="stable")
     froms, untils = froms[order], untils[order]
     reached = np.concatenate([[-np.inf], np.maximum.accumulate(untils)[:-1]]) if len(untils) else untils
@@ -241,10 +239,10 @@ def _union_s(froms: Floats, untils: Floats) -> float:
 
 
 WARM_UP_STEPS = 1
-"""The first step pays for compilation and cold caches in every run; with only one step it has to do."""
+"""Steps skipped at the start of a run, which pay for compilation and cold caches; a run of one step is not skipped."""
 
 
 def metrics_of(trajectories: Sequence[Trajectory], replicas: Sequence[str] = ()) -> dict[str, float]:
-    """`step_metrics`, and the mean reward of what was trained on as `reward` (nan where none was recorded)."""
+    """`step_metrics` plus `reward`: the mean reward of the trajectories trained on (nan if none was recorded)."""
     rewards = [item.reward for item in trajectories if item.reward is not None and item.meta.get("kept", True)]
     return step_metrics(trajectories, replicas) | {"reward": mean(rewards) if rewards else float("nan")}

@@ -1,4 +1,4 @@
-"""The answer as JSON with stable keys: `docs/simulate.md` says what each means, `simulate.schema.json` beside this file what it may hold.
+"""Format the answer as JSON with stable keys. `docs/simulate.md` defines the keys; `simulate.schema.json` is their JSON Schema.
 
 Keys are only ever added; a change of meaning changes `schema`.
 """
@@ -21,7 +21,7 @@ SCHEMA = "verl-heddle/simulate/1"
 
 
 def document(answer: Answer, sentences: Sequence[str], advice: Advice | None = None) -> dict[str, Any]:
-    """JSON values only. `sentences` is the explanation as printed; with `advice` it is the document of a plan."""
+    """The JSON document. `sentences` is the explanation as printed; with `advice` the document describes a plan."""
     low = answer.worst_bound
     value = {
         "schema": SCHEMA,
@@ -52,7 +52,7 @@ def document(answer: Answer, sentences: Sequence[str], advice: Advice | None = N
 
 
 def config(answer: Answer) -> dict[str, Any]:
-    """What was asked: the workload or trace, the model and GPUs, verl's settings, the seeds."""
+    """The inputs: the workload or trace, the model and GPUs, verl's settings, the seeds."""
     setting, draws = answer.setting, answer.source.draws
     work = [item for step in draws[answer.typical].steps for item in step]
     steps = answer.source.about["steps"]

@@ -1,14 +1,14 @@
-"""What is simulated: steps of trajectories, from a trace or invented, and what heddle has seen before them.
+"""Prepare the steps to simulate, from a trace or a synthetic workload, and the history heddle learns from before them.
 
-Heddle learns from history, and a first epoch has none; a forecast for a run of many epochs must not judge it cold. So every draw comes with
-an epoch `before`:
+Heddle learns from history, which a first epoch lacks; a forecast for a run of many epochs must not judge it on a cold start. So every draw
+comes with an epoch `before`:
 
-- a generated workload: as many other samples of the same prompts, drawn independently;
-- a trace: the trace itself, cross-fitted. Each prompt's trajectories are dealt into two halves, and what one half did is the history of
-  the other (`verl_heddle.report.play`). Nobody is predicted from himself; a history of half a group is less than a real epoch leaves.
+- generated workload: the same number of other samples of the same prompts, drawn independently;
+- trace: the trace itself, cross-fitted. Each prompt's trajectories are split into two halves, and each half is the history of the other
+  (`verl_heddle.report.play`). No trajectory is predicted from itself; half a group is less history than a real epoch provides.
 
-A seed is one draw. With a generated workload it draws other trajectories; with a trace these are given, and the seed draws the order in
-which prompts are submitted (seed 0: as recorded) and the routers' tie-breaks.
+Each seed is one draw. For a generated workload it draws different trajectories. For a trace the trajectories are given, and the seed draws
+the order in which prompts are submitted (seed 0: as recorded) and the routers' tie-breaks.
 """
 
 from __future__ import annotations
@@ -31,32 +31,32 @@ Step = tuple[Trajectory, ...]
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """One seed's steps, and the steps before them. With `crossed`, `before` holds the same trajectories."""
+    """One seed's steps, and the steps of the epoch before them. With `crossed`, `before` holds the same trajectories."""
 
     seed: int
     steps: tuple[Step, ...]
     before: tuple[Step, ...] = ()
     crossed: bool = False
     cap_tokens: int | None = None
-    """verl's `response_length`, which heddle is told; of a trace the most that is in it, if any of it was cut; None: not known."""
+    """verl's `response_length`, passed to heddle. For a trace: its longest trajectory if any was truncated. None: unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where draws come from, for reports: `name`, `about` (JSON-ready facts) and `notes` (one plain line each)."""
+    """The draws and their origin for reports: `name`, `about` (JSON-ready facts) and `notes` (one line each)."""
 
     name: str
     draws: tuple[Draw, ...]
     about: dict[str, Any]
     notes: tuple[str, ...] = field(default=())
     gpus: int | None = None
-    """Of a sample that is played on a part of the fleet (`report.quick`): the GPUs of all of it."""
+    """GPUs of the whole fleet, if a sample is simulated on part of it (`report.quick`)."""
     sample: str = ""
-    """What was sampled, in a line; empty: nothing was."""
+    """One line that describes the sample; empty: not sampled."""
 
 
 def generated(workload: str, prompts: int, samples: int, seeds: Sequence[int], cold: bool = False, **parameters: Any) -> Source:
-    """Draws of an invented workload, `prompts` x `samples` trajectories each, one step; `parameters` as in `traces.generate`.
+    """Draws of a synthetic workload, `prompts` x `samples` trajectories each, one step; `parameters` as in `traces.generate`.
 
     Raises:
         TraceError: unknown workload, or a number out of range.
@@ -83,14 +83,14 @@ def recorded(
 ) -> Source:
     """Draws of a trace: its training steps, or one of them; at most the first `prompts` of a step and the first `samples` of a prompt.
 
-    A trace without steps is one step; a step that was recorded again (resumed, repeated) counts as in its latest run. Validation and
-    trajectories of unknown length or without turns are left out and noted.
+    A trace without step numbers is one step. Of a step recorded more than once (resumed, repeated) only the latest run counts. Validation
+    trajectories and those of unknown length or without turns are left out, with a note.
 
     Raises:
-        TraceError: the trace cannot be read, or nothing of it is left.
+        TraceError: the trace cannot be read, or nothing usable remains.
     """
-    torn: list[str] = []
-    return assembled(read(path, torn.append), torn, path, seeds, step, prompts, samples, cold)
+    skipped: list[str] = []
+    return assembled(read(path, skipped.append), skipped, path, seeds, step, prompts, samples, cold)
 
 
 def assembled(
@@ -103,22 +103,22 @@ def assembled(
     samples: int | None = None,
     cold: bool = False,
 ) -> Source:
-    """As `recorded`, of trajectories that somebody else reads from `path`; `torn`: notes that come with them, read when all have come."""
+    """As `recorded`, for trajectories that the caller reads from `path`; `torn` holds the notes of that read once `items` is exhausted."""
     left: Counter[str] = Counter()
     found = by_step(items, _facts, left, str(path), step)
-    left["cancelled"] = sum(item.meta.get("outcome") == "cancelled" for one in found.values() for item in one)
-    steps = tuple(_limited(latest(list(map(replayable, one)), left), prompts, samples) for one in found.values())
-    work = [item for one in steps for item in one]
+    left["cancelled"] = sum(item.meta.get("outcome") == "cancelled" for trajectories in found.values() for item in trajectories)
+    steps = tuple(_limited(latest(list(map(replayable, trajectories)), left), prompts, samples) for trajectories in found.values())
+    work = [item for trajectories in steps for item in trajectories]
     cap = max(item.output_tokens for item in work) if any(item.meta.get("truncated") for item in work) else None
     draws = [replace(_shuffled(steps, seed, cold), cap_tokens=cap) for seed in seeds]
-    groups = [len({item.prompt_id for item in one}) for one in steps]
+    groups = [len({item.prompt_id for item in trajectories}) for trajectories in steps]
     about = {
         "workload": steps[0][0].workload,
         "trace": os.path.basename(os.fspath(path)),
         "steps": len(steps),
         "prompts": round(sum(groups) / len(groups), 1),
         "samples": round(sum(map(len, steps)) / sum(groups), 1),
-        "history": "none (first epoch)" if cold else "one epoch: half of each prompt's trajectories teaches about the other half",
+        "history": "none (first epoch)" if cold else "one epoch: half of each prompt's trajectories is the history of the other half",
     }
     return Source(f"{about['trace']}" + ("" if step is None else f", step {step}"), tuple(draws), about, (*torn, *_notes(left)))
 
@@ -129,27 +129,27 @@ def _facts(item: Trajectory) -> tuple[bool, int | None, bool]:
 
 
 def _limited(items: list[Trajectory], prompts: int | None, samples: int | None) -> Step:
-    """The first of the groups; trials are numbered anew where a step visited a prompt twice, as the simulator tells them apart by trial."""
+    """The first of the groups. If a step visited a prompt twice, its trials are renumbered, because the simulator needs unique trials."""
     trials: dict[str, list[str]] = defaultdict(list)
     for item in items:
         trials[item.prompt_id].append(str(item.trial))
-    anew = {name: count() for name, known in trials.items() if len(set(known)) < len(known)}
+    numbers = {name: count() for name, known in trials.items() if len(set(known)) < len(known)}
     kept = first_groups(items, prompts, samples)
-    return tuple(replace(item, trial=next(anew[item.prompt_id])) if item.prompt_id in anew else item for item in kept)
+    return tuple(replace(item, trial=next(numbers[item.prompt_id])) if item.prompt_id in numbers else item for item in kept)
 
 
 def _shuffled(steps: tuple[Step, ...], seed: int, cold: bool) -> Draw:
-    """Whole prompts in another order, as a data loader deals them; seed 0 as recorded."""
+    """Shuffle whole prompts, as a data loader does; seed 0 keeps the recorded order."""
     before = () if cold else steps
     if seed:
         rng = Random(seed)
-        mixed = []
-        for one in steps:
-            order = list(dict.fromkeys(item.prompt_id for item in one))
+        shuffled = []
+        for step in steps:
+            order = list(dict.fromkeys(item.prompt_id for item in step))
             rng.shuffle(order)
             rank = {name: index for index, name in enumerate(order)}
-            mixed.append(tuple(sorted(one, key=lambda item: rank[item.prompt_id])))
-        steps = tuple(mixed)
+            shuffled.append(tuple(sorted(step, key=lambda item: rank[item.prompt_id])))
+        steps = tuple(shuffled)
     return Draw(seed, steps, before, crossed=not cold)
 
 
@@ -157,5 +157,5 @@ def _notes(left: Counter[str]) -> list[str]:
     cancelled = left.pop("cancelled", 0)
     notes = told(left)
     if cancelled:
-        notes.append(f"{cancelled:,} cancelled trajectories run as long as they had run; how long they wanted to is not known.")
+        notes.append(f"{cancelled:,} cancelled trajectories are simulated with the length they had reached; their full length is unknown.")
     return notes

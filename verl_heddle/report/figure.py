@@ -1,8 +1,7 @@
-"""The timeline as a PNG: arms above each other on one time axis, replicas as bands (`raster`). Needs matplotlib (`verl-heddle[report]`).
+"""Draw the timeline as a PNG: one panel per arm, common time axis, replicas as bands (`raster`). Needs matplotlib (`verl-heddle[report]`).
 
-The step that pictures show: the slowest one of the draw in which stock's makespan is the median, simulated again arm by arm.
-
-Results are not kept while arms are measured (they hold every turn); a simulation repeats bit for bit, so it costs time only.
+Pictures show the slowest step of the draw in which stock's makespan is the median. It is simulated again for each arm, because results hold
+every turn and are not kept while arms are measured. Simulations are bitwise reproducible, so this costs only time.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from verl_heddle.simulate import Result
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """One arm's step. `bound_s` is that step's lower bound."""
+    """One arm's step. `bound_s` is the lower bound of that step."""
 
     row: Row
     result: Result
@@ -35,12 +34,12 @@ class Scene:
 
     @property
     def idle_share(self) -> float:
-        """Share of its makespan in which a replica had nothing to do, mean over replicas."""
+        """Share of the makespan in which a replica was idle, mean over replicas."""
         return max(0.0, float(self.result.summary()["idle_share"]))
 
 
 def pictured(answer: Answer) -> list[str]:
-    """Which rows to draw: stock, heddle below it, and the best fixed degree where that is another one."""
+    """The rows to draw: stock, heddle below it, and the best fixed degree if it differs from the user's."""
     rows = answer.rows
     names = [name for name in ("stock", "heddle") if name in rows]
     better = next((name for name in ("heddle_best_tp", "stock_best_tp") if name in rows), None)
@@ -52,7 +51,7 @@ def pictured(answer: Answer) -> list[str]:
 
 
 def scenes(answer: Answer, names: Sequence[str]) -> list[Scene]:
-    """Simulate the step again for each of the rows."""
+    """Simulate the slowest step again for each of the rows."""
     draw = answer.source.draws[answer.typical]
     played = [play(answer.rows[name].rule, answer.rows[name].tp, answer.setting, draw) for name in names]
     stock = played[0] if names[0] == "stock" else play("stock", answer.setting.tp, answer.setting, draw)
@@ -62,18 +61,18 @@ def scenes(answer: Answer, names: Sequence[str]) -> list[Scene]:
 
 
 def rasters(shown: Sequence[Scene]) -> list[Raster]:
-    """Pictures of the scenes on one time axis and one scale of lengths; bands are full at the most that a replica of the arm ran."""
+    """Pictures of the scenes on a common time axis and length scale; a full band is the arm's maximum of running trajectories."""
     span = max(scene.result.makespan_s for scene in shown)
     longest = max(int(scene.result.output_tokens.max()) for scene in shown)
     return [raster(scene.result, span, longest) for scene in shown]
 
 
 WIDTH_IN, PANEL_IN, DPI = 12.0, 3.9, 130
-"""Inches of the figure and of one arm's panel; 64 replicas then have 8 pixels each."""
+"""Figure width and panel height in inches, and pixels per inch: 64 replicas get 8 pixels each."""
 
 
 def timeline(path: str | os.PathLike[str], answer: Answer, shown: Sequence[Scene], scheme: Scheme = LIGHT) -> None:
-    """Write the picture of some arms.
+    """Write the timeline of the given scenes.
 
     Raises:
         ValueError: matplotlib is missing.
@@ -83,7 +82,7 @@ def timeline(path: str | os.PathLike[str], answer: Answer, shown: Sequence[Scene
 
 
 def need_matplotlib() -> None:
-    """Say at once, not after the simulation, that pictures cannot be drawn.
+    """Check for matplotlib, so that its absence is reported before the simulation rather than after it.
 
     Raises:
         ValueError: matplotlib is missing.
@@ -91,7 +90,7 @@ def need_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise ValueError("a PNG needs matplotlib: pip install matplotlib (or use --html, which does not)") from None
+        raise ValueError("a PNG needs matplotlib: pip install matplotlib (or use --html, which does not need it)") from None
 
 
 def draw(answer: Answer, shown: Sequence[Scene], scheme: Scheme) -> Any:
@@ -114,7 +113,7 @@ def draw(answer: Answer, shown: Sequence[Scene], scheme: Scheme) -> Any:
             colors[picture.pixels], aspect="auto", interpolation="auto", extent=(0, picture.span_s, 0, picture.gpus), rasterized=True
         )
         gain = f", {ratio(first / end)}" if scene is not shown[0] else ""
-        title = f"{scene.title}: {seconds(end)}{gain}; replicas without work {percent(scene.idle_share)} of the time"
+        title = f"{scene.title}: {seconds(end)}{gain}; replicas idle {percent(scene.idle_share)} of the time"
         panel.set_title(title, loc="left", fontsize=11.5, color=scheme.text, pad=5)
         panel.axvline(scene.bound_s, color=scheme.bound, linewidth=1.6, linestyle=(0, (4, 2)))
         panel.axvline(end, color=scheme.text, linewidth=1.2)
@@ -153,8 +152,8 @@ def draw(answer: Answer, shown: Sequence[Scene], scheme: Scheme) -> Any:
     figure.text(
         0.345,
         0.40 / height,
-        "A band is a replica, the last to finish on top. In it: the trajectories that hold a slot, longest at the bottom;\n"
-        "the band is filled to the root of their number, full at the arm's most. Thin line: the end of the step. Simulated.",
+        "Each band is a replica; the last to finish is on top. It shows the trajectories that hold a slot, longest at the bottom.\n"
+        "Its fill grows with the square root of their number, full at the arm's maximum. Solid line: end of the step. Simulated.",
         fontsize=9,
         color=scheme.muted,
         va="center",

@@ -1,4 +1,4 @@
-"""What the pages share: templates, one look (`look.css.j2`), axes. Pages stand alone: they load nothing and run no script."""
+"""Render the HTML pages: templates, their common style (`look.css.j2`) and axes. Pages are self-contained: no loads, no scripts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from verl_heddle.report.raster import DARK, LIGHT, Scheme
 
 
 def render(template: str, **values: Any) -> str:
-    """A page from a template of this folder; values are escaped by the template engine."""
+    """Render a template of this folder; the template engine escapes the values."""
     from jinja2 import Environment, FunctionLoader
 
     folder = files("verl_heddle.report")
@@ -25,7 +25,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def ticks(end: float, unit: str, start: float = 0.0) -> list[dict[str, Any]]:
-    """Round marks from `start` to `end` at their place in percent, three to six of them; few enough for a phone. The first has the unit."""
+    """Three to six ticks at round values from `start` to `end`, positions in percent; few enough for a phone. The first shows the unit."""
     rough = (end - start) / 5
     base = 10.0 ** floor(log10(rough))
     step = next(base * factor for factor in (1, 2, 5, 10) if base * factor >= rough)

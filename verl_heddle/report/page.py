@@ -1,6 +1,6 @@
-"""One HTML page with everything: table, sentences, timeline, lengths, configuration. Stands alone, loads nothing, runs no script.
+"""Render one self-contained HTML page: table, sentences, timeline, lengths, configuration. It loads nothing and runs no script.
 
-The look is in `page.html.j2`; this file computes what it shows. Names out of traces are escaped by the template engine.
+The layout is in `page.html.j2`; this module computes the values it shows. The template engine escapes names that come from traces.
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ BINS = 40
 """Bars of the histogram of lengths."""
 
 SCENE_NOTE = (
-    "A band is a replica, the last to finish on top. In it are the trajectories that hold a slot, the longest at the bottom, coloured by "
-    "the tokens they generate in all; the band is filled to the root of their number, full at the arm's most. Solid line: the step's end."
+    "Each band is a replica; the last to finish is on top. It shows the trajectories that hold a slot, longest at the bottom, coloured by "
+    "the tokens they generate in all. Its fill grows with the square root of their number and is full at the arm's maximum. Solid line: "
+    "end of the step."
 )
 
 
 def page(answer: Answer, sentences: Sequence[str], shown: Sequence[Scene], shell: str = "", advice: Advice | None = None) -> str:
-    """The page.
+    """Render the page as HTML text.
 
     Args:
         sentences: the explanation, as printed.
         shown: arms of the timeline.
         shell: the command line that made the page.
-        advice: of a plan: what to use, with verl's settings to paste.
+        advice: the recommendation and the verl settings to paste; for a plan only.
     """
     setting, about = answer.setting, answer.source.about
     lines = headline(answer) if advice is None else plan_headline(answer, advice)
@@ -49,7 +50,7 @@ def page(answer: Answer, sentences: Sequence[str], shown: Sequence[Scene], shell
         helps=lines[1],
         paste="" if len(lines) < 3 else lines[2].partition(": ")[2],
         rows=[_row(row, answer) for row in answer.rows.values() if advice is None or row.name != "stock"],
-        ranges="In brackets: lowest and highest over the draws." if len(answer.source.draws) > 1 else "",
+        ranges="In brackets: minimum and maximum over the draws." if len(answer.source.draws) > 1 else "",
         scenes=list(_scenes(shown)),
         ticks=ticks(max(scene.result.makespan_s for scene in shown), " s"),
         longest=f"{max(int(scene.result.output_tokens.max()) for scene in shown):,}",
@@ -73,25 +74,25 @@ def _tiles(answer: Answer, advice: Advice | None) -> list[dict[str, str]]:
     if advice is None:
         honest = [row for row in answer.rows.values() if row.rule != "lpt_oracle"]
         shortest = min(row.typical.makespan_s for row in honest)
-        best = next(row for row in honest if row.typical.makespan_s <= WORTH * shortest)  # of equals the first: stock before anything else
+        best = next(row for row in honest if row.typical.makespan_s <= WORTH * shortest)  # the first of equals, so stock wins ties
     else:
         best = advice.row
     base = stock.typical.makespan_s
     stays = (best.rule, best.tp) == (stock.rule, stock.tp)
     spent = f"{number(best.gpu_hours)} GPU-hours"
-    note = "stock as it is: nothing gains 2 %" if stays else f"{best.title}, {best.where}: {ratio(best.speedup)}, {spent}"
+    note = "stock unchanged: nothing gains 2 %" if stays else f"{best.title}, {best.where}: {ratio(best.speedup)}, {spent}"
     idle, share = percent(stock.typical.idle_share), percent(answer.bound_s / base)
     shortest_s = seconds(best.typical.makespan_s)
     tiles = (
-        ("", f"stock verl, tp={stock.tp}", seconds(base), f"{number(stock.gpu_hours)} GPU-hours a step; replicas idle {idle} of it"),
-        ("best", "best of the arms" if advice is None else "advised", shortest_s, note),
+        ("", f"stock verl, tp={stock.tp}", seconds(base), f"{number(stock.gpu_hours)} GPU-hours a step; replicas idle {idle} of the time"),
+        ("best", "best arm" if advice is None else "recommended", shortest_s, note),
         ("bound", "lower bound", seconds(answer.bound_s), f"no schedule is faster; {share} of stock"),
     )
     return [dict(zip(("kind", "what", "value", "note"), tile, strict=True)) for tile in tiles]
 
 
 def _row(row: Row, answer: Answer) -> dict[str, Any]:
-    widest = max(one.typical.makespan_s for one in answer.rows.values())
+    widest = max(other.typical.makespan_s for other in answer.rows.values())
     run = row.typical
     total = sum(run.tail.values()) or 1.0
     low = row.bounds_s[row.runs.index(run)]
@@ -124,7 +125,7 @@ def _scenes(shown: Sequence[Scene]) -> Iterator[dict[str, Any]]:
         end = scene.result.makespan_s
         at = 100 * scene.bound_s / span
         yield {
-            "title": f"{scene.title}: {seconds(end)}, replicas without work {percent(scene.idle_share)} of the time",
+            "title": f"{scene.title}: {seconds(end)}, replicas idle {percent(scene.idle_share)} of the time",
             "alt": f"{scene.title}: {len(scene.result.replicas)} replicas over {seconds(end)}",
             "light": data_uri(png(picture.pixels, light)),
             "dark": data_uri(png(picture.pixels, dark)),
@@ -147,7 +148,7 @@ def _histogram(answer: Answer) -> dict[str, Any]:
         bars.append({"shade": index * shades // BINS, "height": round(height, 2), "y": round(100 - height, 2)})
     p50, p90 = np.quantile(lengths, [0.5, 0.9], method="higher").tolist()
     note = (
-        f"Tokens per trajectory: half generate at most {p50:,.0f}, one in ten more than {p90:,.0f}, the longest {top:,.0f} "
+        f"Tokens per trajectory: median {p50:,.0f}, 90th percentile {p90:,.0f}, maximum {top:,.0f} "
         f"({number(top / max(1.0, p50))} times the median). Colours as above."
     )
     return {"bars": bars, "bins": BINS, "ticks": ticks(top, " tokens"), "note": note, "spoken": note}
@@ -166,7 +167,7 @@ def _facts(answer: Answer) -> list[tuple[str, str]]:
         ("slots (max_num_seqs)", str(setting.slots)),
         ("gpu_memory_utilization", memory),
         ("step times", setting.step_times),
-        ("heddle has seen", str(about["history"])),
+        ("heddle's history", str(about["history"])),
         ("draws", f"{len(draws)}, seeds {', '.join(str(draw.seed) for draw in draws)}"),
     ]
     if setting.overhead_s:

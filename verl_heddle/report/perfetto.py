@@ -1,7 +1,7 @@
-"""The step as a Chrome trace, for https://ui.perfetto.dev or chrome://tracing: a process per arm, a thread per lane of a replica.
+"""Write a step as a Chrome trace for https://ui.perfetto.dev or chrome://tracing: a process per arm, a thread per lane of a replica.
 
-A lane is a slot: turns that overlap on a replica are on different lanes, lowest free one first. An event is a turn in its slot, named by
-prompt and trial; its arguments say which turn it is, its tokens, those of the whole trajectory, where it waited and why it went there.
+A lane is a slot: turns that overlap on a replica get different lanes, lowest free lane first. An event is a turn in its slot, named by
+prompt and trial; its arguments give the turn number, its tokens and the trajectory's, its waiting time and the reason for its placement.
 Times are microseconds of simulated time. Source: "Trace Event Format" (Google, 2016), complete events ("X") and metadata ("M").
 """
 
@@ -17,11 +17,11 @@ from typing import Any
 from verl_heddle.report.figure import Scene
 
 LANES = 10_000
-"""Thread ids per replica: more slots than vLLM has."""
+"""Thread ids per replica; more than the slots of any vLLM engine."""
 
 
 def perfetto(path: str | os.PathLike[str], shown: Sequence[Scene]) -> int:
-    """Write the trace, gzip if the name ends in `.gz` (Perfetto opens both); returns the number of turns in it.
+    """Write the trace, with gzip if the name ends in `.gz` (Perfetto opens both); returns the number of turns written.
 
     Raises:
         OSError: the file cannot be written.
@@ -38,7 +38,7 @@ def perfetto(path: str | os.PathLike[str], shown: Sequence[Scene]) -> int:
 
 
 def events(shown: Sequence[Scene]) -> Iterator[dict[str, Any]]:
-    """The events of some arms, in the order of the arms."""
+    """Trace events, arm by arm."""
     for process, scene in enumerate(shown, start=1):
         yield _named("process_name", process, 0, scene.title)
         yield {"ph": "M", "name": "process_sort_index", "pid": process, "tid": 0, "args": {"sort_index": process}}
@@ -58,7 +58,7 @@ def _turns(scene: Scene, process: int) -> Iterator[dict[str, Any]]:
     used: list[list[tuple[int, int]]] = [[] for _ in result.replicas]
     width = [0] * len(result.replicas)
     for begin, end, row in timed:
-        who, turn, where, reason, priority, predicted, _, queue, prefill, _, tool, tokens, cached, lost = row
+        trajectory, turn, where, reason, priority, predicted, _, queue, prefill, _, tool, tokens, cached, lost = row
         while used[where] and used[where][0][0] <= begin:
             heappush(free[where], heappop(used[where])[1])
         if free[where]:
@@ -68,7 +68,7 @@ def _turns(scene: Scene, process: int) -> Iterator[dict[str, Any]]:
             width[where] += 1
             yield _named("thread_name", process, where * LANES + lane + 1, f"{log.replicas[where]} slot {lane}")
         heappush(used[where], (end, lane))
-        item = result.source[who]
+        item = result.source[trajectory]
         yield {
             "ph": "X",
             "name": f"{item.prompt_id} #{item.trial}",
@@ -80,7 +80,7 @@ def _turns(scene: Scene, process: int) -> Iterator[dict[str, Any]]:
             "args": {
                 "turn": turn,
                 "tokens": tokens,
-                "trajectory_tokens": int(result.output_tokens[who]),
+                "trajectory_tokens": int(result.output_tokens[trajectory]),
                 "reason": log.reasons[reason],
                 "priority": priority,
                 "predicted_remaining": None if predicted != predicted else round(predicted, 1),
@@ -94,7 +94,7 @@ def _turns(scene: Scene, process: int) -> Iterator[dict[str, Any]]:
 
 
 def _micros(begin_s: float, end_s: float) -> tuple[int, int]:
-    """Whole microseconds, at least one long: viewers nest events that overlap by rounding, and hide those of no length."""
+    """Start and end in whole microseconds, at least one apart: viewers nest events that overlap by rounding and hide empty ones."""
     begin = round(begin_s * 1e6)
     return begin, max(begin + 1, round(end_s * 1e6))
 

@@ -1,7 +1,7 @@
-"""One arm on one draw: which policy, what it has seen, and the numbers that come out.
+"""Simulate one arm on one draw: build its policy, teach it the history, and measure the result.
 
-A draw of several steps is played in order by one policy object, as in a run; its numbers are means over the steps, so that a split still
-adds up to the makespan and a throughput is all tokens over all seconds.
+One policy object runs all steps of a draw in order, as in a real run. Numbers are means over the steps, so that a split still adds up to
+the makespan and throughput is all tokens over all seconds.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ TAIL = ("queue_s", "prefill_s", "generate_s", "tool_s", "other_s")
 
 @dataclass(frozen=True, slots=True)
 class Last:
-    """The trajectory that ended last, in the step with the longest makespan of the draw. Seconds; `tail` as in `Result.split`."""
+    """The trajectory that ended last in the draw's slowest step. Times in seconds; `tail` as in `Result.split`."""
 
     tokens: int
     turns: int
     makespan_s: float
     tail: Mapping[str, float]
     alone_s: float
-    """What it would take with a replica of the same degree to itself, tools included."""
+    """Its time with a replica of the same degree to itself, tools included."""
 
     @property
     def shared_s(self) -> float:
-        """Lost to the others on its replica: the rest, once waiting is taken off. Not below 0: a shared prompt can make it faster."""
+        """Time lost to others on its replica: makespan less waiting and `alone_s`. At least 0, because a shared prompt can speed it up."""
         return max(0.0, self.makespan_s - self.tail["queue_s"] - self.alone_s)
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One arm, one draw: means over the draw's steps. `tail` splits the makespan by what the trajectory that ended last was doing."""
+    """Numbers of one arm on one draw, means over its steps. `tail` splits the makespan by what the trajectory that ended last was doing."""
 
     seed: int
     tp: int
@@ -58,14 +58,14 @@ class Run:
     recomputed_tokens: float
     idle_share: float
     queue_share: float
-    """Share of all trajectory time spent waiting for a slot or for KV."""
+    """Share of all trajectory time spent waiting for a slot or for KV cache."""
     last: Last
     sync_s: float = 0.0
-    """Weight sync before each step; not in the makespan."""
+    """Weight sync before each step, not included in the makespan."""
 
     @property
     def step_s(self) -> float:
-        """Weight sync and makespan."""
+        """Weight sync plus makespan."""
         return self.sync_s + self.makespan_s
 
     @property
@@ -75,10 +75,10 @@ class Run:
 
 
 def play(name: str, tp: int, setting: Setting, draw: Draw) -> list[Result]:
-    """Simulate the draw's steps under rule `name` (`rule_of`) on replicas of degree `tp`; results by step.
+    """Simulate the draw's steps under rule `name` (`rule_of`) on replicas of degree `tp`; returns results by step.
 
     Raises:
-        ValueError: there is no such rule, or what `simulate` does not take.
+        ValueError: there is no such rule, or `simulate` rejects its input.
     """
     rule = rule_of(name)
     fleet = setting.mixed_fleet() if rule.mixed and setting.mixed else setting.fleet(tp)
@@ -86,7 +86,7 @@ def play(name: str, tp: int, setting: Setting, draw: Draw) -> list[Result]:
     if rule.tier:
         engine = replace(engine, tier=setting.tier)
     policy = rule.make(draw.seed) if rule.make else None
-    dealt = halves(draw.steps) if draw.crossed else []
+    split = halves(draw.steps) if draw.crossed else []
     if rule.options:
         policy = Orchestrator(replace(rule.options, seed=draw.seed), cap_tokens=draw.cap_tokens)
         teach(policy, draw)
@@ -94,8 +94,8 @@ def play(name: str, tp: int, setting: Setting, draw: Draw) -> list[Result]:
     results = []
     for number, step in enumerate(draw.steps):
         decider = policy if policy is not None else LptOracle(step, draw.seed)
-        if isinstance(policy, Orchestrator) and dealt:
-            decider = CrossFitted(policy, dealt[number])
+        if isinstance(policy, Orchestrator) and split:
+            decider = CrossFitted(policy, split[number])
         results.append(_stepped(step, fleet, setting, decider, engine, len(draw.before) + number))
     return results
 
@@ -105,33 +105,33 @@ def _stepped(step: Step, fleet: Sequence[Replica], setting: Setting, policy: Pol
 
 
 def preempt_rule(options: Options) -> PreemptRule:
-    """The law of preemption on arrival with these options, as the plugin's scheduler gets it."""
+    """The rule of preemption on arrival for these options, as the plugin's scheduler receives it."""
     settings = asdict(options.preempt)
     del settings["enable"]
     return PreemptRule.of(settings)
 
 
 def engine_for(options: Options, setting: Setting) -> EngineOptions:
-    """Engines as the plugin runs them with these options."""
+    """Engine settings as the plugin uses them with these options."""
     engine = setting.engine("priority")
     return replace(engine, preempt=preempt_rule(options)) if options.priority.enable and options.preempt.enable else engine
 
 
 def teach(policy: Orchestrator, draw: Draw) -> None:
-    """Tell the orchestrator the epoch before, step by step, and fit its model to it, as between the steps of a run.
+    """Feed the orchestrator's predictor the previous epoch step by step and fit its model, as between the steps of a run.
 
-    Not by simulating that epoch: the router's random tie-breaks would go on from where it left them, and heddle would differ from stock
-    by luck even where its decisions are the same.
+    The epoch is not simulated: that would advance the router's random tie-breaks, and heddle would differ from stock by chance even if it
+    made the same decisions.
     """
     if policy.predictor is None:
         return
-    dealt = halves(draw.before) if draw.crossed else []
+    split = halves(draw.before) if draw.crossed else []
     for number, step in enumerate(draw.before):
-        told: Sequence[Trajectory] = step
-        if dealt:
-            told = [replace(item, prompt_id=_half_name(item.prompt_id, 1 - dealt[number][item.prompt_id, item.trial])) for item in step]
-        recall(policy.predictor, told, number)
-    if not dealt:  # trees that have seen a trajectory must not predict it
+        observed: Sequence[Trajectory] = step
+        if split:
+            observed = [replace(item, prompt_id=_half_name(item.prompt_id, 1 - split[number][item.prompt_id, item.trial])) for item in step]
+        recall(policy.predictor, observed, number)
+    if not split:  # trees trained on a trajectory must not predict it
         policy.predictor.adopt(policy.predictor.fit_job().run())
 
 
@@ -162,13 +162,13 @@ def measured(tp: int, setting: Setting, draw: Draw, results: Sequence[Result]) -
         idle_share=max(0.0, sum(row["idle_share"] * row["makespan_s"] for row in rows) / sum(row["makespan_s"] for row in rows)),
         queue_share=sum(float(result.queue_s.sum()) for result in results) / times if times > 0 else 0.0,
         last=_last(tp, setting, worst),
-        sync_s=max(setting.sync_s(one.replica.tp) for one in worst.replicas),
+        sync_s=max(setting.sync_s(entry.replica.tp) for entry in worst.replicas),
     )
 
 
 def _last(tp: int, setting: Setting, result: Result) -> Last:
     item = result.source[result.last]
-    replica = next(one.replica for one in result.replicas if one.replica.tp == tp)
+    replica = next(entry.replica for entry in result.replicas if entry.replica.tp == tp)
     alone = simulate([item], [replica], setting.latency, Stock(), engine=setting.engine("fcfs"))
     return Last(
         tokens=item.output_tokens,
@@ -180,7 +180,7 @@ def _last(tp: int, setting: Setting, result: Result) -> Last:
 
 
 def halves(steps: Sequence[Step]) -> list[dict[tuple[str, int | str], int]]:
-    """Which half each trajectory of each step is in: by turns, over all visits to its prompt."""
+    """The half of each trajectory of each step; a prompt's trajectories alternate between halves over all its visits."""
     seen: Counter[str] = Counter()
     result = []
     for step in steps:
@@ -197,10 +197,10 @@ def _half_name(prompt: str, half: int) -> str:
 
 
 class CrossFitted:
-    """An orchestrator that knows each prompt as two, so that a trajectory is never predicted from itself.
+    """Wraps an orchestrator and presents each prompt as two, so that no trajectory is predicted from itself.
 
-    In the epoch before, a trajectory of one half spoke for the prompt's other half (`teach`); now each speaks for its own. Everything else
-    passes through unchanged.
+    In the previous epoch a trajectory was recorded under the name of the prompt's other half (`teach`); now it runs under the name of its
+    own half. Everything else passes through unchanged.
     """
 
     def __init__(self, inner: Orchestrator, half: Mapping[tuple[str, int | str], int]) -> None:
@@ -219,59 +219,59 @@ class CrossFitted:
         return f"{self._true_keys[key]}:{turn}"
 
     def replicas_added(self, replicas: Iterable[Replica]) -> None:
-        """Pass on."""
+        """Pass through."""
         self._inner.replicas_added(replicas)
 
     def replicas_removed(self, names: Iterable[str]) -> None:
-        """Pass on."""
+        """Pass through."""
         self._inner.replicas_removed(names)
 
     def batch_expected(self, batch: Sequence[TurnStart], now: float) -> None:
-        """Pass on under the halves' names."""
+        """Pass through under the halves' names."""
         self._inner.batch_expected([replace(turn, trajectory=self._known_as(turn.trajectory)) for turn in batch], now)
 
     def prewarms(self, now: float) -> list[Prewarm]:
-        """Pass on under the true names."""
+        """Pass through; returned names are true names."""
         return [replace(order, trajectory=self._true_keys[order.trajectory]) for order in self._inner.prewarms(now)]
 
     def transferred(self, key: str, now: float) -> None:
-        """Pass on under the half's name."""
+        """Pass through under the half's name."""
         self._inner.transferred(self._known_keys[key], now)
 
     def turn_started(self, turn: TurnStart, now: float) -> Decision:
-        """Pass on under the half's name."""
+        """Pass through under the half's name."""
         return self._inner.turn_started(replace(turn, trajectory=self._known_as(turn.trajectory)), now)
 
     def tool_started(self, start: ToolStart, now: float) -> None:
-        """Pass on under the half's name."""
+        """Pass through under the half's name."""
         self._inner.tool_started(replace(start, trajectory=self._known_as(start.trajectory)), now)
 
     def admitted(self, now: float) -> list[tuple[str, str]]:
-        """Pass on under the true names."""
+        """Pass through; returned names are true names."""
         return [(self._true_name(request), replica) for request, replica in self._inner.admitted(now)]
 
     def tick(self, now: float) -> None:
-        """Pass on."""
+        """Pass through."""
         self._inner.tick(now)
 
     def due_s(self, now: float) -> float:
-        """Pass on."""
+        """Pass through."""
         return self._inner.due_s(now)
 
     def reprioritised(self, now: float) -> dict[str, dict[str, int]]:
-        """Pass on under the true names."""
+        """Pass through; returned names are true names."""
         tables = self._inner.reprioritised(now)
-        return {replica: {self._true_name(request): one for request, one in table.items()} for replica, table in tables.items()}
+        return {replica: {self._true_name(request): value for request, value in table.items()} for replica, table in tables.items()}
 
     @property
     def refresh_due_s(self) -> float | None:
-        """Pass on."""
+        """Pass through."""
         return self._inner.refresh_due_s
 
     def turn_finished(self, turn: TurnEnd, now: float) -> Any:
-        """Pass on under the half's name."""
+        """Pass through under the half's name."""
         return self._inner.turn_finished(replace(turn, trajectory=self._known_as(turn.trajectory)), now)
 
     def trajectory_ended(self, end: TrajectoryEnd, now: float) -> Any:
-        """Pass on under the half's name."""
+        """Pass through under the half's name."""
         return self._inner.trajectory_ended(replace(end, trajectory=self._known_as(end.trajectory)), now)

@@ -1,4 +1,4 @@
-"""Runs (arm, draw) simulations in one process or several, and says how far it is. Results do not depend on the number of processes."""
+"""Run (arm, draw) simulations in one or more processes and report progress. Results do not depend on the number of processes."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from verl_heddle.report.setting import Setting
 from verl_heddle.simulate import Bound
 
 MAX_JOBS = 8
-"""Processes started by default at most: every one holds its own copy of the draws."""
+"""Default limit on processes: each holds its own copy of the draws."""
 
 Wanted = tuple[str, int]
 """A rule (`rules.rule_of`) and a tensor-parallel degree."""
 
 Progress = Callable[[int, int, str], None]
-"""Told (simulations done, of how many, which one was the last)."""
+"""Called with (simulations done, total, name of the last one)."""
 
 _Task = tuple[str, int, int]
 
 
 class Pool:
-    """A context: `bounds` and `runs` as often as wanted.
+    """A context manager; `bounds` and `runs` may be called any number of times.
 
     Args:
-        jobs: processes; None: as many as CPUs, at most `MAX_JOBS`.
-        arms: how many arms will be run in all, the bound included; for `progress` only.
+        jobs: processes; None: one per CPU, at most `MAX_JOBS`.
+        arms: total number of arms to run, including the bound; used only for `progress`.
     """
 
     def __init__(
@@ -40,8 +40,8 @@ class Pool:
         self._draws = len(draws)
         self._total, self._done = arms * len(draws), 0
         self._progress = progress or (lambda done, total, what: None)
-        wished = min(len(os.sched_getaffinity(0)), MAX_JOBS) if jobs is None else jobs
-        self._jobs = min(wished, self._total)
+        requested = min(len(os.sched_getaffinity(0)), MAX_JOBS) if jobs is None else jobs
+        self._jobs = min(requested, self._total)
         self._executor: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> Pool:
@@ -56,23 +56,23 @@ class Pool:
             self._executor.shutdown(wait=kind is None, cancel_futures=True)
 
     def bounds(self) -> tuple[tuple[Bound, ...], ...]:
-        """By draw and step."""
+        """Lower bounds by draw and step."""
         done = self._all([("bound", 0)])
         return tuple(tuple(done["bound", 0, index]) for index in range(self._draws))
 
     def runs(self, wanted: Sequence[Wanted]) -> dict[Wanted, tuple[Run, ...]]:
-        """By arm, then draw."""
+        """Runs by arm, then draw."""
         done = self._all(wanted)
         return {(name, tp): tuple(done[name, tp, index] for index in range(self._draws)) for name, tp in wanted}
 
     def _all(self, wanted: Sequence[Wanted]) -> dict[_Task, Any]:
         tasks = [(name, tp, index) for index in range(self._draws) for name, tp in wanted]
         if self._executor is None:
-            return {task: self._told(task, _work(task)) for task in tasks}
+            return {task: self._report(task, _work(task)) for task in tasks}
         futures = {self._executor.submit(_work, task): task for task in tasks}
-        return {futures[future]: self._told(futures[future], future.result()) for future in as_completed(futures)}
+        return {futures[future]: self._report(futures[future], future.result()) for future in as_completed(futures)}
 
-    def _told(self, task: _Task, value: Any) -> Any:
+    def _report(self, task: _Task, value: Any) -> Any:
         self._done += 1
         name, tp, _ = task
         self._progress(self._done, self._total, name if name == "bound" else f"{name} tp={tp}")
@@ -83,13 +83,13 @@ _shared: tuple[Setting, Sequence[Draw]]
 
 
 def _share(setting: Setting, draws: Sequence[Draw]) -> None:
-    """Once per process: tasks then name a draw by its index instead of carrying it along."""
+    """Called once per process, so that a task carries a draw's index instead of the draw."""
     global _shared
     _shared = (setting, draws)
 
 
 def _start(setting: Setting, draws: Sequence[Draw]) -> None:
-    """In a new process: an interrupt is the parent's to handle."""
+    """Initialize a worker process; the parent handles interrupts."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _share(setting, draws)
 

@@ -1,18 +1,17 @@
-"""A step as a picture: replicas over time, coloured by the length of the trajectories they run. Pixels only; axes are others' business.
+"""Draw a step as pixels: replicas over time, coloured by the length of the trajectories they run. Callers draw the axes.
 
-Every replica is a band, as high as it has GPUs, the last to finish on top. In each column of a band the trajectories that hold a slot at
-that moment are stacked, the longest (by tokens generated in all) at the bottom; the stack's height is the root of their number over the
-most that a replica ran at once, so that a single straggler is still to be seen. A turn that lost its slot is drawn in one piece, at its
-end.
+Bands. Each replica is a band whose height is proportional to its GPUs; the last to finish is on top. Each column of a band stacks the
+trajectories that hold a slot at that moment, the longest (by total generated tokens) at the bottom. The height of a stack is the square
+root of its count over the largest count (per GPU) in the step, so that a single straggler stays visible. A preempted turn is drawn as one
+piece, at its end.
+
+Colours. Each scheme has one sequential colour map for lengths, shared by the page and the figure. The maps are matplotlib's magma
+(reversed) and inferno (both CC0), cut at the pale and the black end and given by 12 points. They are even in lightness, so they survive
+colour blindness and greyscale printing. In both schemes short trajectories are close to the background and long ones stand out.
+
+PNG. Images are written as palette PNG bytes without an image library. Source: PNG specification (ISO/IEC 15948), colour type 3.
 
 Cost: about 0.3 microseconds per turn and column it covers.
-
-A palette image as PNG bytes: all that a page needs of an image library. Source: PNG specification (ISO/IEC 15948), colour type 3.
-
-Colours of the pictures: one sequential map for lengths per scheme, and the names a page and a figure share.
-
-The maps are matplotlib's magma (reversed) and inferno (both CC0), cut at the pale and the black end and given by 12 points: even in
-lightness, so they survive colour blindness and grey printers. Short is near the background, long stands out, in both schemes.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ from verl_heddle.simulate import Result
 from verl_heddle.trajectory import Trajectory
 
 COLUMNS = 900
-"""Time resolution: about what a screen shows."""
+"""Time resolution: about the pixel width of a screen."""
 
 ROWS = 576
-"""Height aimed at, pixels; 9 for each of 64 GPUs."""
+"""Target height, pixels; 9 for each of 64 GPUs."""
 
 IDLE, GAP = 0, 1
-"""Pixel values that are no trajectory: nothing running, and the line between two replicas. Trajectories have `FIRST` to 255."""
+"""Pixel values for an idle slot and for the line between two replicas. Trajectories use `FIRST` to 255."""
 
 FIRST = 2
 
@@ -51,28 +50,28 @@ class Raster:
     pixels: Pixels
     span_s: float
     longest: int
-    """Tokens that value 255 stands for; values from `FIRST` are linear in tokens from 0 on."""
+    """Tokens at value 255; values from `FIRST` are linear in tokens, starting at 0."""
     gpus: int
 
 
 @dataclass(frozen=True, slots=True)
 class Occupancy:
-    """Who holds a slot when. Turns have shape [turns]; times are seconds from the step's beginning."""
+    """Which turns hold a slot at which time. Arrays have shape [turns]; times are seconds from the start of the step."""
 
     tps: tuple[int, ...]
-    """Of each replica."""
+    """Degree of each replica."""
     ends: tuple[float, ...]
-    """When each replica had its last work."""
+    """When each replica finished its last work."""
     where: NDArray[np.int64]
-    """Number of the turn's replica."""
+    """Index of the turn's replica."""
     begin_s: NDArray[np.float64]
     end_s: NDArray[np.float64]
     tokens: NDArray[np.int64]
-    """Of the whole trajectory."""
+    """Tokens of the whole trajectory."""
 
 
 def simulated(result: Result) -> Occupancy:
-    """Of a simulated step."""
+    """Occupancy of a simulated step."""
     log, origin = result.turns, float(result.start_s.min())
     end = np.array(log.column("end_s"))
     begin = end - log.column("prefill_s") - log.column("generate_s")
@@ -87,7 +86,7 @@ def simulated(result: Result) -> Occupancy:
 
 
 def recorded(step: Sequence[Trajectory], tp: int = 1, replicas: int = 1) -> Occupancy:
-    """Of a step that a live run recorded, on at least so many replicas of one degree: those it names, and idle ones it does not."""
+    """Occupancy of a recorded step, on at least `replicas` replicas of degree `tp`; replicas that no turn names are idle."""
     origin = min(item.meta["start_s"] for item in step)
     names = sorted({turn.replica for item in step for turn in item.steps if turn.replica is not None})
     number = {name: index for index, name in enumerate(names)}
@@ -105,13 +104,13 @@ def recorded(step: Sequence[Trajectory], tp: int = 1, replicas: int = 1) -> Occu
 
 
 def raster(step: Result | Occupancy, span_s: float, longest: int) -> Raster:
-    """Draw a step on a time axis of `span_s` seconds; `longest` is the longest trajectory of all rasters shown together, tokens."""
-    held_by = simulated(step) if isinstance(step, Result) else step
-    gpus = sum(held_by.tps)
+    """Draw a step on a time axis of `span_s` seconds; `longest`: tokens of the longest trajectory over all rasters shown together."""
+    occupancy = simulated(step) if isinstance(step, Result) else step
+    gpus = sum(occupancy.tps)
     unit = max(2, ROWS // gpus)
     gap = 1 if unit > 2 else 0
-    columns, replicas = COLUMNS, len(held_by.tps)
-    where, left, right, tokens = _intervals(held_by, span_s / columns)
+    columns, replicas = COLUMNS, len(occupancy.tps)
+    where, left, right, tokens = _intervals(occupancy, span_s / columns)
 
     count = right - left
     cell = np.repeat(where * columns + left, count) + _ramp(count)
@@ -122,11 +121,11 @@ def raster(step: Result | Occupancy, span_s: float, longest: int) -> Raster:
     begins = np.cumsum(held) - held
     shades = FIRST + np.rint(value * ((255 - FIRST) / longest)).astype(np.int64)
 
-    gpus_at = np.array(held_by.tps)
+    gpus_at = np.array(occupancy.tps)
     most = max(1.0, float((held.reshape(replicas, columns) / gpus_at[:, None]).max()))
     bands = []
-    for index in sorted(range(replicas), key=lambda one: -held_by.ends[one]):
-        tp = held_by.tps[index]
+    for index in sorted(range(replicas), key=lambda replica: -occupancy.ends[replica]):
+        tp = occupancy.tps[index]
         height = unit * tp - gap
         held_here = held[index * columns : (index + 1) * columns]
         begin = begins[index * columns : (index + 1) * columns]
@@ -141,10 +140,10 @@ def raster(step: Result | Occupancy, span_s: float, longest: int) -> Raster:
     return Raster(pixels[: len(pixels) - gap] if gap else pixels, span_s, longest, gpus)
 
 
-def _intervals(held_by: Occupancy, column_s: float) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Replica, first and past-last column, tokens, by turn; one is drawn where it covers a column's middle, so that columns count those
-    running at one moment."""
-    where, begin, end, tokens = held_by.where, held_by.begin_s, held_by.end_s, held_by.tokens
+def _intervals(occupancy: Occupancy, column_s: float) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Replica, first column, column past the last, and tokens of each turn. A turn is drawn in columns whose middle it covers, so that a
+    column counts the turns running at one moment."""
+    where, begin, end, tokens = occupancy.where, occupancy.begin_s, occupancy.end_s, occupancy.tokens
     left = np.clip(np.ceil(begin / column_s - 0.5), 0, COLUMNS).astype(np.int64)
     right = np.clip(np.ceil(end / column_s - 0.5), 0, COLUMNS).astype(np.int64)
     keep = right > left
@@ -152,15 +151,15 @@ def _intervals(held_by: Occupancy, column_s: float) -> tuple[NDArray[np.int64], 
 
 
 def _ramp(count: NDArray[np.int64]) -> NDArray[np.int64]:
-    """0..n-1 for each n of `count`, one after the other."""
+    """Concatenate 0..n-1 for each n of `count`."""
     total = int(count.sum())
     return np.arange(total) - np.repeat(np.cumsum(count) - count, count)
 
 
 def png(pixels: NDArray[np.uint8], palette: NDArray[np.uint8]) -> bytes:
-    """`pixels` of shape [rows, columns] index `palette` of shape [256, 3], RGB."""
+    """Encode a PNG; `pixels` of shape [rows, columns] index `palette` of shape [256, 3], RGB."""
     rows, columns = pixels.shape
-    filtered = np.zeros((rows, columns + 1), dtype=np.uint8)  # each row is led by its filter type, 0: none
+    filtered = np.zeros((rows, columns + 1), dtype=np.uint8)  # each row starts with its filter type, 0: none
     filtered[:, 1:] = pixels
     header = struct.pack(">IIBBBBB", columns, rows, 8, 3, 0, 0, 0)
     parts = [(b"IHDR", header), (b"PLTE", palette.tobytes()), (b"IDAT", zlib.compress(filtered.tobytes(), 9)), (b"IEND", b"")]
@@ -168,7 +167,7 @@ def png(pixels: NDArray[np.uint8], palette: NDArray[np.uint8]) -> bytes:
 
 
 def data_uri(image: bytes) -> str:
-    """For the `src` of an image in a page that must stand alone."""
+    """The image as a data URI for a self-contained page."""
     return "data:image/png;base64," + base64.b64encode(image).decode("ascii")
 
 
@@ -178,7 +177,7 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """Hex colours. `lengths` from short to long."""
+    """Colours as "#rrggbb"; `lengths` from short to long."""
 
     background: str
     idle: str
@@ -245,5 +244,5 @@ def palette(scheme: Scheme) -> NDArray[np.uint8]:
 
 
 def rgb(color: str) -> tuple[int, int, int]:
-    """Hex, as "#rrggbb", to numbers."""
+    """Parse "#rrggbb"."""
     return int(color[1:3], 16), int(color[3:5], 16), int(color[5:7], 16)

@@ -1,8 +1,8 @@
-"""A recorded step as something that can be asked: on which engines it ran, how fast they were, and what other decisions would have given.
+"""Replay a recorded step: on which engines it ran, how fast they were, and what different decisions would have given.
 
-The latency model is calibrated from the run itself (`verl_heddle.latency.calibrate`), or taken from the shipped table where model and GPU
-are named. Calibrated, only the recorded tensor-parallel degree is known. What the simulator makes of the step *as it was*, with each turn's
-recorded replica and priority, against what was measured, says how far its other answers can be trusted (`Machine.replayed`).
+The latency model is calibrated from the run itself (`verl_heddle.latency.calibrate`), or taken from the shipped table if model and GPU are
+given. A calibration covers only the recorded tensor-parallel degree. Simulating the step *as recorded*, with each turn's recorded replica
+and priority, and comparing it with the measured makespan shows how far other simulations can be trusted (`Machine.replayed`).
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from verl_heddle.traces import replayable
 from verl_heddle.trajectory import Decision, Reason, Trajectory, TrajectoryEnd, TurnEnd, TurnStart
 
 CALIBRATION_TURNS = 20_000
-"""Turns a calibration is made from at most, in whole steps: 1,000 times what it needs, and two seconds of work."""
+"""Turns after which a calibration takes no further step: 1,000 times what it needs, and two seconds of work."""
 
 
 @dataclass(frozen=True, slots=True)
 class Engines:
-    """What a run's replicas were. `assumed` names what neither the trace nor the user said."""
+    """The replicas of a run. `assumed` names the fields that neither the trace nor the user gave."""
 
     tp: int
     slots: int
@@ -39,40 +39,40 @@ class Engines:
     order: str
     assumed: tuple[str, ...] = ()
     kv_tokens: int | None = None
-    """Of a replica, as its engine told; None: not known."""
+    """KV tokens of a replica, as its engine reported; None: unknown."""
     utilization: float | None = None
-    """vLLM's `gpu_memory_utilization`; None: not known."""
+    """vLLM's `gpu_memory_utilization`; None: unknown."""
     preempt: Rule | None = None
-    """Preemption on arrival, where the run had it."""
+    """Preemption on arrival, if the run had it."""
     per_slot: float = 0.0
     """The run's bound on turns in flight per slot (`heddle.admission.per_slot`); 0: none."""
     residents: str = ""
     """Order of the run's resident sets (`heddle.residents.order`); empty: it had none."""
     as_released: bool = False
-    """The trace does not tell what of heddle was on, and it is taken to be what is on by default."""
+    """The trace does not record heddle's settings, so the defaults are assumed."""
 
     @property
     def gpus(self) -> int:
-        """Of all replicas."""
+        """GPUs of all replicas."""
         return self.tp * self.replicas
 
 
 def engines_of(
     trajectories: Sequence[Trajectory], tp: int | None = None, slots: int | None = None, utilization: float | None = None
 ) -> Engines:
-    """The engines of a recorded run; `tp`, `slots` and `utilization` go before what the trace says.
+    """The engines of a recorded run; `tp`, `slots` and `utilization` override the trace.
 
     Raises:
-        ValueError: the trace tells settings of preemption that cannot be.
+        ValueError: the trace records invalid preemption settings.
     """
     meta = trajectories[0].meta
     seen = {turn.replica for item in trajectories for turn in item.steps if turn.replica is not None}
     assumed = [name for name, given in (("tp", tp), ("slots", slots)) if given is None and name not in meta]
     ordered = any(turn.priority for item in trajectories for turn in item.steps)
-    heddles = ordered or any(turn.reason == Reason.ADMITTED for item in trajectories for turn in item.steps)
-    silent = heddles and "preempt" not in meta and meta.get("order") != "fcfs"
-    told = Options().decisions() if silent else meta
-    preempt = told.get("preempt") or {}
+    by_heddle = ordered or any(turn.reason == Reason.ADMITTED for item in trajectories for turn in item.steps)
+    unrecorded = by_heddle and "preempt" not in meta and meta.get("order") != "fcfs"
+    settings = Options().decisions() if unrecorded else meta
+    preempt = settings.get("preempt") or {}
     return Engines(
         tp=tp or int(meta.get("tp", 1)),
         slots=slots or int(meta.get("slots", DEFAULT_SLOTS)),
@@ -82,16 +82,16 @@ def engines_of(
         kv_tokens=meta.get("kv_tokens") if tp in (None, meta.get("tp")) and utilization is None else None,
         utilization=utilization or meta.get("utilization"),
         preempt=Rule.of(preempt) if preempt else None,
-        per_slot=float(told.get("per_slot") or 0.0),
-        residents=str(told.get("residents") or ""),
-        as_released=silent,
+        per_slot=float(settings.get("per_slot") or 0.0),
+        residents=str(settings.get("residents") or ""),
+        as_released=unrecorded,
     )
 
 
 def ready(step: Sequence[Trajectory], without: Trajectory | None = None) -> list[Trajectory]:
-    """The step's trajectories as the simulator takes them: those of known length, trials told apart where a prompt was visited twice.
+    """The step's trajectories as simulator input: those of known length, with distinct trials if a prompt was visited twice.
 
-    `without` leaves out one of `step`; the others keep the names that they have in the whole step.
+    `without` leaves out one trajectory of `step`; the others keep the names they have in the whole step.
     """
     known = [item for item in step if any(turn.output_tokens is not None for turn in item.steps)]
     twice = {key for key, times in Counter((item.prompt_id, str(item.trial)) for item in known).items() if times > 1}
@@ -105,10 +105,10 @@ def ready(step: Sequence[Trajectory], without: Trajectory | None = None) -> list
 
 
 def calibrated(steps: Iterable[Sequence[Trajectory]], tp: int) -> LatencyModel:
-    """The latency model that explains some steps best, from as many of them as `CALIBRATION_TURNS` takes.
+    """The latency model that fits the given steps best, using steps until `CALIBRATION_TURNS` is reached.
 
     Raises:
-        ValueError: too few turns with the times that are needed.
+        ValueError: too few turns have the required times.
     """
     return calibrate(enough(steps), tp)
 
@@ -126,15 +126,15 @@ def enough(steps: Iterable[Sequence[Trajectory]]) -> list[Trajectory]:
 
 
 def overhead_s(step: Sequence[Trajectory]) -> float:
-    """Mean seconds of a turn that neither engine nor tool explains: routing, transport, parsing; and the reward, spread over the turns."""
+    """Mean seconds of a turn outside engine and tool: routing, transport, parsing, and the reward spread over the turns."""
     turns = sum(len(item.steps) for item in step)
-    lost = sum((turn.route_s or 0.0) + (turn.transport_s or 0.0) + (turn.between_s or 0.0) for item in step for turn in item.steps)
-    return (lost + sum(item.meta.get("score_s", 0.0) for item in step)) / max(1, turns)
+    overhead = sum((turn.route_s or 0.0) + (turn.transport_s or 0.0) + (turn.between_s or 0.0) for item in step for turn in item.steps)
+    return (overhead + sum(item.meta.get("score_s", 0.0) for item in step)) / max(1, turns)
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Engines with their speed. `tps`: degrees whose times are known, for the bound and for asking about others."""
+    """Engines with their step times. `tps`: degrees with known step times, for the bound and for what-ifs."""
 
     engines: Engines
     latency: LatencyModel
@@ -142,20 +142,20 @@ class Machine:
 
     @property
     def source(self) -> str:
-        """Where the times come from, and how well they explain the run."""
+        """Where the step times come from, and how well they fit the run."""
         fit = self.latency.engines[self.engines.tp].fit
-        told = f"; half of the turns are explained within {100 * fit.median_error:.0f} %" if fit else ""
-        return f"{self.latency.source}{told}"
+        error = f"; median error per turn {100 * fit.median_error:.0f} %" if fit else ""
+        return f"{self.latency.source}{error}"
 
     def held(self, tp: int) -> int | None:
-        """KV tokens of a replica of that degree: as its engine told, or by the table at the run's `gpu_memory_utilization` (not known:
-        verl's default); None: not limiting."""
+        """KV tokens of a replica of that degree: as its engine reported, else from the table at the run's `gpu_memory_utilization` (if
+        unknown: verl's default); None: not limiting."""
         if tp == self.engines.tp and self.engines.kv_tokens is not None:
             return self.engines.kv_tokens
         return self.latency.kv_tokens(tp, self.engines.utilization or UTILIZATION)
 
     def fleet(self, tp: int | None = None, slots: int | None = None, replicas: int | None = None) -> list[Replica]:
-        """Replicas as recorded but for what is given."""
+        """Replicas as recorded, except for the given arguments."""
         degree = tp or self.engines.tp
         held = self.held(degree)
         return [
@@ -164,7 +164,7 @@ class Machine:
         ]  # fmt: skip
 
     def bound(self, step: Sequence[Trajectory]) -> Bound:
-        """What no schedule on these GPUs could beat, with no time lost between turns; over all `tps`."""
+        """Lower bound on the makespan of any schedule on these GPUs, over all `tps`, with no time lost between turns."""
         held = {tp: self.held(tp) for tp in self.tps}
         return lower_bound(ready(step), self.engines.gpus, self.latency, self.tps, slots=self.engines.slots, kv_tokens=held)
 
@@ -179,19 +179,19 @@ class Machine:
         tier: HostTier | None = None,
         preempt: Rule | None = None,
     ) -> Result:
-        """Simulate trajectories (from `ready`) as they arrived."""
+        """Simulate trajectories (from `ready`) with their recorded arrival times."""
         starts = [item.meta["start_s"] for item in step]
         engine = EngineOptions("priority" if order == "priority" else "fcfs", turn_overhead_s=overhead, tier=tier, preempt=preempt)
         arrivals = [start - min(starts) for start in starts]
         return simulate(step, self.fleet() if fleet is None else fleet, self.latency, policy, engine=engine, arrivals_s=arrivals)
 
     def replayed(self, step: Sequence[Trajectory]) -> Result:
-        """The step again, with every turn's recorded replica and priority, and what the run had on. A run with resident sets is decided
-        anew by their law, which binds to a replica when there is room."""
+        """Simulate the step with every turn's recorded replica and priority and the run's settings. A run with resident sets is decided
+        again by their law, which assigns a trajectory to a replica when there is room."""
         return self.again(step, ready(step), overhead=overhead_s(step))
 
     def admitting(self, order: str, seed: int = 0) -> Orchestrator:
-        """Heddle with resident sets on this machine; `seed` of its random ties."""
+        """Heddle with resident sets on this machine; `seed` breaks random ties."""
         policy = Orchestrator(Options(residents=Residents(order=order), seed=seed))
         policy.step_times_known(self.latency)
         return policy
@@ -199,22 +199,22 @@ class Machine:
     def again(
         self, step: Sequence[Trajectory], work: Sequence[Trajectory], fleet: Sequence[Replica] | None = None, **changed: Any
     ) -> Result:
-        """`work`, trajectories of the step as `ready` makes them, decided as recorded but for what is `changed` (as in `run`)."""
+        """Simulate `work`, trajectories of the step from `ready`, with recorded decisions except for what is `changed` (as in `run`)."""
         fleet = self.fleet() if fleet is None else fleet
         policy = self.admitting(self.engines.residents) if self.engines.residents else AsRecorded(step, fleet, self.engines.per_slot)
         return self.run(work, policy, order=self.engines.order, fleet=fleet, preempt=self.engines.preempt, **changed)
 
 
 def machine(steps: Iterable[Sequence[Trajectory]], engines: Engines, table: LatencyModel | None = None) -> Machine:
-    """The machine of a run, from its own times, or from a `table` with the host time that the run shows beyond it.
+    """The machine of a run, calibrated from its own times, or from a `table` plus the host time measured in the run.
 
     Raises:
-        ValueError: the run does not suffice, or the table does not know the degree.
+        ValueError: the run has too few turns, or the table lacks the degree.
     """
     if table is None:
         return Machine(engines, calibrated(steps, engines.tp), (engines.tp,))
     if engines.tp not in table.tps:
-        raise ValueError(f"{table.name} knows tensor-parallel degrees {', '.join(map(str, table.tps))}, the run has {engines.tp}")
+        raise ValueError(f"{table.name} covers tensor-parallel degrees {', '.join(map(str, table.tps))}; the run has {engines.tp}")
     try:
         table = calibrate_host(table, enough(steps), engines.tp)
     except ValueError:  # too few turns
@@ -225,10 +225,10 @@ def machine(steps: Iterable[Sequence[Trajectory]], engines: Engines, table: Late
 
 
 class AsRecorded:
-    """Policy: every turn goes where it went, with the priority it had, or with `known` the true tokens of its trajectory, most first.
+    """Policy: each turn runs on its recorded replica with its recorded priority; with `known`, the trajectory with most true tokens first.
 
-    The whole length and not what is left of it: by what is left, whoever runs falls behind whoever waits (`schedule.priority`). `per_slot`:
-    turns in flight per slot of a replica, the rest held as the plugin's router holds them; 0: no bound.
+    `known` ranks by whole length rather than by what remains: by remaining length, a running trajectory falls behind the waiting ones
+    (`schedule.priority`). `per_slot`: turns in flight per slot of a replica; the rest are held as in the plugin's router; 0: no bound.
     """
 
     def __init__(self, step: Sequence[Trajectory], fleet: Sequence[Replica], per_slot: float = 0.0, known: bool = False) -> None:
@@ -237,43 +237,43 @@ class AsRecorded:
             for replica in fleet:
                 self._gate.add(replica.name, ceil(per_slot * replica.slots))
         names = sorted({turn.replica for item in step for turn in item.steps if turn.replica is not None})
-        place = {name: fleet[number % len(fleet)].name for number, name in enumerate(names)}
+        simulated = {name: fleet[number % len(fleet)].name for number, name in enumerate(names)}
         self._turns: dict[tuple[str, str], list[tuple[str, int]]] = {}
-        known_length = [one for one in step if any(turn.output_tokens is not None for turn in one.steps)]
+        known_length = [item for item in step if any(turn.output_tokens is not None for turn in item.steps)]
         for item, source in zip(ready(step), known_length, strict=True):
             whole = longest_first(item.output_tokens, Options().priority.quantum_tokens)
             self._turns[item.prompt_id, str(item.trial)] = [
-                (place.get(told.replica or "", fleet[0].name), whole if known else told.priority or 0) for told in source.steps
+                (simulated.get(turn.replica or "", fleet[0].name), whole if known else turn.priority or 0) for turn in source.steps
             ]
 
     def replicas_added(self, replicas: Iterable[Replica]) -> None:
-        """The fleet is known already."""
+        """No-op: the constructor gets the fleet."""
 
     def replicas_removed(self, names: Iterable[str]) -> None:
-        """Does not happen."""
+        """No-op: the fleet is fixed."""
 
     def turn_started(self, turn: TurnStart, now: float) -> Decision:
-        """As it was."""
+        """The recorded decision."""
         replica, priority = self._turns[turn.trajectory.prompt, str(turn.trajectory.sample)][turn.turn]
         begun = turn.generated_tokens > 0
         held = self._gate is not None and not self._gate.ask(turn.request, replica, priority, now, begun)
         return Decision(replica, priority, Reason.STICKY, held=held)
 
     def admitted(self, now: float) -> list[str]:
-        """Held turns that may go."""
+        """Held turns that may now start."""
         return [] if self._gate is None else self._gate.admitted(now)
 
     def turn_finished(self, turn: TurnEnd, now: float) -> None:
-        """One less in flight."""
+        """Frees the turn's place in flight."""
         if self._gate is not None:
             self._gate.left(turn.request, turn.replica, now if turn.completed else None)
 
     def trajectory_ended(self, end: TrajectoryEnd, now: float) -> None:
-        """Nothing to learn."""
+        """No-op: nothing is learned."""
 
 
 def prediction(step: Sequence[Trajectory]) -> list[tuple[int, float, float, float | None]]:
-    """(turn, predicted, true, predicted upper quantile) tokens still to come, of predicted turns of whole lives."""
+    """(turn, predicted, true, predicted upper quantile) remaining tokens, for turns with a prediction in finished trajectories."""
     rows = []
     for item in step:
         if item.meta.get("outcome") != "finished" or any(turn.output_tokens is None for turn in item.steps):
@@ -287,7 +287,7 @@ def prediction(step: Sequence[Trajectory]) -> list[tuple[int, float, float, floa
 
 
 def decisions(step: Sequence[Trajectory]) -> Mapping[str, int]:
-    """How often each reason decided a turn."""
+    """Number of turns decided for each reason."""
     found: dict[str, int] = defaultdict(int)
     for item in step:
         for turn in item.steps:

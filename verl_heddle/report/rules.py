@@ -1,4 +1,4 @@
-"""The arms of `simulate` by name: stock verl, the peers, heddle; and policies of one's own, by the path of their file."""
+"""Define the arms of `simulate` by name: stock verl, its peers and heddle; user policies are loaded by file path."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ from verl_heddle.simulate.baselines import (
 )
 
 METHODS = ("replicas_added", "replicas_removed", "turn_started", "turn_finished", "trajectory_ended")
-"""Of every `Policy`."""
+"""Methods every `Policy` must have."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A policy by name. `knows`: it is told the true lengths."""
+    """How to simulate a named arm. `knows`: the policy receives the true lengths."""
 
     title: str
     make: Callable[[int], Policy] | None = None
     order: Literal["fcfs", "priority"] = "fcfs"
     options: Options | None = None
-    """heddle with these: it is shown the epoch before, and its engines preempt on arrival."""
+    """heddle with these options: it learns from the previous epoch, and its engines preempt on arrival if the options say so."""
     knows: bool = False
     tier: bool = False
-    """Engines keep evicted KV cache in the host's memory, `Setting.tier`."""
+    """Engines keep evicted KV cache in host memory (`Setting.tier`)."""
     mixed: bool = False
-    """On `Setting.mixed`, where there is one, instead of one degree for all."""
+    """Runs on the layout `Setting.mixed`, if set, instead of one degree for all replicas."""
 
 
 PLACING = Rule("heddle with heddle.place.enable", options=Options(place=Place(enable=True)))
@@ -64,7 +64,7 @@ RULES: Mapping[str, Rule] = {
     "continuum": Rule("Continuum: KV kept for a time to live", Continuum, "priority"),
     "wave_admission": Rule("llm-d wave admission: free KV against growth", WaveAdmission),
     "lfs": Rule("NeMo-RL #4007: probes, then longest groups", Lfs),
-    "uniboost": Rule("UniBoost: short reads put forward", UniBoost, "priority"),
+    "uniboost": Rule("UniBoost: short prefills first", UniBoost, "priority"),
     "heddle": Rule("heddle: resident sets, least served first", options=Options()),
     "heddle_tier": Rule("heddle with KV offload to the host", options=Options(), tier=True),
     "heddle_longest": Rule("heddle with heddle.priority.order=longest", options=Options.longest()),
@@ -75,29 +75,29 @@ RULES: Mapping[str, Rule] = {
 
 
 def is_file(name: str) -> bool:
-    """Whether an arm is a policy of the user's own."""
+    """Whether an arm is the path of a user policy."""
     return name.endswith(".py")
 
 
 def rule_of(name: str) -> Rule:
-    """The rule of that name; for the path of a Python file the one policy class in it, made with a seed.
+    """The rule of that name; for the path of a Python file, the only policy class in it, constructed with a seed.
 
-    Its engines run turns by the priorities that it gives, equal ones as they come.
+    The engines of a user policy run turns by the priorities it assigns; equal priorities run in arrival order.
 
     Raises:
-        ValueError: there is no such rule or file, it does not load, or it does not hold exactly one policy; one line.
+        ValueError: the rule or file does not exist, it does not load, or it does not hold exactly one policy; the message is one line.
     """
     if is_file(name):
         return _own(str(Path(name).resolve()))
     if name not in RULES:
-        raise ValueError(f"there is no rule {name!r}; there are {', '.join(RULES)}")
+        raise ValueError(f"unknown rule {name!r}; allowed: {', '.join(RULES)}")
     return RULES[name]
 
 
 @cache
 def _own(path: str) -> Rule:
     if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file; allowed: a Python file with a policy in it")
+        raise ValueError(f"{path}: no such file; allowed: a Python file that defines a policy")
     spec = spec_from_file_location(f"heddle_policy_{Path(path).stem}", path)
     assert spec is not None and spec.loader is not None
     module = sys.modules[spec.name] = module_from_spec(spec)
@@ -105,10 +105,10 @@ def _own(path: str) -> Rule:
         spec.loader.exec_module(module)
     except Exception as error:
         raise ValueError(f"{path} does not load: {type(error).__name__}: {' '.join(str(error).split())}") from error
-    own = [one for one in vars(module).values() if isinstance(one, type) and one.__module__ == spec.name]
-    able = [one for one in own if all(callable(getattr(one, name, None)) for name in METHODS)]
-    made = [one for one in able if not any(one in other.__bases__ for other in able)]
-    if len(made) != 1:
-        named = ", ".join(one.__name__ for one in made) or "none"
+    own = [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == spec.name]
+    policies = [kind for kind in own if all(callable(getattr(kind, name, None)) for name in METHODS)]
+    leaves = [kind for kind in policies if not any(kind in other.__bases__ for other in policies)]
+    if len(leaves) != 1:
+        named = ", ".join(kind.__name__ for kind in leaves) or "none"
         raise ValueError(f"{path} must hold one policy, for example a subclass of verl_heddle.simulate.baselines.Peer; found: {named}")
-    return Rule((made[0].__doc__ or made[0].__name__).strip().splitlines()[0], made[0], "priority")
+    return Rule((leaves[0].__doc__ or leaves[0].__name__).strip().splitlines()[0], leaves[0], "priority")

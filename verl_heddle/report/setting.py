@@ -1,9 +1,9 @@
-"""What a question to the simulator is asked about: a model, GPUs, verl's rollout settings, and what a step costs beside its kernels.
+"""Define the setting of a simulation: a model, GPUs, verl's rollout settings, and the costs of a step other than its kernels.
 
-Defaults are verl's own (`rollout.yaml` of verl 0.9.1: 256 sequences, 0.5 of the GPU's memory) but for the tensor-parallel degree, where
-the usual choice is the smallest that holds the model with room for KV, and 2 for a dense 32B (Heddle, arXiv 2603.28101, section 8) and what
-weighs as much. What a source of step times does not know (host time, time between turns, weight sync) has a default that is something real,
-and `assumed` names it.
+Defaults are verl's own (`rollout.yaml` of verl 0.9.1: 256 sequences, 0.5 of the GPU's memory), except for the tensor-parallel degree. Its
+default is the usual choice: the smallest degree that holds the model with room for KV, and at least 2 for a dense 32B (Heddle, arXiv
+2603.28101, section 8) and dense models as large. Costs that a source of step times does not cover (host time, time between turns, weight
+sync) have realistic defaults, and `assumed` names them.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ UTILIZATION = 0.5
 """verl's default `rollout.gpu_memory_utilization`: the trainer shares the GPU."""
 
 HEAVY_BYTES = 60e9
-"""Weights from which a dense model is usually split over two GPUs even where one holds it: a dense 32B in bf16 is 66 GB."""
+"""Weight bytes from which a dense model is usually split over two GPUs even if it fits on one: a dense 32B in bf16 is 66 GB."""
 
 ROOM_TOKENS = 100_000
-"""KV tokens that the usual degree leaves room for: two or three trajectories of full length (40K). Less is no baseline but a mistake."""
+"""KV tokens for which the usual degree has room: two or three trajectories of full length (40K). With less, a baseline is misconfigured."""
 
 OVERHEAD_S = 0.015
-"""Seconds of a turn outside engine and tool: asking the router 5 to 6 ms, RPC 8 ms, the client's own work 1 ms, measured with verl's server
-class in `bench/fidelity`. Parsing, tokenising and a reward per turn come on top where a loop does them."""
+"""Seconds of a turn outside engine and tool: router call 5 to 6 ms, RPC 8 ms, the client's own work 1 ms, measured with verl's server
+class in `bench/fidelity`. Parsing, tokenising and a reward per turn come on top if the agent loop does them."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """`slots` is `max_num_seqs` of a replica, `utilization` vLLM's `gpu_memory_utilization`, `overhead_s` a turn's seconds outside engine
-    and tool, `host_s` the host's seconds in an engine step (they are in `latency`). Make it with `setting`, which checks."""
+    """`slots`: `max_num_seqs` of a replica; `utilization`: vLLM's `gpu_memory_utilization`; `overhead_s`: a turn's seconds outside engine
+    and tool; `host_s`: host seconds in an engine step (included in `latency`). Build it with `setting`, which validates."""
 
     latency: LatencyModel
     gpu: str
@@ -52,26 +52,26 @@ class Setting:
     synced_s: float | None = None
     """Weight sync before a step, seconds; None: see `sync_s`."""
     tools_at_once: float = inf
-    """Tools that run at the same time in a whole step; inf: all, as verl's agent loops do."""
+    """Tool calls that run concurrently in a whole step; inf: all, as in verl's agent loops."""
     assumed: tuple[str, ...] = ()
-    """Options that nobody gave: what they stand for is assumed, not measured on these engines."""
+    """Options that were not given: their values are assumed, not measured on these engines."""
     tier: HostTier = field(default_factory=HostTier)
-    """What `stock_tier` keeps evicted KV cache in."""
+    """Where `stock_tier` keeps evicted KV cache."""
     times: Times | None = None
-    """Which source the step times have, and how far off it is; None: made by hand."""
+    """The source of the step times and its error; None: built by hand."""
     asked: bool = True
-    """Whether the user chose `tp`; if not, it may give way to a degree that holds the work (`holding`)."""
+    """Whether the user chose `tp`; if not, `holding` may replace it by a degree that holds the work."""
     mixed: tuple[int, ...] = ()
-    """Degrees of a mixed layout that is asked about beside the fixed degrees, most GPUs first; none: not asked."""
+    """Degrees of a mixed layout to simulate besides the fixed degrees, most GPUs first; empty: none."""
 
     @property
     def model(self) -> str:
-        """Model and GPU as the latency table calls them."""
+        """Model and GPU as named in the latency table."""
         return self.latency.name
 
     @property
     def step_times(self) -> str:
-        """Where they come from, and how far off they are."""
+        """The source of the step times, and its error."""
         return self.latency.source if self.times is None else self.times.told(self.latency.source)
 
     @cached_property
@@ -81,7 +81,7 @@ class Setting:
 
     @cached_property
     def bound_tps(self) -> tuple[int, ...]:
-        """Degrees a replica of some layout could have: also those that do not divide the GPUs evenly."""
+        """Degrees that a replica of any layout could have, including those that do not divide the GPUs evenly."""
         return tuple(tp for tp in self.latency.tps if tp <= self.gpus and self.latency.fits(tp, self.utilization))
 
     @cached_property
@@ -94,24 +94,24 @@ class Setting:
         return make_fleet(self.gpus, tp, self.latency, self.slots, self.kv_tokens)
 
     def sync_s(self, tp: int) -> float:
-        """Seconds before a step in which engines of that degree get their weights.
+        """Seconds of weight sync before a step for engines of that degree.
 
-        Not given: what it takes at least, a replica's weights at the speed of PCIe (`LatencyModel.weight_load_s`)."""
+        If not given: a lower limit, a replica's weights at PCIe speed (`LatencyModel.weight_load_s`)."""
         return self.latency.weight_load_s(tp) if self.synced_s is None else self.synced_s
 
     def mixed_fleet(self) -> list[Replica]:
-        """All GPUs cut as `mixed` says."""
+        """All GPUs cut into the replicas of `mixed`."""
         return make_fleet(self.gpus, self.mixed, self.latency, self.slots, self.kv_tokens)
 
     def engine(self, order: Literal["fcfs", "priority"]) -> EngineOptions:
-        """vLLM's settings; with more slots than verl's token budget the budget grows to it, since vLLM refuses less."""
+        """vLLM's settings; the token budget is raised to the number of slots if it is smaller, because vLLM requires that."""
         return EngineOptions(order, batch_tokens=max(BATCH_TOKENS, self.slots), turn_overhead_s=self.overhead_s)
 
     def able(self, trajectories: Sequence[Trajectory]) -> tuple[int, ...]:
-        """Those of `tps` whose replica holds the longest turn.
+        """The degrees of `tps` whose replica holds the longest turn.
 
         Raises:
-            ValueError: none does, or not the degree that the user chose.
+            ValueError: no degree holds it, or the degree that the user chose does not.
         """
         needed = most_kv(trajectories)
         able = tuple(tp for tp in self.tps if (held := self.kv_tokens[tp]) is None or held >= needed)
@@ -124,11 +124,11 @@ class Setting:
         return able
 
     def holding(self, trajectories: Sequence[Trajectory]) -> tuple[Setting, str]:
-        """This setting, or where nobody chose its degree and that does not hold the longest turn, one at the smallest degree that does;
-        and the reason in a line, empty where nothing changes.
+        """This setting, or one at the smallest degree that holds the longest turn if `tp` is a default and does not hold it; and the
+        reason in one line, empty if nothing changes.
 
         Raises:
-            ValueError: as `able`.
+            ValueError: as in `able`.
         """
         able = self.able(trajectories)
         if self.tp in able:
@@ -157,20 +157,21 @@ def setting(
     kv: str | None = None,
     run: tuple[str, Sequence[Trajectory]] | None = None,
 ) -> Setting:
-    """A `Setting` with the best step times there are; `tp` None: the usual one. Of the others None is the default, and told as assumed.
+    """A validated `Setting` with the best available step times; `tp` None: the usual degree. Other arguments left at None take the default
+    and are listed in `assumed`.
 
     Args:
-        weights, kv: their precision, "bf16" or "fp8"; None: as the model's config says.
+        weights, kv: their precision, "bf16" or "fp8"; None: as in the model's config.
         run: name and trajectories of a recorded run whose engines' times to use.
 
     Raises:
         ValueError: unknown model or GPU, a number out of range, a run that cannot be calibrated on, or a degree that does not hold the
-            model or divide the GPUs; one line.
+            model or divide the GPUs; the message is one line.
     """
     found = times(gpu, model, weights, kv)
     if run is not None:
         if host_s is not None:
-            raise ValueError("--host-s is part of what --calibrate measures: give one of the two")
+            raise ValueError("--host-s is part of what --calibrate measures: give only one of them")
         found = calibrated(found, run[1], run[0], tp)
     latency = found.latency
     given = {"host_s": host_s, "overhead_s": overhead_s, "sync_s": sync_s, "tools_at_once": tools_at_once, "offload": tier}
@@ -209,8 +210,8 @@ def setting(
         )
     asked = tp is not None
     if tp is None:
-        roomy = [one for one in draft.tps if (held := draft.kv_tokens[one]) is None or held >= ROOM_TOKENS]
-        tp = next((one for one in roomy if one >= least_usual(found.shape)), draft.tps[-1])
+        roomy = [degree for degree in draft.tps if (held := draft.kv_tokens[degree]) is None or held >= ROOM_TOKENS]
+        tp = next((degree for degree in roomy if degree >= least_usual(found.shape)), draft.tps[-1])
     if tp not in draft.tps:
         why = "does not divide the GPUs" if gpus % tp else "does not hold the model"
         if tp not in latency.tps:
@@ -225,5 +226,5 @@ def setting(
 
 
 def least_usual(shape: Shape) -> int:
-    """The least tensor-parallel degree that is usual for a model."""
+    """The smallest tensor-parallel degree commonly used for a model."""
     return 2 if not shape.experts and shape.weight_bytes(1) >= HEAVY_BYTES else 1

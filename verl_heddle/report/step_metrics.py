@@ -1,8 +1,7 @@
-"""Of the trajectories that end under an asynchronous trainer, which are trained on, and which are dropped as too stale.
+"""Compute W&B metrics beyond a step's timing: staleness under an asynchronous trainer, and prediction quality.
 
-What is trained on is what ended soon enough: the metrics here show how much shorter that is.
-
-How good the predictions of a recorded step were: what was believed when a turn began, against what came.
+Staleness: which ended trajectories are trained on and which are dropped as too stale. Only trajectories that end soon enough are trained
+on; the metrics show how much shorter they are. Prediction quality: the remaining length predicted when a turn began, against the true one.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ from verl_heddle.trajectory import Trajectory
 
 
 class Trained:
-    """Ended and not trained on yet.
+    """Tracks trajectories that have ended and have not been trained on yet.
 
     Args:
-        fresh_steps: a trajectory that began so many steps before the batch, or more, will not be trained on any more.
+        fresh_steps: a trajectory that began at least this many steps before the batch is stale and will not be trained on.
     """
 
     def __init__(self, fresh_steps: int) -> None:
@@ -29,17 +28,17 @@ class Trained:
         self._ended: dict[str, tuple[int, int]] = {}
         """By trajectory: the step in which it began, and its tokens."""
         self._tokens, self._trained_tokens = [0, 0], [0, 0]
-        """Number and sum, of those trained on or dropped, and of those trained on, since the start."""
+        """[trajectories, tokens] since the start: of those trained on or dropped, and of those trained on."""
 
     def ended(self, table: Columns) -> None:
-        """These trajectories are over."""
+        """Record trajectories that have ended."""
         tokens = table.per_trajectory(table.numbers("output_tokens")).astype(int).tolist()
         for head, made in zip(table.heads, tokens, strict=True):
             if head.meta["outcome"] == "finished":
                 self._ended[f"{head.meta['uid']}_{head.trial}"] = (head.meta["step"], made)
 
     def batch(self, keys: Iterable[str], step: int, seconds: float) -> dict[str, float]:
-        """The batch of this step, by verl's keys (`<uid>_<sample>_<output>`); numbers for W&B, names without the `heddle/` prefix."""
+        """Record the batch of a step by verl's keys (`<uid>_<sample>_<output>`); returns metrics named without the `heddle/` prefix."""
         chosen = {key.rpartition("_")[0] for key in keys}
         found = [self._ended.pop(key) for key in chosen if key in self._ended]
         late = [key for key, (began, _) in self._ended.items() if step - began >= self._fresh_steps]
@@ -64,21 +63,21 @@ class Trained:
 
 
 AFTER_TURNS = (0, 2)
-"""Looked at when a trajectory begins, and when two turns have shown something of it."""
+"""Turns after which predictions are scored: at the start of a trajectory, and after two turns of evidence."""
 
 FEWEST = 10
-"""Trajectories below which a correlation says nothing."""
+"""Trajectories below which a correlation is meaningless."""
 
 
 def prediction_quality(trajectories: Columns | Sequence[Trajectory]) -> dict[str, float]:
-    """W&B numbers without the `heddle/` prefix, on log tokens remaining; trajectories cut off by a limit are left out.
+    """Metrics named without the `heddle/` prefix, on log remaining tokens; truncated and unfinished trajectories are left out.
 
     `predict/<metric>_after_<turns>`: spearman, pearson, recall20 (share of the longest 20 % found), bias (mean of log predicted / true),
     below_upper (share below the predicted 0.9 quantile).
     """
     table = as_columns(trajectories)
     counts, tokens = table.counts, np.nan_to_num(table.numbers("output_tokens"))
-    before = np.concatenate([[0.0], np.cumsum(tokens)])  # tokens of all turns up to each
+    before = np.concatenate([[0.0], np.cumsum(tokens)])  # tokens of all earlier turns
     first = np.cumsum(counts) - counts
     remaining, upper = table.numbers("predicted_remaining"), table.numbers("predicted_upper")
     whole = np.array([not meta.get("truncated") and meta.get("outcome", "finished") == "finished" for meta in table.metas], dtype=bool)
@@ -90,14 +89,14 @@ def prediction_quality(trajectories: Columns | Sequence[Trajectory]) -> dict[str
         at, end = at[known], end[known]
         if len(at) < FEWEST:
             continue
-        said = np.maximum(1.0, remaining[at])
-        high = np.where(np.isnan(upper[at]) | (upper[at] == 0), said, np.maximum(1.0, upper[at]))
-        truth, said, high = np.log(np.maximum(1.0, before[end] - before[at])), np.log(said), np.log(high)
+        predicted = np.maximum(1.0, remaining[at])
+        high = np.where(np.isnan(upper[at]) | (upper[at] == 0), predicted, np.maximum(1.0, upper[at]))
+        truth, predicted, high = np.log(np.maximum(1.0, before[end] - before[at])), np.log(predicted), np.log(high)
         metrics |= {
-            f"predict/spearman_after_{turns}": spearman(truth, said),
-            f"predict/pearson_after_{turns}": pearson(truth, said),
-            f"predict/recall20_after_{turns}": recall(truth, said),
-            f"predict/bias_after_{turns}": float((said - truth).mean()),
+            f"predict/spearman_after_{turns}": spearman(truth, predicted),
+            f"predict/pearson_after_{turns}": pearson(truth, predicted),
+            f"predict/recall20_after_{turns}": recall(truth, predicted),
+            f"predict/bias_after_{turns}": float((predicted - truth).mean()),
             f"predict/below_upper_after_{turns}": float((truth <= high).mean()),
         }
     return metrics

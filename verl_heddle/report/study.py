@@ -1,13 +1,13 @@
-"""Several arms over several draws, side by side: the numbers behind `verl-heddle simulate` and `verl-heddle plan`.
+"""Compare several arms over several draws: the numbers behind `verl-heddle simulate` and `verl-heddle plan`.
 
-Ratios are taken within a draw and then summarised, because draws differ far more than arms do. A summary is the lower median: the value
-of a draw that was really simulated, so that a makespan and its split belong together. A difference counts (`wins`) when it has the same
-sign in every draw and its median is at least `WORTH`; everything else is called chance.
+Summaries. Ratios are taken within a draw and then summarised, because draws differ far more than arms do. A summary is the lower median:
+the value of a draw that was simulated, so that a makespan and its split belong together. A difference counts (`wins`) if it has the same
+sign in every draw and its median is at least `WORTH`; any other difference is called chance.
 
-The mixed layout that is asked about beside every fixed degree: what the planner between steps would make of the history.
-
-Lengths are told by history alone, as a run's second epoch has it: a prompt's median is that of its trajectories in the epoch before, the
-spread is that within prompts; with no history all are alike. One layout is taken for all draws, from the first, since one is pasted.
+Mixed layout. Besides every fixed degree, a plan simulates the mixed layout that the planner between steps would derive from the history.
+Lengths come from history alone, as in the second epoch of a run: a prompt's median is that of its trajectories in the previous epoch, and
+the spread is the spread within prompts; without history all prompts are alike. The layout of the first draw serves all draws, because the
+user pastes a single layout.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from verl_heddle.simulate import Bound
 from verl_heddle.simulate.workload import most_kv
 
 NODE = 8
-"""GPUs of a node, as everywhere in the latency tables."""
+"""GPUs per node, as in all latency tables."""
 
 
 def mixed_layout(setting: Setting, source: Source) -> tuple[int, ...]:
-    """Degrees, most GPUs first; empty where one degree for all is forecast to be as good as any mix."""
+    """Degrees of the best mixed layout, most GPUs first; empty if one degree for all replicas is forecast to be as good as any mix."""
     draw = source.draws[0]
     seen = [item for step in draw.before or draw.steps for item in step if item.output_tokens]
     habit = habit_of(seen)
@@ -65,17 +65,17 @@ def mixed_layout(setting: Setting, source: Source) -> tuple[int, ...]:
         setting.kv_tokens,
         longest_context=needed,
     )
-    able = site.degrees()
-    if len(able) < 2:
+    degrees = site.degrees()
+    if len(degrees) < 2:
         return ()
-    layout = free(step, setting.gpus, {tp: site.tempo(tp, len(medians), habit) for tp in able}).layout
+    layout = free(step, setting.gpus, {tp: site.tempo(tp, len(medians), habit) for tp in degrees}).layout
     return packed(layout, site.gpus_per_node) if len(set(layout)) > 1 and sum(layout) == setting.gpus else ()
 
 
 T = TypeVar("T")
 
 WORTH = 1.02
-"""Smallest ratio of makespans called a difference: 2 %, about what other tie-breaks of the router move a large step by."""
+"""Smallest ratio of makespans that counts as a difference: 2 %, about how far a large step moves with different router tie-breaks."""
 
 MIXED = "heddle_mixed"
 
@@ -97,20 +97,20 @@ class Row:
     bounds_s: tuple[float, ...]
     stock: tuple[Run, ...]
     layout: tuple[int, ...] = ()
-    """Of mixed degrees; `tp` is then the highest."""
+    """Degrees of a mixed layout; `tp` is then the highest."""
     gpus: int = 0
-    """Of the whole fleet, whatever part of it was simulated."""
+    """GPUs of the whole fleet, even if only part of it was simulated."""
     trajectories: float = 1.0
-    """Of a step, in the mean, in the typical draw."""
+    """Mean trajectories per step of the typical draw, on the whole fleet."""
 
     @property
     def degrees(self) -> str:
-        """As "4", or "4+2+1+1", or "2x8+12x4" of a mixed layout."""
+        """For example "4"; for a mixed layout "4+2+1+1" or "2x8+12x4"."""
         return mixture(self.layout) if self.layout else str(self.tp)
 
     @property
     def where(self) -> str:
-        """As "tp=4", or "on 4+2+1+1"."""
+        """For example "tp=4", or "on 4+2+1+1"."""
         return f"on {self.degrees}" if self.layout else f"tp={self.tp}"
 
     @cached_property
@@ -120,27 +120,27 @@ class Row:
 
     @property
     def gpu_hours(self) -> float:
-        """Of a step: all GPUs, from the begin of the weight sync to the last trajectory's end."""
+        """GPU-hours of a step: all GPUs, from the start of the weight sync to the end of the last trajectory."""
         return self.gpus * self.typical.step_s / 3600
 
     @property
     def gpu_hours_per_1000(self) -> float:
-        """Of a thousand trajectories."""
+        """GPU-hours per thousand trajectories."""
         return 1000 * self.gpu_hours / self.trajectories
 
     @property
     def makespans_s(self) -> list[float]:
-        """By draw."""
+        """Makespans by draw."""
         return [run.makespan_s for run in self.runs]
 
     @property
     def speedups(self) -> list[float]:
-        """Stock's step over this arm's, weight sync included, by draw."""
+        """Stock's step time over this arm's, weight sync included, by draw."""
         return self.ratios(None)
 
     @property
     def speedup(self) -> float:
-        """Median over the draws."""
+        """Median speedup over the draws."""
         return median_low(self.speedups)
 
     @property
@@ -150,18 +150,18 @@ class Row:
 
     @property
     def bound_fraction(self) -> float:
-        """Median over the draws."""
+        """Median bound fraction over the draws."""
         return median_low(self.bound_fractions)
 
     def ratios(self, over: Row | None) -> list[float]:
-        """Step of `over` (None: stock) over this arm's, weight sync included, by draw."""
+        """Step time of `over` (None: stock) over this arm's, weight sync included, by draw."""
         others = self.stock if over is None else over.runs
         return [other.step_s / run.step_s for other, run in zip(others, self.runs, strict=True)]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """`rows` by name, the first one stock at the user's degree; `bounds` by draw and step."""
+    """`rows` by name, starting with stock at the user's degree; `bounds` by draw and step."""
 
     setting: Setting
     source: Source
@@ -175,28 +175,28 @@ class Answer:
 
     @property
     def typical(self) -> int:
-        """Index of the draw in which stock's makespan is the median: the one that is told of and drawn."""
+        """Index of the draw in which stock's makespan is the median; reports and pictures show this draw."""
         return self.stock.runs.index(self.stock.typical)
 
     @property
     def bound_s(self) -> float:
-        """The bound of that draw, mean over its steps."""
+        """The lower bound of the typical draw, mean over its steps."""
         return self.stock.bounds_s[self.typical]
 
     @property
     def worst_bound(self) -> Bound:
-        """The largest bound of a step of that draw."""
-        return max(self.bounds[self.typical], key=lambda one: one.makespan_s)
+        """The largest lower bound of any step of the typical draw."""
+        return max(self.bounds[self.typical], key=lambda bound: bound.makespan_s)
 
 
 def wins(ratios: Iterable[float]) -> bool:
-    """Whether ratios of makespans, one per draw, say faster, by enough and not by chance."""
+    """Whether ratios of makespans, one per draw, show a speedup that is large enough and not chance."""
     values = list(ratios)
     return min(values) > 1.0 and median_low(values) >= WORTH
 
 
 def loses(ratios: Iterable[float]) -> bool:
-    """Whether they say slower."""
+    """Whether the ratios show a slowdown that is large enough and not chance."""
     return wins(1.0 / ratio for ratio in ratios)
 
 
@@ -207,17 +207,17 @@ def median_by(items: Sequence[T], key: Callable[[T], float]) -> T:
 
 
 def study(setting: Setting, source: Source, arms: Sequence[str], jobs: int | None = None, progress: Progress | None = None) -> Answer:
-    """Simulate `arms` (names of `ARMS` and files of policies; stock always comes along): rules at the user's degree, and stock and heddle
-    at stock's best.
+    """Simulate `arms` (names from `ARMS`, and policy files; stock is always included): each rule at the user's degree, and stock and heddle
+    at stock's best degree.
 
     Raises:
-        ValueError: an unknown arm, or no replica of the degree that the user chose holds the longest turn.
+        ValueError: an arm is unknown, or a replica of the degree that the user chose cannot hold the longest turn.
     """
     own = list(dict.fromkeys(filter(is_file, arms)))
     for name in own:
-        rule_of(name)  # what is wrong with it is said before anything is simulated
+        rule_of(name)  # report a broken policy file before simulating anything
     if unknown := [name for name in arms if name not in ARMS and name not in own]:
-        raise ValueError(f"unknown arm {unknown[0]!r}; there are {', '.join(ARMS)}, and files of policies (docs/simulate.md)")
+        raise ValueError(f"unknown arm {unknown[0]!r}; allowed: {', '.join(ARMS)}, and policy files (docs/simulate.md)")
     setting, source, able = _fitted(setting, source)
     names = [*(name for name in ARMS if name == "stock" or name in arms), *own]
     wanted: list[Wanted] = [(name, setting.tp) for name in names if name in RULES or name in own]
@@ -234,11 +234,11 @@ def study(setting: Setting, source: Source, arms: Sequence[str], jobs: int | Non
 
 
 def ranking(setting: Setting, source: Source, jobs: int | None = None, progress: Progress | None = None) -> Answer:
-    """Simulate stock and heddle at every degree that works, stock with KV offload at the user's, and heddle on the best mixed layout; rows
-    `stock`, then `stock_tp<n>`, `heddle_tp<n>`, `stock_tier` and `heddle_mixed`, fastest first.
+    """Simulate stock and heddle at every feasible degree, stock with KV offload at the user's degree, and heddle on the best mixed layout.
+    Rows: `stock`, then `stock_tp<n>`, `heddle_tp<n>`, `stock_tier` and `heddle_mixed`, fastest first.
 
     Raises:
-        ValueError: a replica of the user's degree does not hold the longest turn.
+        ValueError: a replica of the user's degree cannot hold the longest turn.
     """
     setting, source, able = _fitted(setting, source)
     wanted: list[Wanted] = [(rule, tp) for rule in ("stock", "heddle") for tp in able]
@@ -248,14 +248,14 @@ def ranking(setting: Setting, source: Source, jobs: int | None = None, progress:
         wanted.append((MIXED, max(setting.mixed)))
     with Pool(setting, source.draws, len(wanted) + 1, jobs, progress) as pool:
         bounds, runs = pool.bounds(), pool.runs(wanted)
-    order = sorted(wanted, key=lambda arm: (_median_s(runs[arm]), wanted.index(arm)))  # of equals stock, then the smaller degree
-    own = (MIXED, "stock_tier")  # one row each
-    at = {"stock": ("stock", setting.tp)} | {rule if rule in own else f"{rule}_tp{tp}": (rule, tp) for rule, tp in order}
+    order = sorted(wanted, key=lambda arm: (_median_s(runs[arm]), wanted.index(arm)))  # ties: stock first, then the smaller degree
+    single = (MIXED, "stock_tier")  # one row each
+    at = {"stock": ("stock", setting.tp)} | {rule if rule in single else f"{rule}_tp{tp}": (rule, tp) for rule, tp in order}
     return Answer(setting, source, _rows(at, runs, bounds, setting, source), bounds)
 
 
 def _fitted(setting: Setting, source: Source) -> tuple[Setting, Source, tuple[int, ...]]:
-    """At a degree that holds the work, which is noted where it is another one; and all that do."""
+    """The setting at a degree that holds the work, the source (with a note if the degree changed), and all degrees that hold the work."""
     work = [item for draw in source.draws for step in draw.steps for item in step]
     setting, why = setting.holding(work)
     return setting, replace(source, notes=(*source.notes, why)) if why else source, setting.able(work)
@@ -276,7 +276,7 @@ def _rows(
     steps = source.draws[base.index(median_by(base, lambda run: run.makespan_s))].steps
     gpus = source.gpus or setting.gpus
     trajectories = sum(map(len, steps)) / len(steps) * gpus / setting.gpus
-    lows = tuple(sum(one.makespan_s for one in steps) / len(steps) for steps in bounds)
+    lows = tuple(sum(bound.makespan_s for bound in steps) / len(steps) for steps in bounds)
     titles = {"stock_best_tp": "stock verl at its best fixed tp", "heddle_best_tp": "heddle at stock's best tp"}
     return {
         name: Row(

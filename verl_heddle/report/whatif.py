@@ -1,18 +1,16 @@
-"""What would have helped a recorded step: other decisions, engines and tools, simulated one at a time, on the machine the run had.
+"""Simulate what would have helped a recorded step: different decisions, engines and tools, one at a time, on the run's machine.
 
-Every answer is a ratio to the simulation of the step *as it was* (`Machine.replayed`), so that what the simulator gets wrong in both
-cancels as far as it can; what the run had on (preemption on arrival, the bound on turns in flight) stays on where its own decisions stay.
-Nothing is combined: effects do not add up. Where lengths were known in advance, it says so; no live policy
-knows them.
+Law. Each result is a ratio to the simulation of the step *as recorded* (`Machine.replayed`), so that simulator errors common to both cancel
+as far as possible. The run's settings (preemption on arrival, the bound on turns in flight) stay on in cases that keep its decisions. Cases
+are not combined, because effects do not add up. Cases with lengths known in advance say so; no live policy knows them.
 
-What spare samples (`heddle.shape`) would do to a recorded step that had none: its prompts, visited again.
+Spare samples (`heddle.shape`) on a recorded step that had none, by visiting its prompts again. Both arms use the same draws (parametric
+bootstrap): 2n samples of every prompt, all started at once, each a copy of one of its n in the step with a length drawn from the law that
+`shape.spread` learns from them. One arm takes n; the other takes as many as shaping plans with default settings, after observing n other
+draws of the prompt at an earlier visit. Both run under the run's own decisions: resident sets if it had them, else verl's rule. The result
+is the median ratio of their makespans over the draws. If the run already shaped, its samples were cut short, and there is no result.
 
-Law: both arms play the same draws (parametric bootstrap): of every prompt 2n samples, all begun at once, each one of its n in the step with
-a length drawn from the law that `shape.spread` learns from them. One arm takes n; the other as many as shaping plans as released, having
-seen n other draws of the prompt at an earlier visit. Around both the run's own decisions: resident sets where it had them, else verl's
-rule. The answer is the median ratio of their makespans over the draws.
-Where the run shaped already, its samples were cut short, and nothing is said.
-Cost: two simulated steps a draw. bench/shaping/forecast.py holds it against steps whose spare samples are known.
+Cost: two simulated steps per draw. bench/shaping/forecast.py compares the forecast with steps whose spare samples are known.
 Source: DARTS (see `verl_heddle.shape`).
 """
 
@@ -48,16 +46,16 @@ Pool = dict[str, list[Trajectory]]
 
 @dataclass(frozen=True, slots=True)
 class SpareSamples:
-    """Medians over the draws."""
+    """Simulated effect of spare samples, medians over the draws."""
 
     ratio: float
     """Makespan without over makespan with spare samples."""
     more_tokens: float
-    """Share of tokens generated in addition, the stopped samples' included; below 0: less is generated, since long samples are stopped."""
+    """Additional generated tokens as a share, stopped samples included; below 0 if fewer are generated because long samples are stopped."""
 
 
 def spare_samples(step: Sequence[Trajectory], machine: Machine, draws: int = DRAWS) -> SpareSamples | None:
-    """See the module; None: the step's prompts have too few samples each, or some were stopped."""
+    """Simulate spare samples (see the module); None: the prompts have too few samples each, or some samples were cancelled."""
     if any(item.meta.get("outcome") == Outcome.CANCELLED for item in step):
         return None
     groups: Pool = defaultdict(list)
@@ -70,12 +68,11 @@ def spare_samples(step: Sequence[Trajectory], machine: Machine, draws: int = DRA
         return None
     laws, overhead = laws_of(groups), overhead_s(step)
     found = [_draw(groups, laws, settings, machine, overhead, Random(seed)) for seed in range(draws)]
-    chosen = median_low(one.ratio for one in found)
-    return SpareSamples(chosen, median(one.more_tokens for one in found))
+    return SpareSamples(median_low(draw.ratio for draw in found), median(draw.more_tokens for draw in found))
 
 
 def laws_of(groups: Mapping[str, Sequence[Trajectory]]) -> dict[str, Law]:
-    """What is known of each prompt's lengths from these samples."""
+    """The length distribution of each prompt, learned from its samples."""
     spreads = Spreads()
     for prompt, items in groups.items():
         spreads.observe(prompt, _lengths(items))
@@ -83,7 +80,7 @@ def laws_of(groups: Mapping[str, Sequence[Trajectory]]) -> dict[str, Law]:
 
 
 def drawn(items: Sequence[Trajectory], law: Law, count: int, longest: int, rng: Random, kv_tokens: int | None = None) -> list[Trajectory]:
-    """So many samples of a prompt; those that would be longer than `longest`, or than a replica's KV cache, are cut there."""
+    """Draw `count` samples of a prompt; those longer than `longest`, or larger than a replica's KV cache, are truncated there."""
     rooms = [inf if kv_tokens is None else kv_tokens - most_kv([item]) + item.output_tokens for item in items]
     made = []
     for number, (item, room) in enumerate(rng.choices(list(zip(items, rooms, strict=True)), k=count)):
@@ -95,7 +92,7 @@ def drawn(items: Sequence[Trajectory], law: Law, count: int, longest: int, rng: 
 
 
 def _scaled(tokens: int | None, factor: float) -> int | None:
-    """Rounded down, so that what is cut fits; a turn that generated something still does."""
+    """Scale a turn's tokens, rounded down so that a truncated trajectory fits; a turn with tokens keeps at least one."""
     return tokens and max(1, int(tokens * factor))
 
 
@@ -106,13 +103,13 @@ def _lengths(items: Sequence[Trajectory]) -> list[tuple[int, bool]]:
 def _draw(groups: Pool, laws: Mapping[str, Law], settings: Shape, machine: Machine, overhead: float, rng: Random) -> SpareSamples:
     size, prompts = len(next(iter(groups.values()))), list(groups)
     most = int(settings.most * size)
-    longest = max(item.output_tokens for items in groups.values() for item in items)  # the cap, as far as the step shows it
+    longest = max(item.output_tokens for items in groups.values() for item in items)  # the length limit, as far as the step shows it
     held = machine.held(machine.engines.tp)
     pool: Pool = {}
     before: list[Trajectory] = []
     shaper = Shaper(settings, size, longest)
     for prompt, law in laws.items():
-        level = law._replace(mean=rng.gauss(law.mean, law.doubt))  # the prompt's own, which both visits have
+        level = law._replace(mean=rng.gauss(law.mean, law.doubt))  # the prompt's own level, common to both visits
         pool[prompt], seen = (drawn(groups[prompt], level, count, longest, rng, held) for count in (most, size))
         shaper.spreads.observe(prompt, _lengths(seen))
         before += seen
@@ -134,72 +131,78 @@ def _inner(machine: Machine) -> Policy:
 
 @dataclass(frozen=True, slots=True)
 class WhatIf:
-    """`ratio`: makespan as it was over makespan in this case, both simulated. `kind` groups them: `order`, `place`, `tools`, ..."""
+    """One case. `ratio`: makespan as recorded over makespan in this case, both simulated. `kind`: `order`, `place`, `tools`, ..."""
 
     name: str
     kind: str
-    told: str
+    label: str
     makespan_s: float
     ratio: float
     value: int | None = None
-    """Slots or degree that was tried."""
+    """The slots or degree simulated."""
 
 
 def what_ifs(step: Sequence[Trajectory], machine: Machine, base: Result, last: Trajectory) -> list[WhatIf]:
-    """Every case that can be asked; `base` is the step as it was, `last` the trajectory that ended last.
+    """Simulate all cases; `base` is the step as recorded, `last` the trajectory that ended last.
 
-    A case the engines could not serve (a context that fits no replica) is left out.
+    A degree whose replicas cannot hold the longest context is left out.
     """
     rows = []
-    for name, kind, told, value, result in _cases(step, machine, last):
-        rows.append(WhatIf(name, kind, told, result.makespan_s, base.makespan_s / result.makespan_s, value))
+    for name, kind, label, value, result in _cases(step, machine, last):
+        rows.append(WhatIf(name, kind, label, result.makespan_s, base.makespan_s / result.makespan_s, value))
     if (spare := spare_samples(step, machine)) is not None:
-        told = f"spare samples, the first n kept, lengths drawn anew ({100 * spare.more_tokens:+.0f} % tokens)"
-        rows.append(WhatIf("spare_samples", "shape", told, base.makespan_s / spare.ratio, spare.ratio))
+        label = f"spare samples, the first n kept, lengths redrawn ({100 * spare.more_tokens:+.0f} % tokens)"
+        rows.append(WhatIf("spare_samples", "shape", label, base.makespan_s / spare.ratio, spare.ratio))
     return rows
 
 
 def _cases(step: Sequence[Trajectory], machine: Machine, last: Trajectory) -> Iterator[tuple[str, str, str, int | None, Result]]:
-    work, lost, engines = ready(step), overhead_s(step), machine.engines
+    work, overhead, engines = ready(step), overhead_s(step), machine.engines
     run, again, order = machine.run, machine.again, engines.order
     plugin, predicting = Options(), Options.longest()
-    alike = order == "priority" and not engines.residents
-    bound, rule = (engines.per_slot, engines.preempt) if alike else (predicting.admission.per_slot, preempt_rule(predicting))
+    prioritized = order == "priority" and not engines.residents
+    bound, rule = (engines.per_slot, engines.preempt) if prioritized else (predicting.admission.per_slot, preempt_rule(predicting))
     known = AsRecorded(step, machine.fleet(), bound, known=True)
-    told = "lengths known: longest first, each where it was"
-    yield "known_order", "order", told, None, run(work, known, order="priority", overhead=lost, preempt=rule)
-    told = "lengths known: longest first, placed anew"
-    yield "known_all", "order", told, None, run(work, LptOracle(work), order="priority", overhead=lost)
-    told = "the trajectory that came first runs first, nothing predicted"
-    yield "trajectory_fcfs", "order", told, None, run(work, TrajectoryFcfs(), order="priority", overhead=lost)
-    yield "least_loaded", "place", "every turn to the least loaded replica", None, run(work, Slime(), order=order, overhead=lost)
+    label = "lengths known: longest first, on the recorded replicas"
+    yield "known_order", "order", label, None, run(work, known, order="priority", overhead=overhead, preempt=rule)
+    label = "lengths known: longest first, replicas reassigned"
+    yield "known_all", "order", label, None, run(work, LptOracle(work), order="priority", overhead=overhead)
+    label = "the trajectory that started first runs first; no predictions"
+    yield "trajectory_fcfs", "order", label, None, run(work, TrajectoryFcfs(), order="priority", overhead=overhead)
+    yield "least_loaded", "place", "every turn to the least loaded replica", None, run(work, Slime(), order=order, overhead=overhead)
     if not engines.residents:
-        told = "trajectories admitted as KV cache has room, and kept through their tools"
-        yield "residents", "order", told, None, run(work, machine.admitting(plugin.residents.order), order="priority", overhead=lost)
+        label = "resident sets: admitted when KV cache has room, kept during tool calls"
+        yield "residents", "order", label, None, run(work, machine.admitting(plugin.residents.order), order="priority", overhead=overhead)
     if order == "priority":
-        yield "stock", "order", "verl's own placement and order", None, run(work, Stock(), overhead=lost)
+        yield "stock", "order", "verl's own placement and order", None, run(work, Stock(), overhead=overhead)
     if machine.held(engines.tp) is not None and machine.latency.kv_bytes(engines.tp) is not None:
         tier = HostTier()
-        told = f"evicted KV cache kept on the host, read back at {tier.bytes_per_s / 1e9:g} GB/s per GPU"
-        yield "kv_offload", "memory", told, None, again(step, work, overhead=lost, tier=tier)
+        label = f"evicted KV cache kept in host memory, read back at {tier.bytes_per_s / 1e9:g} GB/s per GPU"
+        yield "kv_offload", "memory", label, None, again(step, work, overhead=overhead, tier=tier)
     if any(turn.tool_latency_s for item in work for turn in item.steps):
         quick = [replace(item, steps=tuple(replace(turn, tool_latency_s=0.0) for turn in item.steps)) for item in work]
-        yield "no_tools", "tools", "tools take no time", None, again(step, quick, overhead=lost)
-    if lost > 0:
+        yield "no_tools", "tools", "tools take no time", None, again(step, quick, overhead=overhead)
+    if overhead > 0:
         yield "no_overhead", "between", "no time between engine and tools", None, again(step, work)
     more = engines.slots * 2
     roomy = machine.fleet(slots=more)
-    yield "more_slots", "slots", f"{more} slots a replica", more, again(step, work, roomy, overhead=lost)
+    yield "more_slots", "slots", f"{more} slots per replica", more, again(step, work, roomy, overhead=overhead)
     if (fewer := engines.slots // 2) >= 1:
         few = machine.fleet(slots=fewer)
-        yield "fewer_slots", "slots", f"{fewer} slots a replica", fewer, again(step, work, few, overhead=lost)
+        yield "fewer_slots", "slots", f"{fewer} slots per replica", fewer, again(step, work, few, overhead=overhead)
     for tp in machine.tps:
         if tp != engines.tp and engines.gpus % tp == 0 and _holds(machine, tp, work):
-            yield f"tp_{tp}", "tp", f"tp={tp} on the same GPUs, verl's rule", tp, run(work, Stock(), fleet=machine.fleet(tp), overhead=lost)
+            yield (
+                f"tp_{tp}",
+                "tp",
+                f"tp={tp} on the same GPUs, verl's rule",
+                tp,
+                run(work, Stock(), fleet=machine.fleet(tp), overhead=overhead),
+            )
     double = machine.fleet(replicas=2 * engines.replicas)
-    yield "more_replicas", "replicas", "twice the replicas, verl's rule", None, run(work, Stock(), fleet=double, overhead=lost)
+    yield "more_replicas", "replicas", "twice the replicas, verl's rule", None, run(work, Stock(), fleet=double, overhead=overhead)
     if others := ready(step, without=last):
-        yield "without_last", "shape", "without the trajectory that ended last", None, again(step, others, overhead=lost)
+        yield "without_last", "shape", "without the trajectory that ended last", None, again(step, others, overhead=overhead)
 
 
 def _holds(machine: Machine, tp: int, work: Sequence[Trajectory]) -> bool:

@@ -1,6 +1,7 @@
-"""Why a recorded step took as long as it did: what `verl-heddle explain` finds out. How it is said is in `why_text.py`.
+"""Find why a recorded step took as long as it did, for `verl-heddle explain`. `why_text.py` formats the result.
 
-A step is as long as its last trajectory, so its life is told turn by turn; the rest of the step matters only by what it did to that life.
+A step is as long as its last trajectory, so that trajectory is analysed turn by turn; the rest of the step matters only through its effect
+on that trajectory.
 """
 
 from __future__ import annotations
@@ -29,34 +30,34 @@ Steps = dict[int, list[Trajectory]]
 
 @dataclass(frozen=True)
 class Why:
-    """Of one step. Times in seconds; `metrics` as in `step_metrics`. Fields after `split` are None where step times are not known."""
+    """The analysis of one step. Times in seconds; `metrics` as in `step_metrics`; `machine` to `bound` are None without step times."""
 
     source: str
-    """Which file, and of a comparison which run."""
+    """The trace file; for a comparison, the run."""
     step: int
     steps: int
-    """How many the run has."""
+    """Number of steps in the run."""
     typical_s: float
     """Median makespan of the run's steps."""
     metrics: dict[str, float]
     items: Sequence[Trajectory]
     last: Trajectory
     late_s: float
-    """From the step's start to the last trajectory's."""
+    """From the step's start to the start of the last trajectory."""
     split: Split
     engines: Engines
     machine: Machine | None = None
     alone_s: float | None = None
-    """What its generating takes with a replica to itself, simulated."""
+    """Simulated generation time of the last trajectory with a replica to itself."""
     replayed_s: float | None = None
-    """Makespan of the step as it was, simulated."""
+    """Simulated makespan of the step as recorded."""
     bound: Bound | None = None
     what_ifs: tuple[WhatIf, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
     def shared_s(self) -> float | None:
-        """Generating time lost to the others on the replica. Not below 0."""
+        """Generation time lost to other trajectories on the replica; at least 0."""
         return None if self.alone_s is None else max(0.0, self.split.generate_s - self.alone_s)
 
 
@@ -74,15 +75,15 @@ def why(
 
     Args:
         run: a trace file, a folder with one (or with heddle/trace.jsonl), or a comparison's folder.
-        arm, pair: of a comparison, which runs.
-        tp, slots: of the engines, where the trace does not say.
-        table: step times instead of a calibration.
-        utilization: gpu_memory_utilization, where the trace does not say.
+        arm, pair: select the runs of a comparison.
+        tp, slots: of the engines, if the trace does not record them.
+        table: step times to use instead of a calibration.
+        utilization: gpu_memory_utilization, if the trace does not record it.
 
     Raises:
-        ValueError: nothing there to explain; one line.
+        ValueError: there is nothing to explain; the message is one line.
     """
-    name, number, steps, left = _chosen(run, step, arm, pair)
+    name, number, steps, skipped = _chosen(run, step, arm, pair)
     items = steps[number]
     last = max(items, key=lambda item: item.meta["end_s"])
     metrics = metrics_of(items)
@@ -91,14 +92,14 @@ def why(
         source=name,
         step=number,
         steps=len(steps),
-        typical_s=median(metrics_of(one)["makespan_s"] for one in steps.values()),
+        typical_s=median(metrics_of(trajectories)["makespan_s"] for trajectories in steps.values()),
         metrics=metrics,
         items=items,
         last=last,
         late_s=metrics["last/late_start_s"],
         split=split(last),
         engines=engines,
-        notes=(*left, *_notes(engines, items, table)),
+        notes=(*skipped, *_notes(engines, items, table)),
     )
     measured = list(steps.values())
     simulated: dict[str, Any]
@@ -114,23 +115,23 @@ def why(
             "bound": model.bound(items),
             "what_ifs": tuple(what_ifs(items, model, base, last)),
         }
-    except (ValueError, ArithmeticError) as error:  # too little to calibrate on, or numbers that no engine can have had
-        simulated = {"notes": (*known.notes, f"What would have helped is not known: {error}")}
+    except (ValueError, ArithmeticError) as error:  # too few turns to calibrate on, or impossible engine timings
+        simulated = {"notes": (*known.notes, f"What would have helped is unknown: {error}")}
     return Why(**{**known.__dict__, **simulated})
 
 
 def _chosen(run: Path, step: int | None, arm: str | None, pair: int | None) -> tuple[str, int, Steps, list[str]]:
-    """Name, step and all steps of the run that holds it, and what was left out: of several runs the one whose step took longest."""
+    """The run's name, the step, all steps of that run, and notes on skipped records. Of several runs: the one whose step took longest."""
     found: list[tuple[float, str, int, Steps, list[str]]] = []
     seen: set[int] = set()
     for name, trace in _traces(run, arm, pair):
-        left: list[str] = []
-        steps = training_steps(trace, left.append)
+        skipped: list[str] = []
+        steps = training_steps(trace, skipped.append)
         seen |= steps.keys()
-        some = [step] if step is not None else list(steps)[WARM_UP_STEPS:] or list(steps)
-        for number in some:
+        candidates = [step] if step is not None else list(steps)[WARM_UP_STEPS:] or list(steps)
+        for number in candidates:
             if number in steps:
-                found.append((metrics_of(steps[number])["makespan_s"], name, number, steps, left))
+                found.append((metrics_of(steps[number])["makespan_s"], name, number, steps, skipped))
         found = [max(found, key=lambda entry: entry[0])] if found else []
     if not found:
         raise ValueError(f"{run} has no training step {step}; it has {', '.join(map(str, sorted(seen)[:20]))}")
@@ -143,31 +144,31 @@ def _traces(run: Path, arm: str | None, pair: int | None) -> Iterator[tuple[str,
         known = [key for key in plan.runs() if ledger.finished(key) and not plan.arm(key.arm).bare]
         keys = [key for key in known if arm in (None, key.arm) and pair in (None, key.pair)]
         if not keys:
-            there = ", ".join(f"pair {key.pair} {key.arm}" for key in known) or "none"
-            raise ValueError(f"{run}: no finished run with a trace fits; there is: {there}")
+            available = ", ".join(f"pair {key.pair} {key.arm}" for key in known) or "none"
+            raise ValueError(f"{run}: no finished run with a trace matches; available: {available}")
         for key in keys:
             yield f"{run.name}, pair {key.pair}, {key.arm}", ledger.folder(key) / TRACE / "trace.jsonl"
         return
     if arm is not None or pair is not None:
-        raise ValueError(f"--arm and --pair choose runs of a comparison, and {run} is none")
+        raise ValueError(f"--arm and --pair choose runs of a comparison; {run} is not a comparison")
     yield str(run), trace_of(run)
 
 
 def _notes(engines: Engines, items: Sequence[Trajectory], table: LatencyModel | None) -> tuple[str, ...]:
     notes = []
     if table is not None and engines.kv_tokens is None and engines.utilization is None:
-        notes.append(
-            f"The trace does not say how much KV cache there was; assumed: --gpu-memory-utilization {UTILIZATION:g}, verl's default."
-        )
+        notes.append(f"The trace does not record the KV cache size; assumed: --gpu-memory-utilization {UTILIZATION:g}, verl's default.")
     if engines.as_released:
-        notes.append("The trace does not say what of heddle was on; assumed: resident sets, as released.")
+        notes.append("The trace does not record heddle's settings; assumed: the defaults, with resident sets.")
     if engines.assumed:
         words = {"tp": f"--tp {engines.tp}", "slots": f"--slots {engines.slots}"}
-        notes.append(f"The trace does not say what the engines were; assumed: {', '.join(words[name] for name in engines.assumed)}.")
+        notes.append(f"The trace does not record the engines' size; assumed: {', '.join(words[name] for name in engines.assumed)}.")
     cut = sum(item.meta.get("outcome") not in (None, "finished") for item in items)
     if cut:
-        notes.append(f"{cut} trajectories failed or were cancelled; they count as long as they had run.")
-    lost = sum(turn.preemptions or 0 for item in items for turn in item.steps)
-    if lost and table is None and engines.kv_tokens is None:
-        notes.append(f"{lost} turns lost their slot in the engine; without a table of KV memory (--model, --gpu) that is not simulated.")
+        notes.append(f"{cut} trajectories failed or were cancelled; they count with the length they had reached.")
+    preempted = sum(turn.preemptions or 0 for item in items for turn in item.steps)
+    if preempted and table is None and engines.kv_tokens is None:
+        notes.append(
+            f"The engines preempted turns {preempted} times; without the KV memory of a table (--model, --gpu) this is not simulated."
+        )
     return tuple(notes)

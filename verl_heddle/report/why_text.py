@@ -1,4 +1,4 @@
-"""A `Why` in plain words, as a table, as settings to try, and as JSON with stable keys (`docs/explain.md`)."""
+"""Format a `Why` as sentences, a table of turns, settings to try, and JSON with stable keys (`docs/explain.md`)."""
 
 from __future__ import annotations
 
@@ -17,20 +17,19 @@ from verl_heddle.traces.schema import plain
 SCHEMA = "verl-heddle/explain/1"
 
 MOST_TURNS = 16
-"""Turns of the last life that are printed: beyond, the shortest in the middle are left out."""
+"""Turns printed of the last trajectory; if it has more, the shortest in the middle are left out."""
 
 OFF = 0.15
-"""From this error of the replay on, what-ifs are called directions only."""
+"""Replay error from which the report calls what-ifs directions only."""
 
 ROLLOUT = "actor_rollout_ref.rollout"
 
 
 def sentences(answer: Why) -> list[str]:
-    """Why, in the order in which one asks."""
+    """The explanation: how long the step took, what it waited for, where that time went, and the bound."""
     took, last = answer.metrics["makespan_s"], answer.last
     lengths = [item.output_tokens for item in answer.items]
-    much = took / answer.typical_s
-    against = f", {ratio(much)} the run's median of {seconds(answer.typical_s)}" if answer.steps > 1 else ""
+    against = f", {ratio(took / answer.typical_s)} the run's median of {seconds(answer.typical_s)}" if answer.steps > 1 else ""
     turns = f"{len(last.steps)} turn{'s' if len(last.steps) != 1 else ''}"
     lines = [
         f"Step {answer.step} took {seconds(took)}{against}: {count(len(answer.items))} trajectories, {count(sum(lengths))} tokens "
@@ -42,20 +41,20 @@ def sentences(answer: Why) -> list[str]:
     waited, idle = answer.metrics["wait_share"], answer.metrics.get("idle_share/mean")
     if idle is not None:
         lines.append(
-            f"Meanwhile replicas decoded nothing {percent(idle)} of the time"
-            + (f", and finished trajectories waited {percent(waited)} of the step for the last." if waited else ".")
+            f"Meanwhile replicas were idle {percent(idle)} of the time"
+            + (f", and finished trajectories waited {percent(waited)} of the step for the last one." if waited else ".")
         )
     if answer.bound is not None:
         low = answer.bound
-        reason = "its longest trajectory alone takes that long" if low.longest_s >= low.work_s else "there is that much work"
+        reason = "its longest trajectory alone takes that long" if low.longest_s >= low.work_s else "the total work takes that long"
         lines.append(
             f"No schedule on these engines takes less than {seconds(low.makespan_s)}, {percent(low.makespan_s / took)} of it: {reason}."
         )
     return lines
 
 
-def life(answer: Why) -> list[dict[str, Any]]:
-    """The last trajectory's turns. Times in seconds from the step's start; `left` counts this turn's tokens in."""
+def turn_rows(answer: Why) -> list[dict[str, Any]]:
+    """The last trajectory's turns. `at_s` counts from the step's start; `left` includes this turn's tokens."""
     rows = []
     left = answer.last.output_tokens
     for index, turn in enumerate(answer.last.steps):
@@ -83,7 +82,7 @@ def life(answer: Why) -> list[dict[str, Any]]:
 
 
 def settings(answer: Why) -> list[dict[str, Any]]:
-    """What to try, best first: `try` (an override, None where it is no setting), `why`, `ratio` (simulated, None where it cannot be)."""
+    """What to try, best first: `try` (an override; None if not a setting), `why`, `ratio` (simulated; None if it cannot be simulated)."""
     gains = {case.name: case for case in answer.what_ifs if case.ratio >= WORTH}
     found: list[dict[str, Any]] = []
 
@@ -91,43 +90,46 @@ def settings(answer: Why) -> list[dict[str, Any]]:
         if name in gains:
             found.append({"try": override, "why": why, "ratio": gains[name].ratio})
 
-    add("more_slots", f"{ROLLOUT}.max_num_seqs={2 * answer.engines.slots}", "turns wait for a slot; if KV cache suffices")
-    add("fewer_slots", f"{ROLLOUT}.max_num_seqs={answer.engines.slots // 2}", "the last trajectory is slowed down by those beside it")
+    add("more_slots", f"{ROLLOUT}.max_num_seqs={2 * answer.engines.slots}", "turns wait for a slot; helps if the KV cache suffices")
+    add("fewer_slots", f"{ROLLOUT}.max_num_seqs={answer.engines.slots // 2}", "other trajectories on its replica slow down the last one")
     for case in gains.values():
         if case.kind == "tp":
             found.append(
-                {"try": f"{ROLLOUT}.tensor_model_parallel_size={case.value}", "why": "faster tokens for the longest", "ratio": case.ratio}
+                {
+                    "try": f"{ROLLOUT}.tensor_model_parallel_size={case.value}",
+                    "why": "generates the longest trajectory faster",
+                    "ratio": case.ratio,
+                }
             )
     if answer.engines.order != "priority":
         add(
             "known_order",
             "+plugin=heddle",
-            "the longest waited behind shorter ones; with lengths known, so an upper limit for its priorities",
+            "the longest waited behind shorter ones; simulated with known lengths, so an upper limit",
         )
     else:
-        add("known_order", None, "better predictions of length could still give this; they get better with every epoch over the prompts")
+        add("known_order", None, "better length predictions could gain this much; predictions improve with every epoch over the prompts")
         add("stock", "+plugin=observe", "verl's own decisions would have been faster in this step")
-    add("trajectory_fcfs", None, "turns of trajectories that began wait behind new ones")
+    add("trajectory_fcfs", None, "order: turns of started trajectories wait behind new trajectories")
     add(
         "kv_offload",
         f"+{ROLLOUT}.engine_kwargs.vllm.kv_offloading_size=<GiB>",
-        "contexts evicted from KV cache are computed again; needs no plugin",
+        "contexts evicted from the KV cache are recomputed; needs no plugin",
     )
     add(
         "spare_samples",
         "heddle.shape.enable=true",
-        "a few samples hold the step up; changes which samples are trained on (docs/shaping.md)",
+        "a few samples delay the step; changes which samples are trained on (docs/shaping.md)",
     )
-    add("least_loaded", None, "placement: the replica of the last trajectory was fuller than others")
+    add("least_loaded", None, "placement: the replica of the last trajectory had more load than others")
     add("no_tools", None, "tools: make them faster, or give them a deadline")
     add("no_overhead", f"{ROLLOUT}.agent.num_workers=<more>", "time between turns: routing, transport, parsing, reward")
-    add("without_last", None, "one trajectory alone: a lower data.max_response_length or multi_turn.max_assistant_turns cuts it")
+    add("without_last", None, "a single trajectory: a lower data.max_response_length or multi_turn.max_assistant_turns cuts it short")
     add("more_replicas", None, "more GPUs for rollout")
-    lost = answer.metrics.get("preemptions", 0)
-    if lost:
-        found.append(
-            {"try": f"{ROLLOUT}.gpu_memory_utilization=<more>", "why": f"{count(lost)} turns lost their slot to KV pressure", "ratio": None}
-        )
+    preempted = answer.metrics.get("preemptions", 0)
+    if preempted:
+        why = f"KV pressure preempted turns {count(preempted)} times"
+        found.append({"try": f"{ROLLOUT}.gpu_memory_utilization=<more>", "why": why, "ratio": None})
     return sorted(found, key=lambda row: -(row["ratio"] or 0.0))
 
 
@@ -136,27 +138,27 @@ def fidelity(answer: Why) -> str:
     assert answer.replayed_s is not None and answer.machine is not None
     error = answer.replayed_s / answer.metrics["makespan_s"] - 1
     text = (
-        f"Simulated with step times {answer.machine.source}. The step as it was comes out at {seconds(answer.replayed_s)}, "
-        f"{percent(abs(error))} {'below' if error < 0 else 'above'} what was measured"
+        f"Simulated with step times {answer.machine.source}. The simulated step as recorded takes {seconds(answer.replayed_s)}, "
+        f"{percent(abs(error))} {'less' if error < 0 else 'more'} than measured"
     )
     return text + (": take the ratios as directions only." if abs(error) >= OFF else ".")
 
 
 def text(answer: Why) -> str:
     """Everything the terminal shows."""
-    parts = [answer.source, "\n".join(f"- {line}" for line in sentences(answer)), _life_table(answer)]
+    parts = [answer.source, "\n".join(f"- {line}" for line in sentences(answer)), _turn_table(answer)]
     if answer.what_ifs:
         rows = sorted(answer.what_ifs, key=lambda case: -case.ratio)
-        width = max(len(case.told) for case in rows)
-        cases = [f"  {case.told.ljust(width)}  {seconds(case.makespan_s):>8}  {ratio(case.ratio):>6}" for case in rows]
+        width = max(len(case.label) for case in rows)
+        cases = [f"  {case.label.ljust(width)}  {seconds(case.makespan_s):>8}  {ratio(case.ratio):>6}" for case in rows]
         parts.append("What would have helped, one change at a time:\n" + "\n".join(cases) + f"\n{fidelity(answer)}")
         tips = settings(answer)
-        told = [f"  {tip['try']}{_forecast(tip)}\n      {tip['why']}" for tip in tips if tip["try"]]
-        parts.append("Settings to try:\n" + ("\n".join(told) if told else f"  none: no case gains {percent(WORTH - 1)}"))
+        lines = [f"  {tip['try']}{_forecast(tip)}\n      {tip['why']}" for tip in tips if tip["try"]]
+        parts.append("Settings to try:\n" + ("\n".join(lines) if lines else f"  none: no case gains {percent(WORTH - 1)}"))
         if beyond := [f"  {tip['why']}{_forecast(tip)}" for tip in tips if not tip["try"]]:
             parts.append("Beyond settings:\n" + "\n".join(beyond))
     if answer.notes:
-        parts.append("To know:\n" + "\n".join(f"- {note}" for note in answer.notes))
+        parts.append("Notes:\n" + "\n".join(f"- {note}" for note in answer.notes))
     return "\n\n".join(parts) + "\n"
 
 
@@ -167,7 +169,7 @@ def schema() -> dict[str, Any]:
 
 
 def document(answer: Why) -> dict[str, Any]:
-    """JSON values only; keys are only ever added."""
+    """The JSON document; keys are only ever added."""
     engines, low = answer.engines, answer.bound
     return {
         "schema": SCHEMA,
@@ -189,13 +191,13 @@ def document(answer: Why) -> dict[str, Any]:
             "sample": answer.last.trial,
             "tokens": answer.last.output_tokens,
             "parts": [{"what": what, "seconds": value} for value, what in _parts(answer)],
-            "turns": life(answer),
+            "turns": turn_rows(answer),
         },
         "bound": None if low is None else {"makespan_s": low.makespan_s, "longest_s": low.longest_s, "work_s": low.work_s},
         "step_times": answer.machine.source if answer.machine else None,
         "replayed_s": answer.replayed_s,
         "what_ifs": [
-            {"name": case.name, "kind": case.kind, "told": case.told, "makespan_s": case.makespan_s, "ratio": case.ratio}
+            {"name": case.name, "kind": case.kind, "told": case.label, "makespan_s": case.makespan_s, "ratio": case.ratio}
             for case in answer.what_ifs
         ],
         "settings": settings(answer),
@@ -223,8 +225,8 @@ def _forecast(tip: dict[str, Any]) -> str:
     return "" if tip["ratio"] is None else f"   ({ratio(tip['ratio'])} in simulation)"
 
 
-def _life_table(answer: Why) -> str:
-    rows = life(answer)
+def _turn_table(answer: Why) -> str:
+    rows = turn_rows(answer)
     shown = set(range(len(rows)))
     if len(rows) > MOST_TURNS:
         middle = sorted(
@@ -238,14 +240,14 @@ def _life_table(answer: Why) -> str:
     for index in sorted(shown):
         row = rows[index]
         times = [number(row[key]) if row[key] is not None else "-" for key in ("at_s", "queue_s", "generate_s", "tool_s", "other_s")]
-        told = "-" if row["predicted_left"] is None else count(round(row["predicted_left"]))
+        predicted = "-" if row["predicted_left"] is None else count(round(row["predicted_left"]))
         sizes = [str(row[key]) if row[key] is not None else "-" for key in ("tokens", "context")]
         cells.append(
-            [str(row["turn"]), *times, *sizes, names.get(row["replica"], "-"), str(row["priority"] or 0), count(row["left"]), told]
+            [str(row["turn"]), *times, *sizes, names.get(row["replica"], "-"), str(row["priority"] or 0), count(row["left"]), predicted]
         )
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in cells]
     hidden = len(rows) - len(shown)
     where = ", ".join(f"{short} {plain(name)}" for name, short in names.items())
     end = f"\n  {hidden} short turns left out" if hidden else ""
-    return f"Its life, turn by turn (seconds; left: tokens still to come; replicas: {where}):\n  " + "\n  ".join(lines) + end
+    return f"That trajectory, turn by turn (seconds; left: tokens still to generate; replicas: {where}):\n  " + "\n  ".join(lines) + end

@@ -1,4 +1,4 @@
-"""Numbers as people read them; shared by the text table, the sentences, the figure and the page."""
+"""Format numbers for readers; shared by the text table, the sentences, the figure and the page."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def seconds(value: float) -> str:
-    """Three digits and no more: "585 s", "12.3 s", "0.35 s", "2 h 05 min" from 100 minutes on."""
+    """Seconds: "585 s", "12.3 s", "0.35 s"; from 100 minutes on "2 h 05 min"."""
     if value >= 6000:
         minutes = round(value / 60)
         return f"{minutes // 60} h {minutes % 60:02d} min"
@@ -14,7 +14,7 @@ def seconds(value: float) -> str:
 
 
 def number(value: float) -> str:
-    """As "1,234", "585", "12.3", "0.35"; three digits where there are more to say."""
+    """A number with at least three digits, at most two of them decimal: "1,234", "585", "12.3", "0.35"."""
     size = abs(value)
     return f"{value:,.0f}" if size >= 99.95 else f"{value:.1f}" if size >= 9.995 else f"{value:.2f}"
 
@@ -35,13 +35,13 @@ def percent(share: float) -> str:
 
 
 def spread(values: Sequence[float], middle: float, form: str = "{:.2f}") -> str:
-    """As "1.94 (1.87..2.09)", or the middle alone where all values read the same."""
+    """A value with its range: "1.94 (1.87..2.09)", or the value alone if the range rounds to a single number."""
     low, high = form.format(min(values)), form.format(max(values))
     return form.format(middle) if low == high else f"{form.format(middle)} ({low}..{high})"
 
 
 def mixture(layout: Sequence[int]) -> str:
-    """Degrees of a layout, large ones first: "4+2+1+1", from five replicas on "2x8+12x4" for two of 8 and twelve of 4."""
+    """Degrees of a layout, largest first: "4+2+1+1"; from five replicas on "2x8+12x4" for two of 8 and twelve of 4."""
     falling = sorted(layout, reverse=True)
     if len(falling) <= 4:
         return "+".join(map(str, falling))
@@ -49,5 +49,5 @@ def mixture(layout: Sequence[int]) -> str:
 
 
 def listed(items: Sequence[str]) -> str:
-    """As "a", "a and b", "a, b and c"."""
+    """Join items: "a", "a and b", "a, b and c"."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"

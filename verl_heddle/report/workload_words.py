@@ -1,4 +1,4 @@
-"""A set of trajectories in words, and how long they are as bars of text."""
+"""Describe a set of trajectories in sentences, with a text histogram of their lengths."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WIDTH = 44
 
 
 class Measured:
-    """Collects while trajectories stream by: their lengths, and the context that each ends with."""
+    """Iterator wrapper that collects each trajectory's length and its largest context."""
 
     def __init__(self, items: Iterable[Trajectory]) -> None:
         self._items = items
@@ -33,39 +33,39 @@ class Measured:
 
 
 def words(items: Iterable[Trajectory]) -> list[str]:
-    """Sentences, then the bars; reads the stream once."""
+    """Sentences, then the histogram; reads the stream once."""
     measured = Measured(items)
-    told = summary(measured)
-    lines = [f"{count(told['trajectories'])} trajectories of {count(told['prompts'])} prompts{_samples(told)}{_turns(told)}."]
-    if (tokens := told["output_tokens"]) is not None:
+    facts = summary(measured)
+    lines = [f"{count(facts['trajectories'])} trajectories of {count(facts['prompts'])} prompts{_samples(facts)}{_turns(facts)}."]
+    if (tokens := facts["output_tokens"]) is not None:
         lines.append(
             f"They generate {count(tokens['p50'])} tokens in the median, {count(tokens['p90'])} at the 90th percentile, "
-            f"{count(tokens['max'])} at most; the longest of {BATCH} has {number(told['batch_max_over_mean'])} times the mean."
+            f"{count(tokens['max'])} at most; the longest of {BATCH} has {number(facts['batch_max_over_mean'])} times the mean."
         )
         contexts = sorted(measured.contexts)
         lines.append(
-            f"A context grows to {count(contexts[len(contexts) // 2])} tokens in the median, {count(contexts[-1])} at most: all of them "
-            f"together want KV cache for {count(sum(contexts))} tokens."
+            f"A context grows to {count(contexts[len(contexts) // 2])} tokens in the median, {count(contexts[-1])} at most; all contexts "
+            f"together need KV cache for {count(sum(contexts))} tokens."
         )
-    if (spread := told["longest_over_median"]) is not None:
-        within = told["within_share"]
+    if (spread := facts["longest_over_median"]) is not None:
+        within = facts["within_share"]
         share = f"; {percent(within)} of the variance of log length is within prompts" if within is not None else ""
         longest = f"{number(spread['p50'])} times its median sample, {number(spread['p90'])} at the 90th percentile"
         lines.append(f"The longest sample of a prompt is {longest}{share}.")
-    if (tools := told["tool_s"]) is not None:
-        share = f", {percent(told['tool_share'])} of tool and generation time" if told["tool_share"] is not None else ""
-        named = ", ".join(f"{name} {number(one['p50'])} s" for name, one in list(told["tools"].items())[:4])
+    if (tools := facts["tool_s"]) is not None:
+        share = f", {percent(facts['tool_share'])} of tool and generation time" if facts["tool_share"] is not None else ""
+        named = ", ".join(f"{name} {number(times['p50'])} s" for name, times in list(facts["tools"].items())[:4])
         spread_s = f"{number(tools['p50'])} s in the median, {number(tools['p99'])} s at the 99th percentile"
         lines.append(f"A tool call takes {spread_s}{share}; by tool: {named}.")
     else:
-        lines.append("Tool times are not known: simulations take them as 0.")
-    if told["reward"] is not None:
-        lines.append(f"Mean reward {told['reward']:.3f}.")
+        lines.append("Tool times are unknown; simulations assume 0.")
+    if facts["reward"] is not None:
+        lines.append(f"Mean reward {facts['reward']:.3f}.")
     return [*lines, *bars(measured.lengths)]
 
 
 def bars(lengths: list[int]) -> list[str]:
-    """Trajectories by generated tokens, a bar for each doubling."""
+    """Histogram of generated tokens per trajectory, one bar for each doubling."""
     if not lengths:
         return []
     bins: dict[int, int] = {}
@@ -80,14 +80,14 @@ def bars(lengths: list[int]) -> list[str]:
     return ["", "tokens from   trajectories", *rows]
 
 
-def _samples(told: dict[str, Any]) -> str:
-    samples = told["samples"]
+def _samples(facts: dict[str, Any]) -> str:
+    samples = facts["samples"]
     if samples is None or samples["max"] == 1:
         return ""
     span = f"{samples['min']}" if samples["min"] == samples["max"] else f"{samples['min']} to {samples['max']}"
     return f", {span} samples each"
 
 
-def _turns(told: dict[str, Any]) -> str:
-    steps = told["steps"]
+def _turns(facts: dict[str, Any]) -> str:
+    steps = facts["steps"]
     return "" if steps is None else f", {count(steps['p50'])} turns in the median, {count(steps['max'])} at most"

@@ -19,8 +19,8 @@ GRACE_S = 10.0
 """Seconds after the budget at which the process ends itself, in case this one is dead and cannot stop it."""
 
 CPU_SHARE = 0.01
-"""Share of the host's CPU time since the first step, over all cores: on a host whose every core is busy, a step takes longer by what the twin
-takes (bench/auto/cost.py). A GPU host has enough cores to judge every step."""
+"""Share of the host's CPU time since the first step, over all cores: on a host whose every core is busy, a step takes longer by what the
+twin takes (bench/auto/cost.py). A GPU host has enough cores to judge every step."""
 
 FREE_CPU_S = 60.0
 """CPU seconds granted beyond that share, once per run, so that a short run on a small machine is judged at every step."""

@@ -92,7 +92,7 @@ async def test_another_scheduler_is_never_called(capsys):
     ("preempt", "scheduler", "off", "word"),
     [
         ({"enable": True}, HeddleScheduler, [None, None], None),
-        ({"enable": True}, HeddleScheduler, [None, "not checked with a KV connector"], "KV connector"),
+        ({"enable": True}, HeddleScheduler, [None, "not tested with a KV connector"], "KV connector"),
         ({"enable": True}, Scheduler, [None], "does not run heddle's scheduler"),
         ({"enable": False}, HeddleScheduler, ["not enabled"], None),
         (None, Scheduler, [None], None),

@@ -6,9 +6,9 @@ engine's); the other homes have no servers and do nothing. So verl's trainer, we
 assigns each trainer rank to its engine, and the router gets the list of servers.
 
 A layout changes between steps, after verl has put all replicas to sleep and before it sends weights: the last home to fall asleep makes
-the change. Engines outside the layout stay asleep, at most `heddle.layout.engines` on a GPU; above that limit the least recently used engine is
-shut down, and launched again when needed. If an engine cannot be launched, the layout does not change. If an engine dies, the run returns
-to its first layout before the next rollout and keeps it (`repair`).
+the change. Engines outside the layout stay asleep, at most `heddle.layout.engines` on a GPU; above that limit the least recently used
+engine is shut down, and launched again when needed. If an engine cannot be launched, the layout does not change. If an engine dies, the run
+returns to its first layout before the next rollout and keeps it (`repair`).
 """
 
 from __future__ import annotations
@@ -266,7 +266,7 @@ class Layouts:
     # --- repair after an engine of the layout has died before the step ------------------------------------------------------
 
     def repair(self, global_steps: int) -> None:
-        """If an engine of the layout is dead, return to the run's first layout for good, launching missing engines, with this step's weights.
+        """If an engine of the layout is dead, return to the run's first layout for good: launch missing engines, send this step's weights.
 
         If the repair fails, or the run has used up its repairs, the run goes on with the live replicas.
         """

@@ -3,9 +3,9 @@
 `gate` registers them over verl's `vllm` replica.
 
 Reporting: verl returns neither number (`num_preempted` is None on current vLLM), but both reach the server process: the engine core sends
-timestamped QUEUED / SCHEDULED / PREEMPTED events with its outputs if statistics are on (`rollout.disable_log_stats=False`, set by the flag).
-The server reads the events and puts the sums into `TokenOutput.extra_fields["heddle"]`. The client removes them, so agent loops see what
-stock verl returns.
+timestamped QUEUED / SCHEDULED / PREEMPTED events with its outputs if statistics are on (`rollout.disable_log_stats=False`, set by the
+flag). The server reads the events and puts the sums into `TokenOutput.extra_fields["heddle"]`. The client removes them, so agent loops see
+what stock verl returns.
 
 Settings: `rollout.custom.heddle.preempt` (set by the flag) goes into the server's environment, which the engine processes inherit. After
 launch the server asks the scheduler whether preemption is on, and logs a difference. With `data_parallel_size` above 1 a server has several
@@ -211,7 +211,7 @@ class HeddleHttpServer(vLLMHttpServer):
         return await asyncio.gather(*(core._call_utility_async(method, *args, engine=engine) for engine in engines))
 
     async def heddle_facts(self) -> dict[str, int | None]:
-        """The engine's facts from vLLM's config: `tp`, `slots`, `kv_tokens` (KV cache capacity, None if unknown), `caches` (prefix caching),
+        """The engine's facts from vLLM's config: `tp`, `slots`, `kv_tokens` (KV capacity, None if unknown), `caches` (prefix caching),
         `tier` (evicted KV cache is kept in host memory), and `calls` (concurrent calls of this actor)."""
         made = self.engine.vllm_config
         engines = made.parallel_config.data_parallel_size

@@ -142,8 +142,8 @@ def test_what_weakens_heddle_is_a_warning(override, word):
 VLLM = "actor_rollout_ref.rollout.engine_kwargs.vllm"
 
 TAKEN = {
-    "its scheduler": (["~" + VLLM], ["priority under way", "preemption"]),
-    "another scheduler": ([f"{VLLM}.scheduler_cls=theirs.Scheduler"], ["priority under way", "preemption"]),
+    "its scheduler": (["~" + VLLM], ["priority updates", "preemption"]),
+    "another scheduler": ([f"{VLLM}.scheduler_cls=theirs.Scheduler"], ["priority updates", "preemption"]),
     "a KV connector": ([f"+{VLLM}={{kv_transfer_config: {{kv_connector: NixlConnector}}}}"], ["preemption"]),
     "speculative decoding": ([f"+{VLLM}.speculative_config={{method: ngram}}"], ["preemption"]),
     "verl's speculative decoding": (
@@ -185,7 +185,7 @@ def test_the_table_shows_what_is_off_by_choice():
     config = compose([*BASE, "+plugin=heddle"])
     off = {row.part: row.why for row in parts.table(config, lint.options_or_none(config)) if not row.on}
     assert off == {
-        "priority under way": "heddle.priority.order=arrival",
+        "priority updates": "heddle.priority.order=arrival",
         "preemption": "heddle.preempt.enable=false",
         "admission": "replaced by heddle.residents",
         "offload": "heddle.offload.enable=false",

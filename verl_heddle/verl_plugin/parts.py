@@ -67,7 +67,7 @@ def asked(options: Options) -> dict[str, str]:
         "queueing": "",
         "tools": unless(options.tools.enable, "heddle.tools.enable=false", policy=False),
         "priority": unless(options.priority.enable, "heddle.priority.enable=false"),
-        "priority under way": unless(
+        "priority updates": unless(
             options.priority.enable and options.priority.refresh_s > 0 and options.priority.order == "longest",
             "heddle.priority.order=arrival" if options.priority.order == "arrival" else "heddle.priority.refresh_s=0",
         ),
@@ -100,7 +100,7 @@ DOES = {
     "queueing": "separates queueing from generation, and counts preemptions",
     "tools": "watches tool calls for hangs",
     "priority": "runs queued turns in heddle's order: validation first, or the longest predicted",
-    "priority under way": "updates a turn's priority when its prediction changes",
+    "priority updates": "updates a turn's priority when its prediction changes",
     "preemption": "gives a running turn's slot to a more urgent one",
     "residents": "admits trajectories while the KV cache has room, and keeps their contexts resident during tool calls",
     "admission": "limits the turns in flight, and holds the others in the router",
@@ -220,7 +220,7 @@ def engine_connector(config: DictConfig) -> str | None:
 def _engine(config: DictConfig) -> list[Loss]:
     """vLLM settings that heddle's scheduler cannot work with, or that contradict what heddle assumes about the engine."""
     found = []
-    ours = ("preemption", "priority under way", "stopping")
+    ours = ("preemption", "priority updates", "stopping")
     if get(config, f"{VLLM}.scheduler_cls") != SCHEDULER:
         text = "no preemption on arrival, no new priorities for turns in flight, and unneeded samples run to the end of their turn"
         found.append(Loss(ours, f"{VLLM}.scheduler_cls is not heddle's: {text}; do not set the key"))

@@ -154,9 +154,9 @@ def test_doctor_checks_the_jobs_of_a_sweep(doctor):
 @pytest.mark.parametrize(
     ("override", "word"),
     [
-        ("actor_rollout_ref.rollout.skip_rollout=true", "actor_rollout_ref.rollout.skip_rollout left verl in 0.8.0"),
-        ("reward_model.strategy=fsdp", "reward_model.strategy left verl in 0.7.1"),
-        ("ray_init.num_cpus=8", "ray_init left verl in 0.6.0; ray_kwargs.ray_init has taken its place"),
+        ("actor_rollout_ref.rollout.skip_rollout=true", "actor_rollout_ref.rollout.skip_rollout was removed in verl 0.8.0"),
+        ("reward_model.strategy=fsdp", "reward_model.strategy was removed in verl 0.7.1"),
+        ("ray_init.num_cpus=8", "ray_init was removed in verl 0.6.0; use ray_kwargs.ray_init instead"),
         ("trainer.nonsense=1", "Could not override 'trainer.nonsense'"),
     ],
 )

@@ -142,8 +142,8 @@ def test_what_weakens_heddle_is_a_warning(override, word):
 VLLM = "actor_rollout_ref.rollout.engine_kwargs.vllm"
 
 TAKEN = {
-    "its scheduler": (["~" + VLLM], ["priority under way", "preemption"]),
-    "another scheduler": ([f"{VLLM}.scheduler_cls=theirs.Scheduler"], ["priority under way", "preemption"]),
+    "its scheduler": (["~" + VLLM], ["priority updates", "preemption"]),
+    "another scheduler": ([f"{VLLM}.scheduler_cls=theirs.Scheduler"], ["priority updates", "preemption"]),
     "a KV connector": ([f"+{VLLM}={{kv_transfer_config: {{kv_connector: NixlConnector}}}}"], ["preemption"]),
     "speculative decoding": ([f"+{VLLM}.speculative_config={{method: ngram}}"], ["preemption"]),
     "verl's speculative decoding": (
@@ -185,9 +185,9 @@ def test_the_table_shows_what_is_off_by_choice():
     config = compose([*BASE, "+plugin=heddle"])
     off = {row.part: row.why for row in parts.table(config, lint.options_or_none(config)) if not row.on}
     assert off == {
-        "priority under way": "heddle.priority.order=arrival",
+        "priority updates": "heddle.priority.order=arrival",
         "preemption": "heddle.preempt.enable=false",
-        "admission": "heddle.residents does it",
+        "admission": "replaced by heddle.residents",
         "offload": "heddle.offload.enable=false",
         "prediction": "no part needs it",
         "checkpoint": "no part learns",
@@ -204,13 +204,18 @@ def test_what_resident_sets_cannot_work_with_is_said():
     ours = [*BASE, "+plugin=heddle"]
     config = compose(ours)
     on = {row.part: row.why for row in parts.table(config, lint.options_or_none(config))}
-    assert on["residents"] == parts.DOES["residents"] and on["admission"] == "heddle.residents does it" and lint.lint(config) == []
-    for key, text in (("full_determinism=true", "placed by hash"), ("enable_prefix_caching=false", "nothing is held through a tool call")):
+    assert on["residents"] == parts.DOES["residents"] and on["admission"] == "replaced by heddle.residents" and lint.lint(config) == []
+    for key, text in (
+        ("full_determinism=true", "assigned to replicas by hash"),
+        ("enable_prefix_caching=false", "nothing stays resident during a tool call"),
+    ):
         findings = lint.lint(compose([*ours, f"actor_rollout_ref.rollout.{key}"]))
         assert len(findings) == 1 and not findings[0].fatal and text in findings[0].text
     for tier in ("kv_offloading_size=100", "kv_transfer_config={kv_connector: OffloadingConnector}"):
         findings = lint.lint(compose([*ours, f"+{VLLM}.{tier}"]))
-        assert len(findings) == 1 and not findings[0].fatal and "(OffloadingConnector): evicted contexts come back" in findings[0].text
+        assert (
+            len(findings) == 1 and not findings[0].fatal and "(OffloadingConnector): evicted contexts are loaded back" in findings[0].text
+        )
     (tier, old) = lint.lint(compose([*ours, f"+{VLLM}.kv_transfer_config={{kv_connector: LMCacheConnectorV1}}"]))
     assert "evicted contexts" in tier.text and old.grave and "contexts of the old weights" in old.text
     planned = compose([*ours, "heddle.place.enable=true"])
@@ -229,8 +234,8 @@ def test_offload_is_handed_on_or_refused():
         "trainer.device=cpu": "needs CUDA",
         f"+{VLLM}.kv_offloading_size=10": "kv_offloading_size both set vLLM's KV connector",
         f"+{VLLM}.kv_transfer_config={{kv_connector: NixlConnector}}": "kv_transfer_config both set",
-        "actor_rollout_ref.rollout.enable_prefix_caching=false": "by which contexts are found again",
-        "heddle.layout.enable=true": "sleeping engines would pin memory",
+        "actor_rollout_ref.rollout.enable_prefix_caching=false": "to find offloaded contexts",
+        "heddle.layout.enable=true": "sleeping engines would pin host memory",
         "heddle.offload.host_share=0": "host_share must lie",
         "heddle.offload.gib=0": "gib must be positive",
     }.items():
@@ -321,11 +326,11 @@ LAYOUT = [
         (["heddle.layout.times=qwen3-8b/h200", "actor_rollout_ref.rollout.gpu_memory_utilization=0.02"], "in 0.02 of the memory"),
         (["heddle.layout.fixed=[4,4]", "heddle.observe=true"], "observe"),
         (["heddle.layout.fixed=[4,4]", "actor_rollout_ref.rollout.tensor_model_parallel_size=2"], "set it to 1"),
-        (["heddle.layout.fixed=[4,4]", "actor_rollout_ref.rollout.custom=null"], "without effect"),
-        (["heddle.layout.fixed=[4,4]", "actor_rollout_ref.model.lora_rank=8"], "does not go with LoRA"),
-        (["heddle.layout.fixed=[4,4]", "actor_rollout_ref.model.lora.rank=8"], "does not go with LoRA"),
-        (["heddle.layout.schedule={1: [8], 5: [4,4]}", "+actor_rollout_ref.rollout.enable_sleep_mode=false"], "give their memory back"),
-        (["heddle.layout.times=qwen3-8b/h200", "actor_rollout_ref.rollout.free_cache_engine=false"], "give their memory back"),
+        (["heddle.layout.fixed=[4,4]", "actor_rollout_ref.rollout.custom=null"], "would have no effect"),
+        (["heddle.layout.fixed=[4,4]", "actor_rollout_ref.model.lora_rank=8"], "does not work with unmerged LoRA"),
+        (["heddle.layout.fixed=[4,4]", "actor_rollout_ref.model.lora.rank=8"], "does not work with unmerged LoRA"),
+        (["heddle.layout.schedule={1: [8], 5: [4,4]}", "+actor_rollout_ref.rollout.enable_sleep_mode=false"], "free their memory"),
+        (["heddle.layout.times=qwen3-8b/h200", "actor_rollout_ref.rollout.free_cache_engine=false"], "free their memory"),
     ],
 )
 def test_layouts_that_cannot_be_are_refused_with_the_reason(overrides, word, tmp_path):

@@ -40,7 +40,9 @@ def test_a_start_is_refused_only_where_a_node_lacks_the_package(monkeypatch, cap
     monkeypatch.setattr(nodes, "_ask_cluster", lambda config: 1 / 0)
     start(config)
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 2 and "could not be asked (ZeroDivisionError" in said[0] and " on (" in said[1], "a run that stock would do goes on"
+    assert len(said) == 2 and "could not check that every node has verl-heddle (ZeroDivisionError" in said[0] and " on (" in said[1], (
+        "a run that stock would do goes on"
+    )
 
 
 def test_without_a_cluster_nobody_is_asked(monkeypatch, tmp_path):

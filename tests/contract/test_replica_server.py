@@ -92,8 +92,8 @@ async def test_another_scheduler_is_never_called(capsys):
     ("preempt", "scheduler", "off", "word"),
     [
         ({"enable": True}, HeddleScheduler, [None, None], None),
-        ({"enable": True}, HeddleScheduler, [None, "not checked with a KV connector"], "KV connector"),
-        ({"enable": True}, Scheduler, [None], "another scheduler"),
+        ({"enable": True}, HeddleScheduler, [None, "not tested with a KV connector"], "KV connector"),
+        ({"enable": True}, Scheduler, [None], "does not run heddle's scheduler"),
         ({"enable": False}, HeddleScheduler, ["not enabled"], None),
         (None, Scheduler, [None], None),
     ],
@@ -224,8 +224,8 @@ async def test_verl_empties_the_host_tier_with_every_weight_update(mode, call):
     [
         ({"gib": None}, 40.0, "is kept in 40.0 GiB"),
         ({"gib": 12}, 12.0, "is kept in 12.0 GiB"),
-        ({"gib": 790}, None, "OFF: 790.0 GiB would be its part, of 800.0 GiB"),
-        ({"gib": None, "host_share": 0.001}, None, "OFF: 0.1 GiB would be its part"),
+        ({"gib": 790}, None, "OFF: its share would be 790.0 GiB of the host's 800.0 GiB"),
+        ({"gib": None, "host_share": 0.001}, None, "OFF: its share would be 0.1 GiB"),
         ({"enable": False}, None, None),
     ],
 )

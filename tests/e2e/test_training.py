@@ -93,7 +93,7 @@ def test_what_was_learnt_comes_back_with_verls_checkpoint(train, longest):
     path = f"trainer.resume_from_path={checkpoint}"
     run = train("resumed", "+plugin=heddle", *PREDICTING, "trainer.resume_mode=resume_path", path, steps=2)
     assert run.code == 0, run.log[-3000:]
-    assert [line for line in run.said if "lengths learnt until global_step_1 are back" in line]
+    assert [line for line in run.said if "restored the lengths learned up to global_step_1" in line]
     assert list(run.steps) == [2]
     # The same prompts again: it knows each of them now.
     first = {item.prompt_id: item.steps[0].predicted_remaining for item in read(run.trace)}

@@ -1,8 +1,8 @@
-"""GRPO with a weight for each sample, under a name of verl's registry of advantage estimators: the corrected mode of shaping.
+"""GRPO with a weight for each sample, registered as one of verl's advantage estimators: the corrected mode of shaping.
 
-verl hands an estimator rewards, masks and group names, no more; so the weights are asked of the shaper, which lives in the same process, by
-the group's name and the tokens each row has generated. Without weights it is verl's own `grpo`, number for number, but for agent loops that
-return several rows for a trajectory: there verl looks at the last one only, which cannot be told here, and this one refuses.
+verl passes an estimator only rewards, masks and group names. The weights come from the shaper in the same process, looked up by group name
+and by the tokens each row has generated. Without weights the result equals verl's `grpo` exactly, with one exception: if an agent loop
+returns several rows for a trajectory, verl uses the last row, which cannot be identified here, so this estimator raises.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from verl_heddle.shape.shaper import Shaper
 from verl_heddle.verl_plugin.settings import ADVANTAGES
 
 SHAPER: Shaper | None = None
-"""Of this process; the manager puts it here."""
+"""This process's shaper, set by the manager."""
 
 
 @register_adv_est(ADVANTAGES)
 def weighted_grpo(
     token_level_rewards: torch.Tensor, response_mask: torch.Tensor, index: Any, config: Any = None, **_: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """verl's contract: advantages and returns, both of the shape of `response_mask`, rows by tokens.
+    """Returns advantages and returns, as verl requires; both have the shape of `response_mask`, (rows, tokens).
 
     Args:
         index: group (uid) of each row.
 
     Raises:
-        ValueError: a group has more rows than samples that are trained on.
+        ValueError: a group has more rows than samples to train on.
     """
     by_deviation = True if config is None else bool(config.get("norm_adv_by_std_in_grpo", True))
     rewards, tokens = token_level_rewards.sum(dim=-1).tolist(), response_mask.sum(dim=-1).tolist()
@@ -44,7 +44,7 @@ def weighted_grpo(
         if SHAPER is not None:
             if len(rows) > SHAPER.size:
                 raise ValueError(
-                    f"group {uid} has {len(rows)} rows for {SHAPER.size} samples: {ADVANTAGES} does not know agent loops that return "
+                    f"group {uid} has {len(rows)} rows for {SHAPER.size} samples: {ADVANTAGES} does not support agent loops that return "
                     "several rows for a trajectory; set algorithm.adv_estimator=grpo heddle.shape.corrected=false"
                 )
             weights = SHAPER.weights(uid, [int(tokens[row]) for row in rows])

@@ -1,8 +1,8 @@
-"""What has been learnt of lengths, kept with verl's checkpoints: `global_step_N/heddle/`, `predictor.bin` and, with shaping, `shape.json`.
+"""Saves the learned lengths with verl's checkpoints, in `global_step_N/heddle/`: `predictor.bin` and, with shaping, `shape.json`.
 
-Saved by verl's checkpoint callback (`trainer.checkpoint_callback_class`), in the task runner, after verl's own files are written; read when
-the agent-loop manager starts, from the folder verl is about to resume from. Neither ever fails a run: a checkpoint without it, or one that
-does not fit, means a cold start, and one line says so.
+verl's checkpoint callback (`trainer.checkpoint_callback_class`) saves them in the task runner after verl has written its own files. The
+agent-loop manager reads them at start from the folder that verl resumes from. Neither can fail a run: a missing or unusable state means a
+cold start, which is logged in one line.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ class HeddleCheckpoint(CheckpointCallback):
     def on_save(self, trainer: Any, global_step: int, checkpoint_dir: str, async_save: bool = False, **kwargs: Any) -> None:
         try:
             manager = trainer.agent_loop_manager
-            if hasattr(manager, "router") and manager.options.predict.checkpoint:  # otherwise it is verl's own
+            if hasattr(manager, "router") and manager.options.predict.checkpoint:  # without a router it is verl's own manager
                 state = _learnt(manager)
                 if state is not None:
                     _write(os.path.join(checkpoint_dir, FILE), state)
                 if manager.planner is not None:
                     _write(os.path.join(checkpoint_dir, SHAPE_FILE), json.dumps(manager.planner.shaper.state()).encode())
         except Exception as error:
-            log_once(f"what was learnt of lengths is not in the checkpoint of step {global_step} ({type(error).__name__}: {error})")
-        flush_all()  # a run that goes on from here has the trace up to here
+            log_once(f"the learned lengths are not in the checkpoint of step {global_step} ({type(error).__name__}: {error})")
+        flush_all()  # so that a run resumed from here has a complete trace
 
 
 def _learnt(manager: Any) -> bytes | None:
-    """As the router knows it; of a router that does not answer, as of the step before."""
+    """The router's state; if the router does not answer, its state after the previous step."""
     try:
         return ray.get(manager.router.learnt.remote(), timeout=manager.options.deadlines.router_s)
     except Exception:
@@ -50,26 +50,28 @@ def _learnt(manager: Any) -> bytes | None:
 
 
 def restore(manager: Any, config: Any) -> None:
-    """Give the router what the checkpoint that verl resumes from holds, if it resumes from one."""
+    """Load the learned lengths from the checkpoint that verl resumes from, if any, into the router."""
     try:
         folder = resumed_from(config.trainer)
         if folder is None or not manager.options.predict.checkpoint or manager.options.observe:
             return
-        if manager.planner is not None:  # shaping knows prompts also where nobody predicts
+        if manager.planner is not None:  # shaping learns prompts even without prediction
             _restore_shaping(manager.planner, os.path.join(folder, SHAPE_FILE))
         path = os.path.join(folder, FILE)
         if not os.path.exists(path):
-            log(f"no lengths were learnt in {folder}: predictions start cold")
+            log(f"{folder} holds no learned lengths: predictions start cold")
             return
         with open(path, "rb") as file:
             state = file.read()
         manager.learnt = state
         why_not = ray.get(manager.router.learn_again.remote(state), timeout=manager.options.deadlines.router_s)
         log(
-            f"lengths learnt until {os.path.basename(folder)} are back" if why_not is None else f"{path}: {why_not}: predictions start cold"
+            f"restored the lengths learned up to {os.path.basename(folder)}"
+            if why_not is None
+            else f"{path}: {why_not}: predictions start cold"
         )
     except Exception as error:
-        log(f"what was learnt of lengths could not be read ({type(error).__name__}: {error}): predictions start cold")
+        log(f"the learned lengths could not be read ({type(error).__name__}: {error}): predictions start cold")
 
 
 def _restore_shaping(planner: Any, path: str) -> None:
@@ -77,11 +79,11 @@ def _restore_shaping(planner: Any, path: str) -> None:
         with open(path, "rb") as file:
             planner.shaper.restore(json.load(file))
     except (OSError, ValueError) as error:
-        log(f"{path}: {error}: shaping starts without what was known of prompts")
+        log(f"{path}: {error}: shaping starts without its record of prompts")
 
 
 def resumed_from(trainer: Any) -> str | None:
-    """The checkpoint folder verl resumes from under this `trainer` config, by its own rules; None for a fresh start."""
+    """The checkpoint folder that verl resumes from under this `trainer` config; None for a fresh start."""
     if trainer.resume_mode == "disable":
         return None
     if trainer.resume_mode == "resume_path":

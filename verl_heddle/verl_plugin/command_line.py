@@ -1,9 +1,8 @@
-"""A verl command line as the shell, Python and Hydra would read it: environment, program, Hydra's options, overrides.
+"""Parses a verl command line as the shell, Python and Hydra would: environment, program, Hydra's options, overrides.
 
-A command names its program somewhere behind wrappers: `A=1 nohup env B=2 python -u -m my.main ...`, `ray job submit ... -- C=3 python
-x.py ...`, `torchrun ... x.py ...`, `bash -c "..."`. Words before the program that assign a variable are its environment; what follows the
-program goes through Hydra's own argument parser. Which configuration a program composes is read from its source (`@hydra.main`), which is
-never run.
+The program may follow wrappers: `A=1 nohup env B=2 python -u -m my.main ...`, `ray job submit ... -- C=3 python x.py ...`,
+`torchrun ... x.py ...`, `bash -c "..."`. Variable assignments before the program form its environment; words after it go through Hydra's
+own argument parser. The configuration that a program composes is read from its source (`@hydra.main`), which is never executed.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ _ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
 _OVERRIDE = re.compile(r"[+~]|[^-\s=/][^\s=]*=")
 _SHELL_ENDS = re.compile(r"\||\|\||&&|&|;|[0-9&]*>.*|<.*")
 _WITH_VALUE = ("-W", "-X", "--check-hash-based-pycs")
-"""Options of Python that take the next word."""
+"""Python options that take the next word as their value."""
 
 
 @dataclass(frozen=True, slots=True)
 class Main:
-    """A program that Hydra configures. `config_path` and `config_name` as `@hydra.main` has them; None where it has none."""
+    """A program that Hydra configures; `config_path` and `config_name` come from `@hydra.main`, None if it does not set them."""
 
     file: Path
     config_path: str | None
@@ -41,10 +40,10 @@ class Main:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A command line, read.
+    """A parsed command line.
 
-    `program` is the program in the user's words, empty where the command consists of overrides alone (verl's main is meant). `main` is
-    where its configuration comes from; None where that cannot be told. `unread` says in plain words what of the command could not be read.
+    `program` is the program as the user wrote it, empty if the command is only overrides (which means verl's main). `main` is the source of
+    its configuration; None if unknown. `unread` lists, as messages, the parts of the command that could not be read.
     """
 
     overrides: tuple[str, ...] = ()
@@ -59,12 +58,12 @@ class Command:
 
 
 def read(words: Sequence[str]) -> Command:
-    """Read a command line, given as words or as one word that holds all of it, as it stands in a script.
+    """Parse a command line, given as words or as a single word that holds the whole line, as written in a script.
 
     Raises:
-        ValueError: Hydra's own parser refuses the arguments, or quotes do not match; one line.
+        ValueError: Hydra's parser refuses the arguments, or the quotes do not match; one line.
     """
-    words = [word for word in words if word.strip(" \t\r\n\\")]  # a backslash with blanks behind it continues no line, and leaves this
+    words = [word for word in words if word.strip(" \t\r\n\\")]  # a backslash before trailing blanks leaves a word of blanks
     if len(words) == 1 and any(_PYTHON.fullmatch(os.path.basename(word)) for word in _split(words[0])):
         words = _split(words[0])
     environment: dict[str, str] = {}
@@ -78,23 +77,23 @@ def read(words: Sequence[str]) -> Command:
             return _hydra(word, _script(word), words[i + 1 :], environment)
         if name in ("torchrun", "accelerate"):
             return _python(words[i + 1 :], environment)
-        if word == VERL_MAIN:  # the command without its python -m
+        if word == VERL_MAIN:  # without `python -m`
             return _hydra(word, verl_main(), words[i + 1 :], environment)
         if _ASSIGNMENT.match(word):
             variable, _, value = word.partition("=")
             environment[variable] = value
     if words and not (_OVERRIDE.match(words[0]) or words[0].startswith("-")):
-        return Command(program=words[0], unread=(f"{words[0]!r} is not a Python program: what it runs was not checked",))
+        return Command(program=words[0], unread=(f"{words[0]!r} is not a Python program, so the program that it runs was not checked",))
     return _hydra("", verl_main(), words, {})
 
 
 def verl_main() -> Path | None:
-    """The file of verl's own trainer; None where verl is not installed."""
+    """The file of verl's own trainer; None if verl is not installed."""
     return _module(VERL_MAIN, {})
 
 
 def _split(text: str) -> list[str]:
-    """The words of the command that runs Python, or of the only one, in a piece of a shell script."""
+    """The words of the Python command in a piece of shell script; of the first command if none runs Python."""
     words = shlex.split(re.sub(r"\\[ \t]*\r?\n", " ", text), comments=True)
     ends = [i for i, word in enumerate(words) if _SHELL_ENDS.fullmatch(word) or word.endswith(";")]
     begins = next((i for i, word in enumerate(words) if _PYTHON.fullmatch(os.path.basename(word))), 0)
@@ -110,13 +109,13 @@ def _shell(words: Sequence[str], environment: dict[str, str]) -> Command:
             return Command(**{**{name: getattr(inner, name) for name in Command.__slots__}, "environment": found})
         if not word.startswith("-"):
             break
-    what = next((word for word in words[1:] if not word.startswith("-")), "its input")
-    why = f"what the script {what} runs was not checked: put `verl-heddle doctor --` before the command inside it"
+    script = next((word for word in words[1:] if not word.startswith("-")), "its input")
+    why = f"the command inside {script} was not checked: put `verl-heddle doctor --` before it in the script"
     return Command(program=" ".join(words[:2]), environment=environment, unread=(why,))
 
 
 def _python(words: Sequence[str], environment: dict[str, str]) -> Command:
-    """What follows `python` or a launcher: the program is behind the first -m, or the first word that is a file."""
+    """Parse the words after `python` or a launcher: the program follows the first -m, or is the first .py file."""
     i = 0
     while i < len(words):
         word = words[i]
@@ -138,7 +137,7 @@ def _python(words: Sequence[str], environment: dict[str, str]) -> Command:
 
 
 _RUNNERS = ("torch.distributed.run", "torch.distributed.launch", "accelerate.commands.launch", "debugpy", "cProfile", "pdb", "coverage")
-"""Modules that run another."""
+"""Modules that run a different module."""
 
 
 def _hydra(program: str, file: Path | None, arguments: Sequence[str], environment: dict[str, str]) -> Command:
@@ -154,16 +153,12 @@ def _hydra(program: str, file: Path | None, arguments: Sequence[str], environmen
     main = configured(file, environment) if file is not None else None
     unread = []
     if file is None:
-        unread.append(
-            f"{program} is not found from here: which configuration it composes was not checked"
-            if program
-            else "verl is not installed here"
-        )
+        unread.append(f"{program} was not found, so its configuration was not checked" if program else "verl is not installed here")
     elif main is None:
-        unread.append(f"{program} has no @hydra.main that can be read: which configuration it composes was not checked")
+        unread.append(f"{program} has no readable @hydra.main, so its configuration was not checked")
     elif not _runs_v1(main.file):
         unread.append(
-            f"{program} does not name verl's v1 trainer (main_ppo, TaskRunnerV1), which heddle needs: whether it runs it was not checked"
+            f"{program} does not mention verl's v1 trainer (main_ppo, TaskRunnerV1), which heddle needs: whether it uses it was not checked"
         )
     return Command(
         tuple(given.overrides),
@@ -183,7 +178,7 @@ def _script(word: str) -> Path | None:
 
 
 def _module(name: str, environment: dict[str, str]) -> Path | None:
-    """The file of a module, found without importing its package; None where there is none."""
+    """The file of a module, found without importing its package; None if there is none."""
     for folder in _search_path(environment):
         base = Path(folder or ".").joinpath(*name.split("."))
         for file in (base.with_name(base.name + ".py"), base / "__main__.py"):
@@ -210,7 +205,7 @@ def _search_path(environment: dict[str, str]) -> Iterator[str]:
 
 
 def configured(file: Path, environment: dict[str, str], deep: bool = True) -> Main | None:
-    """What `@hydra.main` of a file says, or of the file from which it imports its main; None where there is none to read."""
+    """The `@hydra.main` of a file, or of the file it imports its main from; None if there is none."""
     try:
         tree = ast.parse(file.read_text(encoding="utf-8", errors="replace"))
     except (OSError, SyntaxError, ValueError):
@@ -244,5 +239,5 @@ def _decorated(file: Path, decorator: ast.Call) -> Main | None:
 
 
 def _runs_v1(file: Path) -> bool:
-    """Whether a program's source speaks of verl's v1 trainer."""
+    """Whether a program's source mentions verl's v1 trainer."""
     return re.search(r"TaskRunnerV1|get_trainer_cls", file.read_text(encoding="utf-8", errors="replace")) is not None

@@ -1,8 +1,7 @@
-"""Every place where we touch verl, vLLM and Ray, as data: what we rely on, what is lost without it, and a check against the
-installed package.
+"""Lists every seam where heddle touches verl, vLLM and Ray: what it relies on, what is lost without it, and a check of what is installed.
 
-`gate` requires the seams marked `needed` before it hands out our classes; `verl-heddle doctor` prints them all; the contract tests run them
-against each supported release. A check imports what it checks, so running all of them costs verl's and vLLM's import time.
+`gate` requires the seams marked `needed` before it provides heddle's classes, `verl-heddle doctor` prints them all, and the contract tests
+run them against each supported release. A check imports what it checks, so running all of them costs verl's and vLLM's import time.
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ from importlib import import_module, metadata
 from typing import Any
 
 SUPPORTED = {"verl": ("0.9.1",), "vllm": ("0.24.0", "0.27.1", "0.31.0")}
-"""Releases the contract tests run against. Others may work: the seams decide."""
+"""Releases that the contract tests run against. Other releases may work: the seam checks decide."""
 
 
 @dataclass(frozen=True, slots=True)
 class Seam:
-    """`check` raises if the seam is not as we know it. `needed`: without it heddle switches itself off."""
+    """`check` raises if the seam is not as expected. `needed`: heddle switches itself off without it."""
 
     name: str
     consequence: str
@@ -29,7 +28,7 @@ class Seam:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """`error` is None when the seam is as we know it."""
+    """`error` is None if the seam is as expected."""
 
     seam: Seam
     error: str | None
@@ -44,10 +43,10 @@ def _attribute(path: str) -> Any:
 
 
 def takes(path: str, *parameters: str) -> None:
-    """Check that the callable at "module:attribute" has these parameters (a `**kwargs` takes any).
+    """Check that the callable at "module:attribute" accepts these parameters (`**kwargs` accepts any).
 
     Raises:
-        ImportError, AttributeError, TypeError: it does not.
+        ImportError, AttributeError, TypeError: the callable is missing or lacks a parameter.
     """
     found = inspect.signature(_attribute(path)).parameters
     if any(p.kind is p.VAR_KEYWORD for p in found.values()):
@@ -61,7 +60,7 @@ def has(path: str, *attributes: str) -> None:
     """Check that the object at "module:attribute" has these attributes.
 
     Raises:
-        ImportError, AttributeError: it does not.
+        ImportError, AttributeError: the object or an attribute is missing.
     """
     thing = _attribute(path)
     missing = [name for name in attributes if not hasattr(thing, name)]
@@ -112,7 +111,7 @@ def _router() -> None:
     methods = [name for name in vars(protocol) if not name.startswith("_")]
     missing = [name for name in methods if not hasattr(HeddleRouter, name)]
     if missing:
-        raise TypeError(f"verl's load-balancer protocol asks for {', '.join(missing)}")
+        raise TypeError(f"verl's load-balancer protocol requires {', '.join(missing)}")
     takes("verl.workers.rollout.router:get_router_handle", "servers", "router_config_path")
     _fields("verl.workers.config.rollout:RolloutConfig", "router_config_path", "scheduling_policy", "disable_log_stats")
 
@@ -144,7 +143,7 @@ def _engine_events() -> None:
 
     kinds = _attribute("vllm.v1.engine:EngineCoreEventType")
     if (kinds.QUEUED, kinds.SCHEDULED, kinds.PREEMPTED) != (life.QUEUED, life.SCHEDULED, life.PREEMPTED):
-        raise TypeError("vLLM numbers its request events differently")
+        raise TypeError("vLLM's request events have different numbers")
     _fields_or_annotations("vllm.v1.engine:EngineCoreOutput", "request_id", "events")
     takes("vllm.v1.engine.output_processor:OutputProcessor.process_outputs", "engine_core_outputs")
 
@@ -197,7 +196,7 @@ def _weight_updates() -> None:
 
     methods = [cls.__name__ for cls in HeddleAsyncClient.__mro__ if "generate" in vars(cls)]
     if methods != ["HeddleAsyncClient", "FullyAsyncLLMServerClient", HeddleClient.__name__, "LLMServerClient"]:
-        raise TypeError(f"a generation goes through {', '.join(methods)}")
+        raise TypeError(f"the classes that define generate are {', '.join(methods)}")
     takes(f"{SERVER}:vLLMHttpServer._park_until_admitted", "request_id")
     has(f"{SERVER}:vLLMHttpServer", "abort_all_requests", "open_submission_gate")
     takes(f"{SERVER}:vLLMReplica.abort_all_requests", "reject_request")
@@ -210,26 +209,26 @@ def _trainer() -> None:
 
 
 SEAMS = (
-    Seam("trainer: v1 sync", "heddle has no trainer to plug into", _trainer),
+    Seam("trainer: v1 sync", "no trainer to plug into: heddle off", _trainer),
     Seam("agent-loop manager by config key", "no trajectory identity: heddle off", _manager),
     Seam("agent-loop worker methods", "no trajectory identity: heddle off", _worker),
     Seam("LLM client: acquire, release, generate", "no routing, no priority: heddle off", _client),
     Seam("router by YAML, ten-method protocol", "no placement: heddle off", _router),
     Seam("replay buffer by config key", "no metrics, no trace, 2 s poll: heddle off", _sampler),
-    Seam("replica registry and vLLM server", "queueing and preemptions unknown: heddle off", _replica),
+    Seam("replica registry and vLLM server", "no queueing times or preemption counts: heddle off", _replica),
     Seam("vLLM request priority", "no priority: heddle off", _priority),
-    Seam("vLLM request events", "queueing counts as generation, preemptions are not counted", _engine_events, needed=False),
-    Seam("checkpoint callback by config key", "lengths are learnt anew after a resume", _checkpoint, needed=False),
-    Seam("vLLM scheduler class", "no preemption on arrival, vLLM's own priority order", _scheduler, needed=False),
+    Seam("vLLM request events", "queueing counts as generation, and preemptions are not counted", _engine_events, needed=False),
+    Seam("checkpoint callback by config key", "a resumed run starts with cold predictions", _checkpoint, needed=False),
+    Seam("vLLM scheduler class", "no preemption on arrival, and vLLM's own priority order", _scheduler, needed=False),
     Seam("trainer's rollout adapter by registry", "a replica that dies ends the run", _trainer_rank, needed=False),
-    Seam("weight updates inside a turn", "asynchronous trainers are not followed: use trainer_mode=sync", _weight_updates, needed=False),
-    Seam("replicas that stand for GPUs", "heddle.layout does not work", _layout, needed=False),
-    Seam("tools of verl's tool agent", "tool time shows as time between turns", _tools, needed=False),
+    Seam("weight updates inside a turn", "asynchronous trainers are not supported: use trainer_mode=sync", _weight_updates, needed=False),
+    Seam("one replica per GPU", "heddle.layout does not work", _layout, needed=False),
+    Seam("tools of verl's tool agent", "tool time is reported as time between turns", _tools, needed=False),
 )
 
 
 def examine() -> list[Result]:
-    """Check every seam against what is installed."""
+    """Check every seam against the installed packages."""
     results = []
     for seam in SEAMS:
         try:
@@ -244,7 +243,7 @@ def require() -> None:
     """Check the needed seams.
 
     Raises:
-        RuntimeError: one is missing; says which, why, and what versions are supported.
+        RuntimeError: a seam is missing; names it, the reason, and the supported versions.
     """
     for seam in SEAMS:
         if not seam.needed:

@@ -1,9 +1,9 @@
-"""A CPU platform for verl, which knows accelerators only, and what real vLLM engines need beside it. Selected by `+machine=cpu`.
+"""Runs verl, which supports only accelerators, and real vLLM engines on a CPU. Selected by `+machine=cpu`.
 
-1. `PlatformCPU`: registered in verl's own table; auto-detection never picks it.
-2. The process-group backend string: verl writes "cpu:gloo,cpu:gloo", torch refuses it (patches/cpu_process_group.md).
-3. Plain linear layers in vLLM: its CPU kernels pack weights away, so that verl could not write new ones (patches/cpu_plain_linear.md).
-4. A vLLM worker that waits sleeps between two looks at its queue instead of keeping a core busy (patches/cpu_quiet_worker.md).
+1. `PlatformCPU` is registered in verl's own table; auto-detection never picks it.
+2. Process-group backend: verl passes "cpu:gloo,cpu:gloo", which torch refuses (patches/cpu_process_group.md).
+3. Plain linear layers in vLLM: its CPU kernels repack weights, so verl could not write new ones (patches/cpu_plain_linear.md).
+4. An idle vLLM worker sleeps between polls of its queue instead of keeping a core busy (patches/cpu_quiet_worker.md).
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from contextlib import contextmanager
 from typing import Any
 
 PRETENDED_MEMORY = 1 << 34
-"""Bytes. verl only compares and logs it."""
+"""Reported device memory in bytes; verl only compares and logs it."""
 NAP_S = 0.0002
-"""Between two looks at the queue: little beside the milliseconds of a tiny model's step, and a few per cent of a core."""
+"""Seconds between polls of the queue: short against a tiny model's step (milliseconds), and a few per cent of a core."""
 
 
 class _Event:
-    """Stands for `torch.cuda.Event`: on a CPU everything has happened already."""
+    """Replaces `torch.cuda.Event`: on a CPU every event has already completed."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
     def record(self, *args: Any) -> None: ...
@@ -33,7 +33,7 @@ class _Event:
 
 
 class _Stream:
-    """Stands for `torch.cuda.Stream`: a CPU has one."""
+    """Replaces `torch.cuda.Stream`: a CPU has a single stream."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
     def synchronize(self) -> None: ...
@@ -51,7 +51,7 @@ class _Stream:
 
 
 def _device_module() -> types.ModuleType:
-    """Stand-in for `torch.cuda`: the calls verl makes, answered for a CPU."""
+    """Replaces `torch.cuda`: implements the calls that verl makes, for a CPU."""
     import torch
 
     module: Any = types.ModuleType("verl_heddle_cpu_device")
@@ -78,7 +78,7 @@ def _platform_class() -> type:
     from verl.plugin.platform.platform_base import PlatformBase
 
     class PlatformCPU(PlatformBase):
-        """verl's platform interface, answered for a machine without an accelerator."""
+        """verl's platform interface for a machine without an accelerator."""
 
         _device = _device_module()
         device_name = property(lambda self: "cpu")
@@ -124,13 +124,13 @@ def _platform_class() -> type:
             yield
 
         def ray_resource_name(self):
-            return "GPU"  # Ray is started with pretended GPUs
+            return "GPU"  # Ray is started with fake GPUs
 
         def ray_noset_envvars(self):
             return ["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"]
 
         def is_ipc_supported(self):
-            return False  # weights reach the engines through shared memory, a path verl has
+            return False  # verl then sends weights to the engines through shared memory
 
         def cudart(self):
             return None
@@ -139,7 +139,7 @@ def _platform_class() -> type:
 
 
 def _accept_doubled_gloo() -> None:
-    """Let `torch.distributed.init_process_group` take verl's "cpu:gloo,cpu:gloo" for "cpu:gloo"."""
+    """Make `torch.distributed.init_process_group` treat verl's "cpu:gloo,cpu:gloo" as "cpu:gloo"."""
     import torch.distributed as dist
 
     original = dist.init_process_group
@@ -154,21 +154,21 @@ def _accept_doubled_gloo() -> None:
 
 
 def _keep_plain_linear() -> None:
-    """In a vLLM worker, where vLLM is imported before verl, clear the flag that makes vLLM pack its linear weights."""
+    """In a vLLM worker (which imports vLLM before verl), clear the flag that makes vLLM repack its linear weights."""
     ops = sys.modules.get("vllm._custom_ops")
     if ops is not None and hasattr(ops, "_supports_onednn"):
         ops._supports_onednn = False  # type: ignore[attr-defined]
 
 
 def _sleep_while_waiting() -> None:
-    """In a vLLM worker, where vLLM is imported before verl, let the second of looking for messages without a pause have pauses."""
+    """In a vLLM worker (which imports vLLM before verl), sleep between polls during the second that vLLM busy-polls for messages."""
     queue: Any = sys.modules.get("vllm.distributed.device_communicators.shm_broadcast")
     if queue is not None and hasattr(queue, "sched_yield"):
         queue.sched_yield = lambda: time.sleep(NAP_S)
 
 
 def install() -> None:
-    """Register the platform and apply the patches; safe to call again."""
+    """Register the platform and apply the patches; idempotent."""
     from verl.plugin.platform.platform_manager import PlatformRegistry
 
     if PlatformRegistry.get("cpu") is None:
@@ -179,7 +179,7 @@ def install() -> None:
 
 
 def select_here() -> None:
-    """Make it this process's platform even if verl has already chosen one (the driver reads the flag after `import verl`)."""
+    """Make this process use the CPU platform even if verl has already chosen one (the driver reads the flag after `import verl`)."""
     from verl.plugin.platform.platform_manager import PlatformRegistry, set_platform
 
     install()

@@ -1,9 +1,8 @@
-"""`verl-heddle doctor`: can heddle work in this environment, and with this command line?
+"""`verl-heddle doctor`: checks that heddle works in this environment and with a given command line.
 
-Keys of verl's trainer configuration that are gone, and the release from which they are: what an older script may still set.
-
-From `verl/trainer/config/_generated_ppo_trainer.yaml` and `_generated_ppo_megatron_trainer.yaml` of verl's releases 0.3.0 to 0.9.1 (for the
-first two, which have no generated files, from the files themselves). A key stands for everything under it.
+`GONE` lists the keys that verl has removed from its trainer configuration, which older scripts may still set. Source: verl's
+`_generated_ppo_trainer.yaml` and `_generated_ppo_megatron_trainer.yaml` (`verl/trainer/config/`), releases 0.3.0 to 0.9.1; the first two
+releases have no generated files, so their keys come from the configuration files themselves. A key covers everything under it.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ GONE = {
     "0.9.1": "actor_rollout_ref.actor.megatron.grad_offload actor_rollout_ref.actor.router_replay "
     "actor_rollout_ref.ref.megatron.grad_offload actor_rollout_ref.ref.router_replay critic.megatron.grad_offload data.continuous_token",
 }
-"""Release -> the keys it was the first to be without."""
+"""Release -> the keys it removed, separated by spaces."""
 
 MOVED = {
     "ray_init": "ray_kwargs.ray_init",
@@ -72,35 +71,36 @@ MOVED = {
     "trainer.profile_steps": "global_profiler.steps",
     "reward_model.sandbox_fusion": "sandbox_fusion",
 }
-"""Gone key -> where its work is done; only where that is plain."""
+"""Removed key -> its replacement, if it has an obvious one."""
 
 
 def gone(overrides: Iterable[str]) -> list[str]:
-    """One plain line for each override of a key that has left verl."""
-    left = {key: release for release, keys in GONE.items() for key in keys.split()}
+    """One message for each override of a key that verl has removed."""
+    removed = {key: release for release, keys in GONE.items() for key in keys.split()}
     lines = []
     for word in overrides:
         key = word.partition("=")[0]
-        if key.startswith(("+", "~")):  # added or taken away on purpose
+        if key.startswith(("+", "~")):  # added or deleted on purpose
             continue
-        parts = key.split(".")
-        known = next((name for i in range(1, len(parts) + 1) if (name := ".".join(parts[:i])) in left), None)
+        path = key.split(".")
+        known = next((name for i in range(1, len(path) + 1) if (name := ".".join(path[:i])) in removed), None)
         if known is not None:
-            instead = f"; {MOVED[known]} has taken its place" if known in MOVED else ""
-            lines.append(f"{known} left verl in {left[known]}{instead}: this command was made for an older verl")
+            instead = f"; use {MOVED[known]} instead" if known in MOVED else ""
+            lines.append(f"{known} was removed in verl {removed[known]}{instead}: this command was written for an older verl")
     return lines
 
 
 OK, WORKS_LESS, BROKEN = 0, 1, 2
-"""Exit codes: all well; runs, but something is off, untested or unread; does not run, or heddle would do nothing, or nothing was read."""
+"""Exit codes. 1: the run starts, but something is off, untested or unchecked. 2: it does not start, heddle would do nothing, or nothing
+could be checked."""
 
 
 SWEPT = 8
-"""Jobs of a sweep (--multirun) that are checked."""
+"""Most jobs of a sweep (--multirun) to check."""
 
 
 def doctor(words: Sequence[str]) -> int:
-    """Print versions, seams and, for a given verl command line, what is wrong with it; returns the exit code."""
+    """Print versions, seams and the problems of a verl command line, if one is given; returns the exit code."""
     _quiet()
     if not words:
         return max(_versions(), _seams())
@@ -109,7 +109,7 @@ def doctor(words: Sequence[str]) -> int:
     except ValueError as error:
         return max(_versions(), _seams(), _error(str(error)))
     before = os.environ.copy()
-    os.environ |= command.environment  # before verl is imported, which reads some of them then
+    os.environ |= command.environment  # verl reads some of these variables when it is imported
     try:
         return max(_versions(), _seams(), _command(command))
     finally:
@@ -118,7 +118,7 @@ def doctor(words: Sequence[str]) -> int:
 
 
 def _quiet() -> None:
-    """Importing verl and vLLM says much that does not matter here."""
+    """Silence what verl and vLLM log on import."""
     os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "VERL_LOGGING_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error"}
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
@@ -149,24 +149,24 @@ def _versions() -> int:
     return worst
 
 
-ONE_OF = {"xgboost": "the module xgboost, of which prediction needs one", "nvidia-nccl-cu": "libnccl.so.2, which torch loads"}
-"""Beginnings of distributions' names -> the same files that they all hold: the last one installed has overwritten the others'."""
+ONE_OF = {"xgboost": "the module xgboost, which prediction needs", "nvidia-nccl-cu": "libnccl.so.2, which torch loads"}
+"""Prefix of distribution names -> the file they all install: the last one installed overwrites the others' copy."""
 
 
 def shared_files(installed: Set[str]) -> list[str]:
-    """What is wrong with distributions that overwrite each other's files, and with an xgboost that is missing, a line each."""
+    """One line for each set of distributions that overwrite each other's files, and one if xgboost is missing."""
     notes = []
     for beginning, files in ONE_OF.items():
         found = sorted(name for name in installed if re.fullmatch(rf"{beginning}(-cpu|\d*)", name))
         if len(found) > 1:
-            notes.append(f"{' and '.join(found)} both hold {files}: uninstall both, then install the one you want")
+            notes.append(f"{' and '.join(found)} both install {files}: uninstall both, then install the one you want")
         if not found and beginning == "xgboost":
             notes.append("xgboost is missing: no prediction; pip install xgboost-cpu")
     return notes
 
 
 def _seams() -> int:
-    print("Seams (importing verl and vLLM, some seconds)", flush=True)
+    print("Seams (importing verl and vLLM takes some seconds)", flush=True)
     worst = OK
     for result in compat.examine():
         if result.error is None:
@@ -200,7 +200,7 @@ def _command(command: Command) -> int:
 
 
 def _jobs(command: Command) -> list[list[str]]:
-    """The overrides of each job: one, or those of a sweep."""
+    """The overrides of each job; a command without --multirun is one job."""
     if not command.multirun:
         return [list(command.overrides)]
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -237,14 +237,14 @@ def _table(config: DictConfig, options: Options) -> None:
 
 
 def _refused(command: Command, overrides: Sequence[str], error: Exception) -> int:
-    """Say whether the fault is the command's own, which stock verl refuses as well."""
+    """Report a command that does not compose, and whether stock verl refuses it too."""
     stock = [word for word in overrides if not word.lstrip("+~").startswith(("plugin=", "machine=", "heddle."))]
     try:
         compose(stock, command)
     except Exception as own:
         for line in gone(stock):
             _error(line)
-        return _error(f"stock verl refuses this command, without the flag as with it: {_line(own)}")
+        return _error(f"stock verl refuses this command, with or without the flag: {_line(own)}")
     return _error(_line(error))
 
 

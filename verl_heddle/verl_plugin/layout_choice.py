@@ -1,7 +1,7 @@
-"""Which layout a run has next: as the user's schedule says, or as the planner finds it worth while (`layout.planner`).
+"""Chooses the layout of the next step: from the user's schedule, or by the planner when a change pays off (`layout.planner`).
 
-The planner's times are those of the model and GPU that the user names (`heddle.layout.times`): the run itself can tell nothing of degrees
-it has not tried. Its trajectories are those of the step that is over, its cost of a change what the run's own changes have taken.
+The planner takes step times from the model and GPU that the user names (`heddle.layout.times`), because the run has no measurements of
+degrees it has not tried. It plans for the trajectories of the finished step, with the measured cost of the run's own layout changes.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from verl_heddle.verl_plugin.log import log, log_once
 
 
 def times(name: str) -> LatencyModel:
-    """The times of `model/gpu`, as `verl-heddle plan` has them: a shipped table, or else the roofline.
+    """Step times of `model/gpu`, the same that `verl-heddle plan` uses: a shipped table, or else the roofline.
 
     Raises:
-        ValueError: model or GPU is not known; says which are.
+        ValueError: unknown model or GPU; lists the known ones.
     """
     model, _, gpu = name.rpartition("/")
     if not model:
-        raise ValueError(f"{name!r} does not name a model and a GPU as qwen3-14b/h200 does")
+        raise ValueError(f"{name!r} does not have the form model/gpu, for example qwen3-14b/h200")
     return sources.times(gpu, model).latency
 
 
 def scheduled(schedule: Mapping[int, Sequence[int]], step: int) -> tuple[int, ...] | None:
-    """The layout that the schedule wants for a step."""
+    """The layout that the schedule sets for a step; None before its first entry."""
     begun = [start for start in schedule if start <= step]
     return tuple(schedule[max(begun)]) if begun else None
 
 
 def first(given: Mapping[str, Any], gpus: int, gpus_per_node: int, utilization: float) -> tuple[int, ...]:
-    """What a run starts with. `given`: the settings of `heddle.layout` that replicas see.
+    """The layout a run starts with. `given`: the settings of `heddle.layout` that replicas see.
 
-    Unplanned yet: the smallest degree that holds the model, so that there are as many replicas as can be.
+    Without a schedule or a fixed layout, it is the smallest degree that holds the model, which gives the most replicas.
     """
-    told = scheduled(given.get("schedule") or {}, 1) or tuple(given.get("fixed") or ())
-    if told:
-        return told
+    configured = scheduled(given.get("schedule") or {}, 1) or tuple(given.get("fixed") or ())
+    if configured:
+        return configured
     able: tuple[int, ...] = (1,)
     if given.get("times"):
         able = tuple(
@@ -59,11 +59,11 @@ def first(given: Mapping[str, Any], gpus: int, gpus_per_node: int, utilization: 
 
 
 class Chooser:
-    """One per run, in the task runner.
+    """Chooses each step's layout; one per run, in the task runner.
 
     Args:
         rollout: verl's rollout config.
-        heads, kv_heads: of the model.
+        heads, kv_heads: the model's attention heads and KV heads.
     """
 
     def __init__(self, options: Layout, rollout: Any, gpus: int, gpus_per_node: int, heads: int | None, kv_heads: int | None) -> None:
@@ -72,7 +72,7 @@ class Chooser:
         self._schedule: dict[int, list[int]] = options.schedule or {}
         self._plans = not self._schedule and not options.fixed
         self.metrics: dict[str, float] = {}
-        """Of the last choice."""
+        """Metrics of the last choice."""
         if self._plans:
             utilization, slots = float(rollout.gpu_memory_utilization), int(rollout.max_num_seqs)
             longest = int(rollout.prompt_length) + self._cap
@@ -81,7 +81,12 @@ class Chooser:
             )
 
     def next(self, step: int, records: Sequence[Trajectory], current: Sequence[int], reshard_s: float | None) -> tuple[int, ...] | None:
-        """The layout for this training step, None to stay. `records`: the step before; `reshard_s`: None, not measured."""
+        """The layout for this training step; None keeps the current one.
+
+        Args:
+            records: trajectories of the previous step.
+            reshard_s: seconds that a layout change takes; None if not measured yet.
+        """
         if not self._plans:
             return scheduled(self._schedule, step)
         whole = [record for record in records if record.meta.get("outcome") == "finished"]
@@ -92,13 +97,13 @@ class Chooser:
             options = self._options
             choice = choose(expected, self._site, habit, current, reshard_s=reshard_s, horizon=options.horizon_steps, margin=options.margin)
         except Exception as error:
-            log_once(f"the layout stays, planning failed ({type(error).__name__}: {error})")
+            log_once(f"layout planning failed, the layout stays ({type(error).__name__}: {error})")
             return None
-        told = {"forecast_s": choice.forecast_s, "current_s": choice.current_s, "gain_s": choice.gain_s, "cost_s": choice.cost_s}
-        self.metrics = {name: value for name, value in told.items() if isfinite(value)}
+        seconds = {"forecast_s": choice.forecast_s, "current_s": choice.current_s, "gain_s": choice.gain_s, "cost_s": choice.cost_s}
+        self.metrics = {name: value for name, value in seconds.items() if isfinite(value)}
         self.metrics |= {f"reason/{reason}": float(reason is choice.reason) for reason in LayoutReason}
         if choice.changes:
-            expected_s = f"{choice.forecast_s:.1f} s a step expected, {choice.current_s:.1f} s under {list(current)}"
+            expected_s = f"{choice.forecast_s:.1f} s per step expected, {choice.current_s:.1f} s with {list(current)}"
             cost = f"the change takes about {choice.cost_s:.0f} s"
             log(f"layout {list(choice.layout)} from step {step}: {expected_s} ({choice.reason}; {cost})")
         return choice.layout

@@ -1,14 +1,14 @@
-"""Replicas of several tensor-parallel degrees on verl's hybrid GPUs, and another cut of the GPUs from one step to the next.
+"""Runs replicas of different tensor-parallel degrees on verl's hybrid GPUs, and changes the layout between steps.
 
-verl makes one replica per GPU (`rollout.tensor_model_parallel_size=1`) and keeps that list for the whole run. Under a layout these replicas
-are `Home`s: the engines are launched beside them, one per span of GPUs, and the home on which an engine of the layout begins speaks for it
-(its `servers` are the engine's), while the others have none and do nothing. So verl's trainer, its weight update and its sleeping go on as
-they are. Who feeds which engine is told to the trainer's ranks (`trainer_rank.sit`), who may be asked to the router.
+verl creates one replica per GPU (`rollout.tensor_model_parallel_size=1`) and keeps that list for the whole run. Under a layout these are
+`Home`s. Engines are launched separately, one per span of GPUs. The home at an engine's first GPU represents it (its `servers` are the
+engine's); the other homes have no servers and do nothing. So verl's trainer, weight update and sleep work unchanged. `trainer_rank.sit`
+assigns each trainer rank to its engine, and the router gets the list of servers.
 
-A layout changes between steps, when verl has put every replica to sleep and before it sends weights: the last home to fall asleep makes the
-change. Engines that are not in the layout stay asleep, at most `heddle.layout.engines` on a GPU; beyond that the one out of use for longest
-is shut down, and launched again when it is wanted. An engine that cannot be launched leaves the layout as it was; where one dies, the run's
-first layout takes over before the next rollout, and stays (`repair`).
+A layout changes between steps, after verl has put all replicas to sleep and before it sends weights: the last home to fall asleep makes
+the change. Engines outside the layout stay asleep, at most `heddle.layout.engines` on a GPU; above that limit the least recently used
+engine is shut down, and launched again when needed. If an engine cannot be launched, the layout does not change. If an engine dies, the run
+returns to its first layout before the next rollout and keeps it (`repair`).
 """
 
 from __future__ import annotations
@@ -32,28 +32,28 @@ from verl_heddle.verl_plugin.replicas import HeddleReplica
 from verl_heddle.verl_plugin.settings import handed_on
 
 LAUNCH_S = 1800.0
-"""For an engine to come up: big weights from a slow disk take many minutes."""
+"""Time limit to launch an engine: loading large weights from a slow disk takes many minutes."""
 
 MOST_REPAIRS = 3
-"""Engines that die again and again have a reason, and launching takes minutes."""
+"""Repairs per run: engines that die repeatedly have a persistent cause, and launching takes minutes."""
 
 SEAT_S, PING_S, END_S = 120.0, 60.0, 60.0
-"""For a trainer's rank to hear where it sits, it may be busy saving; for an engine to answer; to end."""
+"""Time limits: to assign a trainer rank to its engine (the rank may be busy saving), for an engine to answer, and for it to end."""
 
 Span = tuple[int, int]
 """First GPU, degree."""
 
 LAYOUTS: Layouts | None = None
-"""Of this process, the task runner's; None: every replica is verl's."""
+"""The layouts of this process (the task runner); None if every replica is verl's."""
 
 
 def spans(layout: Sequence[int]) -> list[Span]:
-    """Where the replicas of a layout stand, GPU after GPU."""
+    """The span of GPUs of each replica in a layout, in GPU order."""
     return list(zip(accumulate(layout, initial=0), layout, strict=False))
 
 
 def settings(rollout: Any) -> dict[str, Any] | None:
-    """`heddle.layout` as the flag hands it on inside the rollout's config; None if it is off."""
+    """`heddle.layout` as the flag passes it inside the rollout config; None if layouts are off."""
     found = handed_on(rollout, "layout")
     if not found.get("enable"):
         return None
@@ -61,7 +61,7 @@ def settings(rollout: Any) -> dict[str, Any] | None:
 
 
 async def end(server: Any) -> None:
-    """Shut a server down, and wait until Ray knows: its memory and its name are free then."""
+    """Shut a server down, and wait until Ray notices: only then are its memory and name free."""
     with suppress(Exception):
         await asyncio.wait_for(server.heddle_shut_down.remote(), END_S)
     ray.kill(server)
@@ -70,7 +70,7 @@ async def end(server: Any) -> None:
 
 
 class Home(HeddleReplica):
-    """verl's replica for one GPU. Its `servers` are those of the engine that begins there, or none."""
+    """verl's replica for one GPU. Its `servers` are those of the engine that starts at this GPU, or empty."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         global LAYOUTS
@@ -100,23 +100,23 @@ class Home(HeddleReplica):
 
 
 class Layouts:
-    """The engines of a run; see the module."""
+    """The engines of a run and their layout; see the module docstring."""
 
     def __init__(self) -> None:
         self.homes: list[Home] = []
         self.layout: tuple[int, ...] = ()
         self.wanted: tuple[int, ...] | None = None
-        """The next layout, if it is another one."""
+        """The next layout, if it differs."""
         self.static = False
-        """An engine failed: no more changes."""
+        """True after an engine failed: the layout no longer changes."""
         self.changed: Callable[[dict[str, Any]], None] | None = None
-        """Told the servers of a new layout, by name."""
+        """Called with the servers of a new layout, by name."""
         self.counts: dict[str, float] = {"switches": 0, "launches": 0, "shut_down": 0, "failures": 0, "launch_s": 0.0, "switch_s": 0.0}
         """Since the start of the run."""
         self._workers: list[Any] = []
         self._group: Any = None
         self._engines: dict[Span, HeddleReplica] = {}
-        """In the order of their last use."""
+        """Least recently used first."""
         self._most = 1
         self._asleep = 0
         self._launch_s: float | None = None
@@ -124,14 +124,14 @@ class Layouts:
         self._repairs = 0
 
     async def open(self, home: Home, group: Any) -> None:
-        """verl starts its replicas, all together: each home launches the engine that begins there."""
+        """Launch the engine that starts at this home; verl calls this for all its replicas concurrently."""
         if not self.layout:
             given = settings(home.config) or {}
             self._most = int(given.get("engines") or 1)
             self._group, self._workers = group, list(group.workers)
             layout = first(given, len(self._workers), home.gpus_per_node, float(home.config.gpu_memory_utilization))
             if sum(layout) != len(self._workers) or len(self.homes) != len(self._workers):
-                raise ValueError(f"layout {list(layout)} for {len(self._workers)} GPUs and {len(self.homes)} replicas of verl's")
+                raise ValueError(f"layout {list(layout)} does not fit {len(self._workers)} GPUs and {len(self.homes)} verl replicas")
             self.layout = self._first = layout
         own = next((span for span in spans(self.layout) if span[0] == home.replica_rank), None)
         if own is not None:
@@ -143,20 +143,20 @@ class Layouts:
 
     @property
     def gpus(self) -> int:
-        """Of the rollout."""
+        """Number of rollout GPUs."""
         return len(self._workers)
 
     @property
     def reshard_s(self) -> float | None:
-        """What a change takes: the mean of those there have been, before the first one what launching an engine took; None: not known."""
+        """Seconds per layout change: the mean so far, or the launch time of an engine before the first change; None if unknown."""
         return self.counts["switch_s"] / self.counts["switches"] if self.counts["switches"] else self._launch_s
 
     def servers(self) -> dict[str, Any]:
-        """Of the layout, by name."""
+        """Servers of the layout, by name."""
         return {self._engines[span]._server_address: self._engines[span]._server_handle for span in spans(self.layout)}
 
     async def fell_asleep(self) -> None:
-        """A home sleeps. The last one of them makes the change that is due."""
+        """Count a home that fell asleep; the last one makes the pending change."""
         self._asleep += 1
         if self._asleep == len(self.homes):
             self._asleep = 0
@@ -175,13 +175,13 @@ class Layouts:
             self.counts["failures"] += 1
             self.static = True
             await self._shut_down([span for span in fresh if span in self._engines])
-            log(f"layout {list(layout)} cannot be had ({type(error).__name__}: {error}); it stays at {list(self.layout)}")
+            log(f"cannot launch layout {list(layout)} ({type(error).__name__}: {error}); the layout stays {list(self.layout)}")
             if gone := [span for span in spans(self.layout) if span not in self._engines]:
                 try:
                     await self._start(gone)
                     await self._take_up(self.layout)
-                except Exception as again:  # verl is putting its replicas to sleep here, and must get on
-                    log(f"nor can that layout's engines ({type(again).__name__}: {again}); the next rollout begins with repairs")
+                except Exception as again:  # verl is putting its replicas to sleep, and must be able to continue
+                    log(f"cannot relaunch that layout either ({type(again).__name__}: {again}); the next rollout begins with repairs")
                     await self._end_others(before)
             return
         await self._take_up(layout)
@@ -190,15 +190,15 @@ class Layouts:
         log(f"layout {list(layout)} ({len(fresh)} engines launched, {time.monotonic() - began:.1f} s)")
 
     async def _end_others(self, before: dict[Span, HeddleReplica]) -> None:
-        """Back to these engines, dead ones among them; what has been launched since goes, since its name and memory will be wanted."""
+        """Return to these engines, even dead ones; end those launched since, because their names and memory will be needed."""
         others = [engine for span, engine in self._engines.items() if engine is not before.get(span)]
         self._engines = before
         await asyncio.gather(*(end(server) for engine in others for server in engine.servers), return_exceptions=True)
-        with suppress(Exception):  # some ranks may have been told of the others
+        with suppress(Exception):  # some ranks may have been assigned to the ended engines
             await self._slot(spans(self.layout))
 
     async def _start(self, fresh: Sequence[Span]) -> None:
-        """Launch engines, while all others sleep, and put them to sleep as well."""
+        """Launch engines while all others sleep, then put the new ones to sleep too."""
         began = time.monotonic()
         results = await asyncio.gather(*(self._launch(span) for span in fresh), return_exceptions=True)
         self.counts["launch_s"] += time.monotonic() - began
@@ -220,7 +220,7 @@ class Layouts:
         start, tp = span
         home = self.homes[start]
         engine = HeddleReplica(
-            replica_rank=start + len(self._workers) * (tp - 1),  # its actor and its sockets are named by it; at tp=1 they are verl's own
+            replica_rank=start + len(self._workers) * (tp - 1),  # names its actor and sockets; at tp=1 the names are verl's own
             config=replace(home.config, tensor_model_parallel_size=tp),
             model_config=home.model_config,
             gpus_per_node=home.gpus_per_node,
@@ -232,15 +232,15 @@ class Layouts:
         await asyncio.wait_for(engine.launch_servers(), LAUNCH_S)
 
     async def _slot(self, wanted: Iterable[Span]) -> None:
-        told = [
+        calls = [
             self._workers[start + rank].__ray_call__.remote(trainer_rank.sit, self._engines[start, tp].replica_rank, rank)
             for start, tp in wanted
             for rank in range(tp)
         ]
-        await asyncio.wait_for(asyncio.gather(*told), SEAT_S)
+        await asyncio.wait_for(asyncio.gather(*calls), SEAT_S)
 
     def _point(self, wanted: Iterable[Span]) -> None:
-        """Let the homes speak for these engines. The silent ones have the address too: verl lists each replica's."""
+        """Make the homes represent these engines. Homes without servers get the address too, because verl lists every replica's."""
         for start, tp in wanted:
             engine = self._engines[start, tp]
             for home in self.homes[start : start + tp]:
@@ -248,7 +248,7 @@ class Layouts:
             self.homes[start].servers, self.homes[start].workers = engine.servers, engine.workers
 
     async def _make_room(self, wanted: Sequence[Span]) -> None:
-        """Shut down what has been out of use for longest, so that no GPU holds more than its engines."""
+        """Shut down the least recently used engines until no GPU holds more than its limit."""
         doomed: dict[Span, None] = {}
         for gpu in range(len(self._workers)):
             held = [span for span in {**self._engines, **dict.fromkeys(wanted)} if span[0] <= gpu < span[0] + span[1]]
@@ -263,12 +263,12 @@ class Layouts:
         self.counts["shut_down"] += len(engines)
         await asyncio.gather(*(end(server) for engine in engines for server in engine.servers))
 
-    # --- when an engine of the layout has died before the step began ------------------------------------------------------
+    # --- repair after an engine of the layout has died before the step ------------------------------------------------------
 
     def repair(self, global_steps: int) -> None:
-        """If an engine of the layout is dead: the run's first layout, launched anew where it has to be, with the weights of this step.
+        """If an engine of the layout is dead, return to the run's first layout for good: launch missing engines, send this step's weights.
 
-        It then stays. What cannot be repaired, or was too often, is left to the replicas that live.
+        If the repair fails, or the run has used up its repairs, the run goes on with the live replicas.
         """
         dead = self._dead()
         if not dead:
@@ -276,7 +276,7 @@ class Layouts:
         self.counts["failures"] += 1
         self.static = True
         if self._repairs == MOST_REPAIRS:
-            return log_once(f"engines have died in {MOST_REPAIRS + 1} steps; the run goes on with those that live")
+            return log_once(f"engines have died in {MOST_REPAIRS + 1} steps; the run goes on with the live ones")
         self._repairs += 1
         log(f"an engine of the layout {list(self.layout)} has died; the layout is {list(self._first)} from now on")
         before = dict(self._engines)
@@ -284,22 +284,22 @@ class Layouts:
             asyncio.run(self._start_over(dead))
         except Exception as error:
             asyncio.run(self._end_others(before))
-            log(f"that failed ({type(error).__name__}: {error}); the run goes on with the engines that live")
-        # In either case those that live have been put to sleep, which costs them their weights.
+            log(f"the repair failed ({type(error).__name__}: {error}); the run goes on with the live engines")
+        # In either case the live engines were put to sleep, and lost their weights.
         ray.get(self._group.update_weights(global_steps=global_steps, mode="naive"), timeout=LAUNCH_S)
 
     def _dead(self) -> list[Span]:
-        """Engines of the layout that are; one that is busy counts as alive."""
+        """The layout's dead engines; a busy engine counts as alive."""
         asked = {self._engines[span]._server_handle.heddle_alive.remote(): span for span in spans(self.layout)}
         ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=PING_S)
         dead = []
-        for one in ready:
+        for reply in ready:
             try:
-                alive = ray.get(one, timeout=PING_S)
+                alive = ray.get(reply, timeout=PING_S)
             except RayActorError:
                 alive = False
             if not alive:
-                dead.append(asked[one])
+                dead.append(asked[reply])
         return dead
 
     async def _start_over(self, dead: Sequence[Span]) -> None:

@@ -1,7 +1,7 @@
-"""What can be wrong with a verl configuration that asks for heddle, one plain line each: what is wrong, and what to change.
+"""Finds what is wrong with a verl configuration that enables heddle; each finding is one line that says what is wrong and what to change.
 
-Reads the composed config only, so that it answers before anything expensive starts; verl is imported only to look up a trainer mode that is
-not one of verl's own.
+Reads only the composed config, so it runs before anything expensive starts. It imports verl only to look up a trainer mode that verl does
+not ship.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ MODES = ("colocate_async", "separate_async")
 """verl's asynchronous trainers."""
 
 WITHOUT = {
-    "heddle.place.enable": "it plans a batch as a whole, and there prompts come one by one",
-    "heddle.layout.enable": "it cuts the GPUs anew between steps, when nobody is at work",
-    "heddle.shape.enable": "it forecasts the end of a step's batch",
+    "heddle.place.enable": "it plans whole batches, but this trainer submits prompts one by one",
+    "heddle.layout.enable": "it changes the layout between steps, while no request is running",
+    "heddle.shape.enable": "it forecasts when a step's batch ends",
 }
-"""What heddle does not do under them, and why."""
+"""Option that an asynchronous trainer does not support -> why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """`fatal` stops the run; others are said and the run goes on. `grave`: it goes on without most of what the flag is for."""
+    """One problem. `fatal` stops the run; the others are logged. `grave`: the run goes on, but loses most of what the flag is for."""
 
     fatal: bool
     text: str
@@ -44,7 +44,7 @@ class Finding:
 
 
 def options_or_none(config: DictConfig) -> Options | None:
-    """The options if they fit the schema."""
+    """The options; None if they do not match the schema."""
     try:
         return options_of(config)
     except OmegaConfBaseException:
@@ -52,7 +52,7 @@ def options_or_none(config: DictConfig) -> Options | None:
 
 
 def lint(config: DictConfig) -> list[Finding]:
-    """Findings, fatal ones first."""
+    """All findings, fatal ones first."""
     findings = [Finding(True, text) for text in _options(config)]
     if not findings:
         options = options_of(config)
@@ -87,10 +87,12 @@ def _verl(config: DictConfig, options: Options) -> list[str]:
     policy = engine(config, "scheduling_policy")
     if priority and policy != "priority":
         key = f"{VLLM}.scheduling_policy" if get(config, f"{VLLM}.scheduling_policy") else f"{rollout}.scheduling_policy"
-        problems.append(f"heddle.priority.enable=true needs {key}=priority, but it is {policy}: set one of them accordingly")
+        problems.append(
+            f"heddle.priority.enable=true needs {key}=priority, but it is {policy}: set {key}=priority, or heddle.priority.enable=false"
+        )
     if options.preempt.enable and not options.observe and not (priority and options.priority.order == "longest"):
         problems.append(
-            "heddle.preempt.enable=true needs heddle.priority.enable=true and heddle.priority.order=longest: set them, or "
+            "heddle.preempt.enable=true needs heddle.priority.enable=true and heddle.priority.order=longest: set both, or set "
             "heddle.preempt.enable=false"
         )
     if options.shape.enable and not options.observe:
@@ -107,24 +109,23 @@ def _verl(config: DictConfig, options: Options) -> list[str]:
         problems += _offload(config, options)
     folder = str(get(config, "heddle.trace.dir"))
     if options.trace.enable and not _writable(folder):
-        problems.append(f"heddle.trace.dir={folder} cannot be written: name another folder, or set heddle.trace.enable=false")
+        problems.append(f"heddle.trace.dir={folder} is not writable: set a different folder, or heddle.trace.enable=false")
     return problems
 
 
 def _mode(mode: str, options: Options) -> list[str]:
-    """Why heddle cannot work in a trainer of this name, or not with these options. A mode of somebody's own is looked up where verl looks
-    it up."""
+    """Problems of this trainer mode, or of these options with it. A mode that verl does not ship is looked up in verl's registry."""
     if mode in MODES:
         asked = {key: getattr(options, key.split(".")[1]).enable and not options.observe for key in WITHOUT}
         problems = [
-            f"{key}=true does not go with trainer.v1.trainer_mode={mode} ({why}): set {key}=false, or the mode to sync"
+            f"{key}=true does not work with trainer.v1.trainer_mode={mode} ({why}): set {key}=false, or trainer_mode=sync"
             for key, why in WITHOUT.items()
             if asked[key]
         ]
         if options.priority.order == "longest" and not options.observe:
             problems.append(
-                f"heddle.priority.order=longest does not go with trainer.v1.trainer_mode={mode} (new prompts would pass the old ones until "
-                "those are too stale to train on): set heddle.priority.order=arrival, or the mode to sync"
+                f"heddle.priority.order=longest does not work with trainer.v1.trainer_mode={mode} (new prompts would overtake old ones "
+                "until those are too stale to train on): set heddle.priority.order=arrival, or trainer_mode=sync"
             )
         return problems
     instead = "set trainer.v1.trainer_mode=sync or drop the flag"
@@ -135,12 +136,12 @@ def _mode(mode: str, options: Options) -> list[str]:
     except ImportError as error:
         why = f"verl's trainers cannot be imported: {error}"
     except ValueError:
-        why = "verl has no such trainer here; set VERL_USE_EXTERNAL_MODULES to the module that registers yours, in every process"
+        why = "no such trainer is registered; set VERL_USE_EXTERNAL_MODULES, in every process, to the module that registers yours"
     return [f"trainer.v1.trainer_mode={mode} is not supported ({why}): {instead}"]
 
 
 def derives_from_sync(mode: str) -> bool:
-    """Whether rollout and update take turns under this trainer.
+    """Whether this trainer alternates rollout and update, as verl's sync trainer does.
 
     Raises:
         ImportError: verl's trainers cannot be imported.
@@ -154,28 +155,28 @@ def derives_from_sync(mode: str) -> bool:
 
 
 def _offload(config: DictConfig, options: Options) -> list[str]:
-    """Why evicted KV cache cannot be kept on the host."""
+    """Problems of keeping evicted KV cache in host memory."""
     off = "set heddle.offload.enable=false"
     problems = []
     if get(config, "trainer.device") == "cpu":
-        problems.append(f"heddle.offload.enable=true needs CUDA, as vLLM's host tier does: {off}")
+        problems.append(f"heddle.offload.enable=true needs CUDA, because vLLM's host tier does: {off}")
     for name in ("kv_offloading_size", "kv_transfer_config"):
         if get(config, f"{VLLM}.{name}") is not None:
-            problems.append(f"heddle.offload.enable=true and {VLLM}.{name} both set vLLM's KV connector: drop the key, or {off}")
+            problems.append(f"heddle.offload.enable=true and {VLLM}.{name} both set vLLM's KV connector: remove the key, or {off}")
     if options.layout.enable:
         problems.append(
-            f"heddle.offload.enable=true does not go with heddle.layout.enable=true, whose sleeping engines would pin memory: {off}"
+            f"heddle.offload.enable=true does not work with heddle.layout.enable=true, whose sleeping engines would pin host memory: {off}"
         )
     if engine(config, "enable_prefix_caching") is False:
-        problems.append(f"heddle.offload.enable=true needs {ROLLOUT}.enable_prefix_caching=true, by which contexts are found again: {off}")
+        problems.append(f"heddle.offload.enable=true needs {ROLLOUT}.enable_prefix_caching=true to find offloaded contexts: {off}")
     return problems
 
 
 def _layout(config: DictConfig, options: Options) -> list[str]:
-    """Why the GPUs cannot be cut as asked."""
+    """Problems of the requested layouts."""
     rollout = ROLLOUT
     if options.observe:
-        return ["heddle.observe=true lets verl make the replicas: set heddle.layout.enable=false, or drop observe"]
+        return ["heddle.observe=true leaves the replicas to verl: set heddle.layout.enable=false, or heddle.observe=false"]
     problems = []
     model = "actor_rollout_ref.model"
     schedule = options.layout.schedule or {}
@@ -186,23 +187,23 @@ def _layout(config: DictConfig, options: Options) -> list[str]:
             problems.append(f"heddle.layout.enable=true needs {rollout}.{name}=1, but it is {now}: set it to 1")
     for name in ("disaggregation.enabled", "prometheus.enable"):
         if get(config, f"{rollout}.{name}"):
-            problems.append(f"heddle.layout.enable=true does not go with {rollout}.{name}=true: set one of them to false")
+            problems.append(f"heddle.layout.enable=true does not work with {rollout}.{name}=true: set one of them to false")
     if int(get(config, f"{model}.lora_rank") or get(config, f"{model}.lora.rank") or 0) > 0 and not get(config, f"{model}.lora.merge"):
         problems.append(
-            f"heddle.layout.enable=true does not go with LoRA, of which verl sends the base weights once, to the engines of that moment: "
-            f"set {model}.lora.merge=true, or heddle.layout.enable=false"
+            f"heddle.layout.enable=true does not work with unmerged LoRA, because verl sends the base weights only once, to the engines "
+            f"running then: set {model}.lora.merge=true, or heddle.layout.enable=false"
         )
     if changes and get(config, "trainer.device") != "cpu":
         for name in ("enable_sleep_mode", "free_cache_engine"):
             if get(config, f"{rollout}.{name}") is False:
                 problems.append(
-                    f"layouts that change need engines that give their memory back, but {rollout}.{name}=false: set it to true, "
-                    "or name one layout for the whole run with heddle.layout.fixed"
+                    f"a changing layout needs engines that free their memory, but {rollout}.{name}=false: set it to true, "
+                    "or set one layout for the whole run with heddle.layout.fixed"
                 )
     if get(config, key := carrier("heddle.layout.enable")) is None:
         problems.append(
-            f"{key} is gone, so heddle.layout.enable=true would be without effect: "
-            "leave it as configs/plugin/heddle.yaml has it, or set heddle.layout.enable=false"
+            f"{key} is missing, so heddle.layout.enable=true would have no effect: "
+            "restore it from configs/plugin/heddle.yaml, or set heddle.layout.enable=false"
         )
     per_node, nodes = int(get(config, "trainer.n_gpus_per_node") or 1), int(get(config, "trainer.nnodes") or 1)
     heads, kv_heads = model_heads(str(get(config, "actor_rollout_ref.model.path")))
@@ -213,25 +214,25 @@ def _layout(config: DictConfig, options: Options) -> list[str]:
             times(options.layout.times)
             first({"times": options.layout.times}, per_node * nodes, per_node, float(get(config, f"{rollout}.gpu_memory_utilization")))
         except ValueError as error:
-            problems.append(f"heddle.layout.times: {error}; or name the degrees yourself, as heddle.layout.fixed=[2,1,1]")
+            problems.append(f"heddle.layout.times: {error}; or set the degrees yourself, for example heddle.layout.fixed=[2,1,1]")
     for key, layout in given.items():
         problems += [f"{key}: {text}" for text in layout_problems(layout, per_node * nodes, per_node, heads, kv_heads)]
     return problems
 
 
 def model_heads(model: str) -> tuple[int | None, int | None]:
-    """Attention heads and KV heads of a model in a folder; None where that cannot be told."""
+    """Attention heads and KV heads from a model folder's config.json; None if it cannot be read."""
     try:
         with open(os.path.join(model, "config.json"), encoding="utf-8") as file:
-            told = json.load(file)
-        heads = told.get("num_attention_heads")
-        return heads, told.get("num_key_value_heads", heads)
+            model_config = json.load(file)
+        heads = model_config.get("num_attention_heads")
+        return heads, model_config.get("num_key_value_heads", heads)
     except (OSError, ValueError):
         return None, None
 
 
 def idle(config: DictConfig) -> str | None:
-    """Why heddle does nothing at all under this configuration; None where it does something."""
+    """Why heddle does nothing at all under this configuration; None if it does something."""
     options = options_or_none(config) or Options()
     return next((loss.text for loss in losses(config, options) if EVERYTHING in loss.parts), None)
 
@@ -240,13 +241,13 @@ def _weakened(config: DictConfig, options: Options) -> list[Finding]:
     found = [Finding(False, loss.text, loss.grave) for loss in losses(config, options)]
     if options.layout.enable and not options.place.enable:
         found.append(
-            Finding(False, "heddle.layout.enable=true without heddle.place.enable=true: verl's rule places, as if replicas were alike")
+            Finding(False, "heddle.layout.enable=true without heddle.place.enable=true: verl's rule assigns as if all replicas were equal")
         )
     return found
 
 
 def _writable(folder: str) -> bool:
-    """Whether the folder, or the nearest parent that exists, takes new files."""
+    """Whether the folder, or its nearest existing parent, is writable."""
     path = os.path.abspath(folder)
     while not os.path.exists(path):
         path = os.path.dirname(path)

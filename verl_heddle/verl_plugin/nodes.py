@@ -1,8 +1,8 @@
-"""Whether every node of a Ray cluster has this package, asked before verl starts anything there.
+"""Checks that every node of a Ray cluster has this package, before verl starts anything there.
 
-verl's configuration names classes of ours, and its processes may run on any node: one that lacks the package ends the run with a traceback
-from deep inside, minutes later. So where the run will join a cluster, the driver joins it first, lets a tiny task on each node import the
-package under the run's own runtime environment, and leaves again. A cluster of this node alone needs no question.
+verl's configuration names heddle's classes, and its processes may run on any node: a node without the package ends the run minutes later
+with a deep traceback. So if the run will join a cluster, the driver joins it first, runs a small task on each node that imports the package
+under the run's own runtime environment, and disconnects. A cluster of only this node is not checked.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import verl_heddle
 from verl_heddle.verl_plugin.log import log
 
 ANSWER_S = 60.0
-"""For all nodes to answer: a first task on a node starts a process there, and may install the run's runtime environment."""
+"""Time limit for all nodes to answer: a node's first task starts a process, and may install the run's runtime environment."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a node says. `version` is None where the package is missing; `plugin`, whether verl's entry points there name it; `error`, why
-    the node could not be asked."""
+    """A node's answer. `version` is None if the package is missing; `plugin`: whether verl's entry points on the node name it; `error`: why
+    the node could not be checked."""
 
     version: str | None = None
     plugin: bool = False
@@ -31,11 +31,11 @@ class Answer:
 
 
 def ready(config: DictConfig) -> bool:
-    """Whether the run can start as far as the nodes go; says what is wrong. Failing to ask is no reason against it."""
+    """Whether the nodes allow the run to start; logs any problems. A check that fails does not refuse the run."""
     try:
         answers = _ask_cluster(config)
     except Exception as error:
-        log(f"warning: whether every node has verl-heddle could not be asked ({type(error).__name__}: {error})")
+        log(f"warning: could not check that every node has verl-heddle ({type(error).__name__}: {error})")
         return True
     fatal, lines = judge(answers)
     for line in lines:
@@ -44,26 +44,26 @@ def ready(config: DictConfig) -> bool:
 
 
 def judge(answers: Mapping[str, Answer]) -> tuple[bool, list[str]]:
-    """Whether to refuse the run, and one line for each thing that is wrong. `answers`: by the node's address."""
+    """Whether to refuse the run, and one line per problem. `answers`: by node address."""
     ours = verl_heddle.__version__
     asked = {node: answer for node, answer in answers.items() if not answer.error}
     missing = [node for node, answer in asked.items() if answer.version is None]
-    deaf = [node for node, answer in asked.items() if answer.version is not None and not answer.plugin]
+    not_loaded = [node for node, answer in asked.items() if answer.version is not None and not answer.plugin]
     other = [f"{node} ({answer.version})" for node, answer in asked.items() if answer.version not in (None, ours)]
     silent = [f"{node} ({answer.error})" for node, answer in answers.items() if answer.error]
     lines = []
     if missing:
         lines.append(f"error: verl-heddle is not installed on {_list(missing)}: install {ours} on every node, or drop the flag")
-    if deaf:
+    if not_loaded:
         lines.append(
-            f"error: verl-heddle can be imported but is not installed on {_list(deaf)}, so that verl does not load it: "
+            f"error: verl-heddle can be imported but is not installed on {_list(not_loaded)}, so verl does not load it: "
             "install it on every node"
         )
     if other:
-        lines.append(f"warning: this node has verl-heddle {ours}, but {_list(other)}: install one version on every node")
+        lines.append(f"warning: this node has verl-heddle {ours}, but other nodes differ: {_list(other)}: install one version everywhere")
     if silent:
-        lines.append(f"warning: whether verl-heddle is installed could not be asked on {_list(silent)}")
-    return bool(missing or deaf), lines
+        lines.append(f"warning: could not check that verl-heddle is installed on {_list(silent)}")
+    return bool(missing or not_loaded), lines
 
 
 def _list(names: Sequence[str], most: int = 8) -> str:
@@ -88,7 +88,7 @@ def _ask_cluster(config: DictConfig) -> dict[str, Answer]:
 
 
 def _address(given: str | None) -> str | None:
-    """Of the cluster that Ray would join; None where it would start one."""
+    """Address of the cluster that Ray would join; None if Ray would start a new one."""
     if given and "://" in given:
         return given
     from ray._private.services import canonicalize_bootstrap_address
@@ -97,7 +97,7 @@ def _address(given: str | None) -> str | None:
 
 
 def _runtime_env(config: DictConfig, given: Any) -> dict[str, Any]:
-    """The runtime environment that verl's own start gives every process (`run_ppo`)."""
+    """The runtime environment that verl gives every process (`run_ppo`)."""
     from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 
     merged = OmegaConf.merge(get_ppo_ray_runtime_env(config), given.get("runtime_env") or {})
@@ -105,19 +105,19 @@ def _runtime_env(config: DictConfig, given: Any) -> dict[str, Any]:
 
 
 def _others(ray: Any) -> list[dict[str, Any]]:
-    """The nodes on which verl may place a process; none if there is no other than this one."""
+    """The nodes on which verl may start a process; empty if this node is the only one."""
     nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
     here = ray.get_runtime_context().get_node_id()
     return nodes if any(node["NodeID"] != here for node in nodes) else []
 
 
 def ask(nodes: Sequence[Mapping[str, Any]], timeout_s: float) -> dict[str, Answer]:
-    """Ask nodes, as `ray.nodes()` lists them, within so many seconds altogether. Ray must be running."""
+    """Check nodes, as `ray.nodes()` lists them, within `timeout_s` in total. Ray must be running."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     def look() -> tuple[str | None, bool]:
-        """Travels by value, since a function of this package could not be loaded where the package is missing."""
+        """Nested, so that Ray pickles it by value: a module-level function could not be loaded on a node without the package."""
         from importlib import metadata
 
         try:

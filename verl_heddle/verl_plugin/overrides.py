@@ -1,9 +1,7 @@
-"""The flag's contract as data: every key a config group sets, its value, verl's own value, and why. Read from the YAML files themselves.
+"""Lists every key that heddle's config groups set, its value, verl's own value, and why: for `verl-heddle overrides` and the docs page.
 
-The comment above a key in `configs/**.yaml` is the why; so file, table and docs page cannot drift apart. Composition uses Hydra
-on the program's own config folder, found without importing it.
-
-`verl-heddle overrides`: the flag's contract as a terminal table and as the docs page, both from the same data.
+The list is read from the YAML files, and the reason is the comment above each key in `configs/**.yaml`, so file, terminal table and docs
+page cannot drift apart. Hydra composes the program's own config folder, which is found without importing it.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ GROUPS = ("plugin/heddle", "plugin/observe", "machine/cpu")
 
 @dataclass(frozen=True, slots=True)
 class Override:
-    """One key a group sets. `stock` is verl's value, None where verl has no such key."""
+    """One key that a group sets. `stock` is verl's value, None if verl has no such key."""
 
     key: str
     value: Any
@@ -35,11 +33,11 @@ class Override:
 
 
 def read(group: str, stock: DictConfig | None = None) -> list[Override]:
-    """The overrides of `configs/<group>.yaml`, in its order.
+    """The overrides of `configs/<group>.yaml`, in file order.
 
     Args:
         group: one of `GROUPS`.
-        stock: verl's composed config; composed here if not given.
+        stock: verl's composed config; composed here if None.
     """
     text = (CONFIGS / f"{group}.yaml").read_text()
     plain = OmegaConf.to_container(stock if stock is not None else compose([]), resolve=False)
@@ -52,11 +50,11 @@ def read(group: str, stock: DictConfig | None = None) -> list[Override]:
 
 
 def compose(overrides: Sequence[str], command: Command | None = None) -> DictConfig:
-    """The trainer config that a program composes, with command-line overrides.
+    """The trainer config that a program composes with command-line overrides.
 
     Args:
-        command: whose program and options of Hydra; None: `python -m verl.trainer.main_ppo`. A program of which no configuration is known
-            is taken for verl's own.
+        command: gives the program and Hydra's options; None means `python -m verl.trainer.main_ppo`. A program whose configuration is
+            unknown is treated as verl's own.
 
     Raises:
         ModuleNotFoundError: verl is not installed.
@@ -98,7 +96,7 @@ def arguments_of(command: Sequence[str]) -> list[str]:
 
 
 def _leaves(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, Any, int]]:
-    """(dotted key, value, line of the key counted from 0) of every leaf of a mapping."""
+    """Yields (dotted key, value, zero-based line of the key) for every leaf of a mapping."""
     for key, value in node.value:
         name = f"{prefix}{key.value}"
         if isinstance(value, yaml.MappingNode):
@@ -108,7 +106,7 @@ def _leaves(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, Any, int]]
 
 
 def _default(value: Any) -> Any:
-    """What the flag means by `${heddle_default:x}`."""
+    """`x` for a value `${heddle_default:x}`, else the value."""
     return value.removeprefix("${heddle_default:").removesuffix("}") if str(value).startswith("${heddle_default:") else value
 
 
@@ -142,7 +140,7 @@ def _shown(value: Any) -> str:
 
 
 def text() -> str:
-    """For a terminal: key, value, verl's value and why, one block a key."""
+    """Terminal output: key, value, verl's value and why, one block per key."""
     stock = compose([])
     out = []
     for group in GROUPS:
@@ -155,7 +153,7 @@ def text() -> str:
 
 
 def markdown() -> str:
-    """The page docs/configuration.md."""
+    """Text of the page docs/configuration.md."""
     stock = compose([])
     out = [
         "# Configuration",

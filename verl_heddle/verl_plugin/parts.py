@@ -1,7 +1,6 @@
-"""The parts of heddle, which of them a configuration asks for, and what in verl's keys takes a part away: one table for doctor and lint.
+"""Lists heddle's parts, whether each is on under a configuration, and why: the one source for doctor and lint.
 
-Reads the composed config only. What vLLM is told in `engine_kwargs.vllm` goes before verl's own key of the same meaning, as in verl's
-server; so does the table.
+Reads only the composed config. A key in `engine_kwargs.vllm` overrides verl's key of the same meaning, here as in verl's server.
 """
 
 from __future__ import annotations
@@ -28,16 +27,16 @@ CALLBACK = "trainer.checkpoint_callback_class"
 EVERYTHING = "everything"
 
 TIERS = ("OffloadingConnector", "SimpleCPUOffloadConnector", "LMCacheConnectorV1", "LMCacheMPConnector")
-"""vLLM's KV connectors that keep evicted KV cache in the host's memory."""
+"""vLLM's KV connectors that keep evicted KV cache in host memory."""
 
 KEEPS_OLD = "LMCache"
-"""How those of them begin that vLLM cannot empty: they do not implement `reset_cache`, and vLLM takes that for done."""
+"""Prefix of the connectors that vLLM cannot empty: they do not implement `reset_cache`, and vLLM treats the call as done."""
 
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """Something in verl's configuration that takes `parts` away, or, where not `off`, makes less of them. `grave`: most of what the flag
-    is for goes with them."""
+    """A setting of verl's that switches `parts` off or, if `off` is false, weakens them. `grave`: it costs most of what the flag is
+    for."""
 
     parts: tuple[str, ...]
     text: str
@@ -47,7 +46,7 @@ class Loss:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A part, whether it is on, and why."""
+    """One part; `why` is what it does, or what switches it off or weakens it."""
 
     part: str
     on: bool
@@ -55,11 +54,11 @@ class Row:
 
 
 def asked(options: Options) -> dict[str, str]:
-    """Part -> the option that keeps it off, empty where it is asked for; in the order in which they are told."""
-    watching = "heddle.observe=true" if options.observe else ""
+    """Part -> the option that switches it off, empty if it is enabled; in the order of the table."""
+    observing = "heddle.observe=true" if options.observe else ""
 
     def unless(enabled: bool, key: str, policy: bool = True) -> str:
-        return (watching if policy else "") or ("" if enabled else key)
+        return (observing if policy else "") or ("" if enabled else key)
 
     return {
         "trajectories": "",
@@ -68,7 +67,7 @@ def asked(options: Options) -> dict[str, str]:
         "queueing": "",
         "tools": unless(options.tools.enable, "heddle.tools.enable=false", policy=False),
         "priority": unless(options.priority.enable, "heddle.priority.enable=false"),
-        "priority under way": unless(
+        "priority updates": unless(
             options.priority.enable and options.priority.refresh_s > 0 and options.priority.order == "longest",
             "heddle.priority.order=arrival" if options.priority.order == "arrival" else "heddle.priority.refresh_s=0",
         ),
@@ -78,7 +77,7 @@ def asked(options: Options) -> dict[str, str]:
         ),
         "admission": unless(
             options.admission.per_slot > 0 and not options.admits,
-            "heddle.residents does it" if options.admits else "heddle.admission.per_slot=0",
+            "replaced by heddle.residents" if options.admits else "heddle.admission.per_slot=0",
         ),
         "offload": unless(options.offload.enable, "heddle.offload.enable=false"),
         "prediction": unless(options.predicts, "no part needs it"),
@@ -95,30 +94,30 @@ def asked(options: Options) -> dict[str, str]:
 
 
 DOES = {
-    "trajectories": "every request is known by prompt, sample and turn",
-    "metrics": "heddle/* with every step, and a short poll for the batch",
-    "trace": "trace.jsonl, one line a trajectory",
-    "queueing": "queueing told from generation, preemptions counted",
-    "tools": "watchdog over tool calls",
-    "priority": "waiting turns run in heddle's order: validation first, or the longest predicted",
-    "priority under way": "turns get a new priority when what is expected of them changes",
-    "preemption": "an urgent turn takes a running one's slot",
-    "residents": "trajectories are admitted as KV cache has room, and keep it through their tool calls",
-    "admission": "turns in flight are bounded, the rest wait in the router",
-    "offload": "evicted KV cache is kept on the host and read back",
-    "prediction": "how much of a trajectory is still to come",
-    "checkpoint": "what is learnt is saved with verl's checkpoints",
-    "placement": "trajectories are placed by plan",
-    "layout": "replicas of several tensor-parallel degrees",
-    "shaping": "spare samples for prompts with long tails",
-    "stopping": "samples of no more use are stopped within their turn",
-    "replica loss": "a replica that dies does not end the run",
+    "trajectories": "identifies every request by prompt, sample and turn",
+    "metrics": "logs heddle/* at every step, and polls for the batch at a shorter interval",
+    "trace": "writes trace.jsonl, one line per trajectory",
+    "queueing": "separates queueing from generation, and counts preemptions",
+    "tools": "watches tool calls for hangs",
+    "priority": "runs queued turns in heddle's order: validation first, or the longest predicted",
+    "priority updates": "updates a turn's priority when its prediction changes",
+    "preemption": "gives a running turn's slot to a more urgent one",
+    "residents": "admits trajectories while the KV cache has room, and keeps their contexts resident during tool calls",
+    "admission": "limits the turns in flight, and holds the others in the router",
+    "offload": "keeps evicted KV cache in host memory and loads it back",
+    "prediction": "predicts the remaining tokens of each trajectory",
+    "checkpoint": "saves the learned lengths with verl's checkpoints",
+    "placement": "assigns trajectories to replicas by a plan",
+    "layout": "runs replicas of different tensor-parallel degrees",
+    "shaping": "adds spare samples to prompts with long tails",
+    "stopping": "stops samples that are no longer needed in the middle of a turn",
+    "replica loss": "keeps the run alive when a replica dies",
 }
-"""Part -> what it does where it is on."""
+"""Part -> what it does when it is on."""
 
 
 def table(config: DictConfig, options: Options) -> list[Row]:
-    """Every part, on or off, and why."""
+    """One row per part. A setting that switches it off is shown before one that weakens it."""
     found = losses(config, options)
     rows = []
     for part, off in asked(options).items():
@@ -128,57 +127,55 @@ def table(config: DictConfig, options: Options) -> list[Row]:
 
 
 def losses(config: DictConfig, options: Options) -> list[Loss]:
-    """What the configuration takes away of the parts that are asked for; what takes away everything first."""
+    """Settings that switch off or weaken enabled parts; those that switch off everything come first."""
     wanted = {part for part, off in asked(options).items() if not off}
     found = [*_classes(config), *_engine(config), *_residents(config), *_statistics(config)]
     return [loss for loss in found if EVERYTHING in loss.parts or wanted & set(loss.parts)]
 
 
 def get(config: DictConfig, key: str) -> Any:
-    """A value of the configuration; None where there is none."""
+    """A value of the configuration; None if the key is missing."""
     return OmegaConf.select(config, key, throw_on_missing=False)
 
 
 @cache
 def carrier(option: str) -> str:
-    """The key of verl's by which the flag hands an option on to where only a part of verl's configuration is seen."""
+    """The verl key through which the flag passes an option to processes that see only part of verl's configuration."""
     return next(item.key for item in read("plugin/heddle", OmegaConf.create()) if item.value == f"${{{option}}}")
 
 
-def engine(config: DictConfig, name: str, vllms: str | None = None) -> Any:
-    """What the engine is given for verl's `rollout.<name>`, which vLLM calls `vllms`."""
-    own = get(config, f"{VLLM}.{vllms or name}")
-    return own if own is not None else get(config, f"{ROLLOUT}.{name}")
+def engine(config: DictConfig, name: str, vllm_name: str | None = None) -> Any:
+    """The engine's value of verl's `rollout.<name>`, which vLLM calls `vllm_name`."""
+    direct = get(config, f"{VLLM}.{vllm_name or name}")
+    return direct if direct is not None else get(config, f"{ROLLOUT}.{name}")
 
 
 def _classes(config: DictConfig) -> list[Loss]:
-    """Keys that name a class or a file of ours, and name another's."""
+    """Keys that should name one of heddle's classes or files, but name a different one."""
     found = []
     if not _is(get(config, MANAGER), "AgentLoopManager", "HeddleAgentLoopManager"):
-        text = f"heddle does nothing; leave the key to the flag, or derive your class from {GATE}.AgentLoopManager"
+        text = f"heddle does nothing; do not set the key, or derive your class from {GATE}.AgentLoopManager"
         found.append(Loss((EVERYTHING,), f"{MANAGER}={get(config, MANAGER)} is not heddle's: {text}", grave=True))
     if not str(get(config, f"{ROLLOUT}.router_config_path")).endswith("verl_plugin/router.yaml"):
-        text = "heddle does nothing, since its router is where it decides; leave the key to the flag, or drop the flag"
+        text = "heddle does nothing, because its router makes the decisions; do not set the key, or drop the flag"
         found.append(Loss((EVERYTHING,), f"{ROLLOUT}.router_config_path is not heddle's: {text}", grave=True))
     sampler = "trainer.v1.sampler.custom_sampler"
     if (get(config, f"{sampler}.path"), get(config, f"{sampler}.name")) != (f"pkg://{GATE}", "Sampler"):
-        text = (
-            f"no heddle metrics, no trace, verl's 2 s poll, and nothing is learnt between steps; leave {sampler}.path and .name to the flag"
-        )
+        text = f"no heddle metrics, no trace, verl's 2 s poll, and no learning between steps; do not set {sampler}.path and .name"
         parts = ("metrics", "trace", "prediction", "checkpoint", "placement", "layout", "shaping")
         found.append(Loss(parts, f"{sampler}.path is not heddle's: {text}", grave=True))
     if not _is(get(config, CALLBACK), "CheckpointCallback", "HeddleCheckpoint"):
-        text = f"what is learnt of lengths is not saved; derive yours from {GATE}.CheckpointCallback and let its on_save call super's"
+        text = f"the learned lengths are not saved; derive your class from {GATE}.CheckpointCallback and call super().on_save"
         found.append(Loss(("checkpoint",), f"{CALLBACK} is not heddle's: {text} (heddle.predict.checkpoint=false silences this)"))
     library = "actor_rollout_ref.model.external_lib"
     if TRAINER_RANK not in str(get(config, library)):
-        text = f"a replica that dies ends the run at the next weight update; give both, {library}=[yours,{TRAINER_RANK}]"
+        text = f"a replica that dies ends the run at the next weight update; set {library}=[yours,{TRAINER_RANK}]"
         found.append(Loss(("replica loss", "layout"), f"{library} does not name {TRAINER_RANK}: {text}"))
     return found
 
 
 def _is(name: Any, seam: str, ours: str) -> bool:
-    """Whether a class name is the gate's, or that of a class which derives from what the gate hands out there; imports the latter."""
+    """Whether a class name is the gate's, or names a subclass of the class that the gate provides; imports the subclass."""
     if name in (None, f"{GATE}.{seam}"):
         return name is not None
     module, _, attribute = str(name).rpartition(".")
@@ -190,28 +187,28 @@ def _is(name: Any, seam: str, ours: str) -> bool:
 
 
 def _residents(config: DictConfig) -> list[Loss]:
-    """What resident sets cannot work with, or are of little use with."""
+    """Settings that rule out resident sets, or leave them little use."""
     found = []
     if get(config, f"{ROLLOUT}.full_determinism"):
-        text = "turns are placed by hash, as it asks"
+        text = "turns are assigned to replicas by hash"
         found.append(Loss(("residents",), f"{ROLLOUT}.full_determinism=true: {text}"))
     if engine(config, "enable_prefix_caching") is False:
-        text = "a turn reads its whole context again whatever lies where, so that nothing is held through a tool call"
+        text = "every turn recomputes its whole context, so nothing stays resident during a tool call"
         found.append(Loss(("residents",), f"{ROLLOUT}.enable_prefix_caching=false: {text}", off=False))
     connector = engine_connector(config)
     if connector in TIERS:
-        text = "evicted contexts come back from the host's memory, where verl's rule is the better one"
-        found.append(Loss(("residents",), f"the host keeps evicted KV cache ({connector}): {text}"))
+        text = "evicted contexts are loaded back from host memory, and verl's rule is better there"
+        found.append(Loss(("residents",), f"evicted KV cache is kept in host memory ({connector}): {text}"))
     if str(connector).startswith(KEEPS_OLD):
-        text = "vLLM cannot empty it, so that turns after a weight update find contexts of the old weights"
-        advice = f"take vLLM's own, {VLLM}.kv_offloading_size (GiB)"
-        told = f"KV cache is kept in LMCache ({connector}): {text}, without heddle too; {advice}"
-        found.append(Loss(("trajectories",), told, grave=True, off=False))
+        text = "vLLM cannot empty it, so turns after a weight update reuse contexts of the old weights"
+        advice = f"use vLLM's offloading instead, {VLLM}.kv_offloading_size (GiB)"
+        message = f"KV cache is kept in LMCache ({connector}): {text}, with or without heddle; {advice}"
+        found.append(Loss(("trajectories",), message, grave=True, off=False))
     return found
 
 
 def engine_connector(config: DictConfig) -> str | None:
-    """The KV connector that vLLM will have, by its class."""
+    """Class name of the KV connector that vLLM will use."""
     named = get(config, f"{VLLM}.kv_transfer_config.kv_connector")
     if get(config, "heddle.offload.enable") and not get(config, "heddle.observe"):
         return "OffloadingConnector"
@@ -221,15 +218,15 @@ def engine_connector(config: DictConfig) -> str | None:
 
 
 def _engine(config: DictConfig) -> list[Loss]:
-    """What vLLM is told that heddle's scheduler cannot work with, or that differs from what heddle believes of the engine."""
+    """vLLM settings that heddle's scheduler cannot work with, or that contradict what heddle assumes about the engine."""
     found = []
-    ours = ("preemption", "priority under way", "stopping")
+    ours = ("preemption", "priority updates", "stopping")
     if get(config, f"{VLLM}.scheduler_cls") != SCHEDULER:
-        text = "no preemption on arrival, no new priorities for turns under way, and samples of no more use run to their turn's end"
-        found.append(Loss(ours, f"{VLLM}.scheduler_cls is not heddle's: {text}; leave the key to the flag"))
+        text = "no preemption on arrival, no new priorities for turns in flight, and unneeded samples run to the end of their turn"
+        found.append(Loss(ours, f"{VLLM}.scheduler_cls is not heddle's: {text}; do not set the key"))
     if get(config, key := carrier("heddle.preempt.enable")) is None:
-        text = "heddle.preempt.* does not reach the engines, where the rule's defaults hold; add your keys to the node, do not replace it"
-        found.append(Loss(("preemption",), f"{key} is gone: {text}", off=False))
+        text = "heddle.preempt.* does not reach the engines, which use the rule's defaults; add your keys to the node, do not replace it"
+        found.append(Loss(("preemption",), f"{key} is missing: {text}", off=False))
     unchecked = {
         f"{VLLM}.kv_transfer_config": ("a KV connector", get(config, f"{VLLM}.kv_transfer_config")),
         f"{VLLM}.kv_offloading_size": ("a KV connector", get(config, f"{VLLM}.kv_offloading_size")),
@@ -245,23 +242,23 @@ def _engine(config: DictConfig) -> list[Loss]:
         ),
     }
     found += [
-        Loss(("preemption",), f"{key}: {what} was never checked with preemption on arrival, which is off")
-        for key, (what, there) in unchecked.items()
-        if there
+        Loss(("preemption",), f"{key}: preemption on arrival is off, because it is untested with {what}")
+        for key, (what, used) in unchecked.items()
+        if used
     ]
     if int(engine(config, "data_parallel_size") or 1) > 1:
-        text = "vLLM shares a replica's turns out among its engines, so that a turn may land on one that does not hold its context"
+        text = "vLLM spreads a replica's turns over its engines, so a turn may run on one that does not hold its context"
         found.append(Loss(("placement",), f"{ROLLOUT}.data_parallel_size > 1: {text}", off=False))
-    slots, told = get(config, f"{VLLM}.max_num_seqs"), get(config, f"{ROLLOUT}.max_num_seqs")
-    if slots is not None and slots != told:
-        text = f"verl sizes its server for {told} where the engine has {slots}; set {ROLLOUT}.max_num_seqs={slots} instead"
-        told_twice = f"{VLLM}.max_num_seqs={slots} contradicts {ROLLOUT}.max_num_seqs={told}: {text}"
-        found.append(Loss(("residents", "admission"), told_twice, off=False))
+    slots, verl_slots = get(config, f"{VLLM}.max_num_seqs"), get(config, f"{ROLLOUT}.max_num_seqs")
+    if slots is not None and slots != verl_slots:
+        text = f"verl sizes its server for {verl_slots}, but the engine has {slots}; set {ROLLOUT}.max_num_seqs={slots} instead"
+        message = f"{VLLM}.max_num_seqs={slots} contradicts {ROLLOUT}.max_num_seqs={verl_slots}: {text}"
+        found.append(Loss(("residents", "admission"), message, off=False))
     return found
 
 
 def _statistics(config: DictConfig) -> list[Loss]:
     keys = {f"{ROLLOUT}.disable_log_stats": engine(config, "disable_log_stats")}
     keys[f"{ROLLOUT}.disaggregation.enabled"] = get(config, f"{ROLLOUT}.disaggregation.enabled")
-    text = "queueing cannot be told from generation, preemptions are not counted"
+    text = "queueing cannot be separated from generation, and preemptions are not counted"
     return [Loss(("queueing",), f"{key}=true: {text}") for key, value in keys.items() if value]

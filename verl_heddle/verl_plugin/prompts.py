@@ -1,16 +1,13 @@
-"""What a batch of verl's prompts says of itself before its trajectories exist.
+"""Reads facts about verl's prompts before their trajectories exist: a digest, the text, and the first turns of a batch.
 
-A `raw_prompt` is whatever the user's dataset makes of it: chat messages with text, images and videos in them, a string, token ids, None.
-`facts_of` takes anything and never raises; its cost is bounded (`prompt_digest`).
+A `raw_prompt` is whatever the user's dataset produces: chat messages with text, images and videos, a string, token ids, None.
 
-A prompt's name: a digest of its content, the same in every epoch, process and run.
-
-Law: values are told apart by what they hold, never by where they lie in memory or how they print. Text, numbers, lists and mappings are
-walked; images, arrays, tensors and buffers are read as bytes, with their shape and type; an object of an unknown class counts by its
-attributes, one that cannot be read by its class alone. Of a large buffer, evenly spaced blocks and its length stand for the whole, so that
-a prompt costs `BUDGET` bytes of hashing at most (about 16 ms), a video as well.
-
-Never raises: a prompt that is odd must not fail its group.
+Law: the digest depends only on a prompt's content, never on memory addresses or on how values print, so it is the same in every epoch,
+process and run. Text, numbers, lists and mappings are walked. Images, arrays, tensors and buffers are hashed as bytes, with their shape and
+type. An object of an unknown class is hashed by its attributes, an unreadable one by its class alone.
+Invariant: `facts_of` accepts anything and never raises, because an odd prompt must not fail its group.
+Cost: a large buffer is hashed by its length and evenly spaced blocks, so a prompt, even a video, costs at most `BUDGET` bytes of hashing
+(about 16 ms).
 """
 
 from __future__ import annotations
@@ -29,23 +26,23 @@ from verl_heddle.predict.prompts import MAX_CHARS
 from verl_heddle.trajectory import TrajectoryId, TurnStart
 
 WHOLE = 2**20
-"""Bytes of one buffer that are hashed whole: a compressed image; blake2b reads a gigabyte a second."""
+"""Largest buffer, in bytes, that is hashed whole: enough for a compressed image. blake2b hashes a gigabyte per second."""
 
 BUDGET = 16 * WHOLE
-"""Bytes of one prompt that are hashed; what comes later is read in single blocks."""
+"""Bytes hashed per prompt; of each buffer after that, a single block is hashed."""
 
 BLOCK = 2**14
-"""Bytes of a block where a buffer is sampled."""
+"""Bytes per block of a sampled buffer."""
 
 DIGEST_DEPTH = 12
-"""Deeper values, and those that contain themselves, count by their class."""
+"""Nesting limit: deeper values, including self-references, are hashed by their class."""
 
 MOST_ITEMS = 200_000
-"""Values of a prompt that are walked: more than the tokens of any context. What follows is left out."""
+"""Values walked per prompt: more than the tokens of any context. The rest is ignored."""
 
 
 def prompt_digest(raw_prompt: Any) -> str:
-    """16 hex digits that are the same whenever the same content comes again, in any epoch or run. Never raises."""
+    """16 hex digits, the same for the same content in any epoch, process or run. Never raises."""
     walk = _Walk()
     walk.add(raw_prompt, DIGEST_DEPTH)
     return walk.hash.hexdigest()
@@ -57,14 +54,14 @@ def bare(value: Any) -> Any:
 
 
 def is_list(value: Any) -> bool:
-    """Whether a value's items come in order: lists, tuples, arrays of objects; not text, not buffers."""
+    """Whether a value is a list, tuple or array of objects; text and buffers are not."""
     if isinstance(value, np.ndarray):
         return value.dtype == object
     return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview)
 
 
 class _Walk:
-    """One prompt."""
+    """The hash of one prompt in progress, and what is left of its budget."""
 
     def __init__(self) -> None:
         self.hash = hashlib.blake2b(digest_size=8)
@@ -72,7 +69,7 @@ class _Walk:
         self._items = MOST_ITEMS
 
     def add(self, value: Any, depth: int) -> None:
-        """A value and all that is in it; one that cannot be read counts by its class."""
+        """Hash a value and everything in it; an unreadable value is hashed by its class."""
         if not self._items:
             return
         self._items -= 1
@@ -104,8 +101,8 @@ class _Walk:
         self._mark("list", str(len(items)))
         if len(items) and type(items[0]) is int:
             try:
-                return self._buffer("integers", array("q", items))  # token ids: a hundred times faster than one by one
-            except (TypeError, OverflowError):  # not all of them, or large ones
+                return self._buffer("integers", array("q", items))  # token ids: 100 times faster than item by item
+            except (TypeError, OverflowError):  # some items are not integers, or exceed 64 bits
                 pass
         for item in items:
             self.add(item, depth - 1)
@@ -117,7 +114,7 @@ class _Walk:
             self._array(value)
         elif hasattr(value, "detach") and hasattr(value, "element_size"):  # a tensor
             self._tensor(value)
-        elif hasattr(value, "tobytes") and hasattr(value, "mode") and hasattr(value, "size"):  # an image of PIL's
+        elif hasattr(value, "tobytes") and hasattr(value, "mode") and hasattr(value, "size"):  # a PIL image
             self._buffer(f"image {value.mode} {value.size}", value.tobytes())
         elif hasattr(value, "getbuffer"):  # io.BytesIO
             self._buffer("bytes", value.getbuffer())
@@ -133,7 +130,7 @@ class _Walk:
     def _tensor(self, tensor: Any) -> None:
         import torch
 
-        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)  # not every dtype of torch has one of numpy
+        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)  # numpy lacks some of torch's dtypes
         self._buffer(f"tensor {tensor.dtype} {tuple(tensor.shape)}", flat.numpy())
 
     def _mark(self, kind: str, text: str) -> None:
@@ -157,16 +154,16 @@ class _Walk:
 
 
 CHARS_PER_TOKEN = 4
-"""Of prompts, roughly: what is planned with until the agent loop has applied its chat template."""
+"""Rough estimate for prompts, used until the agent loop has applied its chat template."""
 
 MAX_DEPTH = 8
-"""Nesting of chat messages: list, message, content parts, and parts in parts."""
+"""Nesting limit of chat messages: list, message, content parts, and parts in parts."""
 
 MOST_PARTS = 1000
-"""Strings read of a prompt; token ids have none, and MAX_CHARS are mostly reached by the first."""
+"""Strings read per prompt; the first one usually reaches MAX_CHARS, and token ids have none."""
 
 OWN_COUNT = "__rollout_n__"
-"""verl's column for prompts that are not sampled `rollout.n` times."""
+"""verl's column for prompts with a sample count other than `rollout.n`."""
 
 
 def validates(prompts: Any) -> bool:
@@ -175,28 +172,28 @@ def validates(prompts: Any) -> bool:
 
 
 def weights_of(prompts: Any) -> int:
-    """After which training step the weights were made that a batch is sampled with."""
+    """The training step that produced the weights which sample this batch."""
     step = int(prompts["global_steps"])
     return step if validates(prompts) else step - 1
 
 
 def own_count(prompts: Any, row: int) -> int | None:
-    """How often a prompt is to be sampled where it says so itself."""
+    """The prompt's own number of samples; None if it has none."""
     own = prompts[OWN_COUNT][row] if OWN_COUNT in prompts else None
     return None if own is None else int(own)
 
 
 def facts_of_batch(prompts: Any) -> list[Facts]:
-    """Of every row, in order."""
+    """Facts of every row, in order."""
     if "raw_prompt" not in prompts:
         return [facts_of(None)] * len(prompts)
     return [facts_of(prompts["raw_prompt"][row]) for row in range(len(prompts))]
 
 
 def first_turns(prompts: Any, samples: int, validation_samples: int, facts: Sequence[Facts] | None = None) -> list[TurnStart]:
-    """The first turns that verl's workers are about to start for a batch (`AgentLoopWorkerTQ._run_prompt`); `context_tokens` is a guess.
+    """The first turns that verl's workers will start for a batch (`AgentLoopWorkerTQ._run_prompt`); `context_tokens` is a guess.
 
-    `facts`: `facts_of_batch`, where they are known already.
+    `facts`: the result of `facts_of_batch`, if already computed.
     """
     validate, step = validates(prompts), int(prompts["global_steps"])
     usual = validation_samples if validate else samples
@@ -210,7 +207,7 @@ def first_turns(prompts: Any, samples: int, validation_samples: int, facts: Sequ
 
 
 class Facts(NamedTuple):
-    """Of one prompt, for all its samples."""
+    """Facts about one prompt, shared by all its samples."""
 
     digest: str
     text: str | None
@@ -218,27 +215,29 @@ class Facts(NamedTuple):
 
 
 def facts_of(raw_prompt: Any) -> Facts:
-    """What is known of a prompt; never raises."""
+    """The facts about a prompt; never raises."""
     return Facts(prompt_digest(raw_prompt), prompt_text(raw_prompt))
 
 
 def is_plain(raw_prompt: Any) -> bool:
-    """Whether a prompt is text alone, so that its facts take microseconds; others are for a thread."""
+    """Whether a prompt is only text, so that its facts take microseconds; compute those of other prompts in a thread."""
     if raw_prompt is None or isinstance(raw_prompt, str):
         return True
-    return isinstance(raw_prompt, list) and all(isinstance(one, dict) and isinstance(one.get("content"), str) for one in raw_prompt)
+    return isinstance(raw_prompt, list) and all(
+        isinstance(message, dict) and isinstance(message.get("content"), str) for message in raw_prompt
+    )
 
 
 def prompt_text(raw_prompt: Any) -> str | None:
-    """The words of a prompt, as many as the predictor reads; None if there are none, as in token ids or images."""
+    """The prompt's text, up to the length the predictor reads; None if there is none, as for token ids or images."""
     words: list[str] = []
-    with suppress(Exception):  # an object of the user's that cannot be read: what was read before it does
+    with suppress(Exception):  # on an unreadable user object, keep the text read before it
         _collect_words(bare(raw_prompt), words, MAX_DEPTH)
     return "\n".join(words)[:MAX_CHARS] or None
 
 
 def _collect_words(value: Any, words: list[str], depth: int) -> None:
-    """The strings of messages: of a list, of a mapping's `content` or `text`."""
+    """Collect the strings of messages: from lists, and from a mapping's `content` or `text`."""
     if isinstance(value, str):
         words.append(value[:MAX_CHARS])
     elif isinstance(value, Mapping) and depth:

@@ -1,4 +1,4 @@
-"""From verl's untyped config to our typed options."""
+"""Converts verl's untyped config into heddle's typed options, and registers the resolvers that `configs/` uses."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from omegaconf import OmegaConf
 from verl_heddle.options import Options
 
 ADVANTAGES = "heddle_grpo"
-"""verl's grpo with weights (`advantage`), as `algorithm.adv_estimator` names it."""
+"""Value of `algorithm.adv_estimator` for verl's grpo with weights (`advantage`)."""
 
 PACKAGE = Path(__file__).parent.parent
 """The installed package, on this node."""
 
 CONFIGS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
-"""Our Hydra config groups: inside the package when installed, beside it in a checkout."""
+"""heddle's Hydra config groups: inside the package when installed, next to it in a checkout."""
 
 
 def register_resolvers() -> None:
-    """Teach OmegaConf what `configs/` uses: `${heddle_path:x}`, file x of the package, wherever it is installed on the node that resolves
-    it (verl takes a router's file by path only, and a relative path does not find an editable install), and `${heddle_default:x}`, x.
+    """Register the OmegaConf resolvers that `configs/` uses.
 
-    Both are none while Hydra applies a command line's overrides: Hydra refuses `+key=...` where the key has a value, and a user's command
-    adds, by `+`, keys that stock verl leaves without one.
+    `${heddle_path:x}` is the path of the package's file x on the node that resolves it: verl accepts a router's file only by path, and a
+    relative path does not find an editable install. `${heddle_default:x}` is x. Both are None while Hydra applies the overrides: Hydra
+    refuses `+key=...` if the key has a value, and a user's command may add with `+` a key that stock verl leaves without one.
     """
     OmegaConf.register_new_resolver(
         "heddle_path", lambda name, *, _root_: None if _composing(_root_) else str(PACKAGE / name), replace=True
@@ -33,16 +33,16 @@ def register_resolvers() -> None:
 
 
 def _composing(root: Any) -> bool:
-    """Whether Hydra is still at work on this configuration: it writes its version into it when overrides have been applied."""
+    """Whether Hydra is still composing this configuration: it writes its version into it after applying the overrides."""
     runtime = OmegaConf.select(root, "hydra.runtime", throw_on_missing=False)
     return runtime is not None and OmegaConf.is_missing(runtime, "version")
 
 
 def handed_on(rollout: Any, part: str) -> dict[str, Any]:
-    """A part of `heddle.*` (`preempt`, `layout`) as the flag hands it to where only verl's rollout config is seen; empty without it.
+    """A part of `heddle.*` (`preempt`, `layout`), passed to code that sees only verl's rollout config; empty if it is missing.
 
-    In `rollout.custom`, verl's place for settings that are not its own. What is in `engine_kwargs.vllm` goes to vLLM, and into the hash by
-    which it finds compiled models.
+    It is in `rollout.custom`, verl's place for foreign settings. Keys in `engine_kwargs.vllm` would go to vLLM, and into the hash by which
+    vLLM finds compiled models.
     """
     ours = (rollout.get("custom") or {}).get("heddle") or {}
     return dict(ours.get(part) or {})
@@ -54,7 +54,9 @@ def options_of(config: Any) -> Options:
     Raises:
         omegaconf.errors.OmegaConfBaseException: unknown key or wrong type.
     """
-    given = OmegaConf.to_container(config["heddle"], resolve=True)  # while its interpolations still see the whole config
+    given = OmegaConf.to_container(config["heddle"], resolve=True)  # resolve while interpolations can see the whole config
     options: Options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Options), given))  # type: ignore[assignment]
-    options.trace.workload = options.trace.workload or "verl"  # trainer.project_name, which may be none; a trace's line needs a name
+    options.trace.workload = (
+        options.trace.workload or "verl"
+    )  # defaults to trainer.project_name, which may be None; a trace line needs a name
     return options

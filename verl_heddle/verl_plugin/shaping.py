@@ -1,12 +1,12 @@
-"""Shaping on verl: the manager shares out spare samples before a step (`Planner`), each worker selects among those it runs (`Selection`).
+"""Runs shaping on verl: the manager allots spare samples before a step (`Planner`), each worker selects among those it runs (`Selection`).
 
 verl's worker starts as many samples of a prompt as the batch's `__rollout_n__` says, waits until all have settled, and publishes the group.
-So spare samples need no more than that column, and a group of exactly n rows no more than this: a sample that is not kept returns without
-writing its row, one that fails counts for nothing where n others are kept, and one that cannot be kept any more is cancelled, in engine and
-tools, and settles as if it had returned. Nobody is cancelled once his row is being written, since a row half written ends the run.
+So spare samples need only that column. A group gets exactly n rows by three rules: a sample that is not kept returns without writing its
+row; a failed sample is ignored if n others are kept; and a sample that can no longer be kept is cancelled, in engine and tools, and settles
+as if it had returned. No sample is cancelled while its row is being written, because a half-written row ends the run.
 
-The verdicts need the group only, and all of a prompt's samples run in one worker; so none waits for another process, and shaping goes on
-without the router.
+A verdict needs only the group, and all samples of a prompt run in one worker. So no verdict waits for a different process, and shaping
+works without the router.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ from verl_heddle.verl_plugin.log import log_once
 from verl_heddle.verl_plugin.prompts import OWN_COUNT, Facts, facts_of_batch, own_count, validates
 
 SHARE = "heddle_share"
-"""Column of the batch: each prompt's `Share`, None where shaping leaves it alone."""
+"""Column of the batch: each prompt's `Share`, None if shaping does not apply."""
 
 
 class Planner:
-    """The manager's half.
+    """The manager's half: decides how many samples each prompt gets.
 
     Args:
-        size: n, rows per prompt that the trainer gets.
-        cap_tokens: most tokens a trajectory may generate.
+        size: n, the rows per prompt that the trainer gets.
+        cap_tokens: most tokens that a trajectory may generate.
     """
 
     def __init__(self, shape: Shape, size: int, cap_tokens: int) -> None:
         self._shape, self._size = shape, size
         self.shaper = Shaper(shape, size, cap_tokens)
         self.latency: Latency | None = None
-        """Step times of the engines, once they are known."""
+        """Step times of the engines; None until they are known."""
         self._habit = Habit()
 
     def share_out(self, prompts: Any, replicas: Sequence[Replica], facts: Sequence[Facts] | None = None) -> Any:
-        """The batch with a share for each prompt that is sampled n times; a validation as it is. The batch given is not changed.
+        """A copy of the batch with a share for each prompt that is sampled n times; a validation batch is returned unchanged.
 
-        `facts`: `facts_of_batch`, where they are known already.
+        `facts`: the result of `facts_of_batch`, if already computed.
         """
         if validates(prompts):
             return prompts
@@ -73,33 +73,33 @@ class Planner:
         return made
 
     def step_ended(self, step: int, records: Sequence[Trajectory], visits: Sequence[Visit]) -> dict[str, float]:
-        """Learn from a step; returns metrics without prefix."""
+        """Learn from a step; returns metrics, named without prefix."""
         self._habit = habit_of(records) or self._habit
         return self.shaper.step_ended(step, visits)
 
 
 @dataclass(slots=True)
 class _Sample:
-    """One that may still be asked about: its group is not yet taken."""
+    """A sample whose group has not been taken yet."""
 
     uid: str
     kept: asyncio.Future[bool]
-    """Whether its row is to be written, once that is certain."""
+    """Resolves, once it is certain, to whether its row is written."""
     tokens: int = 0
     task: asyncio.Task[Any] | None = None
     stopped: bool = False
-    """Told to."""
+    """A verdict has cancelled it."""
     ended: bool = False
-    """Asks whether it is kept."""
+    """It has ended and waits for `kept`."""
 
 
 class Selection:
-    """A worker's half.
+    """A worker's half: decides which samples of a group are kept, dropped or stopped.
 
     Args:
         size: as in `Planner`.
-        limit: takes tokens by trajectory key: of how many generated tokens each is of no more use.
-        cancel_s: how long the engines may take to let go of a sample that was stopped.
+        limit: called with limits by trajectory key: the generated tokens beyond which a sample is no longer needed.
+        cancel_s: time limit for the engines to release a stopped sample.
     """
 
     def __init__(self, size: int, limit: Callable[[dict[str, int]], None], cancel_s: float) -> None:
@@ -107,16 +107,16 @@ class Selection:
         self._limit, self._cancel_s = limit, cancel_s
         self._samples: dict[str, _Sample] = {}
         self._full: dict[str, asyncio.Future[bool]] = {}
-        """By uid: whether the group, now closed, has its n rows."""
+        """By uid: resolves, when the group closes, to whether it has its n rows."""
         self._given_up: set[str] = set()
-        """Groups (uid) for which the rule failed."""
+        """Groups (uid) whose rule has failed."""
         self.failures = 0
 
     def __contains__(self, key: str) -> bool:
         return key in self._samples
 
     def opened(self, uid: str, prompt: str, share: Share) -> None:
-        """A prompt's samples are about to start."""
+        """Register a prompt's samples before they start."""
         keys = [f"{uid}_{sample}" for sample in range(share.samples)]
         self._groups.opened(uid, prompt, share, keys)
         loop = asyncio.get_running_loop()
@@ -124,48 +124,48 @@ class Selection:
         self._samples.update((key, _Sample(uid, loop.create_future())) for key in keys)
 
     async def live(self, key: str, life: Coroutine[Any, Any, Any]) -> Any:
-        """Run a sample's agent loop to its end. None if it was stopped, or failed and is not missed.
+        """Run a sample's agent loop to its end. None if it was stopped, or failed and its group is full without it.
 
         Raises:
-            Exception: what it failed with, where its group is short of rows.
+            Exception: the sample's own failure, if its group is short of rows.
         """
-        one = self._samples[key]
-        one.task = asyncio.create_task(life)
+        sample = self._samples[key]
+        sample.task = asyncio.create_task(life)
         try:
-            return await one.task
+            return await sample.task
         except (Exception, asyncio.CancelledError) as error:
-            if not one.stopped:
-                if await self._missed(key, one):
+            if not sample.stopped:
+                if await self._missed(key, sample):
                     raise
-                log_once(f"a sample was lost ({type(error).__name__}: {error}); its group is full without it")
+                log_once(f"a sample failed ({type(error).__name__}: {error}); its group is full without it")
             return None
         finally:
-            if one.stopped:  # the group is not published while an engine still works on it
+            if sample.stopped:  # the group must not be published while an engine still runs the sample
                 await cancellations_settled(self._cancel_s)
-                self._groups.stopped(key, one.tokens)
+                self._groups.stopped(key, sample.tokens)
 
     def generated(self, key: str, tokens: int) -> None:
-        """A sample has generated so many tokens in all its turns so far. May cancel the task that calls."""
-        one = self._samples.get(key)
-        if one is not None:
-            one.tokens = tokens
-            self._ask(one, lambda: self._groups.progress(key, tokens))
+        """Record the tokens that a sample has generated in all its turns so far. May cancel the calling task."""
+        sample = self._samples.get(key)
+        if sample is not None:
+            sample.tokens = tokens
+            self._ask(sample, lambda: self._groups.progress(key, tokens))
 
     async def is_kept(self, key: str, tokens: int, truncated: bool, reward: float | None) -> bool:
-        """A sample has ended, its reward is in: waits until it is certain whether its row is to be written.
+        """For a sample that has ended and has its reward: waits until it is certain whether its row is written, and returns that.
 
-        Siblings decide, each of which ends by its own limits; no other process is waited for.
+        It waits only for siblings, each of which ends by its own limits, and for no other process.
         """
-        one = self._samples[key]
-        if not one.kept.done():
-            one.tokens, one.ended = tokens, True
-            self._ask(one, lambda: self._groups.finished(key, tokens, Fate.CUT if truncated else Fate.VALID, reward))
-        return await one.kept
+        sample = self._samples[key]
+        if not sample.kept.done():
+            sample.tokens, sample.ended = tokens, True
+            self._ask(sample, lambda: self._groups.finished(key, tokens, Fate.CUT if truncated else Fate.VALID, reward))
+        return await sample.kept
 
     def take(self) -> list[Visit]:
-        """The groups that are closed, forgotten here."""
+        """Returns the closed groups and forgets them here."""
         self._full = {uid: full for uid, full in self._full.items() if not full.done()}
-        self._samples = {key: one for key, one in self._samples.items() if one.uid in self._full}
+        self._samples = {key: sample for key, sample in self._samples.items() if sample.uid in self._full}
         self._given_up &= self._full.keys()
         try:
             return self._groups.take(forget=False)
@@ -173,40 +173,40 @@ class Selection:
             self._failed(error)
             return []
 
-    async def _missed(self, key: str, one: _Sample) -> bool:
-        """A sample is lost: whether its group is short of rows, once that is known. True if it was lost after it had been counted on."""
-        if one.kept.done():
+    async def _missed(self, key: str, sample: _Sample) -> bool:
+        """For a failed sample: waits for its group to close, returns whether it is short of rows. True if its verdict was already known."""
+        if sample.kept.done():
             return True
-        full = self._full[one.uid]
-        self._ask(one, lambda: self._groups.finished(key, one.tokens, Fate.USELESS))
+        full = self._full[sample.uid]
+        self._ask(sample, lambda: self._groups.finished(key, sample.tokens, Fate.USELESS))
         return not await full
 
-    def _ask(self, one: _Sample, event: Callable[[], Verdict]) -> None:
-        """Obey the rule's verdict on an event. If the rule raises, its group goes on without it: the first n to end are kept."""
-        if one.uid not in self._given_up:
+    def _ask(self, sample: _Sample, event: Callable[[], Verdict]) -> None:
+        """Apply the rule's verdict on an event. If the rule raises, its group goes on without it: the first n to end are kept."""
+        if sample.uid not in self._given_up:
             try:
-                return self._obey(one, event())
+                return self._obey(sample, event())
             except Exception as error:
                 self._failed(error)
-                self._given_up.add(one.uid)
-        group = [other for other in self._samples.values() if other.uid == one.uid]
+                self._given_up.add(sample.uid)
+        group = [other for other in self._samples.values() if other.uid == sample.uid]
         for other in group:
             if other.ended and not other.kept.done():
                 kept = sum(known.kept.done() and not known.kept.cancelled() and known.kept.result() for known in group)
                 other.kept.set_result(kept < self._size)
-        if not self._full[one.uid].done():
-            self._full[one.uid].set_result(False)  # one that is lost is missed: verl's own rule
+        if not self._full[sample.uid].done():
+            self._full[sample.uid].set_result(False)  # from here verl's own rule applies: a failed sample fails its group
 
     def _failed(self, error: Exception) -> None:
         self.failures += 1
         log_once(f"a group goes on without selection ({type(error).__name__}: {error})")
 
-    def _obey(self, of: _Sample, verdict: Verdict) -> None:
+    def _obey(self, sample: _Sample, verdict: Verdict) -> None:
         for key in verdict.stop:
-            one = self._samples[key]
-            one.stopped = True
-            if one.task is not None:
-                one.task.cancel()
+            victim = self._samples[key]
+            victim.stopped = True
+            if victim.task is not None:
+                victim.task.cancel()
         for key in verdict.keep:
             self._samples[key].kept.set_result(True)
         for key in verdict.drop + verdict.stop:
@@ -214,4 +214,4 @@ class Selection:
         if verdict.limits:
             self._limit(verdict.limits)
         if verdict.closed:
-            self._full[of.uid].set_result(not verdict.short)
+            self._full[sample.uid].set_result(not verdict.short)

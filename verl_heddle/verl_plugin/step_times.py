@@ -1,4 +1,4 @@
-"""Step times from the run itself: fitted in a thread of the trainer's process after each step, sent to the router when ready."""
+"""Learns step times from the run: fits them in a thread of the trainer's process after each step, and sends them to the router."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from verl_heddle.verl_plugin.log import log_once
 
 
 class StepTimes:
-    """One thread at a time; a step that ends while it works is left out."""
+    """Runs one fit at a time; a step that ends during a fit is skipped."""
 
     def __init__(self) -> None:
         self._known: LatencyModel | None = None
         self._thread: threading.Thread | None = None
 
-    def learn(self, records: list[Trajectory], degrees: Mapping[str, int], tell: Callable[[LatencyModel], Any]) -> None:
-        """Begin to fit; `tell` gets the model, if there is one. `degrees`: by replica; what was learnt of others stays."""
+    def learn(self, records: list[Trajectory], degrees: Mapping[str, int], send: Callable[[LatencyModel], Any]) -> None:
+        """Start a fit; `send` gets the model if the fit succeeds. `degrees`: by replica; times of other degrees are kept."""
         if self._thread is None or not self._thread.is_alive():
-            self._thread = threading.Thread(target=self._run, args=(records, degrees, tell), name="heddle-step-times", daemon=True)
+            self._thread = threading.Thread(target=self._run, args=(records, degrees, send), name="heddle-step-times", daemon=True)
             self._thread.start()
 
-    def _run(self, records: list[Trajectory], degrees: Mapping[str, int], tell: Callable[[LatencyModel], Any]) -> None:
+    def _run(self, records: list[Trajectory], degrees: Mapping[str, int], send: Callable[[LatencyModel], Any]) -> None:
         try:
             self._known = step_times(records, degrees, self._known)
-            tell(self._known)
+            send(self._known)
         except Exception as error:
-            log_once(f"placement goes by verl's rule until the engines' step times are known: {error}")
+            log_once(f"placement uses verl's rule until the engines' step times are known: {error}")

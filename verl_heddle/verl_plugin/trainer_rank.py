@@ -1,11 +1,11 @@
-"""What a trainer rank does differently: it goes on when the rollout replica it feeds has died, and it feeds the one it is told to.
+"""Lets a trainer rank survive the death of the rollout replica that it feeds, and feed a different engine after a layout change.
 
-verl imports this module in every process that builds the model's config (`actor_rollout_ref.model.external_lib`, set by the flag), which
-is before the trainer looks up its rollout adapter. verl's adapter would wait for a dead server's acknowledgement for ever; ours takes the
-weights, which every rank must gather together, and lets them go.
+verl imports this module in every process that builds the model's config (`actor_rollout_ref.model.external_lib`, set by the flag), before
+the trainer looks up its rollout adapter. verl's adapter would wait forever for a dead server's acknowledgement. This adapter consumes the
+weights, because all ranks must gather them together, and discards them.
 
-verl's rank feeds replica `rank // tp`, for ever. Under a layout (`layouts`) it is told between steps which engine it feeds, and as which of
-the engine's ranks; every rank sends whole tensors, of which its engine's worker takes its shard, so nothing else changes.
+verl's rank always feeds replica `rank // tp`. Under a layout (`layouts`) each rank is assigned, between steps, to an engine and to one of
+its ranks. Every rank sends whole tensors, of which the engine's worker takes its shard, so nothing else changes.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from verl_heddle.verl_plugin.log import log_once
 NAME = f"{__name__}.ServerAdapter"
 
 PING_S = 60.0
-"""A live server answers in milliseconds between steps; one under a debugger may not."""
+"""Time limit for a server's answer: between steps a live one takes milliseconds, unless it runs under a debugger."""
 
 
 class EngineSlot(NamedTuple):
-    """`engine`: its `replica_rank`; `rank`: of the engine's workers, the one on this GPU."""
+    """The engine worker that a trainer rank feeds. `engine`: the engine's `replica_rank`; `rank`: its worker on this GPU."""
 
     engine: int
     rank: int
 
 
 SLOT: EngineSlot | None = None
-"""None: where verl's arithmetic puts this process."""
+"""The engine worker that this process feeds; None: the one that verl's arithmetic gives."""
 
 
 def sit(worker: Any, engine: int, rank: int) -> None:
-    """Called in the trainer rank's process by `layouts`; takes effect with the next weight update."""
+    """Assign this trainer rank to an engine worker; `layouts` calls it in the rank's process. Takes effect at the next weight update."""
     global SLOT
     SLOT = EngineSlot(engine, rank)
 
@@ -54,7 +54,7 @@ def _adapter() -> type:
     from verl.workers.rollout.vllm_rollout import ServerAdapter
 
     class HeddleServerAdapter(ServerAdapter):  # type: ignore[misc, valid-type]
-        """verl's adapter, for a server that may be gone."""
+        """verl's adapter, for a server that may be dead or may change."""
 
         _gone = _seen = False
         _slot: EngineSlot | None = None
@@ -67,7 +67,7 @@ def _adapter() -> type:
             except (RayError, RuntimeError) as error:
                 if SLOT is None:
                     raise
-                log_once(f"engine {self.replica_rank} does not wake ({type(error).__name__}: {error}); it is shut down")
+                log_once(f"engine {self.replica_rank} does not wake up ({type(error).__name__}: {error}); it is shut down")
                 ray.kill(self.server_handle)
                 self._gone = True
 
@@ -86,31 +86,31 @@ def _adapter() -> type:
                     pass
 
         async def _lost(self) -> bool:
-            """Whether the replica's server is dead; once it is, it stays so. Asked by all ranks of the replica, since all send to it."""
+            """Whether the replica's server is dead, which is final. Every rank of the replica checks, because every rank sends to it."""
             self._sit_down()
             if self._gone or self._pd_role is not None:
                 return self._gone
             alive = await asyncio.to_thread(_alive, f"{self._get_server_name_prefix()}server_{self.replica_rank}_0")
             self._gone, self._seen = self._seen and not alive, self._seen or alive
             if self._gone:
-                log_once(f"replica {self.replica_rank} is gone: it gets no weights any more")
+                log_once(f"replica {self.replica_rank} is dead: it gets no more weights")
             return self._gone
 
         def _sit_down(self) -> None:
-            """Feed the engine this rank is told to, by the names that verl gives to engines."""
-            if SLOT is None or self._slot is SLOT:  # the same seat given anew: its engine has been launched anew
+            """Switch to the assigned engine, using verl's names for its sockets."""
+            if SLOT is None or self._slot is SLOT:  # `is`: an equal but new slot means that its engine was relaunched
                 return
             self._slot, (self.replica_rank, self.rollout_rank) = SLOT, SLOT
             job = self.zmq_handle.rsplit("-replica-", 1)[0]
             self.zmq_handle = f"{job}-replica-{self.replica_rank}-rank-{self.rollout_rank}.sock"
             self.node_rank, self._has_server, self.server_handle = 0, self.rollout_rank == 0, None
-            self._gone, self._seen = False, True  # it has been launched, so that one that is not there has died
+            self._gone, self._seen = False, True  # the engine was launched, so if its server is missing, it has died
 
     return HeddleServerAdapter
 
 
 def _alive(name: str) -> bool:
-    """Whether the actor of this name answers, and its engine lives. Not by its name alone: Ray remembers names, and finds the dead."""
+    """Whether the actor of this name answers and its engine is alive. The name alone proves nothing: Ray also finds dead actors by name."""
     try:
         server = ray.get_actor(name)
         ask = server.heddle_alive if hasattr(server, "heddle_alive") else server.__ray_ready__
@@ -118,12 +118,12 @@ def _alive(name: str) -> bool:
     except (ValueError, RayActorError):
         return False
     except GetTimeoutError:
-        log_once(f"{name} has not answered for {PING_S:g} s; it is taken to be busy")
+        log_once(f"{name} has not answered for {PING_S:g} s; it is assumed to be busy")
         return True
 
 
 def register() -> None:
-    """Make `rollout.name=vllm` mean our adapter in this process."""
+    """Make `rollout.name=vllm` use heddle's adapter in this process."""
     base._ROLLOUT_REGISTRY[("vllm", "async")] = NAME
 
 

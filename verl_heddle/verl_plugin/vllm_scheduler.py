@@ -1,25 +1,25 @@
 """vLLM's scheduler with preemption on arrival: `scheduler_cls=verl_heddle.verl_plugin.vllm_scheduler.HeddleScheduler`.
 
-Stock vLLM orders its waiting queue by priority, but a waiting request never takes a running one's slot. Before each step this subclass asks
-`schedule.preempt` who makes way for whom, throws the victims out by vLLM's own means, and lets vLLM schedule. vLLM imports and builds it in
-the engine-core process, so settings come as JSON in the environment variable HEDDLE_PREEMPT (names and defaults: `schedule.preempt.Rule`,
-and `enable`), which `replicas` sets before it launches the engine. Not in vLLM's `additional_config`: that is part of vLLM's compile hash,
-so that every change of a setting would compile the model anew.
+In stock vLLM the waiting queue is ordered by priority, but a waiting request never takes a running one's slot. Before each step this
+subclass asks `schedule.preempt` for pairs of victim and winner, preempts the victims with vLLM's own method, and lets vLLM schedule. vLLM
+imports and builds it in the engine-core process, so its settings are JSON in the environment variable HEDDLE_PREEMPT (names and defaults:
+`schedule.preempt.Rule`, and `enable`), which `replicas` sets before it launches the engine. They are not in vLLM's `additional_config`,
+which is part of vLLM's compile hash: every changed setting would recompile the model.
 
-Two precautions, each needed (tests/contract/test_vllm_scheduler.py shows what happens without):
-1. A victim stays out of the queue for the step that threw it out. Preempted and resumed in one step (when the winner cannot start after
-   all), the V1 model runner gets no tokens for it, and on 0.24.0 with asynchronous scheduling a token in flight is counted twice.
-2. Victims are added to the step's `preempted_req_ids`. 0.24.0 collects only those of its own loop, and Model Runner V2 gives slots back
-   for finished and preempted ids alone.
+Two precautions are needed (tests/contract/test_vllm_scheduler.py shows the failures without them):
+1. A victim stays out of the queue for the step that preempted it. If it is preempted and resumed in one step (when the winner cannot start
+   after all), the V1 model runner gets no tokens for it, and 0.24.0 with asynchronous scheduling counts a token in flight twice.
+2. Victims are added to the step's `preempted_req_ids`. 0.24.0 collects only those of its own loop, and Model Runner V2 frees slots only for
+   finished and preempted ids.
 
-Off, with one line that says why and vLLM's scheduling as it is: another policy than priority, a vLLM whose names differ (`vllm_seams`),
-unreadable settings, and what was never checked with it: KV connectors, speculative decoding, pipeline parallelism. A request whose grammar
-is still compiled, or whose step defers prefills, wins nothing until that is over.
+The rule is off, vLLM schedules as usual, and one log line says why, with: a policy other than priority, a vLLM whose names differ
+(`vllm_seams`), unreadable settings, and features it was never tested with: KV connectors, speculative decoding, pipeline parallelism. A
+request whose grammar is still compiling, or whose step defers prefills, wins no slot until that is over.
 
-Live requests get new priorities and limits, and counts are read, by utility calls of the engine client:
+Utility calls of the engine client set priorities and limits of live requests, and read counts:
 `await engine.engine_core.call_utility_async("heddle_set_priorities", {caller_id: priority})`, `("heddle_set_limits", {caller_id: tokens})`,
-`("heddle_counts")`, and `("heddle_why_off")`. None of them raises in the engine. Limits do not need the rule. Priorities are whole numbers
-as the caller gave them; `Request.priority` of a live request holds the aged one.
+`("heddle_counts")`, and `("heddle_why_off")`. None of them raises in the engine. Limits work without the rule. Callers give priorities as
+whole numbers; `Request.priority` of a live request holds the aged one.
 """
 
 from __future__ import annotations
@@ -45,38 +45,38 @@ from verl_heddle.verl_plugin import vllm_seams
 from verl_heddle.verl_plugin.log import log_once
 
 SETTINGS = "HEDDLE_PREEMPT"
-"""Environment variable of the engine's process."""
+"""Environment variable of the engine process, with the settings as JSON."""
 
 NOT_ENABLED = "not enabled"
-"""Why the rule is off where nobody asked for it; nothing to be said."""
+"""Reason for a rule that was not requested; it is not logged."""
 
 MISMATCH = vllm_seams.mismatch()
-"""What of this vLLM is not as we know it; None if all is."""
+"""How this vLLM differs from the supported releases; None if it does not."""
 
 
 @dataclass(slots=True)
 class _Life:
-    """Our record of a request, hung on it so that it goes when the request goes."""
+    """heddle's record of a request, attached to the request so that it is freed with it."""
 
     priority: int
-    """As the caller gave it."""
+    """The caller's, without ageing."""
     arrived: int
-    """Last step before it came."""
+    """Last step before it arrived."""
     started: int = 0
     """Step of its last (re)start."""
     preemptions: int = 0
     """By the rule."""
     computed: int = 0
-    """Tokens with KV when it last lost its slot."""
+    """Tokens with KV when it was last preempted."""
     won: bool = False
-    """Somebody was thrown out for it, and it has not started since."""
+    """A request was preempted for it, and it has not started since."""
 
 
 def settings() -> Rule | None:
-    """The rule as configured; None with `enable: false`.
+    """The rule from the environment; None with `enable: false`.
 
     Raises:
-        ValueError: not understood.
+        ValueError: invalid settings.
     """
     given = json.loads(os.environ.get(SETTINGS) or "{}")
     enable = given.pop("enable", True)
@@ -87,7 +87,7 @@ def settings() -> Rule | None:
 
 
 class HeddleScheduler(AsyncScheduler):
-    """See the module. `rule` is None where scheduling is left to vLLM, and `off` then says why."""
+    """See the module docstring. `rule` is None if scheduling is left to vLLM, and `off` then says why."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -97,9 +97,9 @@ class HeddleScheduler(AsyncScheduler):
         self._layered = MISMATCH is not None or bool(self.scheduler_config.async_scheduling)
         self._epoch = time.time()
         self._changes = 0
-        """Counts what may turn a refusal into an exchange: starts, preemptions, new priorities."""
+        """Counts events after which a refused exchange may be accepted: starts, preemptions, new priorities."""
         self._refused_at: tuple[Any, ...] | None = None
-        """`_situation` of the last plan."""
+        """`_situation` at the last plan."""
         self._refused_why: Objection | None = None
         self._ask_again = 0
         self.off = self._why_off()
@@ -108,7 +108,7 @@ class HeddleScheduler(AsyncScheduler):
                 self.rule = settings()
                 self.off = NOT_ENABLED if self.rule is None else None
             except Exception as error:
-                self.off = f"settings not understood: {error}"
+                self.off = f"invalid settings: {error}"
         if self.rule is not None:
             log_once("preempt on arrival is on: " + ", ".join(f"{name} {value:g}" for name, value in asdict(self.rule).items()))
         elif self.off != NOT_ENABLED:
@@ -117,9 +117,9 @@ class HeddleScheduler(AsyncScheduler):
 
     def _why_off(self) -> str | None:
         if MISMATCH is not None:
-            return f"this vLLM differs from those it was made for ({MISMATCH})"
+            return f"this vLLM differs from the supported releases ({MISMATCH})"
         if (lack := vllm_seams.missing(self)) is not None:
-            return f"this vLLM differs from those it was made for ({lack})"
+            return f"this vLLM differs from the supported releases ({lack})"
         if self.policy != SchedulingPolicy.PRIORITY:
             return f"scheduling_policy is {self.policy.value}, not priority"
         unchecked = {
@@ -127,9 +127,9 @@ class HeddleScheduler(AsyncScheduler):
             "speculative decoding": self.num_spec_tokens > 0,
             "pipeline parallelism": self.parallel_config.pipeline_parallel_size > 1,
         }
-        return next((f"not checked with {name}" for name, there in unchecked.items() if there), None)
+        return next((f"not tested with {name}" for name, used in unchecked.items() if used), None)
 
-    # What AsyncScheduler adds is wrong-footed where vLLM schedules synchronously (on CPU, say): pass it over, as vLLM's own choice does.
+    # AsyncScheduler's additions are wrong if vLLM schedules synchronously (as on CPU): bypass them, as vLLM's own choice of class does.
 
     def _update_after_schedule(self, scheduler_output: Any) -> None:
         (super() if self._layered else super(AsyncScheduler, self))._update_after_schedule(scheduler_output)
@@ -138,13 +138,13 @@ class HeddleScheduler(AsyncScheduler):
         return (super() if self._layered else super(AsyncScheduler, self))._update_request_with_output(*args, **kwargs)
 
     def add_request(self, request: Any) -> None:
-        """A request arrives, or an open one gets more input."""
+        """Called when a request arrives or an open one gets more input; an arriving one gets its aged priority."""
         if self.rule is not None and request.request_id not in self.requests:
             self._give_priority(request, request.priority)
         super().add_request(request)
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        """One step: exchange, then vLLM's own scheduling."""
+        """One step: preempt the victims, then run vLLM's own scheduling."""
         if self.rule is None:
             return super().schedule(*args, **kwargs)
         self.step += 1
@@ -158,7 +158,7 @@ class HeddleScheduler(AsyncScheduler):
         return output
 
     def _make_way(self) -> list[Any]:
-        """Throw out the victims of this step; returns them, in no queue."""
+        """Preempt the victims of this step; returns them, in no queue."""
         if not self.running or not any(self._queues()) or self.pause_state != PauseState.UNPAUSED:
             return []
         situation = self._situation()
@@ -174,12 +174,12 @@ class HeddleScheduler(AsyncScheduler):
         self._refused_at, self._refused_why, self._ask_again = situation, plan.refused, self.step + REFUSAL_STEPS
         if plan.refused is not None:
             self.tally[f"refused_{plan.refused}"] += 1
-        return self._throw_out([(self.requests[loser.key], self.requests[winner.key]) for loser, winner in plan.pairs])
+        return self._preempt_victims([(self.requests[loser.key], self.requests[winner.key]) for loser, winner in plan.pairs])
 
-    def _throw_out(self, pairs: list[tuple[Any, Any]]) -> list[Any]:
-        """Take the victims' slots; returns them, in no queue."""
+    def _preempt_victims(self, pairs: list[tuple[Any, Any]]) -> list[Any]:
+        """Free the victims' slots; returns the victims, in no queue."""
         waiting, now = self.waiting, time.monotonic()
-        self.waiting = create_request_queue(self.policy)  # takes the victims; out of the full heap each would cost a pass over it
+        self.waiting = create_request_queue(self.policy)  # collects the victims: removing one from the full heap costs a pass over it
         try:
             for victim, winner in pairs:
                 self.running.remove(victim)
@@ -192,11 +192,11 @@ class HeddleScheduler(AsyncScheduler):
         return [victim for victim, _ in pairs]
 
     def _situation(self) -> tuple[Any, ...]:
-        """Stays the same only while nobody starts, ends, loses his place, gets a new priority, or comes before the first of a queue."""
+        """Changes whenever a request starts, ends, is preempted, gets a new priority, or becomes the first of a queue."""
         return self._changes, len(self.running), *(queue.peek_request().request_id if queue else None for queue in self._queues())
 
     def _queues(self) -> list[Any]:
-        """Where requests wait. Up to 0.30 those that were passed over have a queue of their own; from 0.31 on those that hold KV have."""
+        """The waiting queues. Up to 0.30 vLLM has a second queue for skipped requests, from 0.31 on for requests that hold KV."""
         return [queue for name in ("waiting", "skipped_waiting", "kv_holding_waiting") if (queue := getattr(self, name, None)) is not None]
 
     def _plan(self) -> Plan:
@@ -208,19 +208,19 @@ class HeddleScheduler(AsyncScheduler):
         return preemptions(self._worst_first(), self._ready(), room, self.rule)
 
     def _worst_first(self) -> Iterator[Running]:
-        """As `schedule.preempt.order`, reversed: `Request.priority` is the aged one. Nothing is done before the first is asked for."""
+        """Running requests in reverse `schedule.preempt.order` (`Request.priority` is the aged one); lazy until the first is requested."""
         for request in sorted(self.running, key=attrgetter("priority", "arrival_time"), reverse=True):
             life = request.heddle
             age, ran, blocks = self._arrival(request), self.step - life.started, partial(self._own_blocks, request.request_id)
             yield Running(request.request_id, life.priority, age, ran, life.preemptions, request.num_computed_tokens, blocks)
 
     def _own_blocks(self, request_id: str) -> int:
-        """Blocks that nobody shares. Shared ones are a common beginning: find where it ends."""
+        """Number of unshared blocks. Shared blocks form a common prefix, so bisect for its end."""
         blocks = self.kv_cache_manager.get_blocks(request_id).blocks
         return sum(len(group) - bisect_left(group, True, key=lambda block: block.ref_cnt <= 1) for group in blocks)
 
     def _ready(self) -> Iterator[Waiting]:
-        """Requests that vLLM could start in this step, in its order."""
+        """Requests that vLLM could start in this step, in vLLM's order."""
         groups = len(self.kv_cache_config.kv_cache_groups)
         for request in merge(*self._queues()):
             if self._is_blocked_waiting_status(request.status):
@@ -239,7 +239,7 @@ class HeddleScheduler(AsyncScheduler):
 
     def _note_starts(self, output: Any) -> None:
         cached, started = output.scheduled_cached_reqs, [(new.req_id, new.num_computed_tokens) for new in output.scheduled_new_reqs]
-        # Model Runner V2 is told of resumed requests as new ones.
+        # For Model Runner V2, vLLM lists resumed requests as new ones.
         if cached.resumed_req_ids:
             known = zip(cached.req_ids, cached.num_computed_tokens, strict=True)
             started += [pair for pair in known if pair[0] in cached.resumed_req_ids]
@@ -264,7 +264,7 @@ class HeddleScheduler(AsyncScheduler):
         request.priority = aged(priority, self._arrival(request), self.rule.ageing_per_s) if self.rule.ageing_per_s else priority
 
     def set_priorities(self, table: dict[str, int]) -> int:
-        """Give live requests new priorities by the caller's id; call between two steps. Returns how many requests it found."""
+        """Set new priorities of live requests, by the caller's id; call between two steps. Returns how many requests it found."""
         if self.rule is None:
             return 0
         named = {request: table[name] for request in self.requests.values() if (name := _name(request.request_id, table)) is not None}
@@ -282,8 +282,8 @@ class HeddleScheduler(AsyncScheduler):
         return len(named)
 
     def set_limits(self, table: dict[str, int]) -> dict[str, int]:
-        """Let live requests, by the caller's id, generate no more tokens than this; returns how many those it found have generated. One
-        that is beyond its limit ends with its next token."""
+        """Limit the tokens that live requests may generate, by the caller's id; returns the tokens generated so far by those found. A
+        request beyond its limit ends with its next token."""
         found = {}
         for request in self.requests.values():
             name = _name(request.request_id, table)
@@ -293,7 +293,7 @@ class HeddleScheduler(AsyncScheduler):
         return found
 
     def counts(self) -> dict[str, int]:
-        """What is there now, and what happened since the start."""
+        """Current queue and block counts, and event counts since the start."""
         pool = self.kv_cache_manager.block_pool
         since = {name: self.tally[name] for name in ("preempted_by_rule", "recomputed_tokens", "winners_started", "winners_waited_steps")}
         return {
@@ -311,18 +311,18 @@ class HeddleScheduler(AsyncScheduler):
 
 
 def _name(request_id: str, table: dict[str, int]) -> str | None:
-    """The name a request has in the table: vLLM adds "-<8 hex digits>" to the caller's id, unless told not to."""
+    """The table's name of a request: vLLM appends "-<8 hex digits>" to the caller's id, unless configured not to."""
     short = request_id.rpartition("-")[0]
     return short if short in table else request_id if request_id in table else None
 
 
 def _unordered(queue: Any) -> Any:
-    """A queue's requests in any order: iterating over a vLLM queue sorts it."""
+    """A queue's requests in any order; iterating over a vLLM queue would sort it."""
     return getattr(queue, "_heap", queue)
 
 
 def _offer_utility_calls() -> None:
-    """A utility call of the engine client ends in a method of `EngineCore`; ours are added in its own process."""
+    """Add heddle's methods to `EngineCore` in its own process: the engine client's utility calls end there."""
     from vllm.v1.engine.core import EngineCore
 
     EngineCore.heddle_set_priorities = lambda core, table: _answer(lambda: core.scheduler.set_priorities(table), 0)
@@ -332,9 +332,9 @@ def _offer_utility_calls() -> None:
 
 
 def _answer(call: Callable[[], Any], otherwise: Any) -> Any:
-    """What raises here is logged by vLLM with a traceback, each time."""
+    """Catch and log errors once: vLLM would log each with a traceback."""
     try:
         return call()
     except Exception as error:
-        log_once(f"the scheduler of this vLLM cannot be asked ({type(error).__name__}: {error})")
+        log_once(f"this vLLM's scheduler does not answer heddle's calls ({type(error).__name__}: {error})")
         return otherwise

@@ -1,7 +1,7 @@
-"""What the scheduler subclass relies on inside vLLM, as data, and a check against the installed release.
+"""Lists what the scheduler subclass relies on inside vLLM, and checks it against the installed release.
 
-vLLM calls its scheduler interface non-public. So every name that `vllm_scheduler` overrides or calls is listed with the parameters it has
-in the releases that `compat.SUPPORTED` lists; anything else is a mismatch, and the subclass then leaves scheduling to vLLM.
+vLLM's scheduler interface is not public. So every name that `vllm_scheduler` overrides or calls is listed with its parameters in the
+releases of `compat.SUPPORTED`. Anything else is a mismatch, and the subclass then leaves scheduling to vLLM.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ SIGNATURES = {
     "vllm.v1.core.kv_cache_manager:KVCacheManager.get_blocks": ("self request_id",),
     "vllm.v1.core.block_pool:BlockPool.get_num_free_blocks": ("self",),
 }
-"""Callable -> its parameters in the supported releases."""
+"""Callable -> its parameters, one entry per variant in the supported releases."""
 
 ASYNC_METHODS = {"__init__", "_update_after_schedule", "_update_request_with_output"}
-"""All that `AsyncScheduler` adds to `Scheduler`: what has to be passed over where vLLM schedules synchronously."""
+"""Everything that `AsyncScheduler` adds to `Scheduler`, which must be bypassed if vLLM schedules synchronously."""
 
 ATTRIBUTES = (
     "cache_config",
@@ -51,10 +51,10 @@ ATTRIBUTES = (
     "use_v2_model_runner",
     "waiting",
 )
-"""What a scheduler object must have: set by its `__init__`, or a property of its class."""
+"""Attributes that a scheduler object must have: set by its `__init__`, or properties of its class."""
 
 REQUEST_ATTRIBUTES = ("arrival_time", "max_tokens", "num_computed_tokens", "num_tokens", "priority", "request_id", "status", "__dict__")
-"""What a request object must have; `__dict__`, because we hang our own record on it."""
+"""Attributes that a request object must have; `__dict__`, because heddle attaches its own record to it."""
 
 
 def attribute(path: str) -> Any:
@@ -67,7 +67,7 @@ def attribute(path: str) -> Any:
 
 
 def mismatch() -> str | None:
-    """The first thing that is not as we know it, in plain words; None if all is."""
+    """A message about the first mismatch with the supported releases; None if there is none."""
     try:
         for path, releases in SIGNATURES.items():
             found = " ".join(inspect.signature(attribute(path)).parameters)
@@ -86,7 +86,7 @@ def mismatch() -> str | None:
 
 
 def missing(scheduler: Any) -> str | None:
-    """The first attribute that a scheduler object lacks, in plain words; None if it has all."""
+    """A message about the first attribute that a scheduler object lacks; None if it has all."""
     for name in ATTRIBUTES:
         if not hasattr(scheduler, name):
             return f"the scheduler has no {name}"

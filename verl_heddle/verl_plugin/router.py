@@ -1,12 +1,11 @@
 """The router actor: verl's load-balancer protocol around the pure `Orchestrator`.
 
-verl builds it from `router.yaml` in the task runner; the agent-loop manager then calls `configure` with the user's options. The
-workers' clients tell it a trajectory's life (`turn_started` to `trajectory_ended`); the ten methods of verl's `RequestLoadBalancer` stay
-complete for everybody else. An orchestrator that raises is replaced, call by call, by verl's own rule.
+verl builds it from `router.yaml` in the task runner; the agent-loop manager then calls `configure` with the user's options. Workers report
+each trajectory from `turn_started` to `trajectory_ended`. The ten methods of verl's `RequestLoadBalancer` (`router_pool`) serve all other
+callers. If the orchestrator raises, verl's own rule decides that call.
 
-It is an asyncio actor, because every worker has a call open here that brings it the router's news (`news`) and a fit runs in a thread
-beside it; everything else is plain synchronous code on the one event loop. What is in flight, and which replicas there are, the
-orchestrator's own tables say; this file keeps the servers' handles.
+An asyncio actor, because every worker keeps one call open for news (`news`) and a fit runs in a thread; the rest is synchronous code on the
+one event loop. The orchestrator's tables own the fleet and the turns in flight; the router only keeps the servers' actor handles.
 """
 
 from __future__ import annotations
@@ -15,8 +14,7 @@ import asyncio
 import gc
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
@@ -30,54 +28,51 @@ from verl_heddle.verl_plugin.calls import Promises
 from verl_heddle.verl_plugin.log import log, log_once
 from verl_heddle.verl_plugin.news import News, Promised
 from verl_heddle.verl_plugin.router_learning import Learning
-from verl_heddle.verl_plugin.router_status import PoolStatus
+from verl_heddle.verl_plugin.router_pool import ServerPool
 from verl_heddle.verl_plugin.stopwatch import Stopwatch
 
 TICK_S = 0.01
-"""Least time between two looks at what has become due."""
+"""Shortest sleep between two checks for overdue turns."""
 
 EVENTS = ("turn_begun", "turn_finished", "turn_withdrawn", "tool_started", "transferred", "trajectory_ended")
-"""What may come by `told`."""
-
+"""Events accepted by `handle_events`."""
 
 NEVER = 1_000_000_000
-"""Collections of younger garbage before one of all: more than a run has."""
+"""Threshold of the oldest generation of garbage: no run reaches it."""
 
 
 class NotConfiguredError(Exception):
-    """The servers that a restarted router was built with may sleep or be gone since, and the user's options are not known."""
+    """A restarted router knows neither the user's options nor which of its servers are still there."""
 
 
 def _restarted() -> bool:
-    """Whether Ray has started this actor again."""
+    """Whether Ray has restarted this actor."""
     return ray.is_initialized() and bool(ray.get_runtime_context().was_current_actor_reconstructed)
 
 
 def uniform_fleet(
     servers: Mapping[str, Any], tp: int = 1, slots: int = 256, kv_tokens: int | None = None
 ) -> dict[str, tuple[Replica, Any]]:
-    """A fleet of equal replicas, as `HeddleRouter.configure` takes it."""
+    """Equal replicas, in the form that `HeddleRouter.configure` takes."""
     return {name: (Replica(name, tp, slots, kv_tokens), handle) for name, handle in servers.items()}
 
 
-class HeddleRouter(PoolStatus, Learning):
+class HeddleRouter(ServerPool, Learning):
     """One per run; Ray serialises its calls.
 
     Args:
         servers: server id -> actor handle; parked replicas (no address) are left out.
-        yaml_config: contents of `router.yaml`, which holds the class name only.
+        yaml_config: contents of `router.yaml`: the class name only.
     """
 
     def __init__(self, servers: dict[str, Any], yaml_config: dict | None = None) -> None:
         self._servers: dict[str, Any] = {}
         self._options = Options(observe=True)
-        """verl's rule, and nobody is held, until `configure`."""
+        """Until `configure`: verl's rule, and no turn is held."""
         self._configured = False
         self._restarted = _restarted()
         self._known: dict[str, Replica] = {}
-        """What is known of the servers, those included that have left: under `separate_async` they come back."""
         self._paused: set[str] = set()
-        """Replicas whose engine a weight update has stopped."""
         self._all_paused = Stopwatch()
         self._latency: LatencyModel | None = None
         self._cap_tokens: int | None = None
@@ -87,9 +82,9 @@ class HeddleRouter(PoolStatus, Learning):
         self._others = Counter()
         self._promised = Promised()
         self._in_lot = False
-        """More events have come at the same time."""
+        """Inside `handle_events`: dispatch once, after the last event."""
         self._orders = Promises()
-        """To pre-warm, by trajectory."""
+        """Pre-warm orders, by trajectory."""
         self._watch: asyncio.Task | None = None
         self._refresh: asyncio.Task | None = None
         self.add_servers({name: handle for name, handle in servers.items() if name is not None})
@@ -102,67 +97,46 @@ class HeddleRouter(PoolStatus, Learning):
         cap_tokens: int | None = None,
         learnt: bytes | None = None,
     ) -> None:
-        """Start over with the user's options and with these replicas and actor handles, by server id. Called before the first turn, and
-        after a restart, with what the process before it had `learnt`.
+        """Start over with the user's options and these replicas and actor handles, by server id. Called before the first turn, and after a
+        restart with the `learnt` state of the previous process.
         """
         self._configured = True
         self._options, self._cap_tokens = options, cap_tokens
         self._orchestrator = Orchestrator(options, deterministic, cap_tokens)
         self._latency, self._paused = None, set()
         self._others.clear()
-        self._promised.put_all_out()  # this orchestrator knows of nobody
+        self._promised.put_all_out()  # the new orchestrator has no residents
         self.fleet_is(fleet)
         for request, held in list(self._promised.held.items()):
             replica, _ = self._orchestrator.rule.acquire(held.turn.conversation)
-            self._orchestrator.rule.release(replica)  # its end will not be heard of
+            self._orchestrator.rule.release(replica)  # the new orchestrator ignores the end of this turn
             self._deliver(request, replica)
         self._orders.drop_all()
         if learnt is not None and (why_not := self.learn_again(learnt)) is not None:
             log(f"{why_not}: predictions start cold")
 
     def configured(self) -> bool:
-        """Whether this process has been told the user's options: one that Ray has restarted has not."""
+        """Whether this process has the user's options; after a restart by Ray it has not."""
         return self._configured
 
-    def fleet_is(self, fleet: dict[str, tuple[Replica, Any]]) -> None:
-        """These replicas, with their actor handles, and no others; by server id. Between steps."""
-        before = self._orchestrator.replicas
-        self.remove_servers([name for name in {**self._servers, **before} if name not in fleet])
-        self._known |= {name: replica for name, (replica, _) in fleet.items()}
-        self._set_step_times([replica for replica, _ in fleet.values()])  # before replicas of a degree join of which nothing is known
-        self.add_servers({name: handle for name, (_, handle) in fleet.items() if name not in before})
-
-    def _set_step_times(self, fleet: Iterable[Replica]) -> None:
-        """What is known of the engines, if it is of all degrees in the fleet."""
-        latency = self._latency
-        known = latency is not None and all(replica.tp in latency.tps for replica in fleet)
-        try:
-            self._orchestrator.step_times_known(latency if known else None)
-        except Exception as error:
-            self._fall_back("step_times_known", error)
-
-    def handles(self) -> dict[str, Any]:
-        """Server id -> actor handle."""
-        return dict(self._servers)
-
     def batch_expected(self, batch: list[TurnStart]) -> None:
-        """A step is about to start these."""
+        """A step is about to start these turns."""
         self._handle("batch_expected", batch)
 
     def step_times_known(self, latency: LatencyModel) -> None:
-        """How long the engines take, learnt from the run itself; of use once every degree in the fleet is known."""
+        """Step times learnt from the run; used once they cover every degree in the fleet."""
         self._latency = latency
         self._set_step_times(self._orchestrator.replicas.values())
 
     def rest(self, rests: bool) -> None:
-        """Resident sets rest, or decide again. Between steps."""
+        """Suspend or resume resident sets. Between steps."""
         self._handle("rest", rests)
 
     def turns_started(
         self, turns: Sequence[TurnStart], events: Sequence[tuple[str, Any]] = (), worker: str = ""
     ) -> tuple[list[Decision], int]:
-        """`turn_started` for several turns of one worker, in order, and the number of the last news (`news`) as of the answer. `told`: what
-        the worker has had to tell before, as to `told`.
+        """`turn_started` for several turns of one worker, in order, and the number of the last news (`news`) at the time of the answer.
+        `events`: the worker's pending events, handled first.
 
         Raises:
             RuntimeError: there is no server.
@@ -173,11 +147,11 @@ class HeddleRouter(PoolStatus, Learning):
         return decisions, self._promised.mail.number
 
     def turn_started(self, turn: TurnStart, worker: str = "") -> Decision:
-        """Where the turn goes, how urgently, and why; `worker` hears of it if that changes, or later if the turn is held.
+        """Replica, priority and reason for the turn. News to `worker` follows if the turn is held, or if the trajectory is evicted.
 
         Raises:
             RuntimeError: there is no server.
-            NotConfiguredError: a restarted process does not know the fleet; the worker does, and goes by verl's rule.
+            NotConfiguredError: this process was restarted and does not know the fleet yet; the worker falls back to verl's rule.
         """
         if self._restarted and not self._configured:
             raise NotConfiguredError("the router has been restarted and not been set up yet")
@@ -200,7 +174,7 @@ class HeddleRouter(PoolStatus, Learning):
 
     @ray.method(num_returns=0)
     def handle_events(self, events: Sequence[tuple[str, Any]]) -> None:
-        """Several events of one worker, in their order: names of methods, and what they are told."""
+        """Handle one worker's events in order: (method name, argument) pairs."""
         self._in_lot = True
         try:
             for name, what in events:
@@ -213,10 +187,10 @@ class HeddleRouter(PoolStatus, Learning):
         self._dispatch()
 
     def turn_begun(self, begun: tuple[TurnStart, str]) -> None:
-        """A turn of a trajectory that stays is on its way to its replica."""
+        """A resident's turn was sent to its replica without asking."""
         turn, replica = begun
         self._counts["told"] += 1
-        if replica not in self._servers:  # it left meanwhile: the turn begins again elsewhere, and asks
+        if replica not in self._servers:  # the replica left meanwhile: the turn restarts elsewhere, and asks
             self._counts["told_late"] += 1
             return
         self._counts["told_late"] += not self._orchestrator.stays(turn.trajectory.key)
@@ -228,24 +202,9 @@ class HeddleRouter(PoolStatus, Learning):
                 self._orchestrator.turns.start_by_rule(turn, replica)
         self._dispatch()
 
-    def paused(self, name: str) -> None:
-        """A weight update stops this replica's engine and wipes its contexts; it may have left for the trainer before."""
-        self._paused.add(name)
-        self._time_pause()
-        self._handle("paused", name)
-
-    def resumed(self, name: str) -> None:
-        """The replica's engine goes on."""
-        self._paused.discard(name)
-        self._time_pause()
-        self._handle("resumed", name)
-
-    def _time_pause(self) -> None:
-        self._all_paused.run(bool(self._servers) and self._paused >= self._servers.keys(), time.monotonic())
-
     async def news(self, worker: str, router: str, heard: int) -> News:
-        """What there is to tell a worker that has heard the news up to number `heard` of the process `router`: as soon as there is some, or
-        after `ANSWER_S`; then it asks again.
+        """News for a worker that has received those of process `router` up to number `heard`: as soon as there are any, or none after
+        `ANSWER_S`, whereupon the worker calls again.
 
         Raises:
             NotConfiguredError: as `turn_started`.
@@ -256,14 +215,14 @@ class HeddleRouter(PoolStatus, Learning):
         return await self._promised.mail.wait(worker, router, heard)
 
     def _watch_held(self) -> None:
-        """See to it that those held are let in in time, where no event does it."""
+        """Make sure held turns are admitted at their deadline even if no event arrives."""
         if self._promised.held and (self._watch is None or self._watch.done()):
             self._watch = asyncio.get_running_loop().create_task(self._admit_overdue())
 
     async def turn_finished(self, turn: TurnEnd) -> Prewarm | None:
-        """The engine is done with the turn, or its worker gave up waiting. Returns what to pre-warm now, if the trajectory moves.
+        """The engine finished the turn, or its worker gave up waiting. Returns the pre-warm order if the trajectory moves.
 
-        The answer may take as long as the tool runs: pre-warms on one replica come one after the other. None: not wanted any more.
+        The answer may take as long as the tool runs: pre-warms on one replica are serialised. None: no pre-warm is wanted.
         """
         self._close_turn(turn)
         key = turn.trajectory.key
@@ -273,15 +232,8 @@ class HeddleRouter(PoolStatus, Learning):
         """A worker's pre-warm is done."""
         self._handle("transferred", key)
 
-    def replica_lost(self, name: str) -> None:
-        """A worker found the server dead: it is dropped; its trajectories go elsewhere with their next request."""
-        if name in self._servers:
-            self._counts["replicas_lost"] += 1
-            log(f"replica {name} died; its trajectories go on elsewhere")
-            self.remove_servers([name])
-
     def turn_withdrawn(self, turn: TurnStart) -> None:
-        """The worker went away before it heard where to go."""
+        """The worker left before it learnt where the turn goes."""
         opened = self._orchestrator.turns.get(turn.request)
         if opened is not None:
             replica = opened.replica
@@ -297,7 +249,7 @@ class HeddleRouter(PoolStatus, Learning):
         self._dispatch()
 
     def tool_started(self, start: ToolStart) -> None:
-        """A tool begins."""
+        """A tool call started."""
         self._handle("tool_started", start)
 
     def trajectory_ended(self, end: TrajectoryEnd) -> None:
@@ -309,7 +261,7 @@ class HeddleRouter(PoolStatus, Learning):
             self._refresh = asyncio.create_task(self._reprioritise())
 
     async def _reprioritise(self) -> None:
-        """Give turns under way their new priorities, when it is time, a slice of them at a time: questions are answered in between."""
+        """Refresh the priorities of turns in flight when due, a slice at a time, so that questions are answered in between."""
         while (due_s := self._orchestrator.refresh_due_s) is not None:
             await asyncio.sleep(max(0.0, due_s - time.monotonic()))
             try:
@@ -320,7 +272,7 @@ class HeddleRouter(PoolStatus, Learning):
                 return self._fall_back("reprioritised", error)
 
     async def step_ended(self, step: int) -> dict[str, float]:
-        """The batch of a training step is complete: fit anew in a thread until the next; returns counts since the start of the run."""
+        """A training step's batch is complete: refit in a thread, and return the counts since the start of the run."""
         self._counts["lost_trajectories"] += self._orchestrator.step_ended(step, time.monotonic())
         for request in [name for name in self._promised.held if name not in self._orchestrator.turns]:
             self._deliver(request, None)
@@ -333,7 +285,7 @@ class HeddleRouter(PoolStatus, Learning):
         return self.stats()
 
     def stats(self) -> dict[str, float]:
-        """Counts since the start of the run; failures of the orchestrator as `failed_<event>`."""
+        """Counts since the start of the run; exceptions of the orchestrator as `failed_<event>`."""
         result: dict[str, float] = {**self._counts, **{f"failed_{event}": count for event, count in self.failures.items()}}
         result["hold_overdue"] = self._orchestrator.overdue
         result |= self._orchestrator.metrics()
@@ -347,7 +299,7 @@ class HeddleRouter(PoolStatus, Learning):
         self._dispatch()
 
     def _dispatch(self) -> None:
-        """Let in who may go, say who does not stay, and start the pre-warms that may: after each event, or each lot of events."""
+        """Admit held turns, announce evictions and start pre-warms: after each event or batch of events."""
         if self._in_lot:
             return
         self._admit()
@@ -356,7 +308,7 @@ class HeddleRouter(PoolStatus, Learning):
         self._start_prewarms()
 
     def _drop_orders(self) -> None:
-        """Pre-warms that will not come are not waited for."""
+        """Answer the calls that wait for a cancelled pre-warm."""
         for key in self._orders.names:
             if not self._orchestrator.awaits_transfer(key):
                 self._orders.drop(key)
@@ -370,7 +322,7 @@ class HeddleRouter(PoolStatus, Learning):
             self._orders.give(order.trajectory, order)
 
     def _admit(self) -> None:
-        """Tell those who wait that they may go, and where."""
+        """Tell the workers which held turns run now, and where."""
         admitted: Sequence[tuple[str, str | None]]
         try:
             admitted = self._orchestrator.admitted(time.monotonic())
@@ -381,14 +333,14 @@ class HeddleRouter(PoolStatus, Learning):
             self._deliver(request, replica)
 
     def _deliver(self, request: str, replica: str | None) -> None:
-        """The held turn goes there; None: nowhere."""
+        """Tell the worker its held turn's replica; None: there is none."""
         held = self._promised.held.get(request)
         if held is not None:
             stays = replica is not None and self._orchestrator.stays(held.turn.trajectory.key)
             self._promised.let_in(request, replica, self._all_paused.total_s(time.monotonic()), stays)
 
     async def _admit_overdue(self) -> None:
-        """While turns are held, let in those whose time has come without any event."""
+        """While turns are held, admit those whose deadline passes without an event."""
         while self._orchestrator.holds:
             now = time.monotonic()
             due_s = self._orchestrator.due_s(now)
@@ -404,56 +356,26 @@ class HeddleRouter(PoolStatus, Learning):
         self.failures[event] += 1
         log_once(f"orchestrator raised in {event} ({type(error).__name__}: {error}); verl's own rule decided instead")
 
-    # --- the fleet, and the rest of verl's RequestLoadBalancer protocol in `router_status` ---------------------------------
-
-    def add_servers(self, servers: dict[str, Any]) -> None:
-        """Replicas joined; one of which nothing is known is taken to be like the others."""
-        self._servers.update(servers)
-        like = next(iter(self._orchestrator.replicas.values()), Replica(""))
-        for name in servers:
-            self._known.setdefault(name, replace(like, name=name))
-        self._orchestrator.replicas_added(self._known[name] for name in servers)
-        self._time_pause()
-        self._dispatch()
-
-    def remove_servers(self, server_ids: list[str]) -> None:
-        """Replicas left."""
-        for name in server_ids:
-            self._servers.pop(name, None)
-            self._others.pop(name, None)
-        self._time_pause()
-        self._orchestrator.replicas_removed(server_ids)
-        self._drop_orders()
-        self._dispatch()
-        if not self._servers:
-            for request in list(self._promised.held):
-                self._deliver(request, None)
-
-    def clear_sticky_cache(self) -> dict[str, Any]:
-        """Conversations are placed anew at their next turn."""
-        cleared = self._orchestrator.homes_forgotten()
-        self._dispatch()
-        return {"cleared_entries": cleared, "server_loads": self._orchestrator.inflight}
-
 
 class RouterProcess(HeddleRouter):
-    """The router in a process of its own, in which Python collects all its garbage between steps: with 10,000 trajectories under way that
-    takes 20 ms, in which no turn is answered. Young garbage is collected as usual."""
+    """The router in its own process. Full garbage collections run between steps only: with 10,000 live trajectories one takes 20 ms, during
+    which no turn is answered. Young generations are collected as usual."""
 
     def __init__(self, servers: dict[str, Any], yaml_config: dict | None = None) -> None:
         super().__init__(servers, yaml_config)
         gc.collect()
-        gc.freeze()  # what has been imported stays
+        gc.freeze()  # imported modules are never garbage
         young, middle, _ = gc.get_threshold()
         gc.set_threshold(young, middle, NEVER)
 
     async def step_ended(self, step: int) -> dict[str, float]:
-        """See `HeddleRouter.step_ended`; the garbage goes after the answer."""
+        """See `HeddleRouter.step_ended`; garbage is collected after the answer."""
         asyncio.get_running_loop().call_soon(gc.collect)
         return await super().step_ended(step)
 
 
 RouterActor = ray.remote(max_restarts=3, max_concurrency=100_000, enable_task_events=False)(RouterProcess)  # type: ignore[call-overload]
-"""As verl gets it, with room for any number of held turns. A router whose process dies is started again with the same servers; the workers
-route alone until the manager, at the next step, finds it back. Three times, because a router that dies more often has a reason. Its calls
-are not listed among Ray's tasks: thousands a second would only keep Ray's control process busy."""
+"""The actor class that verl gets, with room for any number of held turns. Ray restarts a dead router with the same servers, three times at
+most: a router that dies more often has a persistent fault. Meanwhile workers route alone, until the manager finds it back at the next step.
+Task events are off: thousands of calls a second would only load Ray's control process.
+"""

@@ -44,6 +44,6 @@ def test_doctor_names_distributions_that_overwrite_each_other():
     (both,) = shared_files({"xgboost", "xgboost-cpu", "nvidia-nccl-cu13", "xgboost-ray"})
     assert both.startswith("xgboost and xgboost-cpu both install the module xgboost")
     (two,) = shared_files({"xgboost", "nvidia-nccl-cu12", "nvidia-nccl-cu13"})
-    assert two.startswith("nvidia-nccl-cu12 and nvidia-nccl-cu13 both hold libnccl.so.2")
+    assert two.startswith("nvidia-nccl-cu12 and nvidia-nccl-cu13 both install libnccl.so.2")
     assert shared_files({"xgboost"}) == shared_files({"xgboost-cpu"}) == []
     assert shared_files({"torch"}) == ["xgboost is missing: no prediction; pip install xgboost-cpu"]

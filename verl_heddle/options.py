@@ -225,7 +225,8 @@ class Twin:
     enable: bool = option(
         True,
         "Report on W&B (heddle/twin/*) how long each synchronous step would have taken under stock verl; with +plugin=observe, under "
-        "heddle. Costs a process at the lowest priority on the trainer's host. Off with heddle.shape and heddle.layout.",
+        "heddle. Costs a process at the lowest priority on the trainer's host, and after the first minute at most 1 % of that host's CPU "
+        "time: a step beyond it is not judged. Off with heddle.shape and heddle.layout.",
     )
     budget_s: float = option(120.0, "Seconds after which the simulation of a step is given up.")
 

@@ -1,7 +1,7 @@
-"""The agent-loop workers: verl's own, with a trajectory's identity around each agent loop and a record of its life.
+"""The agent-loop workers: verl's own, which also identify and record every trajectory.
 
-Records stay in the worker that made them until the trainer's process collects them at the end of a step (`collect`), so they do not depend
-on the router.
+Records stay in their worker until the trainer's process collects them at the end of a step (`collect`), so they do not depend on the
+router.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from verl_heddle.verl_plugin.shaping import SHARE, Selection
 from verl_heddle.verl_plugin.tool_watchdog import Watchdog
 
 FACTS: ContextVar[Facts] = ContextVar("heddle_prompt")
-"""Of the prompt whose samples this code runs: set in its task, inherited by those of its samples."""
+"""Facts of the current prompt: set in its task, inherited by the tasks of its samples."""
 
 
 class HeddleWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignore[misc, name-defined]
-    """verl's worker; every trajectory it runs is named, recorded and can be cancelled."""
+    """verl's worker; identifies and records its trajectories, and can cancel them."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # Not the parent's __init__: Ray pickles its nameless class by value, which breaks the zero-argument super() in it.
+        # Not the parent's __init__: Ray pickles its anonymous class by value, which breaks the zero-argument super() in it.
         AgentLoopWorker.__init__(self, *args, **kwargs)
         tq.init()
         self.background_tasks: set[asyncio.Task] = set()
@@ -49,7 +49,7 @@ class HeddleWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignore[misc,
         self._most_turns = rollout.multi_turn.get("max_assistant_turns") or float("inf")
         self._selection = Selection(int(rollout.n), self.llm_client.limit, self._options.deadlines.cancel_s)
         guard = (lambda tool: tool) if self._options.observe else Watchdog(self._options.tools, self.llm_client.counts).guard
-        for tool in self.tools:  # wrapped where they are
+        for tool in self.tools:  # wrapped in place
             try:
                 watch_tool(guard(tool))
             except Exception as error:
@@ -57,7 +57,7 @@ class HeddleWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignore[misc,
 
     async def _run_prompt(self, prompt: dict, sampling_params: dict[str, Any], trajectory: dict[str, Any], **kwargs: Any) -> None:
         share = prompt.pop(SHARE, None)
-        try:  # whatever raises before verl's own method leaves the prompt pending for ever
+        try:  # an exception before verl's own method would leave the prompt pending for ever
             FACTS.set(await self._facts(prompt.get("raw_prompt")))
             if share is not None:
                 self._selection.opened(str(prompt["uid"]), FACTS.get().digest, share)
@@ -67,7 +67,7 @@ class HeddleWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignore[misc,
         await super()._run_prompt(prompt, sampling_params, trajectory, **kwargs)
 
     async def _facts(self, raw_prompt: Any) -> Facts:
-        """Once per prompt, for all its samples; images are hashed beside the event loop."""
+        """Facts of a prompt, for all its samples; images are hashed off the event loop."""
         return facts_of(raw_prompt) if is_plain(raw_prompt) else await asyncio.to_thread(facts_of, raw_prompt)
 
     async def _run_agent_loop(self, sampling_params: dict[str, Any], trajectory: dict[str, Any], **kwargs: Any) -> Any:
@@ -112,9 +112,9 @@ class HeddleWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignore[misc,
         final, key = outputs[-1], recorder.id.key
         self._note_output(recorder, final)
         if key in self._selection:
-            await self._compute_score(outputs, kwargs=kwargs)  # verl's own, below, leaves a score alone that is there
+            await self._compute_score(outputs, kwargs=kwargs)  # verl's own call below keeps an existing score
             recorder.reward = self._reward(final)
-        # A row half written to the transfer queue would crash the trainer later: from here on there is no cancelling.
+        # A row half written to the transfer queue would crash the trainer later: not cancellable from here on.
         self._running.pop(key, None)
         if key in self._selection:
             record = self._ended(recorder, Outcome.FINISHED)
@@ -127,7 +127,7 @@ class HeddleWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignore[misc,
         return result
 
     def _note_output(self, recorder: Recorder, final: Any) -> None:
-        """What the agent loop returned, into the record; a loop that returns something else than verl's output is verl's business."""
+        """Copy facts of the agent loop's output into the record; an unexpected output is counted and left to verl."""
         recorder.scoring_from_s = time.monotonic()
         try:
             recorder.prompt_tokens = len(final.prompt_ids)
@@ -138,17 +138,17 @@ class HeddleWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignore[misc,
     def _reward(self, final: Any) -> float | None:
         try:
             return None if final.reward_score is None else float(final.reward_score)
-        except Exception as error:  # the row may be written already: its session must not fail
+        except Exception as error:  # the row may be written already, so the session must not fail
             self._odd("record", error)
             return None
 
     def _odd(self, name: str, error: Exception) -> None:
-        """Count a failure of ours that a prompt or a trajectory goes on without."""
+        """Count and log a failure of ours that does not stop the prompt or trajectory."""
         self.llm_client.counts[name] += 1
-        log_once(f"a {name} is not as expected ({type(error).__name__}: {error}); it goes on as in stock verl")
+        log_once(f"a {name} is not as expected ({type(error).__name__}: {error}); it continues as in stock verl")
 
     def _ended(self, recorder: Recorder, outcome: Outcome) -> Trajectory | None:
-        """Book a life that is over, once. Book-keeping must not fail a trajectory, so whatever goes wrong here is counted only."""
+        """Record a finished trajectory, once. Errors here are counted only, since book-keeping must not fail a trajectory."""
         if recorder.booked:
             return None
         recorder.booked = True
@@ -166,35 +166,35 @@ class HeddleWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignore[misc,
             return None
 
     async def cancel_trajectory(self, uid: str, sample: int) -> bool:
-        """Stop a trajectory: its tools are cancelled and its request leaves vLLM. False if it is not running or is being written already.
+        """Cancel a trajectory, its tools and its vLLM request. False if it is not running or is already being written.
 
-        verl marks the prompt's group as failed, as it does whenever a trajectory does not come back.
+        verl marks the prompt's group as failed, as for any trajectory that does not return.
         """
         task = self._running.get(f"{uid}_{sample}")
         return task is not None and task.cancel()
 
     async def running(self) -> list[tuple[str, int]]:
-        """(uid, sample) of the trajectories that can be cancelled now."""
+        """(uid, sample) of the trajectories that can be cancelled."""
         return [(uid, int(sample)) for uid, sample in (key.rsplit("_", 1) for key in self._running)]
 
     async def collect(self) -> tuple[Columns, dict[str, int], list[Visit]]:
-        """Hand over the records made and the groups closed since the last call, and the counts of what went wrong since the start."""
+        """Records and closed groups since the last call, and counts of failures since the start."""
         self.llm_client.flush()
         records, self._records = self._records, []
         visits = self._selection.take()
         return Columns.of(records), {**self.llm_client.counts, "selection": self._selection.failures}, visits
 
     async def router_is_back(self) -> None:
-        """The manager has heard from the router."""
+        """The router answers the manager again."""
         self.llm_client.router_is_back()
 
     async def servers_are(self, servers: dict[str, Any]) -> None:
-        """The manager has taken up another layout."""
+        """The replicas in rotation changed."""
         self.llm_client.servers_are(servers)
 
 
 def _integer(value: Any) -> int:
-    """A step; -1 where it is no number."""
+    """A step; -1 if it is not a number."""
     try:
         return int(value)
     except (TypeError, ValueError):
@@ -202,7 +202,7 @@ def _integer(value: Any) -> int:
 
 
 def _sample(value: Any) -> int | str:
-    """verl numbers samples; a worker of somebody else's may name them."""
+    """A sample's number, as in verl, or the name a custom worker gave it."""
     try:
         return int(value)
     except (TypeError, ValueError):

@@ -1,5 +1,5 @@
-"""The agent-loop manager: verl's own, in the task runner, with our workers and our client. It sets the router up, shares out spare samples,
-announces each batch, and collects what the workers have recorded at the end of a step.
+"""The agent-loop manager: verl's own, in the task runner, with our workers and client. It configures the router, assigns spare samples,
+announces each batch, and collects the workers' records at the end of a step.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from verl_heddle.verl_plugin.shaping import Planner
 from verl_heddle.verl_plugin.step_times import StepTimes
 
 SINCE_START = ("preempted_", "recomputed_", "winners_", "refused_")
-"""What of a scheduler's counts (`vllm_scheduler`) goes on counting; the others tell how things are now, of which `requests` is told."""
+"""Prefixes of a scheduler's counts (`vllm_scheduler`) that accumulate since its start; the others are gauges, of which `requests` is reported."""
 
 STALE_STEPS = 64
-"""Under an asynchronous trainer, trajectories that began so many steps ago count as lost: verl's staleness threshold is 8 by default."""
+"""Under an asynchronous trainer, trajectories that began this many steps ago count as lost; verl's default staleness threshold is 8."""
 
 MANAGER: HeddleAgentLoopManager | None = None
 """The manager of this process; the sampler, which verl builds in the same process, collects through it."""
@@ -46,34 +46,34 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
     def __init__(self, config: Any, llm_client: Any, *args: Any, **kwargs: Any) -> None:
         self.options = options_of(config)
         self.sync = derives_from_sync(str(config.trainer.v1.trainer_mode))
-        """Whether rollout and update take turns, so that a batch is complete before the next one begins."""
+        """Whether a batch is complete before the next one begins."""
         self.router = llm_client._load_balancer
         rollout = config.actor_rollout_ref.rollout
         self._deterministic = bool(rollout.get("full_determinism", False))
         self._cap_tokens = int(rollout.response_length)
         self.fleet: dict[str, Replica] = {}
         self.servers: dict[str, Any] = {}
-        """Actor handles of `fleet`, by name; the client's own table."""
+        """Actor handles of `fleet`, by name; shared with the client."""
         self.rests = False
-        """Whether resident sets rest (`heddle.auto`)."""
+        """Whether resident sets are suspended (`heddle.auto`)."""
         self._paused: dict[str, bool] = {}
-        """Replicas that a weight update has paused, and whether they have left for the trainer (they refuse requests)."""
+        """Replicas paused by a weight update -> whether they have left for the trainer and refuse requests."""
         self.learnt: bytes | None = None
-        """What the router knew of lengths when it was last asked, for one that is restarted."""
+        """The router's last reported length model, to restore a restarted router from."""
         self._learnt_asked: Any = None
         self._latency: LatencyModel | None = None
         self._configure_router(self.options.deadlines.start_s)  # its process imports verl first
         self._replicas, self._replicas_lost = len(self.fleet), 0
-        """At the start of the run, and of them those that have died."""
+        """Replicas at the start of the run, and how many of them have died."""
         self._samples = (int(rollout.n), int(rollout.val_kwargs.n))
         self._step_times = StepTimes()
         shapes = self.options.shape.enable and not self.options.observe
         self.planner = Planner(self.options.shape, self._samples[0], self._cap_tokens) if shapes else None
-        """Of shaping; None when it is off."""
+        """None when shaping is off."""
         advantage.SHAPER = None if self.planner is None else self.planner.shaper
         self._visits: list[Visit] = []
         self._last: list[Trajectory] = []
-        """Records of the step that is being closed."""
+        """Records of the finished step."""
         checkpoint.restore(self, config)
         client = HeddleClient if self.sync else HeddleAsyncClient
         super().__init__(
@@ -83,7 +83,7 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
         self._plans = not self.options.observe and self.options.place.enable and len(self.servers) > 1
         self._router_lost, self._try_router_s = False, 0.0
         self._fallbacks = 0
-        """Turns that workers placed without the router, since the start of the run."""
+        """Turns placed by workers without the router, since the start of the run."""
         self._troubles: Counter[str] = Counter()
         self._silent = 0
         self._weights = -1
@@ -97,7 +97,7 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
     @classmethod
     @auto_await
     async def create(cls, *args: Any, **kwargs: Any) -> Any:
-        """Start the workers; if anything of ours fails, verl's own manager takes the job."""
+        """Start the workers; on any failure of ours, fall back to verl's own manager."""
         global MANAGER
         try:
             instance = cls(*args, **kwargs)
@@ -105,7 +105,7 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
             MANAGER = instance
             return instance
         except Exception as error:
-            log(f"OFF, training goes on under verl's own agent-loop manager: {type(error).__name__}: {error}")
+            log(f"OFF, training continues with verl's own agent-loop manager: {type(error).__name__}: {error}")
             stock = AgentLoopManagerTQ(*args, **kwargs)
             await stock._init_agent_loop_workers()
             return stock
@@ -113,7 +113,7 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
     def generate_sequences(self, prompts: Any) -> None:
         """Dispatch a batch; see `AgentLoopManagerTQ.generate_sequences`."""
         self._recover("engines", lambda: self._repair_engines(prompts))
-        if self._router_lost and (self.sync or time.monotonic() >= self._try_router_s):  # others come with every prompt
+        if self._router_lost and (self.sync or time.monotonic() >= self._try_router_s):  # asynchronous trainers call this for every prompt
             self._try_router_s = time.monotonic() + self.options.deadlines.router_s
             self._recover("router", self._try_router)
         facts = facts_of_batch(prompts) if self._plans or (self.planner is not None and not validates(prompts)) else None
@@ -126,24 +126,24 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
             try:
                 self.router.batch_expected.remote(first_turns(prompts, *self._samples, facts))
             except Exception as error:
-                log_once(f"trajectories are placed one by one, not as a batch ({type(error).__name__}: {error})")
+                log_once(f"trajectories are placed one at a time, not as a batch ({type(error).__name__}: {error})")
         super().generate_sequences(prompts)
 
     def _recover(self, what: str, attempt: Callable[[], None]) -> None:
-        """Recovery that fails leaves things as they are: a step goes on by verl's own rule, which needs neither router nor layout."""
+        """Failed recovery changes nothing: the step continues under verl's own rule, which needs neither router nor layout."""
         try:
             attempt()
         except Exception as error:
             self._troubles[f"recovery_{what}"] += 1
-            log_once(f"recovery of {what} failed ({type(error).__name__}: {error}); the step goes on with what works")
+            log_once(f"recovery of {what} failed ({type(error).__name__}: {error}); the step continues without it")
 
     def _repair_engines(self, prompts: Any) -> None:
         if self.layouts is not None and (weights := weights_of(prompts)) != self._weights:
-            self._weights = weights  # the engines have just got them, and nobody is at work
+            self._weights = weights  # just loaded, and no request is in flight
             self.layouts.repair(weights)
 
     def collect(self) -> tuple[Columns, Counter[str]]:
-        """Records since the last call and counts since the start; a worker that is silent too long is left out and counted."""
+        """Records since the last call and counts since the start. A worker that misses the deadline is skipped and counted."""
         refs = [worker.collect.remote() for worker in self.agent_loop_workers]
         ready, late = ray.wait(refs, num_returns=len(refs), timeout=self.options.deadlines.collect_s)
         records = Columns()
@@ -166,13 +166,13 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
         return records, counts
 
     def step_ended(self, step: int, train: Columns) -> dict[str, float]:
-        """Tell the router that the batch of a training step is complete; returns its counts since the start of the run."""
+        """Report a complete batch to the router; returns the router's counts since the start of the run."""
         times = self._router_times or self.planner is not None
         needed = times or self.layouts is not None
-        self._last = records = list(train.records()) if needed else []  # one by one, they take a second at 10,000 trajectories
+        self._last = records = list(train.records()) if needed else []  # building them takes a second at 10,000 trajectories
         if times:
             degrees = {name: replica.tp for name, replica in self.fleet.items()}
-            whole = [one for one in records if not any(turn.legs for turn in one.steps)]  # their times are of several requests
+            whole = [record for record in records if not any(turn.legs for turn in record.steps)]  # a leg is a request of its own
             self._step_times.learn(whole, degrees, self._step_times_known)
         if self.layouts is not None:
             self.layouts.wanted = self.chooser.next(step + 1, records, self.layouts.layout, self.layouts.reshard_s)
@@ -187,17 +187,17 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
         return counts
 
     def _note_losses(self, lost: int) -> None:
-        """Say what the run has lost with its replicas, since nobody launches them again: verl's trainer ranks, its list of servers and its
-        metrics know a replica by what it was when the run began, and an engine that comes up needs memory that the trainer holds by then.
-        Engines of a layout are ours, so there it is done (`layouts.Layouts.repair`)."""
+        """Log how many replicas have died. They are not relaunched: verl's trainer ranks, server list and metrics are fixed at the start, and
+        the trainer holds the memory a new engine needs. Engines of a layout are ours and are relaunched (`layouts.Layouts.repair`)."""
         if lost > self._replicas_lost and self.layouts is None:
             left = max(0, self._replicas - lost)
-            again = "only heddle.layout launches engines again"
-            log(f"{lost} of {self._replicas} replicas have died; {left} are left for the rest of the run ({again})")
+            log(
+                f"{lost} of {self._replicas} replicas have died; {left} are left for the rest of the run (only heddle.layout relaunches engines)"
+            )
         self._replicas_lost = max(lost, self._replicas_lost)
 
     def _note_learnt(self) -> None:
-        """Take what the router told of what it knew a step ago, and ask what it knows now: it answers while the trainer updates."""
+        """Store the router's answer to the last request for its length model, and request it again; it answers during the trainer's update."""
         try:
             if self._learnt_asked is not None:
                 ready, _ = ray.wait([self._learnt_asked], timeout=0)
@@ -207,12 +207,12 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
                 self.learnt = ray.get(asked) or self.learnt
             if not self.options.observe:
                 self._learnt_asked = self.router.learnt.remote()
-        except Exception as error:  # of a router that died meanwhile
+        except Exception as error:  # the router died meanwhile
             self._learnt_asked = None
-            log_once(f"what the router has learnt is known as of an earlier step ({type(error).__name__})")
+            log_once(f"the router's length model is kept as of an earlier step ({type(error).__name__})")
 
     def shaped(self, step: int) -> dict[str, float]:
-        """What shaping did in a training step that is complete, after `step_ended`; empty when it is off."""
+        """Metrics of shaping for a complete step, after `step_ended`; empty when shaping is off."""
         visits, self._visits = self._visits, []
         records, self._last = self._last, []
         return {} if self.planner is None else self.planner.step_ended(step, records, visits)
@@ -230,8 +230,7 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
             self.router.step_times_known.remote(latency)
 
     def engine_counts(self) -> Counter[str]:
-        """What the engines' schedulers have counted since they started, all together, and the `requests` in them; a silent engine counts
-        nothing."""
+        """Sum of the engines' scheduler counts since their start, and the `requests` in them now. Engines that miss the deadline are skipped."""
         refs = {server.heddle_counts.remote(): name for name, server in self.servers.items()}
         ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=self.options.deadlines.collect_s)
         total: Counter[str] = Counter()
@@ -239,16 +238,16 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
             try:
                 counts = ray.get(ref, timeout=self.options.deadlines.collect_s)
                 total.update({name: count for name, count in counts.items() if name.startswith((*SINCE_START, "requests"))})
-            except ActorDiedError:  # perhaps nobody had a request there
+            except ActorDiedError:  # no request found it out
                 del self.servers[refs[ref]], self.fleet[refs[ref]]
                 self.router.replica_lost.remote(refs[ref])
             except Exception as error:
-                log_once(f"an engine does not tell its counts ({type(error).__name__}: {error})")
+                log_once(f"an engine does not report its counts ({type(error).__name__}: {error})")
         return total
 
     def engine_seconds(self) -> dict[str, dict[str, float]]:
-        """By engine in rotation, its seconds since the start in which it was `busy`, and `paused` by weight updates; none where it is
-        silent."""
+        """Seconds since the start that each engine in rotation was `busy`, and `paused` by weight updates. Engines that miss the deadline are
+        skipped."""
         refs = {self.servers[name].heddle_seconds.remote(): name for name in self.in_rotation()}
         ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=self.options.deadlines.collect_s)
         found = {}
@@ -256,34 +255,34 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
             try:
                 found[refs[ref]] = ray.get(ref, timeout=self.options.deadlines.collect_s)
             except Exception as error:
-                log_once(f"an engine does not tell how busy it is ({type(error).__name__}: {error})")
+                log_once(f"an engine does not report how busy it is ({type(error).__name__}: {error})")
         return found
 
     def _configure_router(self, deadline_s: float) -> None:
-        """Give the router the user's options and what the engines are like."""
+        """Send the router the user's options and the fleet."""
         servers = self.servers or ray.get(self.router.handles.remote(), timeout=deadline_s)
         self._know(servers, deadline_s)
-        told = (self.options, self._deterministic, self._told_fleet, self._cap_tokens, self.learnt)
-        ray.get(self.router.configure.remote(*told), timeout=deadline_s)
+        settings = (self.options, self._deterministic, self._rotation, self._cap_tokens, self.learnt)
+        ray.get(self.router.configure.remote(*settings), timeout=deadline_s)
         for name in self._paused:
             self.router.paused.remote(name)
         if self.rests:
             self.router.rest.remote(True)
 
     def rest(self, rests: bool) -> None:
-        """Resident sets rest, or decide again, from the next step on."""
+        """Suspend or resume resident sets from the next step on."""
         self.rests = rests
         self.router.rest.remote(rests)
 
     def paused(self, name: str, leaves: bool = False) -> None:
-        """A weight update stops this replica's engine and aborts its requests; `leaves`: for the trainer, which wants its GPUs."""
+        """A weight update pauses this replica's engine and aborts its requests; `leaves`: the trainer takes its GPUs."""
         self._paused[name] = leaves
         self.router.paused.remote(name)
         if leaves:
             self._tell_workers()
 
     def resumed(self, name: str) -> None:
-        """The replica's engine goes on."""
+        """The replica's engine runs again."""
         left = self._paused.pop(name, None)
         if left is not None:
             self.router.resumed.remote(name)
@@ -291,20 +290,20 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
             self._tell_workers()
 
     def in_rotation(self) -> list[str]:
-        """Replicas that take requests, if not at this moment: not those that are the trainer's now."""
+        """Replicas that serve requests, now or after a pause: all but those lent to the trainer."""
         return [name for name in self.servers if not self._paused.get(name)]
 
     def _tell_workers(self) -> list[Any]:
-        """Which replicas there are, for a worker that has to do without the router."""
-        told = {name: self.servers[name] for name in self.in_rotation()}
-        return [worker.servers_are.remote(told) for worker in self.agent_loop_workers]
+        """Send the workers the replicas in rotation, in case they lose the router."""
+        servers = {name: self.servers[name] for name in self.in_rotation()}
+        return [worker.servers_are.remote(servers) for worker in self.agent_loop_workers]
 
     @property
-    def _told_fleet(self) -> dict[str, tuple[Replica, Any]]:
+    def _rotation(self) -> dict[str, tuple[Replica, Any]]:
         return {name: (self.fleet[name], self.servers[name]) for name in self.in_rotation()}
 
     def _know(self, servers: dict[str, Any], deadline_s: float) -> None:
-        """Ask these servers what they are; those that have died are left out."""
+        """Set the fleet to these servers, as they describe themselves; dead ones are dropped."""
         asked = {name: server.heddle_facts.remote() for name, server in servers.items()}
         fleet = {}
         for name, ref in asked.items():
@@ -312,44 +311,44 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
                 facts = ray.get(ref, timeout=deadline_s)
                 fleet[name] = Replica(name, **facts)
             except ActorDiedError:
-                log_once(f"replica {name} has died; the run goes on without it")
+                log_once(f"replica {name} has died; the run continues without it")
         self.fleet = fleet
         found = {name: servers[name] for name in fleet}
         self.servers.clear()
         self.servers.update(found)
 
     def _relaid(self, servers: dict[str, Any]) -> None:
-        """Another layout has been taken up, between steps; never raises, since engines wait for their weights."""
+        """The layout changed between steps. Never raises, since the engines wait for their weights."""
         self._recover("layout", lambda: self._tell_fleet(servers))
 
     def _tell_fleet(self, servers: dict[str, Any]) -> None:
         deadline_s = self.options.deadlines.collect_s
         self._know(servers, deadline_s)
         try:
-            ray.get(self.router.fleet_is.remote(self._told_fleet), timeout=self.options.deadlines.router_s)
+            ray.get(self.router.fleet_is.remote(self._rotation), timeout=self.options.deadlines.router_s)
         except Exception:
             self._router_lost = True
-        told = self._tell_workers()
-        ray.wait(told, num_returns=len(told), timeout=deadline_s)  # a worker that is silent asks the router again
+        sent = self._tell_workers()
+        ray.wait(sent, num_returns=len(sent), timeout=deadline_s)  # a worker that misses this asks the router later
 
     def _try_router(self) -> None:
-        """Between steps, see whether the router answers; if so, send the workers back to it.
+        """Between steps, check whether the router answers; if so, send the workers back to it.
 
-        One that was only late knows all it knew. One that Ray has restarted is set up, and told what the one before it had learnt.
+        A router that was merely late has kept its state. One restarted by Ray is configured, with the length model of its predecessor.
         """
         deadline_s = self.options.deadlines.router_s
         try:
             if not ray.get(self.router.configured.remote(), timeout=deadline_s):
-                self._note_learnt()  # the last answer of the process that died may have come
+                self._note_learnt()  # the dead process may have answered
                 self._learnt_asked = None
                 self._configure_router(deadline_s)
                 if self._latency is not None and self._router_times:
                     self.router.step_times_known.remote(self._latency)
             elif self.layouts is not None:  # it may have missed a change
-                ray.get(self.router.fleet_is.remote(self._told_fleet), timeout=deadline_s)
+                ray.get(self.router.fleet_is.remote(self._rotation), timeout=deadline_s)
         except Exception:
             return
-        told = [worker.router_is_back.remote() for worker in self.agent_loop_workers]
-        ray.wait(told, num_returns=len(told), timeout=self.options.deadlines.collect_s)
+        sent = [worker.router_is_back.remote() for worker in self.agent_loop_workers]
+        ray.wait(sent, num_returns=len(sent), timeout=self.options.deadlines.collect_s)
         self._router_lost = False
         log("the router is back")

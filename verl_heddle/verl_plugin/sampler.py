@@ -1,10 +1,10 @@
-"""The replay buffer: verl's own, looked at more often, and the place where a step's records become metrics and trace lines.
+"""The replay buffer: verl's own, polled more often. It also turns a step's records into metrics and trace lines.
 
-verl calls `sample` in the task runner when it wants the step's batch, and logs whatever numbers come back with it; that is the one way into
-W&B that needs no patch. Until it returns, all GPUs wait: metrics are computed from columns, and trace lines are written by a thread while
-the trainer updates (`traces.writer`). Only the last step of a run waits for its lines.
+verl calls `sample` in the task runner for the step's batch, and logs the numbers that come back with it: the one way into W&B without a
+patch. All GPUs wait until it returns, so metrics are computed from columns, and a thread writes trace lines during the trainer's update
+(`traces.writer`). Only the last step of a run waits for its lines.
 
-Looking takes time as well, on the process that serves the workers: verl lists every key (0.2 s at 11,000). `poll_s` bounds the share.
+Polling costs time on the process that serves the workers: verl lists every key (0.2 s at 11,000). `poll_s` bounds that share.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ from verl_heddle.verl_plugin.stock import buffer_arguments
 PREFIX = "heddle/"
 
 POLL_SHARE = 0.05
-"""Most of the time that is spent looking."""
+"""Maximum share of time spent polling."""
 
 MOST_POLL_S = 2.0
-"""verl's own interval: we look no less often, unless the user says so."""
+"""verl's own interval: never poll less often, unless the user asks for it."""
 
 
 def poll_s(wanted_s: float, look_s: float) -> float:
-    """Seconds to wait between two looks, of which the last one took `look_s`."""
+    """Seconds between two polls, given that the last one took `look_s`."""
     return max(wanted_s, min(MOST_POLL_S, look_s / POLL_SHARE))
 
 
 class _Watch:
-    """Turns what the workers recorded into metrics and trace lines. Its failures are counted, never raised."""
+    """Turns the workers' records into metrics and trace lines. Failures are counted, never raised."""
 
     def __init__(self, options: Options, fresh_steps: int = agent_loops.STALE_STEPS) -> None:
         self._options = options
         self._trained = Trained(fresh_steps)
-        """Of an asynchronous trainer."""
+        """For asynchronous trainers."""
         self._waiting = Columns()
-        """Training trajectories that were collected for validation's sake."""
+        """Training trajectories collected by a validation step."""
         self._since_s: float | None = None
         """When the last batch of an asynchronous trainer was complete, unix time."""
         self._run = time.strftime("%Y%m%d-%H%M%S")
@@ -67,8 +67,8 @@ class _Watch:
             self._writer = TraceWriter(path, size, lambda error: self._failed("trace lines", error))
 
     def step(self, global_step: int, partition_id: str, keys: Sequence[str] = ()) -> dict[str, float]:
-        """Collect everything recorded since the last call; metrics of the training trajectories if `partition_id` is "train", of which
-        `keys` are the batch."""
+        """Collect all records since the last call. Returns metrics of the training trajectories if `partition_id` is "train"; `keys` are the
+        batch."""
         metrics: dict[str, float] = {}
         try:
             if agent_loops.MANAGER is not None:
@@ -126,7 +126,7 @@ class _Watch:
         return {PREFIX + name: float(value) for name, value in metrics.items()}
 
     def _judge(self, twin: Twin, manager: Any, global_step: int, train: Columns) -> dict[str, float]:
-        """Ask the twin about the step that is over, take up what it says of the one before, and choose the next step's rule by it."""
+        """Have the twin judge the finished step, read its answer about an earlier one, and choose the next step's rule by it."""
         answer = twin.told()
         metrics = {f"twin/{name}": value for name, value in answer.items()} | {"twin/failures": twin.failures}
         twin.ask(global_step, train, self._engines(manager))
@@ -140,25 +140,24 @@ class _Watch:
         return metrics
 
     def _window(self, manager: Any, global_step: int, train: Columns, keys: Sequence[str]) -> dict[str, float]:
-        """Of the time since the last batch of an asynchronous trainer."""
+        """Metrics of the window since the last batch of an asynchronous trainer."""
         now = time.time()
         since = self._since_s if self._since_s is not None else min((meta["start_s"] for meta in train.metas), default=now)
         seconds, self._since_s = max(now - since, 1e-9), now
         metrics = window_metrics(train, seconds, global_step) if len(train) else {"window_s": seconds}
         self._trained.ended(train)
         metrics |= self._trained.batch(keys, global_step, seconds)
-        told = manager.engine_seconds()
-        news = [self._news(f"seconds of {name}", Counter(spent)) for name, spent in told.items()]
+        news = [self._news(f"seconds of {name}", Counter(spent)) for name, spent in manager.engine_seconds().items()]
         whole = max(seconds * len(news), 1e-9)
         return metrics | {f"engines/{name}_share": min(1.0, sum(of[name] for of in news) / whole) for name in ("busy", "paused")}
 
     def flush(self) -> None:
-        """Wait, within limits, until all trace lines are written."""
+        """Wait until all trace lines are written, up to a deadline."""
         if self._writer is not None and not self._writer.flush():
             self._failed("trace lines", TimeoutError(f"not written after {FLUSH_S:g} s"))
 
     def _layout(self, manager: Any) -> dict[str, float]:
-        """Of the step that is over, and what the change before it took; empty without `heddle.layout`."""
+        """Metrics of the layout in the finished step; empty without `heddle.layout`."""
         if manager.layouts is None:
             return {}
         degrees = manager.layouts.layout
@@ -167,18 +166,18 @@ class _Watch:
         return {f"layout/{name}": float(value) for name, value in {**now, **news, **manager.chooser.metrics}.items()}
 
     def _news(self, source: str, counts: Counter[str]) -> Counter[str]:
-        """What has been counted since the last step, by name; a source that started over counts from 0."""
+        """Increase of each count since the last step; a restarted source counts from 0."""
         before, self._before[source] = self._before.get(source, Counter()), counts.copy()
         return Counter({name: count - before[name] if count >= before[name] else count for name, count in counts.items()})
 
     def _engines(self, manager: Any) -> dict[str, Any]:
-        """What a reader of the trace must know of the engines, to ask what would have happened on others."""
+        """The engines' settings, recorded in the trace so that a reader can replay the step with others."""
         rollout = manager.config.actor_rollout_ref.rollout
         held = [replica.kv_tokens for replica in manager.fleet.values()]
         return {
             **self._options.decisions(manager.rests),
             "utilization": float(rollout.gpu_memory_utilization),
-            "kv_tokens": min((one for one in held if one is not None), default=None),
+            "kv_tokens": min((tokens for tokens in held if tokens is not None), default=None),
             "tp": int(rollout.tensor_model_parallel_size),
             "slots": min((replica.slots for replica in manager.fleet.values()), default=rollout.max_num_seqs),
             "replicas": len(manager.servers),
@@ -193,7 +192,7 @@ class _Watch:
 
 
 class _Heddle:
-    """Mix-in over one of verl's buffers."""
+    """Mixin for one of verl's buffers."""
 
     def __init__(self, trainer_mode: str, sampler_kwargs: Any, **kwargs: Any) -> None:
         ours = sampler_kwargs["heddle"]
@@ -214,12 +213,12 @@ class _Heddle:
     def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[Any, dict]:
         batch, metrics = super().sample(global_steps, partition_id, batch_size)  # type: ignore[misc]
         metrics |= self._watch.step(global_steps, partition_id, getattr(batch, "keys", ()))
-        if global_steps >= self._last_step():  # Ray may kill this process as soon as verl has returned
+        if global_steps >= self._last_step():  # Ray may kill this process once verl returns
             self._watch.flush()
         return batch, metrics
 
     def _last_step(self) -> float:
-        """Of the run, as verl's trainer has it, which gave us its own method; infinite if it is not to be had."""
+        """Number of the run's last step, from verl's trainer (the owner of `refill_fn`); infinite if unknown."""
         trainer = getattr(self.refill_fn, "__self__", None)  # type: ignore[attr-defined]
         return getattr(trainer, "total_training_steps", None) or math.inf
 
@@ -233,6 +232,6 @@ class HeddleReplayBufferAsync(_Heddle, ReplayBufferAsync):
 
 
 def heddle_sampler(trainer_mode: str, **kwargs: Any) -> Any:
-    """What verl calls as the custom sampler's class."""
+    """The custom sampler class, as verl's config names it."""
     cls = HeddleReplayBuffer if trainer_mode == "sync" else HeddleReplayBufferAsync
     return cls(trainer_mode=trainer_mode, **kwargs)

@@ -1,6 +1,6 @@
-"""What happens on the user's console before Ray starts: the configuration is checked, and one banner line says what is on.
+"""Before Ray starts: check the configuration and print one banner line that says what is on.
 
-Both classes are Hydra callbacks, set by the flag's YAML. Hydra turns a callback's exceptions into warnings, so bad configuration leaves by
+Both classes are Hydra callbacks, set by the flag's YAML. Hydra turns a callback's exceptions into warnings, so a bad configuration raises
 `SystemExit`.
 """
 
@@ -22,7 +22,7 @@ EXIT_BAD_CONFIG = 2
 
 
 class Startup(Callback):
-    """Check, then announce. A job's start, not a run's, because a sweep (--multirun) has jobs only."""
+    """Check, then print the banner. On job start rather than run start, because a sweep (--multirun) only has jobs."""
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         findings = lint.lint(config)
@@ -31,7 +31,7 @@ class Startup(Callback):
         if any(finding.fatal for finding in findings):
             raise SystemExit(EXIT_BAD_CONFIG)
         if lint.idle(config) is not None:
-            log(f"{verl_heddle.__version__} OFF, the run goes on as without the flag")
+            log(f"{verl_heddle.__version__} OFF, the run continues as without the flag")
             return
         if not nodes.ready(config):
             raise SystemExit(EXIT_BAD_CONFIG)
@@ -39,7 +39,7 @@ class Startup(Callback):
 
 
 class Machine(Callback):
-    """Give the driver the environment that Ray's runtime_env gives every other process."""
+    """Set the environment of Ray's runtime_env in the driver as well."""
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         variables = OmegaConf.select(config, "ray_kwargs.ray_init.runtime_env.env_vars") or {}
@@ -54,43 +54,43 @@ def banner(config: DictConfig) -> str:
     """One line: versions, what is on, where the trace goes."""
     options: Options = lint.options_or_none(config) or Options()
     on = {row.part for row in parts.table(config, options) if row.on}
-    told = []
+    words = []
     if options.observe:
-        told.append("observing only, verl's own rules decide")
+        words.append("observing only, verl's own rules decide")
     else:
         moving = f", moving{' with pre-warming' if options.place.transport == 'prewarm' else ''}" if options.place.moves else ""
         if "residents" in on:
-            told.append(
+            words.append(
                 f"placement: resident sets, {'least served' if options.residents.order == 'least_served' else 'first to begin'} first"
             )
         elif options.place.enable:
-            told.append(f"placement: planned from step 2{moving}")
+            words.append(f"placement: planned from step 2{moving}")
         else:
-            told.append("placement: verl's rule (sticky, least in-flight)")
+            words.append("placement: verl's rule (sticky, least in-flight)")
         if options.priority.enable:
             order = "longest predicted first" if options.priority.order == "longest" else "by arrival, validation first"
-            told.append(f"priority: {order}{', preempting on arrival where the engines can' if 'preemption' in on else ''}")
+            words.append(f"priority: {order}{', preempting on arrival where the engines can' if 'preemption' in on else ''}")
         else:
-            told.append("priority: off")
+            words.append("priority: off")
         if "offload" in on:
-            told.append("offload: evicted KV cache on the host")
+            words.append("offload: evicted KV cache on the host")
         if options.predicts:
-            told.append(f"prediction: {'trees on ' if options.predict.trees else ''}prompt history and siblings")
+            words.append(f"prediction: {'trees on ' if options.predict.trees else ''}prompt history and siblings")
         if options.layout.enable:
             fixed = "-".join(map(str, options.layout.fixed))
-            told.append(f"layout: {'by schedule' if options.layout.schedule else fixed or 'planned from step 2'}")
+            words.append(f"layout: {'by schedule' if options.layout.schedule else fixed or 'planned from step 2'}")
         if options.shape.enable:
             spare = "as many as pay" if options.shape.spare is None else f"{options.shape.spare:g} a prompt"
-            told.append(f"shaping: spare samples, {spare}, at most {options.shape.most:g}n")
+            words.append(f"shaping: spare samples, {spare}, at most {options.shape.most:g}n")
         if "admission" in on:
-            told.append(f"admission: {options.admission.per_slot:g} turns per slot")
+            words.append(f"admission: {options.admission.per_slot:g} turns per slot")
     mode = parts.get(config, "trainer.v1.trainer_mode")
     if mode in lint.MODES:
-        told.append(f"trainer: {mode}, its weight updates are followed")
-    told.append(f"poll: {options.poll_interval_s:g} s")
-    told.append(f"trace: {options.trace.dir}/trace.jsonl" if options.trace.enable else "trace: off")
+        words.append(f"trainer: {mode}, turns resume across its weight updates")
+    words.append(f"poll: {options.poll_interval_s:g} s")
+    words.append(f"trace: {options.trace.dir}/trace.jsonl" if options.trace.enable else "trace: off")
     found = ", ".join(f"{name} {_version(name)}" for name in ("verl", "vllm", "ray"))
-    return f"{verl_heddle.__version__} on ({found}); " + "; ".join(told)
+    return f"{verl_heddle.__version__} on ({found}); " + "; ".join(words)
 
 
 def _version(distribution: str) -> str:

@@ -147,5 +147,5 @@ class ServerHandle:
 
 
 def of_a_dead_replica(error: Exception) -> bool:
-    """Whether the error means that the server, or its engine, is dead (vLLM's `EngineDeadError`, matched by name: importing it is heavy)."""
+    """Whether the error means that the server, or its engine, is dead (`EngineDeadError`, matched by name: importing vLLM is heavy)."""
     return isinstance(error, ActorDiedError) or type(getattr(error, "cause", None)).__name__ == "EngineDeadError"

@@ -128,7 +128,7 @@ class Promised:
         self.held[turn.request] = Held(worker, turn, paused_s)
 
     def let_in(self, request: str, replica: str | None, paused_s: float, stays: bool) -> None:
-        """Admit the turn to `replica` if it is held; None: it is not sent. `paused_s`: total seconds so far that every engine was paused."""
+        """Admit the turn to `replica` if it is held; None: it is not sent. `paused_s`: total seconds so far of all engines paused."""
         held = self.held.pop(request, None)
         if held is None:
             return

@@ -1,4 +1,4 @@
-"""Calls to other processes that end: a deadline on every answer, and a cancellation that reaches the other side."""
+"""Bounded calls to other processes: a deadline on every answer, and cancellation that reaches the callee."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import ray
 from ray.exceptions import ActorDiedError
 
 ANSWER_S = 30.0
-"""Seconds after which a worker hears that the router has no news for it, and asks again: so it finds out that a router hangs."""
+"""Seconds after which the router answers an open news call even without news. The worker then calls again, which detects a hung router."""
 
 RETRY_S = 0.1
-"""A `ray.cancel` within about 1 ms of the call can be lost; asked again at this interval it never was."""
+"""Interval of cancellation retries. A `ray.cancel` within about 1 ms of the call can be lost; with retries none ever was."""
 
 
 async def answer(ref: Any, deadline_s: float) -> Any:
-    """Await an object ref. Not by `asyncio.wait_for`, which before Python 3.12 forgets a cancellation that comes with the answer.
+    """Await an object ref. Not with `asyncio.wait_for`, which before Python 3.12 loses a cancellation that coincides with the answer.
 
     Raises:
         TimeoutError: no answer within `deadline_s` seconds.
@@ -28,8 +28,8 @@ async def answer(ref: Any, deadline_s: float) -> Any:
 
 
 class Promises:
-    """Answers that another call on this event loop gives, by name. One that is given before it is waited for is kept for the waiting. Of
-    two that wait for one name the first goes without."""
+    """Named answers passed between coroutines of one event loop. An answer given early is kept until it is awaited. If two coroutines
+    wait for the same name, the first receives None."""
 
     def __init__(self) -> None:
         self._kept: dict[str, Any] = {}
@@ -37,19 +37,19 @@ class Promises:
 
     @property
     def waiting(self) -> list[str]:
-        """Names that somebody waits for."""
+        """Names with a waiter."""
         return list(self._waiting)
 
     @property
     def names(self) -> list[str]:
-        """Names that somebody waits for, or that have an answer nobody has asked for."""
+        """Names with a waiter or an unclaimed answer."""
         return [*self._waiting, *self._kept]
 
     async def wait(self, name: str, within_s: float | None = None) -> Any:
-        """The answer, or None once it is dropped.
+        """Wait for the answer; None if it is dropped.
 
         Raises:
-            TimeoutError: neither came within `within_s` seconds.
+            TimeoutError: neither happened within `within_s` seconds.
         """
         if name in self._kept:
             return self._kept.pop(name)
@@ -62,21 +62,21 @@ class Promises:
         finally:
             if timer is not None:
                 timer.cancel()
-            if self._waiting.get(name) is future:  # it stopped waiting by itself
+            if self._waiting.get(name) is future:  # timed out or cancelled, not answered
                 del self._waiting[name]
 
     def give(self, name: str, value: Any = None) -> None:
-        """Here is the answer."""
+        """Deliver the answer, or keep it until it is awaited."""
         if not self._settle(name, value):
             self._kept[name] = value
 
     def drop(self, name: str) -> None:
-        """There will be no answer, or nobody wants it any more."""
+        """Discard a kept answer; a waiter receives None."""
         self._kept.pop(name, None)
         self._settle(name, None)
 
     def drop_all(self) -> None:
-        """`drop` of all names."""
+        """`drop` every name."""
         for name in self.names:
             self.drop(name)
 
@@ -93,7 +93,7 @@ def _too_late(future: asyncio.Future[Any]) -> None:
 
 
 async def cancel_until_settled(ref: Any, deadline_s: float) -> bool:
-    """Cancel a running actor call until it has ended; False if it had not after `deadline_s` seconds."""
+    """Cancel a running actor call, repeatedly, until it has ended; False if it is still running after `deadline_s` seconds."""
     future = asyncio.wrap_future(ref.future())
     until = time.monotonic() + deadline_s
     while not future.done() and time.monotonic() < until:
@@ -102,7 +102,7 @@ async def cancel_until_settled(ref: Any, deadline_s: float) -> bool:
     if not future.done():
         return False
     if not future.cancelled():
-        future.exception()  # nobody else retrieves it
+        future.exception()  # marks the exception as retrieved
     return True
 
 
@@ -110,16 +110,16 @@ _cancelling: set[asyncio.Task] = set()
 
 
 async def cancellations_settled(deadline_s: float) -> None:
-    """Until every call of this process that is being cancelled has ended at the server, or has been given up; `deadline_s` at most."""
+    """Wait until each call being cancelled by this process has ended at the server or been given up; at most `deadline_s` seconds."""
     if _cancelling:
         await asyncio.wait(set(_cancelling), timeout=deadline_s)
 
 
 class ServerHandle:
-    """Stands for a rollout server's actor handle in `LLMServerClient.generate`: adds arguments and cancels for real.
+    """Stands for a rollout server's actor handle in `LLMServerClient.generate`: adds arguments and cancels at the server.
 
-    Cancelling the asyncio task that awaits a Ray call leaves the call running; here it is cancelled at the server as well, which makes
-    vLLM abort the request and free its KV blocks.
+    Cancelling the asyncio task that awaits a Ray call leaves the call running. This handle also cancels it at the server, which
+    makes vLLM abort the request and free its KV blocks.
     """
 
     def __init__(self, handle: Any, extra: dict[str, Any], cancel_s: float, lost: Callable[[], None]) -> None:
@@ -127,7 +127,7 @@ class ServerHandle:
         self.generate = self  # `handle.generate.remote(...)`
 
     def remote(self, **kwargs: Any) -> Any:
-        """Call the server's `generate`; returns an awaitable of its `TokenOutput`."""
+        """Call the server's `generate`; returns an awaitable `TokenOutput`."""
         ref = self._handle.generate.remote(**kwargs | self._extra)
 
         async def result() -> Any:
@@ -147,5 +147,5 @@ class ServerHandle:
 
 
 def of_a_dead_replica(error: Exception) -> bool:
-    """Whether the server is dead, or dies because its engine is (vLLM's `EngineDeadError`, which is not imported here: it is heavy)."""
+    """Whether the error means that the server, or its engine, is dead (`EngineDeadError`, matched by name: importing vLLM is heavy)."""
     return isinstance(error, ActorDiedError) or type(getattr(error, "cause", None)).__name__ == "EngineDeadError"

@@ -1,16 +1,15 @@
-"""A worker's link to the router: what it knows without asking, what it asks, what it tells, and how it goes on without.
+"""A worker's link to the router: requests and events out, messages in, resident trajectories cached, verl's rule as fallback.
 
 Law
-- A trajectory that `stays` (`Decision.stays`) runs its next turns where it is, and the router is told: nothing to ask, nothing to wait for.
-  Its worker asks for its first turn, once the router has said that it was put out (`PutOut`), and for everything that begins again: after a
-  weight update, after its replica was lost.
-- What is told goes with the next question, or at the latest after `outbox.LATEST_S`, each event once and in order.
-- One call to the router is always open and brings its news (`news`): it is how held turns hear that they may go, and how a worker
-  finds out that the router died.
-- A router that does not answer in time is lost: from then on verl's rule places what this worker sends, until the manager has heard from
-  the router again. Nothing that the router said before is believed then; what is to be told is kept.
+- A trajectory that `stays` (`Decision.stays`) runs its next turns on its replica without a request; the router only gets an event. The
+  worker requests a decision for a first turn, after an eviction (`PutOut`), and for every restart: after a weight update or a lost replica.
+- Events are sent with the next request, or within `outbox.LATEST_S`, once each and in order.
+- One call to the router is always open and returns its messages (`news`). They admit held turns, and a failed call reveals that the router
+  died.
+- A router that misses its deadline is lost. From then on verl's rule places this worker's turns, until the manager has reached the router
+  again. The router's earlier answers are discarded; events are kept.
 
-A turn that was begun while the news that put its trajectory out were on their way is told with its replica, and counted where it is.
+A turn begun while the message that evicts its trajectory is in transit is reported with its replica, and the router counts it there.
 """
 
 from __future__ import annotations
@@ -36,55 +35,55 @@ class _Stay(NamedTuple):
 
 
 @dataclass(slots=True)
-class _Asking:
-    """A trajectory with turns whose question has not been answered for good."""
+class _Undecided:
+    """A trajectory with turns that have no final decision yet."""
 
     requests: set[str] = field(default_factory=set)
-    out: int = 0
-    """Number of the news that put it out last, meanwhile."""
+    evicted: int = 0
+    """Number of the last message that evicted it meanwhile."""
 
 
 class Link:
-    """One per worker, on its event loop.
+    """The link; one per worker, on its event loop.
 
     Args:
         router: the `HeddleRouter` actor.
-        servers: server id -> actor handle, as of start-up; asked again when an unknown id comes.
-        router_s: seconds that the router has for an answer.
-        counts: what went wrong and was got around, by name; counted here.
+        servers: server id -> actor handle, as of start-up; fetched again when an unknown id appears.
+        router_s: deadline of the router's answers, in seconds.
+        counts: errors and fallbacks by name, incremented here.
     """
 
     def __init__(self, router: Any, servers: dict[str, Any], router_s: float, counts: Counter[str]) -> None:
         self.name = uuid4().hex[:8]
-        """Of this worker, which no other has."""
+        """Unique name of this worker."""
         self.servers = dict(servers)
         self.local: GlobalRequestLoadBalancer | None = None
-        """verl's rule, while the router is lost."""
+        """verl's own rule while the router is lost, else None."""
         self._router, self._router_s, self._counts = router, router_s, counts
-        self._outbox, self._questions = Outbox(self._send), Questions(self._put)
+        self._outbox, self._questions = Outbox(self._send), Questions(self._send_requests)
         self._kept: deque[Event] = deque(maxlen=KEPT)
-        """For the router when it is back."""
+        """Events for the router once it is back."""
         self._stays: dict[str, _Stay] = {}
-        """By trajectory."""
-        self._asking: dict[str, _Asking] = {}
-        """By trajectory."""
-        self._all_out = 0
-        """Number of the news that put every trajectory out last."""
+        """Replica and priority by resident trajectory."""
+        self._asking: dict[str, _Undecided] = {}
+        """Undecided turns by trajectory."""
+        self._all_evicted = 0
+        """Number of the last message that evicted every trajectory."""
         self._let_in = Promises()
-        """How held turns go, by request."""
-        self._process, self._heard = "", 0
-        """The router's process, and the number of its last news."""
+        """Admissions of held turns, by request."""
+        self._process, self._received = "", 0
+        """The router process, and the number of its last message."""
         self._listening: asyncio.Task[None] | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """One that a worker is sent is that worker's: it has a name of its own."""
+        """Give the copy unpickled in a worker a unique name."""
         self.__dict__.update(state)
         self.name = uuid4().hex[:8]
 
     # --- a turn -----------------------------------------------------------------------------------------------------------
 
     def begin(self, turn: TurnStart) -> Decision | None:
-        """Where the turn runs, which the router is told; None: it has to be asked."""
+        """The decision for a resident trajectory's turn, reported to the router as an event; None: call `ask`."""
         stay = self._stays.get(turn.trajectory.key)
         if stay is None or turn.leg or self.local is not None or stay.replica not in self.servers:
             return None
@@ -92,12 +91,12 @@ class Link:
         return Decision(stay.replica, stay.priority, Reason.STICKY, stays=True)
 
     async def ask(self, turn: TurnStart) -> Decision:
-        """Where the turn runs, or that it is held and `wait` says where.
+        """Request a decision: where the turn runs, or that it is held until `wait` returns.
 
         Raises:
-            RuntimeError: no replica is left (verl's own words).
+            RuntimeError: no replica is left (verl's own text).
         """
-        self._asking.setdefault(turn.trajectory.key, _Asking()).requests.add(turn.request)
+        self._asking.setdefault(turn.trajectory.key, _Undecided()).requests.add(turn.request)
         try:
             decision = await self._decide(turn)
         except BaseException:
@@ -108,28 +107,28 @@ class Link:
         return decision
 
     async def wait(self, turn: TurnStart, decision: Decision) -> tuple[Decision, float]:
-        """Until the router lets a held turn in: where it goes, and for how many seconds every engine was paused meanwhile. Without an
-        answer it goes where is known, or by verl's rule."""
+        """Wait until the router admits a held turn. Returns the decision, and the seconds of the hold during which every engine was
+        paused. On an error the turn runs on the replica already decided, or where verl's rule puts it."""
         try:
-            number, news = await self._until_let_in(turn.request) or (0, None)
+            number, news = await self._await_admission(turn.request) or (0, None)
             if news is None or news.replica is None:
-                raise LookupError(f"turn {turn.request} goes nowhere: it is over, or no replica is left, or the router was lost")
-            await self._know(news.replica)
+                raise LookupError(f"turn {turn.request} was not admitted: it is over, no replica is left, or the router was lost")
+            await self._ensure_handle(news.replica)
             decision = replace(decision, replica=news.replica, stays=news.stays)
             self._remember(turn, decision, number)
             return decision, news.paused_s
         except Exception as error:
             self._counts["hold_lost"] += 1
-            log_once(f"a turn that was held back was never let in ({type(error).__name__}: {error}); it goes without")
+            log_once(f"a held turn was never admitted ({type(error).__name__}: {error}); it runs without waiting")
             if decision.replica in self.servers:
                 return decision, 0.0
-            self._go_local(error, turn)
-            return self._decide_alone(turn), 0.0
+            self._fall_back(error, turn)
+            return self._decide_locally(turn), 0.0
         finally:
             self._settled(turn)
 
-    async def _until_let_in(self, request: str) -> tuple[int, LetIn] | None:
-        """The news of it and their number; None: there will be none."""
+    async def _await_admission(self, request: str) -> tuple[int, LetIn] | None:
+        """The message that admits the turn, and its number; None: it was dropped. Waits for as long as the news call is open."""
         while True:
             try:
                 found: tuple[int, LetIn] | None = await self._let_in.wait(request, ANSWER_S)
@@ -139,7 +138,7 @@ class Link:
                     raise
 
     def _settled(self, turn: TurnStart) -> None:
-        """Nothing that the router says of it is wanted any more."""
+        """The turn has its final decision, or was given up; ignore later messages about it."""
         self._let_in.drop(turn.request)
         asking = self._asking.get(turn.trajectory.key)
         if asking is not None:
@@ -152,12 +151,12 @@ class Link:
             try:
                 return await self._ask(turn)
             except RuntimeError:
-                raise  # "No available servers": verl's own error, and verl's own clients know it
+                raise  # "No available servers": verl's own error, which its clients expect
             except Exception as error:
-                self._go_local(error, turn)
-        return self._decide_alone(turn)
+                self._fall_back(error, turn)
+        return self._decide_locally(turn)
 
-    def _decide_alone(self, turn: TurnStart) -> Decision:
+    def _decide_locally(self, turn: TurnStart) -> Decision:
         self._counts["fallback_router"] += 1
         assert self.local is not None
         replica, _ = self.local.acquire_server(turn.conversation)
@@ -168,94 +167,94 @@ class Link:
             self._listening = asyncio.create_task(self._listen())
         decision, number = await self._questions.ask(turn)
         if decision.replica or not decision.held:
-            await self._know(decision.replica)
+            await self._ensure_handle(decision.replica)
         self._remember(turn, decision, number)
         return decision
 
-    async def _put(self, turns: list[TurnStart]) -> list[tuple[Decision, int]]:
-        asked: Any = self._router.turns_started.remote(turns, self._outbox.take(), self.name)
-        decisions, number = await answer(asked, self._router_s)
+    async def _send_requests(self, turns: list[TurnStart]) -> list[tuple[Decision, int]]:
+        reply: Any = self._router.turns_started.remote(turns, self._outbox.take(), self.name)
+        decisions, number = await answer(reply, self._router_s)
         return [(decision, number) for decision in decisions]
 
-    async def _know(self, replica: str) -> None:
-        """Have the handle of a replica that the router chose."""
+    async def _ensure_handle(self, replica: str) -> None:
+        """Make sure that the handle of a replica chosen by the router is known."""
         if replica not in self.servers:
             self.servers = await answer(self._router.handles.remote(), self._router_s)
         if replica not in self.servers:
-            raise LookupError(f"the router chose {replica}, which it does not list")
+            raise LookupError(f"the router chose replica {replica}, which is not in its list")
 
-    # --- what is known without asking -------------------------------------------------------------------------------------
+    # --- resident trajectories and messages -------------------------------------------------------------------------------
 
     def _remember(self, turn: TurnStart, decision: Decision, number: int) -> None:
-        """The trajectory stays, said the router when the number of its last news was this, unless later news say otherwise."""
+        """Record that the trajectory stays, unless a message after `number`, the last one when the router decided, has evicted it."""
         key = turn.trajectory.key
-        if decision.stays and self.local is None and number >= max(self._all_out, self._asking[key].out):
+        if decision.stays and self.local is None and number >= max(self._all_evicted, self._asking[key].evicted):
             self._stays[key] = _Stay(decision.replica, decision.priority)
 
     def ask_again(self, key: str) -> None:
-        """A weight update has interrupted the trajectory: its context is gone, and perhaps its place."""
+        """Request the next turn: a weight update interrupted the trajectory, its cached context is gone, and it may have been evicted."""
         self._stays.pop(key, None)
 
     def ended(self, key: str) -> None:
-        """The trajectory is over."""
+        """Forget a trajectory that is over."""
         self._stays.pop(key, None)
 
     async def _listen(self) -> None:
-        """Hear the router's news for as long as it answers."""
+        """Receive the router's messages for as long as it answers."""
         try:
             while True:
-                news = self._router.news.remote(self.name, self._process, self._heard)
-                self._take(await answer(news, ANSWER_S + self._router_s))
+                news = self._router.news.remote(self.name, self._process, self._received)
+                self._handle_news(await answer(news, ANSWER_S + self._router_s))
         except Exception as error:
-            self._go_local(error)
+            self._fall_back(error)
             self._let_in.drop_all()
 
-    def _take(self, news: News) -> None:
+    def _handle_news(self, news: News) -> None:
         if news.router != self._process:
-            if self._process:  # another process, which knows nothing of what the one before it said
+            if self._process:  # a restarted router has none of the old one's state
                 self._stays.clear()
                 self._let_in.drop_all()
-            self._process, self._heard, self._all_out = news.router, 0, 0
-            for open_one in self._asking.values():
-                open_one.out = 0
+            self._process, self._received, self._all_evicted = news.router, 0, 0
+            for asking in self._asking.values():
+                asking.evicted = 0
         for number, item in news.items:
-            if number <= self._heard:
+            if number <= self._received:
                 continue
-            self._heard = number
+            self._received = number
             if isinstance(item, LetIn):
-                asking = self._asking.get(item.request.rpartition(":")[0])
-                if asking is not None and item.request in asking.requests:
+                undecided = self._asking.get(item.request.rpartition(":")[0])
+                if undecided is not None and item.request in undecided.requests:
                     self._let_in.give(item.request, (number, item))
             elif item.trajectory is None:
                 self._stays.clear()
-                self._all_out = number
+                self._all_evicted = number
             else:
                 self._stays.pop(item.trajectory, None)
                 if item.trajectory in self._asking:
-                    self._asking[item.trajectory].out = number
+                    self._asking[item.trajectory].evicted = number
 
-    # --- what is told -----------------------------------------------------------------------------------------------------
+    # --- events -----------------------------------------------------------------------------------------------------------
 
-    def post(self, event: str, what: Any) -> None:
-        """Tell the router something: soon, or when it is back. A dead router is found out by the open call."""
+    def post(self, event: str, payload: Any) -> None:
+        """Queue an event: sent soon, or once the router is back. The open news call detects a dead router."""
         if self.local is None:
-            self._outbox.put(event, what)
+            self._outbox.put(event, payload)
         else:
-            self._kept.append((event, what))
+            self._kept.append((event, payload))
 
     def flush(self) -> None:
-        """Send pending events now."""
+        """Send the pending events now."""
         self._outbox.send()
 
-    def ordered(self, event: str, what: Any) -> Any:
-        """Tell it now, and have a reference to what the router answers; None: it is lost, or has been just now, and will be told."""
+    def ordered(self, event: str, payload: Any) -> Any:
+        """Send an event now and return a reference to the router's answer; None: the router is lost, and the event is kept."""
         if self.local is None:
             self._outbox.send()
             try:
-                return getattr(self._router, event).remote(what)
+                return getattr(self._router, event).remote(payload)
             except Exception as error:
-                self._go_local(error)
-        self.post(event, what)
+                self._fall_back(error)
+        self.post(event, payload)
         return None
 
     def _send(self, events: list[Event]) -> None:
@@ -265,22 +264,22 @@ class Link:
         try:
             self._router.handle_events.remote(events)
         except Exception as error:
-            self._go_local(error)
+            self._fall_back(error)
             self._kept.extend(events)
 
     # --- losses -----------------------------------------------------------------------------------------------------------
 
-    def _go_local(self, error: Exception, turn: TurnStart | None = None) -> None:
-        """From now on this worker applies verl's rule by itself, to what it sends itself. `turn`: one that the router may have placed."""
+    def _fall_back(self, error: Exception, turn: TurnStart | None = None) -> None:
+        """Place this worker's turns by verl's rule from now on. `turn`: a turn that the router may have placed, to be withdrawn."""
         if self.local is None:
-            log_once(f"router lost ({type(error).__name__}: {error}); this worker goes on under verl's own rule")
+            log_once(f"router lost ({type(error).__name__}: {error}); this worker falls back to verl's own rule")
             self.local = GlobalRequestLoadBalancer(self.servers)
             self._stays.clear()
         if turn is not None:
             self.post("turn_withdrawn", turn)
 
     def router_is_back(self) -> None:
-        """Trust the router again (told by the manager once it has answered)."""
+        """Use the router again and send it the kept events; called by the manager once the router has answered."""
         self.local = None
         events = list(self._kept)
         self._kept.clear()
@@ -288,13 +287,13 @@ class Link:
             self._send(events)
 
     def servers_are(self, servers: dict[str, Any]) -> None:
-        """These and no others (told by the manager)."""
+        """Replace the list of servers; called by the manager."""
         self.servers = servers
         if self.local is not None:
             self.local = GlobalRequestLoadBalancer(servers)
 
     async def replica_lost(self, name: str) -> None:
-        """Go on without this replica, and tell the router to."""
+        """Stop using this replica, and report the loss to the router."""
         self._stays = {key: stay for key, stay in self._stays.items() if stay.replica != name}
         if self.local is not None:
             self.local.remove_servers([name])
@@ -303,4 +302,4 @@ class Link:
         try:
             await answer(self._router.replica_lost.remote(name), self._router_s)
         except Exception as error:
-            self._go_local(error)
+            self._fall_back(error)

@@ -1,6 +1,6 @@
-"""Which trajectory is this code running for? A context variable, set by the worker around each agent loop.
+"""The current trajectory as a context variable, set by the worker around each agent loop, and the timing of its tool calls.
 
-asyncio tasks inherit it, so every agent loop, verl's or a third party's, is covered without being subclassed.
+asyncio tasks inherit the variable, so every agent loop, verl's or a third party's, is covered without being subclassed.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from verl_heddle.traces.recorder import Recorder
 from verl_heddle.verl_plugin.log import log_once
 
 CURRENT: ContextVar[Recorder | None] = ContextVar("heddle_trajectory", default=None)
+"""The recorder of the trajectory that this code runs for; None outside agent loops."""
 
 
 def watch_tool(tool: Any) -> Any:
-    """Make a verl tool tell the current trajectory how long each call took; returns the tool.
+    """Make a verl tool record the duration of each call with the current trajectory; returns the tool.
 
-    Wraps what verl's agent loop awaits: `FunctionTool.call`, and `execute` of everything else, whatever other methods a tool has. The
-    wrapper only measures: what fails in it is logged once and costs the record that call's time, never the call.
+    Wraps the method that verl's agent loop awaits: `FunctionTool.call`, or `execute` of any other tool. The wrapper only measures: an
+    error in it is logged once and loses that call's time from the record, but never fails the call.
     """
     method = "call" if isinstance(tool, FunctionTool) else "execute"
     original = getattr(tool, method, None)
@@ -48,7 +49,7 @@ def watch_tool(tool: Any) -> Any:
     try:
         setattr(tool, method, timed)
     except Exception as error:  # a frozen class, or one with slots
-        log_once(f"the calls of a tool of {type(tool).__name__} are not timed ({type(error).__name__}: {error})")
+        log_once(f"calls of tool class {type(tool).__name__} are not timed ({type(error).__name__}: {error})")
     return tool
 
 

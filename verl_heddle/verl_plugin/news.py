@@ -1,9 +1,8 @@
-"""What the router tells a worker of its own accord: held turns that may go, and trajectories whose next turn is to be asked for again.
+"""Messages that the router pushes to workers: admitted turns, and evicted trajectories, whose next turn needs a new request.
 
-Law: each worker has one call to the router open (`Mailboxes.wait`), answered as soon as there is news for it, with all there is, at the
-latest after `ANSWER_S`. News are numbered over the life of the router's process and kept until the worker's next call says that it has
-heard them: the answer that is lost is given again. One call per worker, not one per held turn; what comes while it is on its way goes
-together.
+Law: each worker keeps one call to the router open (`Mailboxes.wait`). It returns all pending messages as soon as there is one, or nothing
+after `ANSWER_S`. Messages are numbered over the life of the router process and kept until the worker's next call acknowledges them, so a
+lost answer is sent again. There is one call per worker, not per held turn; messages that arrive while it is in transit are batched.
 """
 
 from __future__ import annotations
@@ -19,28 +18,28 @@ from verl_heddle.trajectory import TurnStart
 from verl_heddle.verl_plugin.calls import ANSWER_S
 
 SILENT_S = 10 * ANSWER_S
-"""A worker that has not called for so long is dead, and its news are dropped."""
+"""Seconds without a call after which a worker counts as dead and its messages are dropped."""
 
 
 class LetIn(NamedTuple):
-    """A held turn goes to this replica; None: nowhere, it is over or no replica is left."""
+    """A held turn is admitted to `replica`; None: it is not sent, because it is over or no replica is left."""
 
     request: str
     replica: str | None
     paused_s: float = 0.0
-    """Seconds that it was held while every engine was paused."""
+    """Seconds of the hold during which every engine was paused."""
     stays: bool = False
-    """As `Decision.stays`."""
+    """Same meaning as `Decision.stays`."""
 
 
 class PutOut(NamedTuple):
-    """The next turn of this trajectory has to be asked for; None: of every trajectory of the worker's."""
+    """The trajectory is evicted: its next turn must be requested. None: all trajectories of the worker are."""
 
     trajectory: str | None
 
 
 class News(NamedTuple):
-    """What a worker has not heard yet, numbered; numbers of another `router` process have no meaning."""
+    """Unacknowledged messages with their numbers, which are valid only for this `router` process."""
 
     router: str
     items: list[tuple[int, LetIn | PutOut]]
@@ -50,33 +49,33 @@ class News(NamedTuple):
 class _Box:
     items: deque[tuple[int, LetIn | PutOut]] = field(default_factory=deque)
     call: asyncio.Future[None] | None = None
-    """The worker's, while it is open."""
+    """The worker's open call, if any."""
     called_s: float = 0.0
 
 
 class Mailboxes:
-    """The router's end, by worker."""
+    """Pending messages by worker, on the router's side."""
 
     def __init__(self) -> None:
         self.router = uuid4().hex
         self.number = 0
-        """Of the last news."""
+        """Number of the last message."""
         self._boxes: dict[str, _Box] = {}
 
     def put(self, worker: str, item: LetIn | PutOut) -> None:
-        """For this worker."""
+        """Queue a message for the worker and answer its open call."""
         self.number += 1
         box = self._box(worker)
         box.items.append((self.number, item))
         self._answer(box)
 
     async def wait(self, worker: str, router: str, heard: int) -> News:
-        """News for a worker that has heard those up to number `heard` of the process `router`; at once if that was another."""
+        """Wait for messages after number `heard` of process `router`; returns at once if that is not this process."""
         box = self._box(worker)
         box.called_s = time.monotonic()
         while router == self.router and box.items and box.items[0][0] <= heard:
             box.items.popleft()
-        self._answer(box)  # a call that the worker has given up
+        self._answer(box)  # an older call, which the worker has given up
         if not box.items and router == self.router:
             loop = asyncio.get_running_loop()
             call = box.call = loop.create_future()
@@ -88,7 +87,7 @@ class Mailboxes:
         return News(self.router, list(box.items))
 
     def forget_silent(self) -> None:
-        """Drop the news of workers that are dead."""
+        """Drop the messages of dead workers."""
         before = time.monotonic() - SILENT_S
         for worker in [name for name, box in self._boxes.items() if box.call is None and box.called_s < before]:
             del self._boxes[worker]
@@ -106,30 +105,30 @@ class Mailboxes:
 
 
 class Held(NamedTuple):
-    """A turn that is held back."""
+    """A held turn."""
 
     worker: str
     turn: TurnStart
     paused_s: float
-    """For how long every engine had been paused when it came."""
+    """Total seconds that every engine had been paused when the turn arrived."""
 
 
 class Promised:
-    """What workers count on, and hear of if it changes: that held turns go sometime, and that trajectories stay."""
+    """The router's commitments to workers, with a message on each change: held turns will be admitted, and trajectories stay resident."""
 
     def __init__(self) -> None:
         self.mail = Mailboxes()
         self.held: dict[str, Held] = {}
-        """By request."""
+        """Held turns by request."""
         self.stays: dict[str, tuple[str, int]] = {}
-        """Worker and training step, by trajectory."""
+        """Worker and training step of each trajectory that stays."""
 
     def hold(self, worker: str, turn: TurnStart, paused_s: float) -> None:
-        """The turn is held; see `Held`."""
+        """Record a held turn; arguments as in `Held`."""
         self.held[turn.request] = Held(worker, turn, paused_s)
 
     def let_in(self, request: str, replica: str | None, paused_s: float, stays: bool) -> None:
-        """The turn goes there, if it is held, after `paused_s` in which every engine has been paused; None: it goes nowhere."""
+        """Admit the turn to `replica` if it is held; None: it is not sent. `paused_s`: total seconds so far of all engines paused."""
         held = self.held.pop(request, None)
         if held is None:
             return
@@ -138,22 +137,22 @@ class Promised:
         self.mail.put(held.worker, LetIn(request, replica, paused_s - held.paused_s, stays))
 
     def stay(self, worker: str, turn: TurnStart) -> None:
-        """The trajectory stays where the turn goes."""
+        """Record that the trajectory stays on the replica of this turn."""
         self.stays[turn.trajectory.key] = worker, turn.trajectory.step
 
     def put_out(self, key: str) -> None:
-        """The trajectory does not stay any more, if it did."""
+        """Evict the trajectory, if it stays, and notify its worker."""
         worker, _ = self.stays.pop(key, (None, 0))
         if worker is not None:
             self.mail.put(worker, PutOut(key))
 
     def put_out_before(self, step: int) -> None:
-        """Nor do those of earlier training steps."""
+        """Evict the trajectories of earlier training steps."""
         for key in [key for key, (_, began) in self.stays.items() if began < step]:
             self.put_out(key)
 
     def put_all_out(self) -> None:
-        """Nor does anybody."""
+        """Evict every trajectory, with one message per worker."""
         workers = {worker for worker, _ in self.stays.values()}
         self.stays.clear()
         for worker in workers:

@@ -401,7 +401,7 @@ def test_the_banner_tells_what_is_on(capsys, monkeypatch):
     assert ", preempting on arrival" not in capsys.readouterr().err
     start(compose([*BASE, "+plugin=heddle", "actor_rollout_ref.rollout.router_config_path=theirs.yaml"]))
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 2 and "heddle does nothing" in said[0] and "OFF, the run goes on as without the flag" in said[1]
+    assert len(said) == 2 and "heddle does nothing" in said[0] and "OFF, the run continues as without the flag" in said[1]
 
 
 def test_a_sweep_is_checked_job_by_job(tmp_path, preloaded):

@@ -31,7 +31,7 @@ from verl_heddle.verl_plugin.shaping import Planner
 from verl_heddle.verl_plugin.step_times import StepTimes
 
 SINCE_START = ("preempted_", "recomputed_", "winners_", "refused_")
-"""Prefixes of a scheduler's counts (`vllm_scheduler`) that accumulate since its start; the others are gauges, of which `requests` is reported."""
+"""Prefixes of the scheduler's cumulative counts (`vllm_scheduler`). Its other numbers are gauges; of those `requests` is reported."""
 
 STALE_STEPS = 64
 """Under an asynchronous trainer, trajectories that began this many steps ago count as lost; verl's default staleness threshold is 8."""
@@ -187,17 +187,16 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
         return counts
 
     def _note_losses(self, lost: int) -> None:
-        """Log how many replicas have died. They are not relaunched: verl's trainer ranks, server list and metrics are fixed at the start, and
-        the trainer holds the memory a new engine needs. Engines of a layout are ours and are relaunched (`layouts.Layouts.repair`)."""
+        """Log how many replicas have died. They are not relaunched: verl's trainer ranks, server list and metrics are fixed at the start,
+        and the trainer holds the memory a new engine needs. Engines of a layout are ours and are relaunched (`layouts.Layouts.repair`)."""
         if lost > self._replicas_lost and self.layouts is None:
             left = max(0, self._replicas - lost)
-            log(
-                f"{lost} of {self._replicas} replicas have died; {left} are left for the rest of the run (only heddle.layout relaunches engines)"
-            )
+            rest = f"{left} are left for the rest of the run (only heddle.layout relaunches engines)"
+            log(f"{lost} of {self._replicas} replicas have died; {rest}")
         self._replicas_lost = max(lost, self._replicas_lost)
 
     def _note_learnt(self) -> None:
-        """Store the router's answer to the last request for its length model, and request it again; it answers during the trainer's update."""
+        """Store the router's answer to the last request for its length model, and ask again; it answers during the trainer's update."""
         try:
             if self._learnt_asked is not None:
                 ready, _ = ray.wait([self._learnt_asked], timeout=0)
@@ -230,7 +229,7 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
             self.router.step_times_known.remote(latency)
 
     def engine_counts(self) -> Counter[str]:
-        """Sum of the engines' scheduler counts since their start, and the `requests` in them now. Engines that miss the deadline are skipped."""
+        """Sum of the engines' scheduler counts since their start, and the `requests` in them; without engines that miss the deadline."""
         refs = {server.heddle_counts.remote(): name for name, server in self.servers.items()}
         ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=self.options.deadlines.collect_s)
         total: Counter[str] = Counter()
@@ -246,8 +245,8 @@ class HeddleAgentLoopManager(AgentLoopManagerTQ):
         return total
 
     def engine_seconds(self) -> dict[str, dict[str, float]]:
-        """Seconds since the start that each engine in rotation was `busy`, and `paused` by weight updates. Engines that miss the deadline are
-        skipped."""
+        """Seconds since the start that each engine in rotation was `busy`, and `paused` by weight updates; without engines that miss the
+        deadline."""
         refs = {self.servers[name].heddle_seconds.remote(): name for name in self.in_rotation()}
         ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=self.options.deadlines.collect_s)
         found = {}

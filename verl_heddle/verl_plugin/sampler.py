@@ -67,7 +67,7 @@ class _Watch:
             self._writer = TraceWriter(path, size, lambda error: self._failed("trace lines", error))
 
     def step(self, global_step: int, partition_id: str, keys: Sequence[str] = ()) -> dict[str, float]:
-        """Collect all records since the last call. Returns metrics of the training trajectories if `partition_id` is "train"; `keys` are the
+        """Collect all records since the last call. Returns metrics of the training trajectories if `partition_id` is "train"; `keys`: the
         batch."""
         metrics: dict[str, float] = {}
         try:

@@ -1,4 +1,4 @@
-"""How the plugin speaks: one line on stderr, where verl's log levels cannot hide it, and never the same line twice in a process."""
+"""The plugin's log lines: on stderr, where verl's log levels cannot hide them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def log(text: str) -> None:
 
 
 def log_once(text: str) -> None:
-    """`say`, unless this process has said it before."""
+    """`log`, unless this process has logged the same line before."""
     if text not in _said:
         _said.add(text)
         log(text)

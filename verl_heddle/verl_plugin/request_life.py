@@ -1,4 +1,4 @@
-"""Sums vLLM's request events into "how long did it wait, how often was it thrown out". One instance per engine."""
+"""Sums vLLM's request events into queueing time and number of preemptions per request. One instance per engine."""
 
 from __future__ import annotations
 

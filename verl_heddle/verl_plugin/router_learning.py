@@ -1,4 +1,4 @@
-"""What a router learns of lengths: fitted between steps in a thread, kept for checkpoints and for the process that comes after it."""
+"""The router's length model: fitted between steps in a thread, saved for checkpoints and for a restarted router."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from verl_heddle.verl_plugin.log import log_once
 
 
 class Learning:
-    """Of a router's orchestrator; nothing where nobody predicts."""
+    """Base of the router; does nothing if the orchestrator has no predictor."""
 
     _orchestrator: Orchestrator
     _cap_tokens: int | None
@@ -21,12 +21,12 @@ class Learning:
     _fit_s = 0.0
 
     def learnt(self) -> bytes | None:
-        """What the predictor knows, for a checkpoint; None if nobody predicts."""
+        """The predictor's state, for a checkpoint; None without a predictor."""
         predictor = self._orchestrator.predictor
         return None if predictor is None else predictor.to_bytes()
 
     def learn_again(self, state: bytes) -> str | None:
-        """Take up what `learnt` gave; returns why not, if not."""
+        """Restore a state from `learnt`; returns the reason if that fails."""
         if self._orchestrator.predictor is None:
             return None
         try:
@@ -43,10 +43,10 @@ class Learning:
                 self._orchestrator.predictor.adopt(model)
         except Exception as error:
             self.failures["fit"] += 1
-            log_once(f"the length model could not be fitted ({type(error).__name__}: {error}); predictions go on without it")
+            log_once(f"the length model could not be fitted ({type(error).__name__}: {error}); predictions continue without it")
 
     def _fit_anew(self) -> None:
-        """Begin a fit to what has been seen by now, unless the last has not ended."""
+        """Start a fit to the data so far, unless one is still running."""
         predictor = self._orchestrator.predictor
         if predictor is not None and (self._fit is None or self._fit.done()):
             began = time.monotonic()
@@ -54,7 +54,7 @@ class Learning:
             self._fit.add_done_callback(lambda fit: self._fitted(fit, began))
 
     def _fit_facts(self) -> dict[str, float]:
-        """Of the last fit, for `stats`."""
+        """Facts of the last fit, for `stats`."""
         predictor = self._orchestrator.predictor
         if predictor is None:
             return {}

@@ -1,6 +1,6 @@
 """What is heddle worth under verl's trainers on real engines that are short of KV? `verl-heddle compare` on a CPU, with replayed lengths.
 
-    python bench/modes/real.py                              five pairs under colocate_async, about 40 minutes
+    python bench/modes/real.py                              five pairs under colocate_async, about 50 minutes
     python bench/modes/real.py --modes separate_async       the other one; results that are there stay
     python bench/modes/real.py --quick                      one pair of three steps; prints only
 

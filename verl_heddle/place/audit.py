@@ -1,24 +1,20 @@
-"""Has planning paid? Asked after every step, with the true lengths, against what stock's rule would have done.
+"""Checks after every step whether planning has paid, and how far predictions may be trusted.
 
-Law: stock's rule is run in the shadow on the same events. When all trajectories have ended, the drain times of both first placements are
-worked out from the true lengths (`outlook`, scale near 0), and of a sample of moves what the two replicas concerned would have taken with
-and without. A ratio below 1 is a loss. Where the mean log ratio over the last `WINDOW` steps (at least `LEAST`) is below 0, first turns go
-by stock's rule, or moves stop, for `REST` steps; then the plan gets another chance with a clean slate.
+Law of `Audit`: verl's rule runs in the shadow on the same events. When all trajectories have ended, the drain times of both first
+placements are computed from the true lengths (`outlook`, scale near 0); for a sample of moves, the times of the two replicas with and
+without the move. A ratio below 1 is a loss. If the mean log ratio over the last `WINDOW` steps (at least `LEAST`) is below 0, first turns go by verl's rule,
+or moves stop, for `REST` steps; then planning is tried again with a clean slate. A single step shows mostly luck, hence the window. The
+model's own makespans are compared, so a wrong latency model shows up not here but in the forecast error, which is a metric.
 
-What a single step shows is mostly luck, hence a window; what is compared is the model's own makespan, so a wrong latency model is not
-caught here but by the forecast error, which is a metric.
-Cost: O(trajectories * len(GRID)) per step, and O(residents) for each of `SAMPLES` moves.
+Law of `Trust`: for every finished trajectory, x = log tokens predicted at its first turn, y = log tokens it had. Over the last `MEMORY`:
+    slope    = least-squares slope of y on x, within 0 and 1: 0 for predictions that are noise, 1 for unbiased ones;
+    widen    = residual scale / mean claimed scale, within 1 and `MOST`: corrects overconfidence.
+An estimate is used with its log median shrunk towards the mean of all live trajectories by the slope, and its scale times `widen`. With a
+worthless predictor all trajectories look alike, and the plan is an even split. Trajectories that finish first are short, so pairs count only
+when all have ended (`close`). Before `FEWEST` pairs, predictions are used as they are.
 
-How much a planner may believe a predictor: as much as its predictions have come true.
-
-Law: of every finished trajectory, x = log tokens predicted at its first turn, y = log tokens it had. Over the last `MEMORY` of them
-    slope    = least-squares slope of y on x, within 0 and 1: predictions that are noise have 0, honest ones 1;
-    widen    = residual scale / mean scale claimed, within 1 and `MOST`: who claims to know more than he does is not believed.
-An estimate is used with its log median drawn towards the mean of all that run, by the slope, and its scale times `widen`. So a predictor
-without worth makes everybody alike, and a plan for equals is an even split.
-
-What finished first is short: pairs count only once everybody has ended (`close`). Before `FEWEST` pairs, predictions are taken at their
-word. Invariant: scale never shrinks. Source: regression to the mean, as a check on the optimizer's curse. Cost: O(1) per trajectory.
+Invariant: the scale never shrinks. Source: regression to the mean, as a check on the optimizer's curse.
+Cost: O(trajectories * len(GRID)) per step, O(residents) for each of `SAMPLES` moves, O(1) per trajectory for `Trust`.
 """
 
 from __future__ import annotations

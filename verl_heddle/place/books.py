@@ -1,19 +1,16 @@
-"""Who lives on which replica, and how long each replica is expected to take: the state that placing and moving read.
+"""Which trajectory is assigned to which replica, and how long each replica is expected to take: the state behind placement and moves.
 
-Law: a replica's expected drain time is `outlook.drain_s` of the sum of its residents' curves, at the seconds per token of `pace`.
-A resident is a trajectory from its first turn's start to its end, in tools too, on the replica of its last turn.
-What is worked out from a replica's sums is kept until they change, and times are looked at on a clock that is kept while it fits.
+Law: a replica's expected drain time is `outlook.drain_s` of the sum of its residents' curves, at the seconds per token of `pace`. A resident
+is a trajectory from the start of its first turn to its end, tools included, on the replica of its last turn. Values computed from a
+replica's sums are cached until the sums change; times are evaluated on a grid (`clock`) that is kept while it fits.
 
-Invariants: a key lives on at most one replica; the sums of a replica without residents are exactly 0; what is kept is what would be worked
-out anew (tests/unit/place/test_replan.py).
-Cost: O(len(GRID)) to put or take one, and per replica to ask what one more trajectory would do there.
+Soonest empty (`soonest`, `soon`): one more trajectory never shortens a drain time, since the expected staircase of `outlook` grows with
+every chance added, for any non-decreasing tau. So a replica's drain time without it, plus the prefill of its context there, is a lower bound
+on the time with it, and replicas whose bound exceeds another's time are skipped. Exact; ties go to the replica that joined first.
 
-Which replicas would be empty soonest with one more trajectory: exact, and without asking those that cannot be.
-
-Law: one more trajectory makes no drain time shorter (the expected staircase of `outlook` grows with every chance added, for any tau that
-does not fall). So a replica's drain time without it, plus the reading of its context there, bounds from below what it would have with it;
-who is above the bound of another is not looked at. Ties go to the replica that joined first.
-Cost: O(len(GRID)) for every replica that is looked at: all when they are equal, few when they are not.
+Invariants: a key is assigned to at most one replica; the sums of a replica without residents are exactly 0; cached values equal recomputed
+ones (tests/unit/place/test_replan.py).
+Cost: O(len(GRID)) to assign or remove a trajectory, and per replica examined: all if they are equal, few if not.
 """
 
 from __future__ import annotations

@@ -1,11 +1,9 @@
-"""What the planner answers, and what it may be told ahead.
+"""The planner's decisions, its optional announcements, and the order in which contexts are transferred.
 
-Which contexts travel now, when several want to: at most one at a time at each end, the longest trajectory first.
-
-Law: the transfers under way are a matching; whenever an end becomes free, waiting transfers start in the order of predicted length, longest
-first, each as soon as all its ends are free (greedy: no waiting transfer has all its ends free). The ends of a pre-warm are its target
-alone, since it reads the context anew; a connector that copies KV blocks has two.
-Invariants: an end is in at most one transfer under way; a trajectory has at most one transfer, the last it asked for.
+Law of transfers: those in progress are a matching. Whenever an end becomes free, waiting transfers start in the order of predicted length,
+longest first, each as soon as all its ends are free (greedy). The only end of a pre-warm is its target, which computes the context anew; a
+connector that copies KV blocks has two ends.
+Invariants: an end is in at most one transfer in progress; a trajectory has at most one transfer, the last one requested.
 Source: Heddle's endpoint-exclusive migration (arXiv 2603.28101, section 6). Cost: O(waiting) per event, and few wait.
 """
 

@@ -1,7 +1,7 @@
-"""From a latency model to seconds per token: the one place where the planner changes units.
+"""Seconds per token of a replica, from a latency model and the mean trajectory: the one place where the planner changes units.
 
-Law: k trajectories live on a replica, with contexts of c tokens; d of them want to decode at any moment, the rest are in tools. A token of
-one of them takes
+Law: k trajectories are assigned to a replica, with contexts of c tokens; d of them want to decode at any moment, the rest are in tools. A
+token of one of them takes
 
     tau(k) = step + tool_s        d = k * step / tau(k)
     step = [decode_s(tp, b, c) + b * read / turn_tokens] * max(1, d / room)        b = min(d, room)
@@ -9,19 +9,18 @@ one of them takes
     lost = (k - held) / (k - d) within 0 and 1
 
 by fixed-point iteration. held = contexts that fit the KV cache; room = the most that decode at once, the lesser of slots and `held`: beyond
-it trajectories take turns. A prefix is evicted least recently used first. If it lives for A seconds, waiting takes W and tools are
-exponential with mean T, then lambda * E[min(W + tool, A)] = held - b prefixes of those that do not run are kept, lambda * (W + T) = k - b,
-and the share P(W + tool > A) that comes back too late is `lost`. Without tools everybody waits equally long, and one context too many
-makes all of them read theirs again: a crowd is far dearer than its decoding. tool_s = seconds in tools per generated token, which no
-neighbour slows down.
+it trajectories take turns. Prefixes are evicted least recently used first. If one lives for A seconds, waiting takes W and tools are
+exponential with mean T, then lambda * E[min(W + tool, A)] = held - b prefixes of trajectories that do not run are kept, lambda * (W + T) =
+k - b, and the share P(W + tool > A) that returns too late is `lost`. Without tools all wait equally long, and one context too many makes
+every one of them recompute: a crowd costs far more than its decoding. tool_s = seconds in tools per generated token, which is independent
+of the load.
+
+Means (`TrajectoryMeans`): a turn's tokens and the growth of the context per token are means over all turns since the start of the run, with
+old turns fading (`FADE`). The context is the mean over live trajectories; tool seconds per token come from their estimates. `habit` is
+recomputed only when `due`, because tables are built from it.
+
 Invariant: tau is non-decreasing in k. Source: the cost model of `simulate/engine.py` and its prefix cache, averaged.
-Cost: `ROUNDS` vectorised calls of the latency model.
-
-What the trajectories of today are like, in the mean: the numbers that `pace` needs, from the planner's own events.
-
-Law: a turn's tokens and the growth of the context per token are means over all turns since the start of the run, weighted so that old ones
-fade (`FADE`); the context is the mean over who is live; tool seconds per token are what the estimates of the live say.
-Cost: O(1) per event; `habit` is asked for when `due`, because of the tables that are made from it.
+Cost: `ROUNDS` vectorised calls of the latency model; O(1) per event.
 """
 
 from __future__ import annotations

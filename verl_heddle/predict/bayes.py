@@ -1,29 +1,24 @@
-"""Empirical Bayes: how long a trajectory is, from pool, prompt history and siblings, before any tree is asked.
+"""Empirical-Bayes estimate of a trajectory's length, from pool, prompt history and siblings. The trees start from it.
 
 Law, per quantity, in logs. The prompt's deviation from the pool is the weighted mean of
-- the pool (0) or what the prompt's text suggests, weight `Pool.ratio` = within / between variance,
-- earlier visits, weight = their samples,
-- finished siblings, weight 1 each,
-- running siblings: one that generated g so far is a censored sample. It enters as the median of what exceeds g under the estimate without
-  it, with weight F(g), the probability to have ended before g: nothing while everybody is young, nearly 1 when it should be over. Without
-  them the first to finish, who are the short ones, would make the group look short.
-The size itself is log-logistic around that estimate, variance = within * (1 + 1 / total weight), and what remains is the distribution
-given that it exceeds what was generated: log-logistic because its conditional quantiles have a closed form, and its tail is that of
-real lengths (a normal's is too light).
+- the pool (0), or what the prompt's text suggests; weight `Pool.ratio` = within / between variance,
+- earlier visits; weight = their samples,
+- finished siblings; weight 1 each,
+- running siblings: one that has generated g is a censored sample. It enters as the median of what exceeds g under the estimate without it,
+  with weight F(g), the probability to have ended before g: about 0 while it is young, nearly 1 when it should have ended. Without them the
+  first to finish, which are the short ones, would make the group look short.
+Length is log-logistic around that estimate, variance = within * (1 + 1 / total weight). Remaining length is that distribution given that it
+exceeds what was generated. Log-logistic, because its conditional quantiles have a closed form and its tail is that of real lengths (a
+normal's is too light).
 
-Source: Robbins / Efron-Morris shrinkage; the censored term is one step of expectation maximisation. Cost: O(1) per trajectory with the
-sums that `live` keeps; vectorised. Everything is (QUANTITIES, n).
+Pool (`Pool`): log size = pool mean + prompt effect + sample effect, the effects with variances `between` and `within`. The pool mean is a
+running mean that forgets (`MEMORY`), so it follows the policy. `within` comes from the squared distances of finished siblings to their
+group's mean, `between` from the total variance less `within`. A prior worth `PRIOR_COUNT` trajectories covers the start. `step_mean` gives
+the level of one training step, so that a prompt's history is kept as a deviation from its step and survives the drift of the policy.
 
-What all trajectories have in common: usual size, how much prompts differ, how much the samples of a prompt differ.
-
-Law: log size = pool mean + prompt effect + sample effect, the effects with variances `between` and `within`. The pool mean is a running
-mean that forgets (`MEMORY`), so it follows the policy; `within` comes from the squared distances of finished siblings to their group's
-mean, `between` from the total variance less `within`. Before there is data, a prior worth `PRIOR_COUNT` trajectories speaks. `step_mean`
-gives the level of one training step, so that a prompt's history is kept as a deviation from the level of its day and survives the
-drift of the policy.
-
-Invariants: variances stay above `MIN_VARIANCE`; memory is a few numbers plus `STEPS` step means. Cost: O(1) per trajectory.
-Source: the usual one-way random-effects model; the shares are those of seven public traces.
+Invariants: variances stay above `MIN_VARIANCE`; the pool is a few numbers plus `STEPS` step means.
+Source: Robbins / Efron-Morris shrinkage and the one-way random-effects model, with the shares of seven public traces; the censored term is
+one step of expectation maximisation. Cost: O(1) per trajectory with the sums that `live` keeps; vectorised. Shapes are (QUANTITIES, n).
 """
 
 from __future__ import annotations

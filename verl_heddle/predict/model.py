@@ -1,23 +1,20 @@
-"""A fitted predictor of what remains: empirical Bayes, corrected by trees, with a calibrated upper quantile.
+"""The fitted predictor of remaining tokens: an empirical-Bayes estimate, corrected by trees, with a calibrated upper quantile.
 
-Law: log median remaining = empirical-Bayes log remaining + `trust` * sum of the trees + `shift`; log(upper / median) = empirical-Bayes
+Law: log median remaining = empirical-Bayes log remaining + `trust` * sum of the trees + `shift`. log(upper / median) = empirical-Bayes
 spread times `widen`, one factor per stage of a trajectory (`stage`), because its own turns tell the trees more than the empirical-Bayes
-spread knows of. The trees thus only say how a trajectory differs from what pool, history and siblings suggest. `trust`, from 0 to 1, is
-what held-out prompts say the trees are worth, once for prompts of which something is known and once for new ones (`informed`): with trust
-0 the estimate is the empirical-Bayes one. Immutable; safe to use from several threads. Cost: one row about 0.1 ms, 10,000 rows about 50 ms.
+spread accounts for. The trees thus predict only how a trajectory differs from what pool, history and siblings suggest. `trust`, from 0 to 1,
+is what the trees are worth on held-out prompts: one value for prompts with history, one for new ones (`informed`). At 0 the estimate is
+the empirical-Bayes one. Immutable and thread-safe. Cost: one row about 0.1 ms, 10,000 rows about 50 ms.
 
-Quantiles of samples of which some are only known to be larger than a bound.
+Trees (`Forest`) are evaluated with numpy, for the few trajectories of one decision. Every tree is stored as a complete binary tree of depth
+`DEPTH` (node i has children 2i+1 and 2i+2; shallow leaves are repeated), so that all trees descend one level per numpy call: a thousand
+trees cost `DEPTH` gathers, about 60 microseconds; one call of xgboost costs more than 100 per model. For many rows xgboost's own loop is
+faster (`predictor`); both give the same sums up to the order of float32 additions. Rows have no missing values, so default directions do
+not matter.
 
-Law: the product-limit estimate of the survival function (Kaplan and Meier 1958); the p-quantile is the smallest event at which survival has
-fallen to 1 - p. Where the largest samples are all censored and survival never falls so low, it is the largest sample seen. Without
-censoring this is the empirical quantile. Cost: O(n log n).
-
-Gradient-boosted trees evaluated with numpy, for the few trajectories of one decision.
-
-Law: every tree is stored as a complete binary tree of depth `DEPTH` (node i has children 2i+1 and 2i+2; shallow leaves repeat), so
-that all trees take one step down per numpy call: a sum over a thousand trees costs `DEPTH` gathers, about 60 microseconds, where one
-call of xgboost costs more than 100 per model. For many rows xgboost's own loop is faster (`predictor`); both give the same sums up to
-the order of float32 additions. Rows have no missing values, so default directions do not matter.
+Censored quantiles (`quantile`): the product-limit estimate of the survival function (Kaplan and Meier 1958). The p-quantile is the smallest event at which
+survival has fallen to 1 - p, or the largest sample if survival never falls so far. Without censoring it is the empirical quantile.
+Cost: O(n log n).
 """
 
 from __future__ import annotations

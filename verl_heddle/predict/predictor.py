@@ -1,26 +1,22 @@
-"""How much is left of every trajectory: learns from the events of a run, answers at every turn end.
+"""The online predictor of remaining tokens: learns from the events of a run, and answers at the end of every turn.
 
-Law: pool, prompt history and siblings give an empirical-Bayes estimate (`bayes`); a model fitted between steps corrects it (`fit`);
-before the first fit the estimate stands alone. What ends without finishing is censored: it teaches the trees as "at least so long", and
-prompts and pool as the median of what was still to be expected. Validation trajectories are predicted but teach nothing.
+Law: pool, prompt history and siblings give an empirical-Bayes estimate (`bayes`); a model fitted between steps corrects it (`fit`). Before
+the first fit the estimate stands alone. A trajectory that ends without finishing is censored: for the trees it counts as "at least this
+long", for prompts and pool as the median of what was still expected. Validation trajectories are predicted but not learned from.
 
 Invariants
-- answers depend on the events, their order and the adopted models only; no clock, no randomness;
-- O(1) work per event and bounded memory: what is alive, and `MAX_IDLE_GROUPS`, `MAX_PROMPTS`, `MAX_TOOLS`, `ROWS` of the past;
-- `fit_job` copies, so the fit may run in another thread while events go on.
+- answers depend only on the events, their order and the adopted models; no clock, no randomness;
+- O(1) work per event and bounded memory: live trajectories, and `MAX_IDLE_GROUPS`, `MAX_PROMPTS`, `MAX_TOOLS`, `ROWS` of the past;
+- `fit_job` copies, so the fit may run in another thread while events arrive.
 
-Source: Heddle (arXiv 2603.28101) section 4.1 re-predicts after every turn with a language model; here the orchestrator's own numbers do.
-Cost: an event about 0.1 ms, one prediction 0.2 ms, 10,000 predictions under 100 ms.
-
-Bytes that a predictor is kept in beside a checkpoint, and the one error when they cannot be used.
-
-Layout: magic, format version, length of the header, crc32 of all that follows; the header is JSON; the arrays follow as raw little-endian
+Stored state (`pack`, `unpack`): magic, format version, header length, crc32 of the rest, a JSON header, then the arrays as raw little-endian
 bytes in the header's order; header and arrays are compressed together. No pickle: a checkpoint from elsewhere must not run code.
 
-Teaches a predictor from trajectories that are over: an epoch before, a recorded trace.
+Replay (`recall`): finished trajectories, from a recorded trace or an earlier epoch, are fed from first turn to end, one after the other, so
+that later samples of a prompt see their siblings finished.
 
-Law: each trajectory is told from its first turn to its end, one after the other, as if it had been alone; so later samples of a prompt
-find their siblings finished. Cost: about 0.3 ms per turn.
+Source: Heddle (arXiv 2603.28101, section 4.1) re-predicts after every turn with a language model; here the orchestrator's own numbers do.
+Cost: an event about 0.1 ms, one prediction 0.2 ms, 10,000 predictions under 100 ms; replay about 0.3 ms per turn.
 """
 
 from __future__ import annotations

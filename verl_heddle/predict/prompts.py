@@ -1,17 +1,15 @@
-"""What is remembered of a prompt from one visit to the next.
+"""What is known of a prompt before its trajectories run: its earlier visits, and the words of its text.
 
-Law: each visit is summed up by its deviation (mean log size less the level of its step, `Pool.step_mean`); visits are averaged by their
-samples, the weight of the past bounded by `MEMORY` samples so that it follows the policy. A visit is closed when the next one begins,
-because only then the level of its step is known. Invariants: at most `MAX_PROMPTS` records, the prompts seen longest ago are forgotten.
-Cost: O(1) per trajectory.
+History (`Prompts`): each visit is summarised as its deviation, mean log size less the level of its step (`Pool.step_mean`). Visits are
+averaged by their samples; the weight of the past is bounded by `MEMORY` samples, so that the average follows the policy. A visit is closed
+when the next one begins, because the level of its step is known only then. Invariants: at most `MAX_PROMPTS` records; the least recently
+seen prompts are dropped. Cost: O(1) per trajectory.
 
-What the words of a prompt say about the length of the answer, learnt as the run goes.
-
-Law: words and pairs of neighbouring words are hashed (crc32: the same in every process) into `BUCKETS` signed buckets, scaled to length
-1; the deviation of log tokens from the pool is a linear function of them, learnt by normalised least mean squares with step `RATE`. The
-prediction is one number: the trees get that instead of thousands of columns, and since it is learnt from ended trajectories only, the
-number a trajectory carries was never fitted to its own length. Source: the hashing trick (Weinberger et al. 2009). Cost: O(words), once
-per visit of a prompt; memory `BUCKETS` floats.
+Text (`TextModel`): words and pairs of adjacent words are hashed (crc32: the same in every process) into `BUCKETS` signed buckets, scaled to
+length 1. The deviation of log tokens from the pool is a linear function of them, learned by normalised least mean squares with step `RATE`.
+The trees get this one number instead of thousands of columns. It is learned from ended trajectories only, so a trajectory's number was
+never fitted to its own length. Source: the hashing trick (Weinberger et al. 2009). Cost: O(words), once per visit of a prompt; memory
+`BUCKETS` floats.
 """
 
 from __future__ import annotations

@@ -2,16 +2,16 @@
 
 Law of `Audit`: verl's rule runs in the shadow on the same events. When all trajectories have ended, the drain times of both first
 placements are computed from the true lengths (`outlook`, scale near 0); for a sample of moves, the times of the two replicas with and
-without the move. A ratio below 1 is a loss. If the mean log ratio over the last `WINDOW` steps (at least `LEAST`) is below 0, first turns go by verl's rule,
-or moves stop, for `REST` steps; then planning is tried again with a clean slate. A single step shows mostly luck, hence the window. The
-model's own makespans are compared, so a wrong latency model shows up not here but in the forecast error, which is a metric.
+without the move. A ratio below 1 is a loss. If the mean log ratio over the last `WINDOW` steps (at least `LEAST`) is below 0, first turns
+go by verl's rule, or moves stop, for `REST` steps; then planning is tried again with a clean slate. A single step shows mostly luck, hence
+the window. The model's own makespans are compared, so a wrong latency model shows up not here but in the forecast error, which is a metric.
 
 Law of `Trust`: for every finished trajectory, x = log tokens predicted at its first turn, y = log tokens it had. Over the last `MEMORY`:
     slope    = least-squares slope of y on x, within 0 and 1: 0 for predictions that are noise, 1 for unbiased ones;
     widen    = residual scale / mean claimed scale, within 1 and `MOST`: corrects overconfidence.
 An estimate is used with its log median shrunk towards the mean of all live trajectories by the slope, and its scale times `widen`. With a
-worthless predictor all trajectories look alike, and the plan is an even split. Trajectories that finish first are short, so pairs count only
-when all have ended (`close`). Before `FEWEST` pairs, predictions are used as they are.
+worthless predictor all trajectories look alike, and the plan is an even split. Trajectories that finish first are short, so pairs count
+only when all have ended (`close`). Before `FEWEST` pairs, predictions are used as they are.
 
 Invariant: the scale never shrinks. Source: regression to the mean, as a check on the optimizer's curse.
 Cost: O(trajectories * len(GRID)) per step, O(residents) for each of `SAMPLES` moves, O(1) per trajectory for `Trust`.

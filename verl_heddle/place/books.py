@@ -1,12 +1,12 @@
 """Which trajectory is assigned to which replica, and how long each replica is expected to take: the state behind placement and moves.
 
-Law: a replica's expected drain time is `outlook.drain_s` of the sum of its residents' curves, at the seconds per token of `pace`. A resident
-is a trajectory from the start of its first turn to its end, tools included, on the replica of its last turn. Values computed from a
-replica's sums are cached until the sums change; times are evaluated on a grid (`clock`) that is kept while it fits.
+Law: a replica's expected drain time is `outlook.drain_s` of the sum of its residents' curves, at the seconds per token of `pace`. A
+resident is a trajectory from the start of its first turn to its end, tools included, on the replica of its last turn. Values computed from
+a replica's sums are cached until the sums change; times are evaluated on a grid (`clock`) that is kept while it fits.
 
 Soonest empty (`soonest`, `soon`): one more trajectory never shortens a drain time, since the expected staircase of `outlook` grows with
-every chance added, for any non-decreasing tau. So a replica's drain time without it, plus the prefill of its context there, is a lower bound
-on the time with it, and replicas whose bound exceeds another's time are skipped. Exact; ties go to the replica that joined first.
+every chance added, for any non-decreasing tau. So a replica's drain time without it, plus the prefill of its context there, is a lower
+bound on the time with it, and replicas whose bound exceeds another's time are skipped. Exact; ties go to the replica that joined first.
 
 Invariants: a key is assigned to at most one replica; the sums of a replica without residents are exactly 0; cached values equal recomputed
 ones (tests/unit/place/test_replan.py).

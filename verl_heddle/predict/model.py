@@ -2,8 +2,8 @@
 
 Law: log median remaining = empirical-Bayes log remaining + `trust` * sum of the trees + `shift`. log(upper / median) = empirical-Bayes
 spread times `widen`, one factor per stage of a trajectory (`stage`), because its own turns tell the trees more than the empirical-Bayes
-spread accounts for. The trees thus predict only how a trajectory differs from what pool, history and siblings suggest. `trust`, from 0 to 1,
-is what the trees are worth on held-out prompts: one value for prompts with history, one for new ones (`informed`). At 0 the estimate is
+spread accounts for. The trees thus predict only how a trajectory differs from what pool, history and siblings suggest. `trust`, from 0 to
+1, is what the trees are worth on held-out prompts: one value for prompts with history, one for new ones (`informed`). At 0 the estimate is
 the empirical-Bayes one. Immutable and thread-safe. Cost: one row about 0.1 ms, 10,000 rows about 50 ms.
 
 Trees (`Forest`) are evaluated with numpy, for the few trajectories of one decision. Every tree is stored as a complete binary tree of depth
@@ -12,8 +12,9 @@ trees cost `DEPTH` gathers, about 60 microseconds; one call of xgboost costs mor
 faster (`predictor`); both give the same sums up to the order of float32 additions. Rows have no missing values, so default directions do
 not matter.
 
-Censored quantiles (`quantile`): the product-limit estimate of the survival function (Kaplan and Meier 1958). The p-quantile is the smallest event at which
-survival has fallen to 1 - p, or the largest sample if survival never falls so far. Without censoring it is the empirical quantile.
+Censored quantiles (`quantile`): the product-limit estimate of the survival function (Kaplan and Meier 1958). The p-quantile is the smallest
+event at which survival has fallen to 1 - p, or the largest sample if survival never falls so far. Without censoring it is the empirical
+quantile.
 Cost: O(n log n).
 """
 

@@ -9,8 +9,9 @@ Invariants
 - O(1) work per event and bounded memory: live trajectories, and `MAX_IDLE_GROUPS`, `MAX_PROMPTS`, `MAX_TOOLS`, `ROWS` of the past;
 - `fit_job` copies, so the fit may run in another thread while events arrive.
 
-Stored state (`pack`, `unpack`): magic, format version, header length, crc32 of the rest, a JSON header, then the arrays as raw little-endian
-bytes in the header's order; header and arrays are compressed together. No pickle: a checkpoint from elsewhere must not run code.
+Stored state (`pack`, `unpack`): magic, format version, header length, crc32 of the rest, a JSON header, then the arrays as raw
+little-endian bytes in the header's order; header and arrays are compressed together. No pickle: a checkpoint from elsewhere must not run
+code.
 
 Replay (`recall`): finished trajectories, from a recorded trace or an earlier epoch, are fed from first turn to end, one after the other, so
 that later samples of a prompt see their siblings finished.

@@ -45,7 +45,7 @@ class StickyLeastInflight:
             home: the conversation's replica, if the caller knows it; None: unknown, as with verl's own callers.
 
         Raises:
-            RuntimeError: there is no replica (verl's message, which its async clients match on to wait).
+            RuntimeError: there is no replica (verl's message, which its async clients wait on).
         """
         if home is not None and home in self.inflight:
             self.note(conversation, home)

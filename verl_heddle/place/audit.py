@@ -149,13 +149,13 @@ class Audit:
     def _moving(self, names: Sequence[str], drains: Drains) -> float | None:
         at = {name: number for number, name in enumerate(names)}
         without = with_them = 0.0
-        for source, target, (here, there, who) in self._moves:
+        for source, target, (here, there, key) in self._moves:
             if source not in at or target not in at:
                 continue
             sums = np.zeros((len(names), 2, len(GRID)))
             sums[at[source]], sums[at[target]] = self._left(here), self._left(there)
             without += float(drains(sums).max())
-            mover = self._left({who: here[who]})
+            mover = self._left({key: here[key]})
             sums[at[source]] -= mover
             sums[at[target]] += mover
             with_them += float(drains(sums).max())

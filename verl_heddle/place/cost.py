@@ -5,10 +5,10 @@ of a group with tokens N_1 >= N_2 >= ... and tool seconds t_i:
 
     longest     max_i (N_i * tau(|g|) + t_i)                  the batch stays full: Heddle, eq. (2); tools are not slowed by neighbours
     staircase   max_i (D_i + t_i),  D_i = N_i * tau(i) + sum over k > i of N_k * (tau(k) - tau(k - 1))
-                                                              the batch shrinks as short ones end; without tools it is
+                                                              the batch shrinks as short trajectories end; without tools it is
                                                               sum_k N_k * (tau(k) - tau(k - 1)), the exact drain time of the replica
 
-Both only fall when a trajectory is taken out of a group. Order of the trajectories: by tokens, most first; under `longest` with tools by
+Removing a trajectory from a group never raises either cost. Order of the trajectories: by tokens, most first; under `longest` with tools by
 the seconds per token that the makespan T leaves them, (T - t_i) / N_i, least first, which is the order an exchange argument allows there.
 Source: Heddle (arXiv 2603.28101) section 5; the staircase as in DARTS (arXiv 2605.30859).
 """

@@ -8,12 +8,12 @@ within T. F[g] = the furthest rank that g GPUs cover = max(F[g - 1], max over tp
 F[gpus] reaches the end. With a given layout the state is how many replicas of each degree are used. Bisect on T, taking after each
 feasible probe the makespan its groups really have.
 
-Exact, because reach is monotone in s (who begins later has shorter members and covers no less), so the furthest F is always the best to go
-on from, and every order of degrees is tried. Under `longest` some optimal placement consists of groups contiguous in the order (Heddle,
+Exact, because reach is monotone in s (a later start has shorter members and covers no less), so the furthest F is always best to extend
+and every order of degrees is tried. Under `longest` some optimal placement consists of groups contiguous in the order (Heddle,
 lemma 5.1: swapping keeps sizes), also with a table per degree, slots, and tools; so the minimum is over all assignments. Under `staircase`,
-or where KV demands differ between trajectories, it is over contiguous groups. Degrees that are powers of two always pack into nodes.
+or if KV demands differ between trajectories, it is over contiguous groups. Degrees that are powers of two always pack into nodes.
 
-Certificate: `bound_s` was refused by a probe (or is the longest trajectory alone): no placement of the kind just said is shorter.
+Certificate: a probe found `bound_s` infeasible (or it is the longest trajectory alone), so no placement of the above kind is shorter.
 Invariants: every trajectory in exactly one group; bound_s <= makespan_s <= bound_s * (1 + tolerance); same input, same answer.
 Source: in place of Heddle's presorted DP inside simulated annealing (arXiv 2603.28101, sections 5 and 7, algorithm 2).
 Cost: O(gpus * degrees * log slots) per probe under `longest` (and a sort with tools), about 40 probes; bench/placement has the times.

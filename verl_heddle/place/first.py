@@ -4,8 +4,8 @@ Law: candidates are an even split (one draw of stock's rule), longest-first list
 replica that then drains first), and `robust.plan` (contiguous groups, cut at equal expected drain). Every replica first prefills the
 prompts of its trajectories; siblings share one prefill. The expected makespan (`outlook`) decides. A later candidate must beat an earlier
 one by `CLEARLY`, since the earlier is safer: the plan wins if isolating long trajectories pays, the list if prompts are long and shared.
-If the even split wins, the answer is None and stock's rule places each turn, so that an uninformed planner does not change the outcome by
-luck.
+If the even split wins, the answer is None and stock's rule places, choice for choice, so that an uninformed planner does not change the
+outcome by luck.
 Source: Graham's rule (1969) with batching taken into account; `robust`. Cost: O(n * replicas * len(GRID)) for the list, so beyond `LISTED`
 trajectories it is left out.
 """

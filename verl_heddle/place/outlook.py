@@ -1,7 +1,7 @@
 """Computes expected drain times and makespans when trajectory lengths are distributions: the expected staircase, in closed form.
 
-Law: B(x) = the number of trajectories in the group longer than x tokens. The drain time is the integral over x of tau(B(x)), with tau(0) = 0 (`cost.py`,
-staircase). For independent lengths, with S_i(x) the probability that i is longer than x,
+Law: B(x) = the number of trajectories in the group longer than x tokens. The drain time is the integral over x of tau(B(x)), with
+tau(0) = 0 (`cost.py`, staircase). For independent lengths, with S_i(x) the probability that i is longer than x,
 
     E[B] = sum_i S_i(x)        P = P(B >= 1) = 1 - prod_i (1 - S_i(x))        E[tau(B)] ~ P * tau(E[B] / P)
 

@@ -154,15 +154,15 @@ class TrajectoryMeans:
         self._events = self._covers = 0
 
     def answered(self, tokens: int) -> None:
-        """A turn begins with so many new tokens in its context."""
+        """A turn starts with `tokens` new tokens in its context."""
         self._input += max(0, tokens)
 
     def spoke(self, tokens: int) -> None:
-        """A turn ended."""
+        """A turn ended after generating `tokens`."""
         self._turns, self._output, self._input = FADE * self._turns + 1, FADE * self._output + tokens, FADE * self._input
 
     def due(self, live: int) -> bool:
-        """An event happened; whether it is time to look again. The answer yes is remembered as done."""
+        """Count an event; returns whether an update is due. True marks the update as done."""
         self._events += 1
         if live <= self._covers and self._events < max(RETUNE, live // 4):
             return False
@@ -170,7 +170,7 @@ class TrajectoryMeans:
         return True
 
     def look_again(self) -> None:
-        """Be due at the next event."""
+        """Make an update due at the next event."""
         self._covers = -1
 
     @property

@@ -8,7 +8,7 @@ within T. F[g] = the furthest rank that g GPUs cover = max(F[g - 1], max over tp
 F[gpus] reaches the end. With a given layout the state is how many replicas of each degree are used. Bisect on T, taking after each
 feasible probe the makespan its groups really have.
 
-Exact, because reach is monotone in s (a later start has shorter members and covers no less), so the furthest F is always best to extend
+Exact, because reach is monotone in s (a later start has shorter members and covers no less), so the furthest F is best extended,
 and every order of degrees is tried. Under `longest` some optimal placement consists of groups contiguous in the order (Heddle,
 lemma 5.1: swapping keeps sizes), also with a table per degree, slots, and tools; so the minimum is over all assignments. Under `staircase`,
 or if KV demands differ between trajectories, it is over contiguous groups. Degrees that are powers of two always pack into nodes.

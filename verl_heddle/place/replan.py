@@ -60,7 +60,7 @@ TARGETS = 8
 MOST_MOVES = 3
 """Per trajectory; bounds thrashing. Few trajectories reach it."""
 
-UNKNOWN = Estimate(2000.0, 2000.0 * 9.0**0.5, 4.0, 0.0)
+UNKNOWN = Estimate(median_tokens=2000.0, upper_tokens=2000.0 * 9.0**0.5, turns=4.0, tool_s=0.0)
 """Used without a prediction: all trajectories alike, with the spread of real workloads."""
 
 

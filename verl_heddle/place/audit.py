@@ -1,20 +1,22 @@
-"""Checks after every step whether planning has paid, and how far predictions may be trusted.
+"""Checks planning against the true lengths: whether first placements and moves paid, and how far predictions can be trusted.
 
-Law of `Audit`: verl's rule runs in the shadow on the same events. When all trajectories have ended, the drain times of both first
-placements are computed from the true lengths (`outlook`, scale near 0); for a sample of moves, the times of the two replicas with and
-without the move. A ratio below 1 is a loss. If the mean log ratio over the last `WINDOW` steps (at least `LEAST`) is below 0, first turns
-go by verl's rule, or moves stop, for `REST` steps; then planning is tried again with a clean slate. A single step shows mostly luck, hence
-the window. The model's own makespans are compared, so a wrong latency model shows up not here but in the forecast error, which is a metric.
+Law of the verdicts (`Audit`): stock's rule runs as a shadow on the same events. When all trajectories have ended, the drain times of both
+first placements are computed from the true lengths (`outlook`, scale near 0), and so is, for a sample of moves, what the two replicas
+would have taken with and without the move. A ratio below 1 is a loss. If the mean log ratio over the last `WINDOW` steps (at least
+`LEAST`) is below 0, stock's rule places first turns, or moves stop, for `REST` steps; then planning is retried with a clean slate.
+A single step shows mostly luck, hence the window. The model's own makespans are compared, so a wrong latency model is not caught here but
+by the forecast error, which is a metric.
 
-Law of `Trust`: for every finished trajectory, x = log tokens predicted at its first turn, y = log tokens it had. Over the last `MEMORY`:
-    slope    = least-squares slope of y on x, within 0 and 1: 0 for predictions that are noise, 1 for unbiased ones;
-    widen    = residual scale / mean claimed scale, within 1 and `MOST`: corrects overconfidence.
-An estimate is used with its log median shrunk towards the mean of all live trajectories by the slope, and its scale times `widen`. With a
-worthless predictor all trajectories look alike, and the plan is an even split. Trajectories that finish first are short, so pairs count
-only when all have ended (`close`). Before `FEWEST` pairs, predictions are used as they are.
+Law of trust (`Trust`): for every finished trajectory, x = log tokens predicted at its first turn, y = log tokens generated. Over the last
+`MEMORY` of them
+    slope    = least-squares slope of y on x, clipped to 0 and 1: 0 for noise, 1 for calibrated predictions;
+    widen    = residual scale / mean scale claimed, clipped to 1 and `MOST`: corrects overconfident predictors.
+An estimate is used with its log median shrunk towards the mean of all live trajectories by the slope, and its scale times `widen`. A
+worthless predictor thus makes all trajectories alike, and the plan for equal trajectories is an even split.
+The first to finish are short, so pairs count only once all have ended (`close`). Below `FEWEST` pairs, predictions are used unchanged.
 
-Invariant: the scale never shrinks. Source: regression to the mean, as a check on the optimizer's curse.
-Cost: O(trajectories * len(GRID)) per step, O(residents) for each of `SAMPLES` moves, O(1) per trajectory for `Trust`.
+Invariant: scale never shrinks. Source: regression to the mean, as a check on the optimizer's curse.
+Cost: O(trajectories * len(GRID)) per step, O(residents) for each of `SAMPLES` moves, O(1) per trajectory for trust.
 """
 
 from __future__ import annotations
@@ -36,10 +38,10 @@ WINDOW, LEAST = 8, 3
 """Steps."""
 
 REST = 16
-"""Steps with stock's rule before planning is tried again."""
+"""Steps on stock's rule before planning is retried."""
 
 SAMPLES = 32
-"""Moves looked at per step."""
+"""Moves judged per step."""
 
 
 class Verdict:
@@ -49,7 +51,7 @@ class Verdict:
         self._gains: deque[float] = deque(maxlen=WINDOW)
         self._resting = 0
         self.last = 1.0
-        """Ratio of the last step that was judged."""
+        """Ratio of the last judged step."""
 
     @property
     def pays(self) -> bool:
@@ -57,7 +59,7 @@ class Verdict:
         return self._resting == 0
 
     def judge(self, ratio: float | None) -> None:
-        """A step is over; `ratio`: without over with the decisions, None if there were none."""
+        """A step is over; `ratio`: makespan without the decisions over makespan with them; None if there were none."""
         if self._resting:
             self._resting -= 1
             return
@@ -73,7 +75,7 @@ class Verdict:
 Drains = Callable[[Floats], Floats]
 
 Snapshot = tuple[dict[str, int], dict[str, int], str]
-"""Residents of the source and the target before a move, with the tokens they had generated, and who moves."""
+"""Residents of the source and the target before a move, with the tokens they had generated, and the key that moves."""
 
 
 class Audit:
@@ -83,7 +85,7 @@ class Audit:
         self.placing, self.moving = Verdict(), Verdict()
         self._stock = StickyLeastInflight(rng)
         self._shadow: dict[str, str] = {}
-        """Replica by stock's rule of each turn under way, by request."""
+        """Shadow replica of each turn in flight, by request."""
         self._first: dict[str, tuple[str, str]] = {}
         self._tokens: dict[str, int] = {}
         self._moves: list[tuple[str, str, Snapshot]] = []
@@ -94,7 +96,7 @@ class Audit:
         self._stock.add(replica)
 
     def remove(self, replica: str) -> None:
-        """A replica leaves; a step in which that happens is not judged."""
+        """A replica leaves; the current step is not judged."""
         self._stock.remove(replica)
         self._first.clear()
         self._moves.clear()
@@ -107,7 +109,7 @@ class Audit:
             self._planned = True
 
     def finished(self, request: str) -> None:
-        """The turn ended; unknown ones are passed over."""
+        """The turn ended; unknown requests are ignored."""
         if request in self._shadow:
             self._stock.release(self._shadow.pop(request))
 
@@ -117,7 +119,7 @@ class Audit:
             self._moves.append((source, target, before))
 
     def wants_moves(self) -> bool:
-        """Whether another snapshot is of use."""
+        """Whether more snapshots are needed this step."""
         return len(self._moves) < SAMPLES
 
     def ended(self, key: str, tokens: int) -> None:
@@ -147,13 +149,13 @@ class Audit:
     def _moving(self, names: Sequence[str], drains: Drains) -> float | None:
         at = {name: number for number, name in enumerate(names)}
         without = with_them = 0.0
-        for source, target, (here, there, who) in self._moves:
+        for source, target, (here, there, key) in self._moves:
             if source not in at or target not in at:
                 continue
             sums = np.zeros((len(names), 2, len(GRID)))
             sums[at[source]], sums[at[target]] = self._left(here), self._left(there)
             without += float(drains(sums).max())
-            mover = self._left({who: here[who]})
+            mover = self._left({key: here[key]})
             sums[at[source]] -= mover
             sums[at[target]] += mover
             with_them += float(drains(sums).max())
@@ -170,13 +172,13 @@ def _ratio(without: float, with_it: float) -> float | None:
 
 
 MEMORY = 2048
-"""Trajectories; a few steps of a usual batch, so that a predictor that improves is believed soon."""
+"""Trajectories; a few steps of a usual batch, so that an improving predictor is soon trusted."""
 
 FEWEST = 64
 """Below it the slope's own error is above 0.1."""
 
 MOST = 4.0
-"""A predictor that errs more than so many times what it claims is caught by the slope."""
+"""Larger errors, relative to the claimed scale, are caught by the slope."""
 
 
 class Trust:
@@ -187,22 +189,22 @@ class Trust:
         self.widen = 1.0
         self.quality: float | None = None
         """Correlation of log predicted and log true length over the pairs that count; None before there are enough."""
-        self._told: dict[str, tuple[float, float]] = {}
+        self._predicted: dict[str, tuple[float, float]] = {}
         self._fresh: list[tuple[float, float, float]] = []
         self._pairs: deque[tuple[float, float, float]] = deque(maxlen=MEMORY)
 
     def told(self, key: str, estimate: Estimate) -> None:
-        """The predictor's word at a trajectory's first turn."""
-        self._told[key] = (log(max(estimate.median_tokens, 1.0)), estimate.scale)
+        """Record the prediction at a trajectory's first turn."""
+        self._predicted[key] = (log(max(estimate.median_tokens, 1.0)), estimate.scale)
 
     def ended(self, key: str, tokens: int | None) -> None:
-        """The trajectory had so many tokens; None: cut short or not to be learnt from."""
-        said = self._told.pop(key, None)
-        if said is not None and tokens:
-            self._fresh.append((said[0], log(tokens), said[1]))
+        """The trajectory ended with `tokens`; None: censored or excluded from learning."""
+        predicted = self._predicted.pop(key, None)
+        if predicted is not None and tokens:
+            self._fresh.append((predicted[0], log(tokens), predicted[1]))
 
     def close(self) -> None:
-        """Everybody has ended: what was collected counts."""
+        """All trajectories have ended: count the collected pairs and refit."""
         self._pairs.extend(self._fresh)
         self._fresh.clear()
         if len(self._pairs) < FEWEST:
@@ -215,7 +217,7 @@ class Trust:
         self.widen = min(MOST, max(1.0, residual / max(float(np.mean(claimed)), 1e-6)))
 
     def believed(self, estimate: Estimate, usual_log: float) -> Estimate:
-        """The estimate as it may be used; `usual_log`: mean log median of what runs."""
+        """The estimate corrected by `slope` and `widen`; `usual_log`: mean log median of live trajectories."""
         if self.slope == 1.0 and self.widen == 1.0:
             return estimate
         median = exp(usual_log + self.slope * (log(max(estimate.median_tokens, 1.0)) - usual_log))

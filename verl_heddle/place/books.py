@@ -1,16 +1,15 @@
-"""Which trajectory is assigned to which replica, and how long each replica is expected to take: the state behind placement and moves.
+"""Tracks the residents and expected drain time of each replica, and finds the replica that would drain first.
 
-Law: a replica's expected drain time is `outlook.drain_s` of the sum of its residents' curves, at the seconds per token of `pace`. A
-resident is a trajectory from the start of its first turn to its end, tools included, on the replica of its last turn. Values computed from
-a replica's sums are cached until the sums change; times are evaluated on a grid (`clock`) that is kept while it fits.
+Law: a replica's expected drain time is `outlook.drain_s` of the sum of its residents' curves, at the seconds per token of `pace`.
+A trajectory is resident from the start of its first turn to its end, tool calls included, on the replica of its last turn.
+Values derived from a replica's sums are cached until the sums change. The clock of sampled times is kept while it fits.
+Search: adding a trajectory never shortens a drain time (the expected staircase of `outlook` grows with every chance added, for any
+non-decreasing tau). A replica's drain time without it plus the prefill of its context there is therefore a lower bound; a replica whose
+bound exceeds the best candidate's time is skipped, and the result is exact. Ties go to the replica that joined first.
 
-Soonest empty (`soonest`, `soon`): one more trajectory never shortens a drain time, since the expected staircase of `outlook` grows with
-every chance added, for any non-decreasing tau. So a replica's drain time without it, plus the prefill of its context there, is a lower
-bound on the time with it, and replicas whose bound exceeds another's time are skipped. Exact; ties go to the replica that joined first.
-
-Invariants: a key is assigned to at most one replica; the sums of a replica without residents are exactly 0; cached values equal recomputed
-ones (tests/unit/place/test_replan.py).
-Cost: O(len(GRID)) to assign or remove a trajectory, and per replica examined: all if they are equal, few if not.
+Invariants: a key is on at most one replica; the sums of a replica without residents are exactly 0; cached values equal recomputed ones
+(tests/unit/place/test_replan.py).
+Cost: O(len(GRID)) to put or take a trajectory, and for every replica the search prices: all when they are equal, few when they are not.
 """
 
 from __future__ import annotations
@@ -27,17 +26,17 @@ from verl_heddle.place.outlook import GRID, TIMES, clock, drain_s, late_s, laws,
 from verl_heddle.place.pace import Habit, Latency, Tempo
 
 CLOCK = (1.1, 1.6)
-"""A clock is kept while it ends between so many times the latest drain; a new one ends at 1.25 times."""
+"""A clock is kept while its end is between these multiples of the latest drain; a new one ends at 1.25 times."""
 
 
 @dataclass(slots=True)
 class Resident:
-    """A trajectory under way."""
+    """A live trajectory."""
 
     replica: str
     rows: Floats
     group: str
-    """Its prompt's visit: who shares it shares a prefix."""
+    """Its prompt's visit; trajectories of one group share a prefix."""
 
 
 class Books:
@@ -49,7 +48,7 @@ class Books:
         self.fleet: dict[str, Replica] = {}
         self.residents: dict[str, Resident] = {}
         self.on: dict[str, dict[str, Resident]] = {}
-        """The same by replica."""
+        """Residents by replica."""
         self._groups: dict[tuple[str, str], int] = {}
         self._at: dict[str, int] = {}
         self._sums: Floats = np.zeros((0, 2, len(GRID)))
@@ -63,11 +62,11 @@ class Books:
         """Log of the chance to have drained, [replicas, TIMES], at `_times`."""
         self._times: Floats = np.zeros(TIMES)
         self._old_drains: set[int] = set()
-        """Replicas whose drain time has to be worked out; below, whose chances."""
+        """Replicas with a stale drain time; below, with stale chances."""
         self._old_logs: set[int] = set()
 
     def add(self, replica: Replica) -> None:
-        """A replica joins, empty; one that is known is reset."""
+        """A replica joins, empty; a known replica is reset."""
         if replica.name in self.fleet:
             self.remove(replica.name)
         self.fleet[replica.name] = replica
@@ -85,7 +84,7 @@ class Books:
         self._index(kept)
 
     def put(self, key: str, replica: str, rows: Floats, group: str = "") -> None:
-        """The trajectory lives on this replica from now on, with these curves; from wherever it lived before it is taken."""
+        """Assign the trajectory to this replica with these curves, and take it from its previous replica."""
         before = self.take(key)
         one = self.residents[key] = self.on[replica][key] = Resident(replica, rows, group or (before.group if before else ""))
         self._sums[self._at[replica]] += rows
@@ -94,7 +93,7 @@ class Books:
         self._groups[place] = self._groups.get(place, 0) + 1
 
     def take(self, key: str) -> Resident | None:
-        """The trajectory is gone; None if it was unknown."""
+        """Remove the trajectory; None if it was unknown."""
         one = self.residents.pop(key, None)
         if one is None:
             return None
@@ -112,7 +111,7 @@ class Books:
         return one
 
     def tune(self, most: float, habit: Habit) -> None:
-        """Seconds per token are for trajectories of this habit, up to `most` of them together."""
+        """Recompute seconds per token for trajectories of this habit, up to `most` of them together."""
         self._most, self._habit = most, habit
         self._retable()
 
@@ -129,10 +128,10 @@ class Books:
         return float(-np.expm1(total).sum() * times[1])
 
     def makespans_moved(self, key: str, delays: Floats, targets: Ints) -> tuple[float, Floats]:
-        """Expected makespan as it is, and if this resident lived on each of these replicas, and it took so many seconds to get there.
+        """Expected makespan now, and after moving this resident to each target.
 
         Args:
-            delays: seconds by replica, [replicas]; all on the target lose them.
+            delays: seconds the move takes by replica, [replicas]; they delay every resident of the target.
         """
         self._look()
         one, times, logs = self.residents[key], self._times, self._logs
@@ -161,18 +160,18 @@ class Books:
         return self._drains.copy()
 
     def drains_with(self, rows: Floats, at: Sequence[int]) -> Floats:
-        """Those of the replicas with these numbers if each of them had one more trajectory with these curves: no less than without."""
+        """Drain times of these replicas if each had one more trajectory with these curves; never less than without it."""
         return self.drains_of(self._sums[at] + rows, at)
 
     def drains_of(self, sums: Floats, at: Sequence[int] | None = None) -> Floats:
-        """The same for other residents: sums of their curves, [n, 2, len(GRID)], on the replicas with these numbers (None: on all)."""
+        """Drain times from given sums of curves, [n, 2, len(GRID)], on the replicas with these numbers (None: all)."""
         seconds = np.empty(len(sums))
         for rows, tempo in self._kinds(at):
             seconds[rows] = drain_s(sums[rows], tempo)
         return seconds
 
     def homes_of(self, group: str) -> list[int]:
-        """Numbers of the replicas where siblings of this group live."""
+        """Numbers of the replicas with residents of this group."""
         return [number for number, name in enumerate(self.names) if (group, name) in self._groups]
 
     def index(self, replica: str) -> int:
@@ -202,7 +201,7 @@ class Books:
         return reached, ended
 
     def _kinds(self, at: Sequence[int] | None) -> Iterable[tuple[Ints | slice, Tempo]]:
-        """Which of these replicas share times: positions in `at`, and the times."""
+        """Groups of these replicas with equal tempo: positions in `at`, and the tempo."""
         if len(self._tables) == 1:
             return [(slice(None), self._tables[0][1])]
         if at is None:
@@ -235,7 +234,7 @@ class Books:
 
 
 def reading_s(books: Books, latency: Latency, tokens: int, cached: Sequence[int] = ()) -> Floats:
-    """Seconds to prefill so many tokens on each replica, [replicas]; none on those with these numbers."""
+    """Seconds to prefill `tokens` on each replica, [replicas]; 0 on the replicas in `cached`."""
     seconds = np.empty(len(books.names))
     for tp, rows in books.degrees:
         seconds[rows] = latency.prefill_s(tp, tokens)
@@ -244,10 +243,12 @@ def reading_s(books: Books, latency: Latency, tokens: int, cached: Sequence[int]
 
 
 def soonest(books: Books, rows: Floats, reading: Floats) -> int:
-    """Number of the replica that is soonest empty with these curves as well, after `reading`, [replicas]."""
+    """Number of the replica that drains first with these curves added, after `reading`, [replicas]."""
     least = books.drains() + reading
     first = int(least.argmin())
-    bound = max(least[first], books.drains_with(rows, [first])[0] + reading[first])  # equal but for rounding where next to nothing is added
+    bound = max(
+        least[first], books.drains_with(rows, [first])[0] + reading[first]
+    )  # rounding can order them either way if almost nothing is added
     could: Ints = np.flatnonzero(least <= bound)
     if len(could) == 1:
         return int(could[0])
@@ -255,7 +256,7 @@ def soonest(books: Books, rows: Floats, reading: Floats) -> int:
 
 
 def soon(books: Books, rows: Floats, reading: Floats, home: int, within_s: float) -> Ints:
-    """Numbers of the replicas but `home` that would be empty within so many seconds, the soonest first."""
+    """Numbers of the replicas other than `home` that would drain within `within_s`, soonest first."""
     least = books.drains() + reading
     least[home] = inf
     could: Ints = np.flatnonzero(least <= within_s)

@@ -1,14 +1,14 @@
-"""What a group of trajectories costs on a replica, and how far along the sorted trajectories a replica reaches within a makespan.
+"""Computes the cost of a group on a replica, and how far along the sorted trajectories a replica gets within a makespan.
 
 A replica of degree tp that decodes k trajectories together takes `tau_tp(k)` seconds per token of each, non-decreasing in k. Two costs
 of a group with tokens N_1 >= N_2 >= ... and tool seconds t_i:
 
     longest     max_i (N_i * tau(|g|) + t_i)                  the batch stays full: Heddle, eq. (2); tools are not slowed by neighbours
     staircase   max_i (D_i + t_i),  D_i = N_i * tau(i) + sum over k > i of N_k * (tau(k) - tau(k - 1))
-                                                              the batch shrinks as short ones end; without tools it is
+                                                              the batch shrinks as short trajectories end; without tools it is
                                                               sum_k N_k * (tau(k) - tau(k - 1)), the exact drain time of the replica
 
-Both only fall when a trajectory is taken out of a group. Order of the trajectories: by tokens, most first; under `longest` with tools by
+Removing a trajectory from a group never raises either cost. Order of the trajectories: by tokens, most first; under `longest` with tools by
 the seconds per token that the makespan T leaves them, (T - t_i) / N_i, least first, which is the order an exchange argument allows there.
 Source: Heddle (arXiv 2603.28101) section 5; the staircase as in DARTS (arXiv 2605.30859).
 """
@@ -33,11 +33,11 @@ TINY = 1e-9
 """Tokens; stands for a length of 0 in divisions, so that the quotient is beyond every table and still a number."""
 
 FIRST_LOOK = 32
-"""Trajectories looked at first when a staircase is laid; doubled until the makespan is exceeded."""
+"""Trajectories priced first when building a staircase; doubled until the makespan is exceeded."""
 
 
 class Cost(StrEnum):
-    """What a group costs; see the module."""
+    """Cost function of a group; see the module."""
 
     LONGEST = "longest"
     STAIRCASE = "staircase"
@@ -91,7 +91,7 @@ def work(tokens: ArrayLike, tool_s: ArrayLike = 0.0, kv_tokens: ArrayLike = 0.0)
 
 
 def price(items: Work, members: Ints | Sequence[int], degree: Degree, cost: Cost = Cost.STAIRCASE) -> float:
-    """Seconds that these trajectories cost on one replica; inf where they exceed its slots or KV tokens, 0 for none."""
+    """Seconds that these trajectories cost on one replica; inf if they exceed its slots or KV tokens, 0 for none."""
     picked = np.asarray(members, dtype=np.intp)
     if not len(picked):
         return 0.0
@@ -126,7 +126,7 @@ class Ranks:
 
     @property
     def floor_s(self) -> float:
-        """No placement is shorter: the longest trajectory alone on its best replica."""
+        """Lower bound of any placement: the longest trajectory alone on its best replica."""
         best = np.min([degree.tau[0] for degree in self._degrees])
         return float((self._items.tokens * best + self._items.tool_s).max())
 
@@ -201,7 +201,7 @@ def _paced(tau: list[float], pace: Floats) -> Reach:
 
 
 def _steps(tau: Floats) -> Floats:
-    """What each further trajectory adds to the seconds per token."""
+    """Increase of seconds per token with each further trajectory."""
     return np.diff(tau, prepend=0.0)
 
 

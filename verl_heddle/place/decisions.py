@@ -1,9 +1,9 @@
-"""The planner's decisions, its optional announcements, and the order in which contexts are transferred.
+"""The planner's moves and announced trajectories, and the queue that schedules context transfers.
 
-Law of transfers: those in progress are a matching. Whenever an end becomes free, waiting transfers start in the order of predicted length,
-longest first, each as soon as all its ends are free (greedy). The only end of a pre-warm is its target, which computes the context anew; a
-connector that copies KV blocks has two ends.
-Invariants: an end is in at most one transfer in progress; a trajectory has at most one transfer, the last one requested.
+Law: active transfers form a matching. When an endpoint becomes free, queued transfers start in order of predicted length, longest first,
+each once all its endpoints are free (greedy: no queued transfer has all its endpoints free). A pre-warm has one endpoint, its target,
+since the context is prefilled again there; a connector that copies KV blocks has two.
+Invariants: an endpoint is in at most one active transfer; a trajectory has at most one transfer, the last one requested.
 Source: Heddle's endpoint-exclusive migration (arXiv 2603.28101, section 6). Cost: O(waiting) per event, and few wait.
 """
 
@@ -33,11 +33,11 @@ class Expected(NamedTuple):
 
 
 LAST_PRIORITY = 2**31 - 1
-"""vLLM's, of a pre-warm: it must disturb nobody."""
+"""vLLM priority of a pre-warm: it must not delay other requests."""
 
 
 class Transfer(NamedTuple):
-    """The context of trajectory `key` is to be on `target`. `ends`: replicas it keeps busy; `tokens`: what is left of the trajectory."""
+    """Brings the context of trajectory `key` to `target`. `ends`: replicas it occupies; `tokens`: remaining tokens of the trajectory."""
 
     key: str
     target: str
@@ -54,30 +54,30 @@ class Transfers:
         self._busy: set[str] = set()
 
     def __contains__(self, key: str) -> bool:
-        """Whether the trajectory has a transfer, waiting or under way."""
+        """Whether the trajectory has a transfer, queued or active."""
         return key in self._waiting or key in self._under_way
 
     def ask(self, transfer: Transfer) -> None:
-        """It wants to start; what the same trajectory wanted before is over."""
+        """Queue a transfer; it replaces any earlier one of the same trajectory."""
         self.over(transfer.key)
         self._waiting[transfer.key] = transfer
 
     def over(self, key: str) -> bool:
-        """The trajectory's transfer is done or not wanted any more; returns whether there was one."""
+        """The trajectory's transfer is done or cancelled; returns whether there was one."""
         done = self._under_way.pop(key, None)
         if done is not None:
             self._busy.difference_update(done.ends)
         return self._waiting.pop(key, None) is not None or done is not None
 
     def removed(self, replica: str) -> list[str]:
-        """A replica left, and with it its transfers; returns whose they were."""
+        """Drop the transfers of a replica that left; returns their trajectories."""
         lost = [one.key for one in (*self._waiting.values(), *self._under_way.values()) if replica in (one.target, *one.ends)]
         for key in lost:
             self.over(key)
         return lost
 
     def start(self) -> list[Transfer]:
-        """Those that begin now; to be asked after every event."""
+        """Start the transfers that can run now, and return them; call after every event."""
         begun: list[Transfer] = []
         for one in sorted(self._waiting.values(), key=lambda one: -one.tokens):
             if self._busy.isdisjoint(one.ends):

@@ -1,19 +1,19 @@
-"""Which trajectories run together, and on what: the exact minimum of the makespan, jointly over layouts and placements.
+"""Finds the layout and placement with the exact minimum makespan, searched jointly.
 
 Problem: cut `gpus` GPUs into replicas of allowed degrees (or take the layout as given) and the trajectories into one group per replica,
-so that the most expensive group is as cheap as possible; costs in `cost.py`.
+minimizing the cost of the most expensive group; costs in `cost.py`.
 
 Law: parametric search. For a makespan T, let reach_tp(s) be the first rank that a group of degree tp beginning at rank s does not cover
 within T. F[g] = the furthest rank that g GPUs cover = max(F[g - 1], max over tp of reach_tp(F[g - tp])), from F[0] = 0; T is feasible if
 F[gpus] reaches the end. With a given layout the state is how many replicas of each degree are used. Bisect on T, taking after each
 feasible probe the makespan its groups really have.
 
-Exact, because reach is monotone in s (who begins later has shorter members and covers no less), so the furthest F is always the best to go
-on from, and every order of degrees is tried. Under `longest` some optimal placement consists of groups contiguous in the order (Heddle,
+Exact, because reach is monotone in s (a later start has shorter members and covers no less), so the furthest F is best extended,
+and every order of degrees is tried. Under `longest` some optimal placement consists of groups contiguous in the order (Heddle,
 lemma 5.1: swapping keeps sizes), also with a table per degree, slots, and tools; so the minimum is over all assignments. Under `staircase`,
-or where KV demands differ between trajectories, it is over contiguous groups. Degrees that are powers of two always pack into nodes.
+or if KV demands differ between trajectories, it is over contiguous groups. Degrees that are powers of two always pack into nodes.
 
-Certificate: `bound_s` was refused by a probe (or is the longest trajectory alone): no placement of the kind just said is shorter.
+Certificate: a probe found `bound_s` infeasible (or it is the longest trajectory alone), so no placement of the above kind is shorter.
 Invariants: every trajectory in exactly one group; bound_s <= makespan_s <= bound_s * (1 + tolerance); same input, same answer.
 Source: in place of Heddle's presorted DP inside simulated annealing (arXiv 2603.28101, sections 5 and 7, algorithm 2).
 Cost: O(gpus * degrees * log slots) per probe under `longest` (and a sort with tools), about 40 probes; bench/placement has the times.
@@ -33,13 +33,13 @@ TOLERANCE = 1e-12
 """Relative width at which the search stops: rounding of the times themselves."""
 
 ENDLESS_S = 1e250
-"""A makespan that only slots and KV tokens can refuse."""
+"""A makespan so large that only slots or KV tokens can make it infeasible."""
 
 MAX_STATES = 200_000
 """Ways to have used part of a given layout; about 0.2 s a probe. 4, 8 and 32 replicas of three degrees have 1,485."""
 
 Cut = tuple[int, int, int]
-"""Degree (its number), first rank, first rank after."""
+"""Degree index, first rank, end rank (exclusive)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """The answer. With a given layout the groups stand in its order, else the group with the first rank comes first."""
+    """The optimal placement. Groups follow the given layout's order, or else their first rank."""
 
     groups: tuple[Group, ...]
     makespan_s: float
@@ -175,7 +175,7 @@ def _placement(
 
 
 def cover_free(reaches: Sequence[Reach], sizes: Sequence[int], gpus: int, count: int) -> list[Cut] | None:
-    """Groups that cover all ranks with at most `gpus` GPUs, None if there are none."""
+    """Groups that cover all ranks with at most `gpus` GPUs; None if infeasible."""
     furthest = [0] * (gpus + 1)
     way = [-1] * (gpus + 1)
     for used in range(1, gpus + 1):

@@ -1,11 +1,11 @@
-"""The first placement of a whole batch that is known ahead: the best of three ways by the expected makespan of the fleet.
+"""Places a whole announced batch: picks the best of three placements by the expected makespan of the fleet.
 
-Law: candidates are an even split (a draw of what stock's rule makes of a batch), longest-first list scheduling (each, by predicted length,
-to the replica that is then soonest empty), and `robust.plan` (contiguous groups, cuts at equal expected drain). Every replica first reads
-the prompts of its trajectories, a prompt that siblings share once. The expected makespan (`outlook`) decides; a later candidate has to be
-better than an earlier one by `CLEARLY`, since the earlier is the safer: the plan wins where isolating long ones pays, the list where
-prompts are long and shared. Where the even split does, the answer is none: stock's rule itself places, choice for choice, so that a
-planner who knows nothing is no other draw of luck.
+Law: candidates are an even split (one draw of stock's rule), longest-first list scheduling (each trajectory, by predicted length, to the
+replica that then drains first), and `robust.plan` (contiguous groups, cut at equal expected drain). Every replica first prefills the
+prompts of its trajectories; siblings share one prefill. The expected makespan (`outlook`) decides. A later candidate must beat an earlier
+one by `CLEARLY`, since the earlier is safer: the plan wins if isolating long trajectories pays, the list if prompts are long and shared.
+If the even split wins, the answer is None and stock's rule places, choice for choice, so that an uninformed planner does not change the
+outcome by luck.
 Source: Graham's rule (1969) with batching taken into account; `robust`. Cost: O(n * replicas * len(GRID)) for the list, so beyond `LISTED`
 trajectories it is left out.
 """
@@ -41,7 +41,7 @@ class Batch(NamedTuple):
     reading: Floats
     """Seconds to prefill the prompt, [n, replicas]."""
     groups: Sequence[str]
-    """Who shares a prompt."""
+    """Prompt id; equal for trajectories that share a prompt."""
 
 
 def place_batch(books: Books, batch: Batch) -> list[int] | None:
@@ -64,8 +64,8 @@ def place_batch(books: Books, batch: Batch) -> list[int] | None:
 
 
 def _even(count: int, replicas: int) -> list[int]:
-    """A draw of stock's rule, least in flight with random ties. Dealt by turns, whole prompts would share a replica where a batch comes
-    sample by sample, which is dearer than what stock does."""
+    """One draw of stock's rule, least in flight with random ties. Round robin would put whole prompts on one replica if a batch arrives
+    sample by sample, which costs more than stock's rule."""
     rng, where = Random(0), list[int]()
     while len(where) < count:
         where += rng.sample(range(replicas), replicas)

@@ -1,21 +1,21 @@
-"""What a group of trajectories will take when their lengths are distributions: the expected staircase, in closed form.
+"""Computes expected drain times and makespans when trajectory lengths are distributions: the expected staircase, in closed form.
 
-Law: B(x) = how many of the group go on beyond x tokens. The drain time is the integral over x of tau(B(x)), with tau(0) = 0 (`cost.py`,
-staircase). For independent lengths, with S_i(x) the chance that i goes on beyond x,
+Law: B(x) = the number of trajectories in the group longer than x tokens. The drain time is the integral over x of tau(B(x)), with
+tau(0) = 0 (`cost.py`, staircase). For independent lengths, with S_i(x) the probability that i is longer than x,
 
     E[B] = sum_i S_i(x)        P = P(B >= 1) = 1 - prod_i (1 - S_i(x))        E[tau(B)] ~ P * tau(E[B] / P)
 
 which is exact where tau is affine from 1 on, as decode steps nearly are. Both sums are additive, so a group's cost needs its two rows on a
-grid of tokens and no sampled scenario: nothing for an optimizer to exploit, and adding a trajectory is adding two vectors.
+grid of tokens and no sampled scenarios. An optimizer has no samples to exploit, and adding a trajectory adds two vectors.
 
-What a step waits for is the slowest of its replicas, and the mean of a maximum is not the maximum of means: moving one of two trajectories
-of unknown length to an empty replica shortens the first replica's mean, and the step hardly at all. So whole fleets are priced by
+A step waits for its slowest replica, and the mean of a maximum is not the maximum of means: moving one of two trajectories of unknown
+length to an empty replica shortens the first replica's mean, but hardly the step. Whole fleets are therefore priced by
 
     E[makespan] = integral of 1 - prod_r P(drain_r <= t) dt,   P(drain_r <= t) = prod_i (1 - S_i(x)) at the x that r reaches at t
 
-with x(t) along E[B] / P as above: the lengths are random, the speed at which a replica gets through them is taken at its mean.
-Lengths are log-logistic, as `predict.quantities.Estimate` gives them, cut off at what a trajectory may still generate.
-Source: own; bench/placement/scenarios.py holds it against sampled scenarios.
+with x(t) along E[B] / P as above: lengths are random, replica speed is taken at its mean.
+Lengths are log-logistic, from `predict.quantities.Estimate`, truncated at the tokens a trajectory may still generate.
+Source: own; bench/placement/scenarios.py compares it with sampled scenarios.
 Cost: O(len(GRID)) per group, O(len(GRID) + TIMES) per replica.
 """
 
@@ -30,27 +30,27 @@ from verl_heddle.place.cost import Floats
 from verl_heddle.place.pace import Tempo
 
 GRID: Floats = np.concatenate([[0.0], np.geomspace(24.0, 400_000.0, 64)])
-"""Tokens at which chances are kept; steps of 17 % put integrals within 2 %."""
+"""Tokens at which probabilities are kept; steps of 17 % keep integrals within 2 %."""
 
 with np.errstate(divide="ignore"):
     LOG_GRID: Floats = np.log(GRID)
 STEPS: Floats = np.diff(GRID)
 
 WEIGHTS: Floats = np.concatenate([[GRID[1] / 2], (GRID[2:] - GRID[:-2]) / 2, [0.0]])
-"""Trapezoid rule; what is beyond the grid does not count."""
+"""Trapezoid rule; lengths beyond the grid are ignored."""
 
 SURE = 1e-9
-"""Smallest chance to have ended that is told from none; keeps logarithms finite."""
+"""Smallest probability distinguished from zero; keeps logarithms finite."""
 
 TIMES, UNLIKELY = 128, 1e-3
-"""Points in time at which chances to have drained are kept; chance below which nobody is expected to go on."""
+"""Points in time at which drain probabilities are kept; probability below which no trajectory is expected to be left."""
 
 LEAST_SCALE = 0.02
-"""Of a log-logistic: nobody knows a length to 2 %, and the grid could not show it."""
+"""Smallest log-logistic scale: no length is known to 2 %, and the grid could not resolve it."""
 
 
 def curves(median: ArrayLike, scale: ArrayLike, at_most: ArrayLike = inf) -> Floats:
-    """Rows to add up, shape [..., 2, len(GRID)]: the chance to go on beyond each grid point, and the log of the chance not to.
+    """Additive rows, shape [..., 2, len(GRID)]: the probability of exceeding each grid point, and the log of its complement.
 
     Args:
         median, scale: of the log-logistic remaining tokens; they broadcast.
@@ -77,7 +77,7 @@ def drain_s(sums: Floats, tempo: Tempo) -> Floats:
 
 
 def laws(sums: Floats, tempo: Tempo) -> tuple[Floats, Floats]:
-    """When groups reach each grid point, seconds, and the chance that all of them have ended by then; both [..., len(GRID)]."""
+    """Seconds at which groups reach each grid point, and the probability that all members have ended by then; both [..., len(GRID)]."""
     ended = np.minimum(sums[..., 1, :], 0.0)
     some = np.maximum(-np.expm1(ended), SURE)
     tau = tempo.at(np.maximum(sums[..., 0, :], 0.0) / some)
@@ -87,17 +87,17 @@ def laws(sums: Floats, tempo: Tempo) -> tuple[Floats, Floats]:
 
 
 def log_ended(times: Floats, reached: Floats, ended: Floats) -> Floats:
-    """Log of the chance that one group has drained, at each of these times."""
+    """Log of the probability that one group has drained, at each of these times."""
     chance: Floats = np.log(np.maximum(np.interp(times, reached, ended), SURE))
     return chance
 
 
 def late_s(reached: Floats, ended: Floats) -> Floats:
-    """When groups have surely drained, seconds; rows of `laws`, shape [..., len(GRID)] to [...]."""
+    """Seconds after which groups have almost surely drained; rows of `laws`, shape [..., len(GRID)] to [...]."""
     late: Floats = np.where(ended < 1.0 - UNLIKELY, reached, 0.0).max(axis=-1)
     return late
 
 
 def clock(late: float) -> Floats:
-    """`TIMES` times, evenly from 0 to a quarter after the last has surely drained."""
+    """`TIMES` times, evenly spaced from 0 to 1.25 times the latest drain."""
     return np.linspace(0.0, 1.25 * max(late, 1e-6), TIMES)

@@ -1,26 +1,24 @@
-"""Seconds per token of a replica, from a latency model and the mean trajectory: the one place where the planner changes units.
+"""Converts a latency model into seconds per token, and tracks the trajectory means that the conversion needs.
 
-Law: k trajectories are assigned to a replica, with contexts of c tokens; d of them want to decode at any moment, the rest are in tools. A
-token of one of them takes
+Law: k trajectories are resident on a replica, with contexts of c tokens; d of them want to decode at any moment, the rest are in tools.
+A token of one of them takes
 
     tau(k) = step + tool_s        d = k * step / tau(k)
     step = [decode_s(tp, b, c) + b * read / turn_tokens] * max(1, d / room)        b = min(d, room)
-    read = seconds to prefill a turn's new input, and in a share `lost` of the turns the whole context again
+    read = seconds to prefill a turn's new input, or, in a share `lost` of the turns, to recompute the whole context
     lost = (k - held) / (k - d) within 0 and 1
 
-by fixed-point iteration. held = contexts that fit the KV cache; room = the most that decode at once, the lesser of slots and `held`: beyond
-it trajectories take turns. Prefixes are evicted least recently used first. If one lives for A seconds, waiting takes W and tools are
-exponential with mean T, then lambda * E[min(W + tool, A)] = held - b prefixes of trajectories that do not run are kept, lambda * (W + T) =
-k - b, and the share P(W + tool > A) that returns too late is `lost`. Without tools all wait equally long, and one context too many makes
-every one of them recompute: a crowd costs far more than its decoding. tool_s = seconds in tools per generated token, which is independent
-of the load.
-
-Means (`TrajectoryMeans`): a turn's tokens and the growth of the context per token are means over all turns since the start of the run, with
-old turns fading (`FADE`). The context is the mean over live trajectories; tool seconds per token come from their estimates. `habit` is
-recomputed only when `due`, because tables are built from it.
-
+by fixed-point iteration. held = contexts that fit the KV cache; room = the most that decode at once, the lesser of slots and `held`; beyond
+it trajectories take turns. A prefix is evicted least recently used first. If it lives for A seconds, waiting takes W and tools are
+exponential with mean T, then lambda * E[min(W + tool, A)] = held - b prefixes of those that do not run are kept, lambda * (W + T) = k - b,
+and the share P(W + tool > A) that comes back too late is `lost`. Without tools all trajectories wait equally long, and one context too
+many makes all of them recompute theirs: overload costs far more than its decoding. tool_s = seconds in tools per generated token, which
+does not depend on load.
 Invariant: tau is non-decreasing in k. Source: the cost model of `simulate/engine.py` and its prefix cache, averaged.
-Cost: `ROUNDS` vectorised calls of the latency model; O(1) per event.
+
+Law of the means, taken from the planner's own events: tokens per turn and context growth per token average all turns since the start of
+the run, with old turns faded (`FADE`); the context is the mean over live trajectories; tool seconds per token come from their estimates.
+Cost: `ROUNDS` vectorised calls of the latency model; O(1) per event. `habit` is read only when `due`, since tables are rebuilt from it.
 """
 
 from __future__ import annotations
@@ -45,22 +43,22 @@ COUNTS = 40
 
 
 class Latency(Protocol):
-    """What the planner asks of a latency model; `verl_heddle.latency.LatencyModel` has it. Seconds."""
+    """Latency model interface the planner needs, in seconds; implemented by `verl_heddle.latency.LatencyModel`."""
 
     def decode_s(self, tp: int, batch: Any, context_tokens: Any, /) -> Any:
         """One decode step; numbers or arrays that broadcast."""
 
     def prefill_s(self, tp: int, new_tokens: Any, context_tokens: Any = 0, /) -> Any:
-        """Reading new tokens after cached ones, alone on the replica."""
+        """Prefill of new tokens after cached ones, alone on the replica."""
 
 
 class Habit(NamedTuple):
-    """How the trajectories of today behave, in the mean."""
+    """Mean behaviour of current trajectories."""
 
     context_tokens: float = 1000.0
-    """Context of one that has just been asked about."""
+    """Context at the time of the estimate."""
     growth: float = 1.0
-    """Tokens the context grows by per generated token: 1 and what tools answer."""
+    """Context growth per generated token: 1 plus tool output."""
     turn_tokens: float = 500.0
     """Generated in a turn."""
     tool_s: float = 0.0
@@ -73,7 +71,7 @@ class Habit(NamedTuple):
 
 
 def habit_of(trajectories: Iterable[Trajectory]) -> Habit | None:
-    """What trajectories that are over were like, from their start; None if they generated nothing."""
+    """Mean behaviour of ended trajectories, from their start; None if they generated nothing."""
     items = list(trajectories)
     tokens = sum(item.output_tokens for item in items)
     if not tokens:
@@ -139,13 +137,13 @@ class Tempo:
 
 
 FADE = 1.0 - 1.0 / 4096
-"""Per turn: a usual step has thousands, and the next step is another policy."""
+"""Per turn: a usual step has thousands of turns, and the next step runs a different policy."""
 
 RETUNE = 64
-"""Events between looks, or a quarter of the trajectories where there are more than 256."""
+"""Events between updates, or a quarter of the trajectories if there are more than 256."""
 
 UNSEEN = Habit()
-"""Before the first turn has ended."""
+"""Used until the first turn has ended."""
 
 
 class TrajectoryMeans:
@@ -156,15 +154,15 @@ class TrajectoryMeans:
         self._events = self._covers = 0
 
     def answered(self, tokens: int) -> None:
-        """A turn begins with so many new tokens in its context."""
+        """A turn starts with `tokens` new tokens in its context."""
         self._input += max(0, tokens)
 
     def spoke(self, tokens: int) -> None:
-        """A turn ended."""
+        """A turn ended after generating `tokens`."""
         self._turns, self._output, self._input = FADE * self._turns + 1, FADE * self._output + tokens, FADE * self._input
 
     def due(self, live: int) -> bool:
-        """An event happened; whether it is time to look again. The answer yes is remembered as done."""
+        """Count an event; returns whether an update is due. True marks the update as done."""
         self._events += 1
         if live <= self._covers and self._events < max(RETUNE, live // 4):
             return False
@@ -172,16 +170,16 @@ class TrajectoryMeans:
         return True
 
     def look_again(self) -> None:
-        """Be due at the next event."""
+        """Make an update due at the next event."""
         self._covers = -1
 
     @property
     def covers(self) -> float:
-        """Most trajectories there may be before it is due again."""
+        """Number of trajectories above which an update is due."""
         return float(max(2, self._covers))
 
     def habit(self, living: LiveTotals) -> Habit:
-        """From the contexts and the estimates of everybody under way."""
+        """Habit from the contexts and estimates of all live trajectories."""
         context = living.context / max(1, living.count)
         tool_s = living.tool_s / max(living.tokens, 1.0)
         if not self._output:
@@ -191,7 +189,7 @@ class TrajectoryMeans:
 
 @dataclass(slots=True)
 class LiveTotals:
-    """Sums over everybody under way, kept event by event."""
+    """Sums over all live trajectories, updated on every event."""
 
     count: int = 0
     context: int = 0
@@ -201,13 +199,13 @@ class LiveTotals:
     tool_s: float = 0.0
 
     def come(self, context: int, left: Estimate) -> None:
-        """One more."""
+        """Add a trajectory."""
         self.count += 1
         self.context += context
         self._add(left, 1)
 
     def go(self, context: int, left: Estimate) -> None:
-        """One less; the sums of nobody are exactly 0."""
+        """Remove a trajectory; the sums are exactly 0 once none is live."""
         self.count -= 1
         self.context -= context
         self._add(left, -1)
@@ -215,7 +213,7 @@ class LiveTotals:
             self.logs = self.tokens = self.tool_s = 0.0
 
     def change(self, before: Estimate, left: Estimate) -> None:
-        """Somebody's estimate is another."""
+        """Replace a trajectory's estimate."""
         self._add(before, -1)
         self._add(left, 1)
 

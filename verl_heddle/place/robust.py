@@ -1,18 +1,18 @@
-"""Placement on distributions of lengths: the search of `exact.py` with the expected staircase of `outlook.py` as a group's cost.
+"""Places trajectories with uncertain lengths: the search of `exact.py` with the expected staircase of `outlook.py` as a group's cost.
 
 Law: order the trajectories by predicted median, never by anything sampled (choosing among samples finds the lucky ones: the optimizer's
 curse). Groups are contiguous in this order; a group costs its expected drain time; bisect on the makespan with F[g] as in `exact.py`.
-A replica that looks short in the mean but hides a tail is charged for the tail, so crowds stay small where little is known.
+A replica with a short mean but a heavy tail is charged for the tail, so groups stay small if lengths are uncertain.
 With lengths known (scale near 0) this is the staircase plan; with nothing known (all alike) it splits evenly, which is stock's rule.
 
-Probes of the bisection read a table of expected drain times, of groups that begin at some ranks (`starts`) and have some sizes: every start
-and size near the head, where one trajectory more or less decides, and even ratios behind. Between entries the log of the seconds is linear
-in the log of the size, and the log of the size that a makespan allows in the start. After each search the table is made finer around the
-sizes that its makespan allows, and at the starts of its groups. Of all searches' answers the one that really costs least is given.
+The bisection probes a table of expected drain times for selected first ranks (`starts`) and sizes: every start and size near the head,
+where a single trajectory matters, and even ratios beyond it. Between entries the log of the seconds is linear
+in the log of the size, and the log of the size that a makespan allows in the start. After each search the table is refined around the
+sizes that its makespan allows, and at the starts of its groups. The cheapest answer of all searches, priced exactly, is returned.
 
 Invariants: every trajectory in exactly one group; taking a member out of a group never raises its cost, and later members drain no slower
-where scales are alike, so the furthest reach is the best one to go on from. `forecast_s` is worked out, not interpolated. Against pricing
-every group that is probed: within 1 % in 159 of 160 random cases, 3 % in one (tests/unit/layout asks for 5 %).
+where scales are alike, so the furthest reach is the best to continue from. `forecast_s` is computed, not interpolated. Compared with
+pricing every probed group: within 1 % in 159 of 160 random cases, 3 % in one (tests/unit/layout asks for 5 %).
 Source: own. Cost: about 5,000 entries of O(len(GRID)), however many trajectories there are, and O(gpus * degrees) look-ups per probe:
 30 ms for 6,400 trajectories on 64 GPUs, 0.3 s for 100,000 on 1,024 (bench/layout).
 """
@@ -36,26 +36,26 @@ TOLERANCE = 1e-3
 """Relative, of the last search; the expectation itself is known to 2 %."""
 
 FIRST = 0.1
-"""Tolerance of an earlier search, as a share of what is looked at after it."""
+"""Tolerance of all searches but the last, as a share of the refinement that follows."""
 
 STRIDE = 1.05
-"""The range of a search that is done again: it changes its answer by a few percent."""
+"""Bracket of a repeated search, whose answer changes by a few percent."""
 
 HEAD_STARTS, START_RATIO = 12, 1.3
-"""So many first ranks are looked at one by one, those behind in this ratio."""
+"""First ranks tabulated one by one, and the ratio between later ones."""
 
 BACK_PART = 64
-"""From the last rank backwards the same ratio, beginning with this part of all: towards the end groups soon grow."""
+"""The same ratio backwards from the last rank, starting at this fraction of all ranks: groups near the end are large."""
 
 HEAD_SIZES, SIZE_RATIO = 4, 1.5
 """The same for the sizes of groups."""
 
 AROUND, LOOKS = (0.3, 0.1, 0.1, 0.05), 9
-"""After each search but the last: sizes looked at more closely, so many, so far around those found. KV caches that begin to overflow are
-kinks that a coarse table does not show."""
+"""Refinement after each search but the last: relative width around the sizes found, and number of sizes. A coarse table misses the kinks
+where KV caches start to overflow."""
 
 NONE = 0.5
-"""Members of a group that takes too long with one; less than 1, and has a logarithm."""
+"""Size of a group that takes too long with one member; below 1, with a finite logarithm."""
 
 ROWS = 4096
 """Groups priced at once: bounds memory."""
@@ -71,7 +71,7 @@ class RobustPlan:
 
 
 class Ranked(NamedTuple):
-    """Trajectories in the order from which groups are cut; to be made once where several plans are asked for."""
+    """Trajectories in the order from which groups are cut; reusable across plans."""
 
     order: Ints
     """Trajectory at each rank, [n]."""
@@ -101,8 +101,8 @@ def plan(
     Args:
         medians: predicted tokens, [n]; they give the order.
         rows: `outlook.curves` of the same trajectories, [n, 2, len(GRID)].
-        tempos: seconds per token by degree, on `outlook.GRID`; slots and KV are in them, so that any number fits at a price.
-        ranks: `ranked` of the same trajectories, where it is at hand.
+        tempos: seconds per token by degree, on `outlook.GRID`; they include slots and KV, so any number fits at a cost.
+        ranks: `ranked` of the same trajectories, if already computed.
 
     Raises:
         ValueError: nothing to place, neither or both of `gpus` and `layout`, or a degree without times.
@@ -134,7 +134,7 @@ def plan(
 
 
 def _search(cover: Callable[[float], list[Cut] | None], low: float, high: float, tolerance: float) -> tuple[list[Cut], float]:
-    """Cuts of the least makespan, and it: a range is found, from the one given, and bisected in even ratios."""
+    """Cuts of the least makespan, and that makespan: widen the given range to a bracket, then bisect it geometrically."""
     while (best := cover(high)) is None:
         low, high = high, high * STRIDE
     while (cuts := cover(low)) is not None:
@@ -163,11 +163,11 @@ class _Table:
         self._sizes = np.broadcast_to(sizes, (len(tempos), len(self._starts), len(sizes)))
         self._logs = self._entries(self._starts, self._sizes)
         self.range_s = float(np.exp(self._logs[:, 0, 0].min())), float(np.exp(self._logs[:, 0, -1].max()))
-        """No plan is shorter, whatever the GPUs; and one replica takes no longer for all."""
+        """Lower bound of any plan on any GPUs, and the time of one replica for all trajectories."""
         self._closer = False
 
     def look_closer(self, makespan_s: float, starts: Sequence[int], around: float) -> None:
-        """Sizes near those that take so long, at all starts the first time, and at these starts, which are added, in any case."""
+        """Refine the table near sizes that take `makespan_s`: at all starts the first time, and always at `starts`, which are added."""
         self.within(makespan_s)
         more = np.array(starts)
         kept = np.flatnonzero(~np.isin(self._starts, more)) if self._closer else np.zeros(0, dtype=np.intp)
@@ -193,7 +193,7 @@ class _Table:
         return entries
 
     def within(self, makespan_s: float) -> list[Reach]:
-        """For each degree, how far a group goes that begins at a rank and takes so long."""
+        """For each degree, how far a group from a given rank reaches within the makespan."""
         wanted = np.log(makespan_s)
         below = (self._logs <= wanted).sum(axis=-1)
         left, right = np.clip(below - 1, 0, None), np.minimum(below, self._logs.shape[-1] - 1)
@@ -207,7 +207,7 @@ class _Table:
         return [self._reach(starts, one) for one in self._members.tolist()]
 
     def seconds(self, cuts: Sequence[Cut]) -> Floats:
-        """Expected seconds of these groups, worked out, [cuts]."""
+        """Expected seconds of these groups, computed exactly, [cuts]."""
         numbers, starts, ends = np.array(cuts).T
         seconds = np.zeros(len(cuts))
         for number in np.unique(numbers):
@@ -227,7 +227,7 @@ class _Table:
         return reach
 
     def _before(self, ranks: Ints) -> Floats:
-        """Sums of the curves before each of these ranks; beyond the last trajectory there are more of its like."""
+        """Sums of the curves before each of these ranks, padded past the end with copies of the last trajectory."""
         count = self._count
         beyond = np.maximum(ranks - count, 0)[:, None, None]
         sums: Floats = self._sums[np.minimum(ranks, count)] + beyond * self._last

@@ -1,4 +1,4 @@
-"""verl's own rule: a conversation stays on its replica, a new one goes where the fewest requests are in flight.
+"""Reproduces verl's rule: a conversation stays on its replica; a new one goes to the replica with the fewest requests in flight.
 
 Law: look the conversation up in an LRU table of `CACHE_SIZE` entries; if its replica is still in the fleet, stay. Otherwise
 choose at random among the replicas with the fewest requests in flight (or, with `deterministic`, the one the conversation id
@@ -17,7 +17,7 @@ from random import Random
 from verl_heddle.trajectory import Reason
 
 CACHE_SIZE = 10_000
-"""verl's `DEFAULT_ROUTING_CACHE_SIZE`: beyond it the least recently used conversation is forgotten and placed anew."""
+"""verl's `DEFAULT_ROUTING_CACHE_SIZE`: beyond it the least recently used conversation is evicted and reassigned."""
 
 
 class StickyLeastInflight:
@@ -35,17 +35,17 @@ class StickyLeastInflight:
         self.inflight[replica] = 0
 
     def remove(self, replica: str) -> None:
-        """A replica leaves; conversations that lived there are placed anew at their next turn."""
+        """A replica leaves; its conversations are reassigned at their next turn."""
         self.inflight.pop(replica, None)
 
     def acquire(self, conversation: str, home: str | None = None) -> tuple[str, Reason]:
         """Choose the replica of the conversation's next turn and count it in flight there.
 
         Args:
-            home: where the caller knows the conversation to live; None: he does not, as verl's own callers.
+            home: the conversation's replica, if the caller knows it; None: unknown, as with verl's own callers.
 
         Raises:
-            RuntimeError: there is no replica (verl's own words, which its async clients wait on).
+            RuntimeError: there is no replica (verl's message, which its async clients wait on).
         """
         if home is not None and home in self.inflight:
             self.note(conversation, home)
@@ -69,7 +69,7 @@ class StickyLeastInflight:
         return replica, reason
 
     def note(self, conversation: str, replica: str) -> None:
-        """Somebody else placed a turn of the conversation on `replica`, which must be in the fleet: count it and make it home."""
+        """Record a turn placed on `replica`, which must be in the fleet: count it in flight and assign the conversation there."""
         self._home[conversation] = replica
         self._home.move_to_end(conversation)
         if len(self._home) > self._cache_size:
@@ -82,7 +82,7 @@ class StickyLeastInflight:
             self.inflight[replica] -= 1
 
     def forget(self) -> int:
-        """Drop every conversation's home (verl: `clear_sticky_cache`); returns how many there were."""
+        """Unassign every conversation (verl: `clear_sticky_cache`); returns how many were assigned."""
         count = len(self._home)
         self._home.clear()
         return count

@@ -101,21 +101,21 @@ def test_requests_outside_any_trajectory_have_names_of_their_own():
 
 
 def test_a_held_turn_waits_for_as_long_as_its_replica_lives(monkeypatch):
-    """Far longer than one answer of the router may take, and than `hold_s`."""
+    """Far longer than one answer of the router may take, and than `hold_s`: in all, while each turn takes a small part of it."""
     monkeypatch.setattr("verl_heddle.verl_plugin.news.ANSWER_S", 0.05)
 
     async def play() -> None:
-        rig = Rig(Options.longest(admission=Admission(per_slot=1.0, hold_s=0.3), deadlines=Deadlines(router_s=5.0)))
+        rig = Rig(Options.longest(admission=Admission(per_slot=1.0, hold_s=0.5), deadlines=Deadlines(router_s=5.0)))
 
         async def episode(sample: int) -> None:
             recorder = rig.start("u", sample)
-            await rig.turn(f"c{sample}", 100)
+            await rig.turn(f"c{sample}", 20)
             rig.end(recorder, 1)
 
-        await asyncio.gather(*(episode(sample) for sample in range(8)))
+        await asyncio.gather(*(episode(sample) for sample in range(40)))
         await rig.settled()
         stats = rig.router.stats()
-        assert stats["held"] == 7 and stats["hold_overdue"] == 0 and rig.engines["s0"].most == 1
+        assert stats["held"] == 39 and stats["hold_overdue"] == 0 and rig.engines["s0"].most == 1
 
     asyncio.run(play())
 

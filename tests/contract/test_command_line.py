@@ -147,7 +147,7 @@ def test_doctor_sees_the_variables_of_the_command(doctor):
 
 def test_doctor_checks_the_jobs_of_a_sweep(doctor):
     code, said = doctor(f"{MAIN} {FLAG} data.seed=1,2 heddle.poll_interval_s=0.1,-1 -m")
-    assert code == 2 and said.count("job ") == 4 and said.count("heddle.poll_interval_s must lie") == 2
+    assert code == 2 and said.count("job ") == 4 and said.count("heddle.poll_interval_s must be") == 2
     assert "the other 2 jobs" in doctor(f"{MAIN} {FLAG} data.seed=range(1,11) --multirun")[1]
 
 

@@ -236,7 +236,7 @@ def test_offload_is_handed_on_or_refused():
         f"+{VLLM}.kv_transfer_config={{kv_connector: NixlConnector}}": "kv_transfer_config both set",
         "actor_rollout_ref.rollout.enable_prefix_caching=false": "to find offloaded contexts",
         "heddle.layout.enable=true": "sleeping engines would pin host memory",
-        "heddle.offload.host_share=0": "host_share must lie",
+        "heddle.offload.host_share=0": "host_share must be above 0",
         "heddle.offload.gib=0": "gib must be positive",
     }.items():
         assert any(finding.fatal and text in finding.text for finding in lint.lint(compose([*ours, key]))), key

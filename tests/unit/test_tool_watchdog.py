@@ -113,7 +113,7 @@ async def test_a_tool_that_only_hangs_is_given_up_until_it_recovers():
     for _ in range(2):
         with pytest.raises(ToolError, match="no answer"):
             await tool.call({})
-    with pytest.raises(ToolError, match="2 earlier calls of it still hang"):
+    with pytest.raises(ToolError, match="2 earlier calls are still hanging"):
         await tool.call({})
     assert told(counts) == {"calls": 3, "failures": 3, "timeouts": 2, "abandoned": 2}, "the third is not waited for"
     stop.set()

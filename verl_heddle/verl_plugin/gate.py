@@ -1,8 +1,8 @@
-"""The four names verl's config keys point at, and the guard before them: ours if we can work here, verl's own if we cannot.
+"""Resolves the four names that verl's config keys point at: to our classes if the plugin works here, otherwise to verl's own.
 
-`AgentLoopManager`, `CheckpointCallback`, `Router` and `Sampler` are looked up by verl in the task runner, before any replica exists.
-The first look-up checks the seams, imports every room and registers the replica; if anything of that fails, all four names
-resolve to stock verl for the rest of the process, and one line says why. So a broken plugin costs its gains, not the run.
+verl looks up `AgentLoopManager`, `CheckpointCallback`, `Router` and `Sampler` in the task runner, before any replica exists. The first
+look-up checks the seams, imports every module of ours and registers the replica. If any of that fails, all four names resolve to stock
+verl for the rest of the process and one log line says why. A broken plugin costs its gains, not the run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _active: bool | None = None
 
 
 def active() -> bool:
-    """Whether this process runs heddle; decided once, at the first call."""
+    """Whether this process runs heddle; decided once, on the first call."""
     global _active
     if _active is None:
         try:
@@ -43,7 +43,7 @@ def active() -> bool:
 
 
 def _activate() -> None:
-    importlib.import_module("verl_heddle.verl_plugin.advantage")  # its name in verl's registry is wanted without heddle, too
+    importlib.import_module("verl_heddle.verl_plugin.advantage")  # verl's registry needs its name even when heddle is off
     from verl_heddle.verl_plugin import compat
 
     compat.require()

@@ -1,8 +1,8 @@
-"""Entry point of the group `verl.plugins`: verl imports this module at `import verl`, in every process, flag or no flag.
+"""Entry point of the group `verl.plugins`: verl imports this module at `import verl`, in every process, with or without the flag.
 
-So it must be cheap and inert. It teaches OmegaConf one resolver, registers the CPU platform where `VERL_PLATFORM=cpu` asks for it
-(`+machine=cpu` sets that) and does nothing else: everything the flag switches on is reached through config keys (`gate`). verl
-reports a plugin that fails to load at DEBUG only, so the failure is said here.
+It must therefore be cheap and inert. It registers one OmegaConf resolver, registers the CPU platform if `VERL_PLATFORM=cpu` is set
+(by `+machine=cpu`), and does nothing else: everything the flag enables is reached through config keys (`gate`). verl reports a plugin
+that fails to load only at DEBUG, so the failure is logged here.
 """
 
 from __future__ import annotations

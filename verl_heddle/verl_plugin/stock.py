@@ -1,7 +1,7 @@
-"""verl's own router and replay buffers in the shape its plugin seams call them: what `gate` hands out when heddle cannot run.
+"""Adapts verl's own router and replay buffers to its plugin seams; `gate` returns them when heddle cannot run.
 
-A custom sampler gets none of the arguments by which verl configures its own buffer (DAPO filtering, refill of failed groups), so the flag
-passes them on through `sampler_kwargs.heddle` and `buffer_arguments` turns them back into verl's.
+verl does not pass a custom sampler the arguments of its own buffer (DAPO filtering, refill of failed groups). The flag passes them
+through `sampler_kwargs.heddle`, and `buffer_arguments` converts them back to verl's.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any
 from verl.workers.rollout.router import GlobalRequestLoadBalancer
 
 POLL_INTERVAL_S = 2.0
-"""What verl's own buffer uses."""
+"""The default of verl's own buffer."""
 
 
 class StockRouter(GlobalRequestLoadBalancer):
-    """verl's balancer, built as a router plugin is: `(servers, yaml)`."""
+    """verl's balancer with the constructor signature of a router plugin: `(servers, yaml)`."""
 
     def __init__(self, servers: dict[str, Any], yaml_config: dict) -> None:
         super().__init__(servers)
@@ -53,7 +53,7 @@ def buffer_arguments(trainer_mode: str, settings: Any) -> dict[str, Any]:
 
 
 def stock_sampler(trainer_mode: str, sampler_kwargs: Any, **kwargs: Any) -> Any:
-    """verl's own buffer for the trainer mode, configured as without the plugin."""
+    """verl's own buffer for the trainer mode, configured as it would be without the plugin."""
     from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 
     cls = ReplayBuffer if trainer_mode == "sync" else ReplayBufferAsync

@@ -1,18 +1,17 @@
-"""No tool can hang, crash or flood a trajectory: every call of every tool ends in time, in a text the model can read.
+"""Keeps tools from hanging, crashing or flooding a trajectory: every tool call ends by its deadline with text the model can read.
 
-Law: a call returns within `heddle.tools.call_s` (per attempt, and never beyond what is left of `trajectory_s`), whatever the tool does;
-what went wrong comes back as a tool message in verl's own words ("Error executing tool ..."), so that the trajectory, its group and the
-step go on. Nothing but the cancelling of the trajectory itself leaves here as an exception that verl does not turn into such a message.
+Law: a call returns within `heddle.tools.call_s` (per attempt, and never beyond the remainder of `trajectory_s`), whatever the tool does.
+A failure comes back as a tool message in verl's own words ("Error executing tool ..."), so the trajectory, its group and the step
+continue. Cancellation of the trajectory is the only exception raised here that verl does not turn into such a message.
 
-- a coroutine is cancelled at its deadline; one that ignores that is left alone and counted
-- a plain function runs in a thread of its own; no thread can be ended, so at its deadline it is left alone and counted. When
-  `max_abandoned` calls of a tool are left alone at a time, its further calls fail at once
-- BaseException (`sys.exit()` in a tool would end the worker's event loop) counts as a crash
-- texts are made valid Unicode (tokenizers refuse lone surrogates) and cut to `max_chars` before anybody copies them
-- tools named in `idempotent` are called again after a failure, up to `retries` times
+- A coroutine is cancelled at its deadline; one that ignores the cancellation is abandoned and counted.
+- A plain function runs in its own thread. Threads cannot be killed, so at its deadline it is abandoned and counted. While
+  `max_abandoned` abandoned calls of a tool are still running, further calls of that tool fail immediately.
+- A BaseException counts as a crash (`sys.exit()` in a tool would end the worker's event loop).
+- Text is made valid Unicode (tokenizers refuse lone surrogates) and cut to `max_chars` before it is copied.
+- Tools named in `idempotent` are retried after a failure, up to `retries` times.
 
-What it cannot do: a coroutine that blocks (`time.sleep` in an `async def`) stops the event loop that would watch it. Make it a plain
-function.
+Limit: a coroutine that blocks (`time.sleep` in an `async def`) stops the event loop that enforces the deadline. Make it a plain function.
 
 Source: verl issues 5361, 1948 and 340. Cost: a task or thread per call, some 50 microseconds.
 """
@@ -41,11 +40,11 @@ PREFIX = "tools/"
 CANCEL_S = 1.0
 """How long a cancelled coroutine may take to clean up."""
 BACKOFF_S = 0.2
-"""Before a call is tried again: a service that is restarting needs a moment."""
+"""Delay before a retry: a restarting service needs a moment."""
 
 
 class ToolError(Exception):
-    """A call came to nothing; verl shows the text to the model."""
+    """A tool call failed; verl shows the text to the model."""
 
 
 @dataclass(slots=True)
@@ -55,19 +54,19 @@ class _Raised:
 
 @dataclass
 class Watchdog:
-    """Guards the tools of one worker. `counts` is where `tools/<what>` is counted; all start at 0, so that W&B shows them."""
+    """Guards the tools of one worker. `counts` receives the `tools/<what>` counters; all start at 0 so that W&B shows them."""
 
     options: Tools
     counts: Counter[str]
     _abandoned: Counter[str] = field(default_factory=Counter)
-    _room: asyncio.Semaphore | None = None
+    _threads: asyncio.Semaphore | None = None
 
     def __post_init__(self) -> None:
         for name in ("calls", "failures", "crashes", "timeouts", "out_of_time", "abandoned", "retries", "cut", "repaired"):
             self.counts[PREFIX + name] += 0
 
     def guard(self, tool: Any) -> Any:
-        """Replace what runs a verl tool's code (`FunctionTool.call`; `BaseTool.create`, `execute`, `release`); returns the tool."""
+        """Wrap the methods that run a verl tool's code (`FunctionTool.call`; `BaseTool.create`, `execute`, `release`); returns the tool."""
         if not self.options.enable or getattr(tool, "heddle_guarded", False):
             return tool
         if isinstance(tool, FunctionTool):
@@ -92,7 +91,7 @@ class Watchdog:
 
             @functools.wraps(release)
             async def guarded_release(*args: Any, **kwargs: Any) -> None:
-                try:  # verl awaits it outside of its own error handling
+                try:  # verl awaits it outside its own error handling
                     await self._step(tool.name, lambda: release(*args, **kwargs))
                 except ToolError as failure:
                     log_once(f"tool {tool.name} could not be released ({failure})")
@@ -102,7 +101,7 @@ class Watchdog:
         return tool
 
     async def _call(self, name: str, attempt: Callable[[], Awaitable[Any]]) -> tuple[ToolResponse, float | None, dict]:
-        """Try, perhaps again, and bring what came back into shape. Raises ToolError, or CancelledError if the trajectory is cancelled."""
+        """Call, with retries, and normalize the result. Raises ToolError, or CancelledError if the trajectory is cancelled."""
         self.counts[PREFIX + "calls"] += 1
         for left in range(self.options.retries if name in self.options.idempotent else 0, -1, -1):
             try:
@@ -120,13 +119,13 @@ class Watchdog:
         return await self._limited(name, lambda: self._in_task(make))
 
     async def _limited(self, name: str, attempt: Callable[[], Awaitable[Any]]) -> Any:
-        """What the attempt returned. Raises ToolError if it raised, is too late, or may not be made."""
+        """The result of one attempt. Raises ToolError if the attempt raised, timed out, or is not allowed."""
         if self._abandoned[name] >= self.options.max_abandoned:
-            raise self._failed("failures", f"{self._abandoned[name]} earlier calls of it still hang", count=False)
+            raise self._failed("failures", f"{self._abandoned[name]} earlier calls are still hanging", count=False)
         recorder = CURRENT.get()
         left_s = self.options.trajectory_s - recorder.tool_s if recorder is not None else math.inf
         if left_s <= 0:
-            raise self._failed("out_of_time", f"this episode's {self.options.trajectory_s:g} s for tools are used up")
+            raise self._failed("out_of_time", f"this episode's {self.options.trajectory_s:g} s of tool time are used up")
         task = asyncio.ensure_future(attempt())
         limit_s = min(self.options.call_s, left_s)
         try:
@@ -135,7 +134,7 @@ class Watchdog:
             task.cancel()
             raise
         if not task.done():
-            log_once(f"tool {name} gave no answer within {limit_s:g} s; the trajectory goes on with an error message")
+            log_once(f"tool {name} did not answer within {limit_s:g} s; the trajectory continues with an error message")
             await self._give_up(name, task)
             raise self._failed("timeouts", f"no answer within {limit_s:g} s")
         if task.cancelled():
@@ -150,14 +149,14 @@ class Watchdog:
         return ToolError(_valid(text)[:1000])
 
     async def _give_up(self, name: str, task: asyncio.Future) -> None:
-        """Cancel; what goes on regardless is counted for as long as it does."""
+        """Cancel the task; while it ignores the cancellation it counts as abandoned."""
         task.cancel()
         await asyncio.wait({task}, timeout=CANCEL_S)
         if not task.done():
-            self._leave(name)
+            self._abandon(name)
             task.add_done_callback(lambda _: self._came_back(name))
 
-    def _leave(self, name: str) -> None:
+    def _abandon(self, name: str) -> None:
         self.counts[PREFIX + "abandoned"] += 1
         self._abandoned[name] += 1
 
@@ -165,7 +164,7 @@ class Watchdog:
         self._abandoned[name] -= 1
 
     async def _in_task(self, make: Callable[[], Awaitable[Any]]) -> Any:
-        """Await a coroutine; its exceptions come back as values, since asyncio lets SystemExit out of a task into the event loop."""
+        """Await a coroutine; its exceptions are returned as values, because asyncio lets SystemExit escape a task into the event loop."""
         try:
             return await make()
         except asyncio.CancelledError:
@@ -174,9 +173,9 @@ class Watchdog:
             return _Raised(error)
 
     async def _in_thread(self, name: str, function: Callable[[], Any]) -> Any:
-        """Run a plain function in a thread of its own, at most `threads` at a time; cancelled, it leaves the thread to itself."""
-        if self._room is None:
-            self._room = asyncio.Semaphore(self.options.threads)
+        """Run a plain function in its own thread, at most `threads` at a time; on cancellation the thread is abandoned."""
+        if self._threads is None:
+            self._threads = asyncio.Semaphore(self.options.threads)
         loop, context = asyncio.get_running_loop(), contextvars.copy_context()
         done: asyncio.Future[Any] = loop.create_future()
 
@@ -194,16 +193,16 @@ class Watchdog:
             with contextlib.suppress(RuntimeError):  # the worker has ended
                 loop.call_soon_threadsafe(finish, result)
 
-        async with self._room:
+        async with self._threads:
             threading.Thread(target=work, name=f"tool {name}", daemon=True).start()
             try:
                 return await done
             except asyncio.CancelledError:
-                self._leave(name)
+                self._abandon(name)
                 raise
 
     def _tidy(self, raw: Any) -> tuple[ToolResponse, float | None, dict]:
-        """A tool's return value as verl's triple, its text valid and not longer than `max_chars`. Raises ToolError."""
+        """Convert a tool's return value to verl's triple, with valid text cut to `max_chars`. Raises ToolError."""
         try:
             if isinstance(raw, (bytes, bytearray)):
                 given = bytes(raw[: 4 * self.options.max_chars])
@@ -224,7 +223,7 @@ class Watchdog:
 
 
 def _cut(text: str, most: int) -> str:
-    """The two ends of a text that is too long: verl cuts again, at the end it is told to."""
+    """Keep both ends of a text that is too long; verl cuts again, at the end it is configured to."""
     return text if len(text) <= most else f"{text[: most // 2]}\n... {len(text) - most} characters left out ...\n{text[-(most // 2) :]}"
 
 

@@ -1,8 +1,8 @@
-"""What the trees see of a trajectory: one row of numbers, built for one or ten thousand at once.
+"""Builds the feature rows of the trees: one row of numbers per trajectory, for one or ten thousand at once.
 
-Law: sizes as logarithms, siblings without the trajectory itself, nothing missing (unknown is 0 beside its count), and the
-empirical-Bayes estimates as features, since trees cannot subtract. Training rows are made here too, of what was known while the future
-was open, with the pool of the moment of the fit. Cost: about 60 numpy calls whatever the number of trajectories.
+Law: sizes are logarithms, sibling features exclude the trajectory itself, no value is missing (unknown is 0, next to its count), and the
+empirical-Bayes estimates are features, since trees cannot subtract. Training rows are built here too, from what was known before the
+outcome, with the pool at the time of the fit. Cost: about 60 numpy calls for any number of trajectories.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from verl_heddle.predict.live import Group, Own
 from verl_heddle.predict.quantities import FLOOR, QUANTITIES, TOKENS, TOOL_S, TURNS, Floats
 
 STEP_BLOCK = 4
-"""Training steps that look the same to the trees: a single step is a draw of prompts, some in a row are a state of the policy."""
+"""Training steps that the trees cannot distinguish: one step is a draw of prompts, several in a row reflect the policy."""
 
 NAMES = (
-    # the empirical-Bayes estimates: log remaining of each quantity first, the trees correct them
+    # empirical-Bayes estimates: first the log remaining of each quantity, which the trees correct
     "bayes_tokens", "bayes_turns", "bayes_tool_s", "bayes_spread", "bayes_total", "bayes_turns_total", "bayes_weight", "bayes_by_turns",
-    # itself
+    # the trajectory
     "prompt_tokens", "tokens", "turns", "tool_s", "first", "last", "recent", "longest", "per_turn", "trend", "context", "added",
     "calls", "call_s", "call_next", "surprise", "surprises", "step",
     # its prompt
@@ -34,7 +34,7 @@ NAMES = (
 )  # fmt: skip
 
 VERSION = crc32(" ".join(NAMES).encode()) ^ crc32(str(STEP_BLOCK).encode())
-"""Changes with the columns: a model is only good for the rows it was fitted on."""
+"""Changes with the columns: a model is valid only for the columns it was fitted on."""
 
 
 def believed(own: Floats, group: Floats, pool: Pool) -> tuple[Belief, Floats, Floats]:
@@ -147,7 +147,7 @@ def build_one(own: list[float], group: list[float], pool: Pool, belief: One) -> 
 
     Args:
         own, group: the rows of `Lives`.
-        belief: what `believed_one` says of them.
+        belief: `believed_one` of them.
     """
     o, g = own, group
     tokens, turns, tool_s = (log(max(o[Own.TOKENS + quantity], FLOORS[quantity])) for quantity in range(QUANTITIES))

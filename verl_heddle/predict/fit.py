@@ -1,15 +1,15 @@
-"""Fits a `Model` to training rows: boosted trees on censored samples, as many as held-out prompts agree with, calibrated on them.
+"""Fits a `Model` to training rows: boosted trees on censored samples, stopped early and calibrated on held-out prompts.
 
 Law
-- Features are made of the rows here, all with the pool of this moment.
+- Features are built from the rows here, all with the current pool.
 - Objective: xgboost's accelerated failure time with a logistic error, starting from the empirical-Bayes estimate (`base_margin`). A
-  censored row only says "at least so much", so stopping trajectories early does not teach that everything is short.
-- The error's scale is that of the empirical-Bayes residuals; it sets how far a censored row pulls.
-- The number of trees is where the loss on held-out prompts is lowest, at most `MAX_TREES`: few data, few trees, and the estimate falls
-  back on empirical Bayes.
-- Held out are whole prompts, a share of 1 / `FOLDS`; while rows are few, each share in turn, so that every row is once predicted by
-  trees that do not know its prompt. On these rows is decided how far the trees are trusted (stacking): the factor from `TRUSTS` with the
-  lowest loss plus one standard error of its difference from no trees at all, so that trees speak where they have proved their worth.
+  censored row is only a lower bound, so stopping trajectories early does not teach that everything is short.
+- The error's scale is that of the empirical-Bayes residuals; it sets how strongly a censored row pulls.
+- The number of trees minimises the loss on held-out prompts, at most `MAX_TREES`. With few data there are few trees, and the estimate
+  falls back to empirical Bayes.
+- Whole prompts are held out, a share of 1 / `FOLDS`. While rows are few, each share is held out in turn, so that every row is predicted
+  once by trees that have not seen its prompt. The held-out rows set the trust in the trees (stacking): the factor from `TRUSTS` with the
+  lowest loss plus one standard error of its difference from no trees, so that trees count only where they have proved better.
   The residuals then give the shift of the median and the width of the upper quantile (split-conformal, with product-limit quantiles
   since residuals are censored too).
 
@@ -35,23 +35,23 @@ from verl_heddle.predict.window import Batch, Rows
 
 MIN_ROWS = 200
 MIN_PROMPTS = 8
-"""Below this the empirical-Bayes estimate speaks alone: a quarter of fewer prompts is no judge of anything."""
+"""Below this only the empirical-Bayes estimate is used: a quarter of fewer prompts is too few to judge by."""
 
 FOLDS = 4
-"""A quarter is held out: enough to calibrate a 0.9 quantile, little enough to leave the trees something."""
+"""A quarter is held out: enough to calibrate a 0.9 quantile, and leaves the trees enough rows."""
 
 FEW_ROWS = 10_000
-"""Up to here every share is held out in turn and the final trees see all rows; above, one share is enough and the fit stays within 5 s."""
+"""Up to this, every share is held out in turn and the final trees see all rows; above, one share suffices and a fit stays within 5 s."""
 
 STAGE_ROWS = 50.0
-"""Held-out rows of a stage that outweigh all stages together: a 0.9 quantile of fewer rests on five of them."""
+"""Held-out rows at which a stage's quantile weighs as much as the pooled one: a 0.9 quantile of fewer rests on five of them."""
 
 TRUSTS = (0.25, 0.5, 0.75, 1.0)
-"""Factors on the trees that are tried besides 0; the loss is flat between neighbours."""
+"""Nonzero factors on the trees to try; the loss is flat between neighbours."""
 
 MAX_TREES = 120
 PATIENCE = 12
-"""Trees without improvement on held-out prompts after which no more are tried."""
+"""Stop after this many trees without improvement on held-out prompts."""
 
 PARAMETERS = {
     "objective": "survival:aft",
@@ -60,10 +60,10 @@ PARAMETERS = {
     "tree_method": "hist",
     "max_depth": DEPTH,
     "max_bin": 64,  # logs of lengths need no finer cuts, and time is proportional
-    "learning_rate": 0.08,  # with at most 120 trees: slow enough to stop in time on a hundred trajectories
+    "learning_rate": 0.08,  # with at most 120 trees: slow enough that early stopping works on a hundred trajectories
     "min_child_weight": 4.0,
-    "reg_lambda": 8.0,  # rows of one trajectory are alike: a leaf must be more than one of them
-    "colsample_bytree": 0.5,  # half of the columns per tree: many say nearly the same
+    "reg_lambda": 8.0,  # rows of one trajectory are alike: a leaf must hold more than one of them
+    "colsample_bytree": 0.5,  # half of the columns per tree: many are nearly redundant
     "subsample": 0.7,
     "nthread": 1,
     "seed": 0,
@@ -76,13 +76,13 @@ SCALES = (0.2, 1.5)
 
 @dataclass(frozen=True, slots=True)
 class FitJob:
-    """Rows to be fitted; `run` may be called in a background thread, it shares nothing with the predictor."""
+    """Rows to fit. It shares nothing with the predictor, so `run` may be called in a background thread."""
 
     batch: Batch
     pool: Pool
 
     def run(self) -> Model | None:
-        """The fitted model, or None while there is too little to learn from."""
+        """The fitted model, or None if there are too few rows or prompts."""
         state = self.batch.state.astype(np.float64)
         return fit(build(state[:, :OWN_COLUMNS], state[:, OWN_COLUMNS:], self.pool), self.batch)
 
@@ -125,7 +125,7 @@ def fit(features: Rows, batch: Batch) -> Model | None:
 
 
 def _trust(off: Floats, says: Floats, censored: NDArray[np.bool_], prompts: NDArray[np.uint32], scale: float) -> float:
-    """Factor on what the trees say; 0 where they have not proved to be better than nothing, by prompts as the units of chance."""
+    """Factor on the trees; 0 unless they have proved better than no trees, with prompts as the sampling unit."""
     if not len(off):
         return 0.0
     _, which, counts = np.unique(prompts, return_inverse=True, return_counts=True)
@@ -143,20 +143,20 @@ def _trust(off: Floats, says: Floats, censored: NDArray[np.bool_], prompts: NDAr
 
 
 def _loss(z: Floats, censored: NDArray[np.bool_]) -> Floats:
-    """Negative log likelihood of standard logistic residuals, up to a constant; of a censored one, that it is at least z."""
+    """Negative log likelihood of standard logistic residuals, up to a constant; for a censored residual, of being at least z."""
     loss: Floats = np.logaddexp(0.0, z) + np.where(censored, 0.0, np.logaddexp(0.0, -z))
     return loss
 
 
 def _shares(prompt: NDArray[np.uint32]) -> NDArray[np.int64]:
-    """Which share each row's prompt is held out with: prompts in the order of their hash, dealt out evenly."""
+    """Share that each row's prompt is held out with: prompts in hash order, dealt evenly."""
     _, which = np.unique(prompt, return_inverse=True)
     shares: NDArray[np.int64] = which % FOLDS
     return shares
 
 
 def _widths(ratio: Floats, censored: NDArray[np.bool_], stages: NDArray[np.intp]) -> Floats:
-    """`UPPER` quantile of residual over spread by stage, drawn to that of all rows with the weight of `STAGE_ROWS`; positive."""
+    """`UPPER` quantile of residual over spread by stage, shrunk towards that of all rows with weight `STAGE_ROWS`; positive."""
     pooled = quantile(ratio, censored, UPPER)
     widths = np.full(len(STAGES) + 1, pooled)
     for number in range(len(widths)):
@@ -167,7 +167,7 @@ def _widths(ratio: Floats, censored: NDArray[np.bool_], stages: NDArray[np.intp]
 
 
 def _error_scale(lower: Rows, upper: Rows, offset: Rows) -> float:
-    """Logistic scale of the residuals before any tree: from median to upper quantile."""
+    """Logistic scale of the residuals without trees, from their median and upper quantile."""
     off, cut = (np.log(lower) - offset).astype(np.float64), np.isinf(upper)
     return float(np.clip((quantile(off, cut, UPPER) - quantile(off, cut, 0.5)) / ODDS_UPPER, *SCALES))
 
@@ -181,7 +181,7 @@ def _train(
     judge: NDArray[np.bool_] | None,
     trees: int | None = None,
 ) -> Any:
-    import xgboost  # here, not above: its import takes a second, and only a process that fits must pay it
+    import xgboost  # imported here: it takes a second, and only a process that fits needs it
 
     trees = MAX_TREES if trees is None else trees
     parameters = PARAMETERS | {"aft_loss_distribution_scale": scale}

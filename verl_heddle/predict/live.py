@@ -1,11 +1,11 @@
-"""The trajectories under way and their groups, each a row of plain numbers, kept up to date event by event.
+"""State of the live trajectories and their groups, each a row of plain numbers, updated on every event.
 
-Law: a trajectory's row holds what it did itself, its group's row what its siblings did (sums only, so that every event is O(1)) and what
-was known of the prompt when the group's first trajectory began. A group is one visit to a prompt (verl's `uid`); its row stays after
-its last trajectory ended, since samples may start late, until `MAX_IDLE_GROUPS` later groups are idle too. Rows are lists: an event
-touches single numbers, for which numpy takes five times as long.
+Law: a trajectory's row holds its own amounts. Its group's row holds those of the siblings (sums only, so that every event is O(1)) and
+what was known of the prompt when the group's first trajectory began. A group is one visit to a prompt (verl's `uid`). Samples may start
+late, so its row is kept after its last trajectory ended, until `MAX_IDLE_GROUPS` later groups are idle too. Rows are lists: an event
+updates single numbers, for which numpy takes five times as long.
 
-Invariants: sums over running siblings return to 0 when none runs; what is kept is what is alive plus the idle groups.
+Invariants: sums over running siblings return to 0 when none runs; only live trajectories, their groups and idle groups are kept.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from verl_heddle.predict.prompts import History, Words
 from verl_heddle.predict.quantities import QUANTITIES, TOKENS, TOOL_S, TURNS, Floats
 
 MAX_IDLE_GROUPS = 4096
-"""Visits whose samples have all ended: several steps of a usual batch (64 to 1024 prompts); 1 MB."""
+"""Groups kept after all their samples ended: several steps of a usual batch (64 to 1024 prompts); 1 MB."""
 
 RECENT = 0.3
 """Weight of the newest turn in the running mean of turn lengths: about the last three turns."""
@@ -31,7 +31,7 @@ class Own(IntEnum):
 
     STEP = 0
     PROMPT = auto()
-    TOKENS = auto()  # the three amounts done so far stand together, in the order of `quantities`
+    TOKENS = auto()  # the three amounts so far are adjacent, in the order of `quantities`
     TURNS = auto()
     TOOL_S = auto()
     FIRST = auto()
@@ -48,7 +48,7 @@ class Own(IntEnum):
 
 
 class Group(IntEnum):
-    """Columns of a group's row; the four three-fold ones hold one number per quantity."""
+    """Columns of a group's row; the first four hold one number per quantity."""
 
     HISTORY = 0
     FINISHED_SUM = QUANTITIES
@@ -70,17 +70,17 @@ OWN_COLUMNS, GROUP_COLUMNS = Own.SURPRISES + 1, Group.SURPRISE + 1
 
 @dataclass(slots=True)
 class Snapshot:
-    """What was known at one moment; becomes a training row when the end is known."""
+    """State of a trajectory at one moment; becomes a training row once the outcome is known."""
 
     state: list[float]
-    """The trajectory's row and its group's, one after the other."""
+    """The trajectory's row, then its group's."""
     done: tuple[float, float, float]
     called: tuple[str, ...]
 
 
 @dataclass(slots=True)
 class Visit:
-    """One group: its row, its prompt's words, how many of it run."""
+    """One group: its row, its prompt's words, and its number of running trajectories."""
 
     row: list[float]
     words: Words
@@ -89,7 +89,7 @@ class Visit:
 
 @dataclass(slots=True)
 class Live:
-    """One trajectory under way: its row, its group, and what it has shown."""
+    """One live trajectory: its row, its group, and its snapshots."""
 
     row: list[float]
     group: Visit
@@ -108,7 +108,7 @@ class Live:
         return tokens, turns, tool_s
 
     def look(self) -> None:
-        """Remember this moment for learning."""
+        """Take a snapshot for training."""
         self.snapshots.append(Snapshot(self.row + self.group.row, self.done, self.called))
 
 
@@ -121,14 +121,14 @@ class Lives:
         self._idle: OrderedDict[str, None] = OrderedDict()
 
     def visit(self, uid: str, history: History, text: float, words: Words) -> None:
-        """A group whose prompt has this history and text begins."""
+        """Start a group whose prompt has this history and text."""
         row = [0.0] * GROUP_COLUMNS
         row[Group.TEXT], row[Group.HISTORY_COUNT], row[Group.SPREAD], row[Group.LAST] = text, history.samples, history.spread, history.last
         row[Group.HISTORY : Group.HISTORY + QUANTITIES] = history.deviation.tolist()
         self.visits[uid] = Visit(row, words)
 
     def start(self, key: str, live_of: tuple[str, str, int, bool], prompt_tokens: int) -> Live:
-        """A trajectory (uid, prompt, step, teaches) of a known visit begins."""
+        """Start a trajectory (uid, prompt, step, teaches) of a known visit."""
         uid, prompt, step, teaches = live_of
         visit = self.visits[uid]
         live = self.trajectories[key] = Live([0.0] * OWN_COLUMNS, visit, uid, prompt, step, teaches)
@@ -141,17 +141,17 @@ class Lives:
         return live
 
     def begins(self, live: Live, prompt_tokens: int) -> None:
-        """The first turn of an announced trajectory: its prompt has so many tokens."""
+        """The first turn of an announced trajectory; sets its true prompt tokens."""
         live.row[Own.PROMPT] = live.row[Own.CONTEXT] = float(prompt_tokens)
 
     def caught_up(self, live: Live, tokens: int, turns: int) -> None:
-        """It did so much before anybody told us of it."""
+        """Set what the trajectory did before its first event arrived."""
         _add_logs(live.group.row, live.row, -1)
         live.row[Own.TOKENS], live.row[Own.TURNS] = float(tokens), float(turns)
         _add_logs(live.group.row, live.row, 1)
 
     def turn(self, live: Live, output_tokens: int) -> None:
-        """A turn ended."""
+        """A turn ended: add its tokens to the trajectory and its group."""
         own, group = live.row, live.group.row
         _add_logs(group, own, -1)
         length = log1p(output_tokens)
@@ -170,7 +170,7 @@ class Lives:
         live.called, live.tool_known = (), False
 
     def called(self, live: Live, tools: tuple[str, ...], log_s: float, surprise: float) -> None:
-        """All tools the last turn asked for, as far as known; replaces what was known of them before."""
+        """All tools known so far to be called by the last turn; replaces the earlier set."""
         own = live.row
         more = surprise - own[Own.SURPRISE]
         own[Own.CALLS] += len(tools) - len(live.called)
@@ -180,7 +180,7 @@ class Lives:
         live.called = tools
 
     def answered(self, live: Live, context_tokens: int, tool_s: float | None) -> float | None:
-        """The next turn starts: the context it reads, and how long the tools took (None: not known). Returns log seconds if known."""
+        """The next turn starts with this context, after tools that took `tool_s` (None: unknown). Returns log seconds if newly known."""
         own, group = live.row, live.group.row
         own[Own.ADDED] = log1p(max(0.0, context_tokens - own[Own.CONTEXT]))
         own[Own.CONTEXT] = float(context_tokens)
@@ -194,7 +194,7 @@ class Lives:
         return own[Own.CALL_S]
 
     def end(self, key: str, logs: Floats) -> Floats | None:
-        """The trajectory is over with sizes exp(logs). Returns what it adds to its group's sum of squares, None if it is the first."""
+        """The trajectory ended with sizes exp(logs). Returns what it adds to its group's sum of squares, None if it is the first."""
         live = self.trajectories.pop(key)
         visit, group = live.group, live.group.row
         group[Group.RUNNING] -= 1
@@ -220,7 +220,7 @@ class Lives:
 
 
 def _add_logs(group: list[float], own: list[float], sign: int) -> None:
-    """Add (1) or take out (-1) what a running trajectory did from its group's sums."""
+    """Add (1) a running trajectory's amounts to its group's sums, or subtract them (-1)."""
     for quantity, floor in enumerate(FLOORS):
         group[Group.RUNNING_SUM + quantity] += sign * log(max(own[Own.TOKENS + quantity], floor))
 

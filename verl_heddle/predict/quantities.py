@@ -1,7 +1,7 @@
-"""What is predicted of a trajectory: three quantities, and the answer about them.
+"""The three predicted quantities of a trajectory, and the record of an estimate.
 
 Inside this package a quantity is a column: `TOKENS`, `TURNS`, `TOOL_S`, always in this order, and always as a natural logarithm, because
-lengths are spread over decades and a factor of two is as wrong for a short trajectory as for a long one.
+lengths span decades and a factor of two is as wrong for a short trajectory as for a long one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TOKENS, TURNS, TOOL_S = range(3)
 QUANTITIES = 3
 
 FLOOR = np.array([1.0, 1.0, 0.01])
-"""Smallest amount told apart from nothing: a token, a turn, and 10 ms, below which a tool is not worth planning for."""
+"""Smallest amount distinguished from zero: a token, a turn, and 10 ms, below which a tool is not worth planning for."""
 
 UPPER = 0.9
 """The upper quantile. The tail is what makes a step long; beyond 0.9 a group of 16 holds too few samples to calibrate it."""
@@ -31,10 +31,10 @@ ODDS_UPPER = log(UPPER / (1 - UPPER))
 
 
 class Estimate(NamedTuple):
-    """What a trajectory has still to do, from the end of its last finished turn.
+    """Remaining work of a trajectory, from the end of its last finished turn.
 
     `median_tokens` and `upper_tokens` (`UPPER` quantile) describe a log-logistic distribution of the remaining tokens; `turns` and
-    `tool_s` (seconds in tools, the call under way included) are medians.
+    `tool_s` (seconds in tools, including the call in flight) are medians.
     """
 
     median_tokens: float

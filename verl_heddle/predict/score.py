@@ -1,4 +1,4 @@
-"""How good a ranking of the remaining tokens is: three numbers on logs, used by the bench and on W&B alike."""
+"""Scores a prediction of remaining tokens: three numbers on logs, for the bench and W&B."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import numpy as np
 from verl_heddle.predict.quantities import Floats
 
 LONGEST = 0.2
-"""The tail that must be found: the longest 20 %."""
+"""The tail that a prediction must find: the longest 20 %."""
 
 
 def spearman(truth: Floats, said: Floats) -> float:
-    """Rank correlation, ties at their mean rank; 0 where nothing is told apart."""
+    """Rank correlation, ties at their mean rank; 0 if either side is constant."""
     return pearson(_ranks(truth), _ranks(said))
 
 
 def pearson(truth: Floats, said: Floats) -> float:
-    """Correlation; 0 where nothing is told apart."""
+    """Correlation; 0 if either side is constant."""
     return float(np.corrcoef(truth, said)[0, 1]) if np.ptp(truth) > 1e-9 and np.ptp(said) > 1e-9 else 0.0
 
 
 def recall(truth: Floats, said: Floats) -> float:
-    """Share of the truly longest that is among the equally many predicted longest; ties in the prediction count in proportion."""
+    """Share of the truly longest that are among as many predicted longest; ties in the prediction count in proportion."""
     count = max(1, round(LONGEST * len(truth)))
     tail = np.zeros(len(truth), dtype=bool)
     tail[np.argsort(-truth, kind="stable")[:count]] = True

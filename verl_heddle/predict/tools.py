@@ -1,10 +1,10 @@
-"""What a tool's name says: how long the call takes, and whether trajectories that call it go on longer than expected.
+"""Learns from tool names: how long a call takes, and whether trajectories that make it run longer than expected.
 
-Law: per name two running means: log seconds of its calls, and surprise, the log of what was left after the call less the log of the
-empirical-Bayes estimate. Both are drawn to the mean of all tools with the weight of `PRIOR_CALLS` calls; the surprise is told as the
-difference from that mean. Parallel calls (names joined by `+`) count as each of their tools. Only what has ended teaches, so a trajectory
-never sees its own future ("ordered target statistics", Prokhorenkova et al. 2018). Invariant: at most `MAX_TOOLS` names, later ones share
-one entry. Cost: O(1) per call.
+Law: two running means per name: log seconds of its calls, and surprise, the log of what remained after the call less the log of the
+empirical-Bayes estimate. Both are shrunk towards the mean of all tools with the weight of `PRIOR_CALLS` calls; surprise is returned as the
+difference from that mean. Parallel calls (names joined by `+`) count for each of their tools. Only ended calls and trajectories are
+learned from, so a trajectory never sees its own future ("ordered target statistics", Prokhorenkova et al. 2018). Invariant: at most
+`MAX_TOOLS` names; later ones share one entry. Cost: O(1) per call.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from __future__ import annotations
 from typing import NamedTuple
 
 PRIOR_CALLS = 10.0
-"""Calls until a name speaks as loud as all tools together."""
+"""Calls at which a name's mean weighs as much as that of all tools."""
 
 MEMORY = 2000.0
-"""Calls after which the past of a name stops to gain weight: tools and policies change during a run."""
+"""Calls after which a name's past stops gaining weight: tools and policies change during a run."""
 
 MAX_TOOLS = 4096
-"""Names known one by one; agents with generated tool names must not fill the memory."""
+"""Names tracked individually; agents with generated tool names must not fill memory."""
 
 MAX_PARALLEL = 8
-"""Calls of one turn that are looked at: bounds the work."""
+"""Calls counted per turn: bounds the work."""
 
 OTHER = ""
 
@@ -42,7 +42,7 @@ _NEW = (_Mean(), _Mean())
 
 
 def names(tool: str | None) -> tuple[str, ...]:
-    """The tools of one turn: `a+b` is two; None is none."""
+    """The tools of one turn: `a+b` names two; None gives an empty tuple."""
     return () if tool is None else tuple(tool.split("+", MAX_PARALLEL)[:MAX_PARALLEL])
 
 
@@ -57,7 +57,7 @@ class Tools:
         return len(self._known)
 
     def says(self, called: tuple[str, ...]) -> tuple[float, float]:
-        """(log seconds, surprise) expected of these calls: the longest of the times, the mean of the surprises."""
+        """(log seconds, surprise) expected of these calls: the longest time, the mean surprise."""
         seconds, usual = self._all
         if not called:
             return seconds.mean, 0.0
@@ -71,7 +71,7 @@ class Tools:
         self._add(called, 0, log_s)
 
     def led_to(self, called: tuple[str, ...], surprise: float) -> None:
-        """After these calls a trajectory went on exp(surprise) times as long as estimated."""
+        """After these calls a trajectory ran exp(surprise) times as long as estimated."""
         self._add(called, 1, surprise)
 
     def _add(self, called: tuple[str, ...], which: int, value: float) -> None:

@@ -1,10 +1,10 @@
-"""The training rows: what was seen at a moment, and what came after it, or how much came at least.
+"""Keeps the training rows: the state at one moment, and the remaining amounts after it, exact or as lower bounds.
 
 Law: a ring of the `ROWS` newest rows. A finished trajectory gives exact amounts; a censored one (aborted, failed, truncated, still
-running) only bounds from below, with an upper bound of infinity. A trajectory is looked at after turns `looked_at`, ever sparser, so
-that a long one does not outvote many short ones. A row holds what was known, not the features made of it: those depend on the pool,
-and must be made with one pool for all rows (`fit`), or the trees would learn how wrong the pool was when the run was young. Cost: O(rows
-of the trajectory); memory `ROWS` rows of float32, 9 MB.
+running) gives only lower bounds, with an upper bound of infinity. Snapshots are taken after the turns of `looked_at`, ever sparser, so
+that a long trajectory does not outvote many short ones. A row holds the state, not the features built from it: those depend on the pool.
+All rows must use one pool (`fit`), or the trees would learn how wrong the pool was early in the run. Cost: O(rows of the trajectory);
+memory `ROWS` rows of float32, 9 MB.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from verl_heddle.predict.live import GROUP_COLUMNS, OWN_COLUMNS, Snapshot
 from verl_heddle.predict.quantities import FLOOR, QUANTITIES, TOKENS
 
 ROWS = 50_000
-"""About 6,000 trajectories of 8 rows, 6 to 20 steps of a usual batch: enough for the trees, young enough for the policy."""
+"""About 6,000 trajectories of 8 rows, 6 to 20 steps of a usual batch: enough for the trees, recent enough for the policy."""
 
 DENSE_TURNS = 6
-"""Every turn is looked at up to here, where most decisions fall; then two per doubling."""
+"""Every turn up to this one gives a row, since most decisions fall there; then two per doubling."""
 
 Rows = NDArray[np.float32]
 
@@ -51,8 +51,8 @@ class Batch:
 def rows_of(prompt: str, snapshots: list[Snapshot], total: tuple[float, float, float], censored: bool) -> Batch:
     """The training rows of one trajectory that reached `total` (tokens, turns, tool seconds).
 
-    Moments with nothing after them are left out: the exact ones because nobody predicts the finished, the censored ones because
-    "at least nothing" teaches nothing.
+    Snapshots with nothing after them are dropped: finished trajectories are not predicted, and a censored lower bound of zero teaches
+    nothing.
     """
     used = [shot for shot in snapshots if total[TOKENS] - shot.done[TOKENS] >= FLOOR[TOKENS]]
     if not used:
@@ -83,7 +83,7 @@ class Window:
         return min(self._number, self._size)
 
     def add(self, batch: Batch) -> None:
-        """The newest rows; as many of the oldest go."""
+        """Append the newest rows; the oldest beyond the window are dropped."""
         if len(batch):
             self._batches.append(batch)
             self._number += len(batch)
@@ -92,7 +92,7 @@ class Window:
                 self._number = len(self._batches[0])
 
     def copy(self, *more: Batch) -> Batch:
-        """The rows of the window, oldest first, and `more` after them."""
+        """The rows of the window, oldest first, followed by `more`."""
         merged = _merge(self._batches)
         kept = Batch(*(getattr(merged, name)[-self._size :] for name in Batch.__slots__))
         return _merge([kept, *more])

@@ -73,6 +73,9 @@ class Lengths:
         """Who it is, and how far it has come."""
         self._live[turn.trajectory.key] = self._of[turn.trajectory.prompt, turn.trajectory.sample], turn
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._live
+
     def predict(self, key: str) -> Estimate:
         """What is left."""
         item, turn = self._live[key]

@@ -315,7 +315,7 @@ LAYOUT = [
         (["heddle.layout.fixed=[8,0]"], "degree 0"),
         (["heddle.layout.fixed=[6,2]"], "tp=6 does not divide the model's 4 attention heads"),
         (["heddle.layout.fixed=[2,1,1]", "trainer.n_gpus_per_node=2"], "takes 4 GPUs, there are 2"),
-        (["heddle.layout.fixed=[1,2,1]", "trainer.n_gpus_per_node=2", "trainer.nnodes=2"], "across nodes"),
+        (["heddle.layout.fixed=[1,2,1]", "trainer.n_gpus_per_node=2", "trainer.nnodes=2"], "spans two nodes"),
         (["heddle.layout.schedule={1: [8], 5: [4,4,4]}"], "schedule[5]"),
         (["heddle.layout.schedule={0: [8]}"], "from 1"),
         (["heddle.layout.schedule=[8]"], "must map"),

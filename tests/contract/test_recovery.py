@@ -206,7 +206,7 @@ def test_a_recovery_that_fails_costs_no_step(made, what, monkeypatch, capsys):
             monkeypatch.setattr(managers.ray, "wait", broken)
     manager.generate_sequences(batch(["x"])[0])
     assert len(manager.dispatched) == 1
-    assert sum(manager._troubles.values()) == 1 and capsys.readouterr().err.count("the step goes on") == 1
+    assert sum(manager._troubles.values()) == 1 and capsys.readouterr().err.count("the step continues") == 1
 
 
 def test_a_layout_that_cannot_be_told_does_not_raise_where_engines_wait_for_weights(made, monkeypatch):

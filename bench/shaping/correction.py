@@ -12,7 +12,7 @@ length z:
 Told per rule, raw and with `shape.weights`: bias of the mean reward, bias of the mean log length over its spread, and how the gradient's
 pull on length comes out: mean over groups of sum_i w_i A_i z_i / n with A the group's advantage (weighted mean and deviation), over that
 of plain sampling (1: the same pull; for `none`, where it is 0 under plain sampling, the value itself). In place of the true law `learnt`
-has what `shape.spread` knows after one earlier visit of as many samples and this one, `first` after this one alone; what was stopped
+has what `shape.budget` knows after one earlier visit of as many samples and this one, `first` after this one alone; what was stopped
 counts as longer. ESS: effective sample size over n.
 """
 

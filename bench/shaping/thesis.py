@@ -22,7 +22,7 @@ shaping:
     placing          with `heddle.place.enable`: placement planned, re-planned, moved
     mixed            the same on the layout of `layout.price`, where it is another one
 
-Statistics (`shape.spread`) come from one earlier epoch of the same prompts: 16 other samples each. That is what the plugin knows at a
+Statistics (`shape.budget`) come from one earlier epoch of the same prompts: 16 other samples each. That is what the plugin knows at a
 step's start. The layout is the best of all fixed ones, each planned or split evenly (which is stock's rule), and the robust plan's, by
 the expected makespan. In the parts placement is decided once and kept; nothing is re-planned or moved, and priorities are off. The plugin's
 own re-planner takes no account of shaping.

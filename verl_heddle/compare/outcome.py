@@ -220,7 +220,7 @@ def _sentences(answer: Comparison) -> str:
     from html import escape
 
     value = document(answer)
-    parts = (("What came out", value["explanation"]), ("What did not help", value["did_not_help"]), ("To know", value["notes"]))
+    parts = (("What came out", value["explanation"]), ("What did not help", value["did_not_help"]), ("Notes", value["notes"]))
     return "".join(f"<h3>{title}</h3><ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>" for title, lines in parts if lines)
 
 

@@ -6,7 +6,7 @@ are not combined, because effects do not add up. Cases with lengths known in adv
 
 Spare samples (`heddle.shape`) on a recorded step that had none, by visiting its prompts again. Both arms use the same draws (parametric
 bootstrap): 2n samples of every prompt, all started at once, each a copy of one of its n in the step with a length drawn from the law that
-`shape.spread` learns from them. One arm takes n; the other takes as many as shaping plans with default settings, after observing n other
+`shape.budget` learns from them. One arm takes n; the other takes as many as shaping plans with default settings, after observing n other
 draws of the prompt at an earlier visit. Both run under the run's own decisions: resident sets if it had them, else verl's rule. The result
 is the median ratio of their makespans over the draws. If the run already shaped, its samples were cut short, and there is no result.
 

@@ -58,12 +58,13 @@ MEASURES: dict[str, tuple[str, ...]] = {
     "cpu/placement.json": (*DECIDES, *SCHEDULER, "bench/placement/real.py", "bench/placement/heddle.py"),
     "cpu/residents.json": (
         *DECIDES,
-        *("verl_heddle/verl_plugin/client.py", "verl_heddle/verl_plugin/router.py", "verl_heddle/simulate/baselines/thunder_agent.py"),
+        *(f"verl_heddle/verl_plugin/{name}.py" for name in ("client", "router", "router_pool")),
+        "verl_heddle/simulate/baselines/thunder_agent.py",
         *("bench/residents/real.py", "bench/residents/peers.py", "verl_heddle/twin", "verl_heddle/report/recorded.py"),
     ),
     "cpu/router.json": (
         *(*DECIDES, "bench/router/alone.py", "bench/router/load.py"),
-        *(f"verl_heddle/verl_plugin/{name}.py" for name in ("router", "news", "link", "outbox")),
+        *(f"verl_heddle/verl_plugin/{name}.py" for name in ("router", "router_pool", "news", "link", "outbox")),
     ),
     "cpu/schedule.json": (*SCHEDULER, "bench/schedule/pairs.py", "bench/schedule/work.py"),
     "cpu/twin.json": (*SIMULATED, "verl_heddle/twin", "verl_heddle/report/recorded.py", "bench/auto/cost.py"),

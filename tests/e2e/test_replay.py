@@ -21,7 +21,7 @@ from verl_heddle.trajectory import Trajectory, Turn
 pytestmark = [pytest.mark.e2e, pytest.mark.alone]
 
 BLOCK = 32
-LATE_S = 5.0
+LATE_S = 1.0
 """How late a sleep may end on a busy machine."""
 
 

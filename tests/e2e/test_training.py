@@ -67,7 +67,7 @@ def test_metrics_reach_the_console_and_wandb(heddle):
     assert metrics["heddle/trajectories"] == 64 and metrics["heddle/fallbacks/total"] == 0 and metrics["heddle/metrics_failures"] == 0
     assert metrics["heddle/decisions/admitted"] >= 64
     assert 0 <= metrics["heddle/idle_share/replica_0"] < 1
-    assert metrics["timing_s/gen"] < metrics["heddle/makespan_s"] + 10, "the batch is noticed soon after it is complete"
+    assert metrics["timing_s/gen"] < metrics["heddle/makespan_s"] + 1.5, "the batch is noticed soon after it is complete"
     files = list(heddle.folder.glob("wandb/offline-run-*/*.wandb"))
     assert len(files) == 1
     logged = files[0].read_bytes()  # W&B's own record format; values stand in it as JSON text

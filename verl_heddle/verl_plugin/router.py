@@ -236,8 +236,7 @@ class HeddleRouter(ServerPool, Learning):
         """The worker left before it learnt where the turn goes."""
         opened = self._orchestrator.turns.get(turn.request)
         if opened is not None:
-            replica = opened.replica
-            self._close_turn(TurnEnd(turn.trajectory, turn.conversation, replica, turn.turn, 0, completed=False, leg=turn.leg))
+            self._close_turn(opened.withdrawn())
 
     def _close_turn(self, turn: TurnEnd) -> None:
         self._promised.held.pop(turn.request, None)
